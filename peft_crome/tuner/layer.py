@@ -1,0 +1,222 @@
+"""The gated bottleneck, and the wrapper that adds it to a module's embeddings."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..containers import map_embeddings
+from .config import CromeConfig
+from .fold import folded_table, install_table, why_not_foldable
+
+ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+class CromeLinear(nn.Linear):
+    """A linear map without bias, computed where its input is: device maps and DataParallel put sites elsewhere."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False, dtype=torch.float32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.device))
+
+
+class CromeWeights(nn.Module, BaseTunerLayer):
+    """All adapters' weights, registered once on the wrapped model as its child `crome`; sites only refer to it.
+
+    So W_u is one tensor however many sites use it, and a file's keys do not depend on where the sites are. Children,
+    each a ModuleDict from adapter name to a CromeLinear: `crome_up` (m -> d), and for each branch
+    `crome_gate_<branch>` and `crome_down_<branch>` (d -> m).
+    """
+
+    weight = bias = None  # BaseTunerLayer would look for them in a base layer, and there is none
+
+    def __init__(self, branches: list[str]) -> None:
+        super().__init__()
+        self.branches = list(branches)
+        pairs = [f"crome_{kind}_{branch}" for branch in branches for kind in ("gate", "down")]
+        self.adapter_layer_names = ("crome_up", *pairs)
+        for name in self.adapter_layer_names:
+            self.add_module(name, nn.ModuleDict())
+        self.settings: dict[str, tuple[str, float]] = {}  # adapter name -> gate activation, dropout
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def add(self, adapter_name: str, config: CromeConfig, hidden_size: int, rms: float) -> None:
+        """Create one adapter's weights in fp32: (2·branches + 1)·d·m of them.
+
+        Args:
+            hidden_size: d, the language model's embedding width.
+            rms: root mean square of the language model's own embeddings. The scheme "scaled" divides by rms·sqrt(d),
+                so that what enters gate and product has unit variance on text, whatever the backbone's scale.
+        """
+        m = config.bottleneck_dim
+        self.settings[adapter_name] = (config.gate_activation, float(config.dropout))
+        for name in self.adapter_layer_names:
+            is_up = name == "crome_up"
+            linear = CromeLinear(m, hidden_size) if is_up else CromeLinear(hidden_size, m)
+            getattr(self, name)[adapter_name] = linear
+            if linear.weight.is_meta:
+                continue
+            if not is_up:
+                nn.init.normal_(
+                    linear.weight, std=0.02 if config.init_weights == "normal" else 1 / (rms * hidden_size**0.5)
+                )
+            elif config.init_weights is False:
+                nn.init.normal_(linear.weight, std=rms / m**0.5)
+            else:
+                nn.init.zeros_(linear.weight)
+
+    def forward(self, x: torch.Tensor, branch: str, adapter_names: list[str]) -> torch.Tensor:
+        """y = x + (act(x W_g) * (x W_d)) W_u, summed over adapters.
+
+        Args:
+            x: embeddings, (..., d); any float dtype. Computed in the adapter's dtype, returned in x's.
+        Source: CROME, arXiv 2408.06610; the form is reconstructed from its prose.
+        """
+        y = x
+        for name in adapter_names:
+            activation, dropout = self.settings[name]
+            gate, down = getattr(self, f"crome_gate_{branch}")[name], getattr(self, f"crome_down_{branch}")[name]
+            h = x.to(gate.weight.dtype)
+            hidden = F.dropout(ACTIVATIONS[activation](gate(h)) * down(h), dropout, self.training)
+            y = y + self.crome_up[name](hidden)  # type promotion keeps the sum in the wider dtype
+        return y.to(x.dtype)
+
+    def place(self, adapter_name: str, device: torch.device | None, dtype: torch.dtype) -> None:
+        """Move one adapter's weights; those on the meta device stay there until they are loaded."""
+        for name in self.adapter_layer_names:
+            linear = getattr(self, name)[adapter_name]
+            linear.to(device=None if linear.weight.is_meta else device, dtype=dtype)
+
+    def shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
+        """Names, as in a file, and shapes of one adapter's tensors."""
+        linears = {name: getattr(self, name)[adapter_name] for name in self.adapter_layer_names}
+        return {f"{name}.weight": tuple(linear.weight.shape) for name, linear in linears.items()}
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to do: sites merge, these weights only serve them."""
+
+    def unmerge(self) -> None:
+        """Nothing to do, as in `merge`."""
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Nothing to do: each site moves what it uses."""
+
+
+class CromeLayer(nn.Module, BaseTunerLayer):
+    """Wraps one site: a module that produces embeddings of the language model's width.
+
+    The site may return a tensor, a list or tuple of tensors, or a ModelOutput; the container is kept. Unknown public
+    attributes are handed on to the wrapped module.
+    """
+
+    def __init__(self, base_layer: nn.Module, weights: CromeWeights, branch: str, hidden_size: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._weights = (weights,)  # in a tuple: referred to, not registered a second time
+        self.branch = branch
+        widths = (getattr(base_layer, name, None) for name in ("in_features", "num_embeddings"))
+        self.in_features = next((width for width in widths if isinstance(width, int)), hidden_size)
+        self.out_features = hidden_size
+        self.adapter_layer_names = (f"crome_gate_{branch}", f"crome_down_{branch}")
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._unmerged_table: nn.Parameter | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Private names stay with their owner: accelerate would take the wrapped module's hooks for ours.
+            if name == "base_layer" or name.startswith("_"):
+                raise
+            return getattr(self._weights[0] if name.startswith("crome_") else self.base_layer, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's output with the active adapters added; same container, shapes and dtype."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        output = self.base_layer(*args, **kwargs)
+        names = self._own(self.active_adapters)
+        return output if self.disable_adapters or self.merged or not names else self.adapt(output, names)
+
+    def adapt(self, output: Any, adapter_names: list[str]) -> Any:
+        """Add the adapters to the embeddings in `output`, whatever container holds them."""
+        return map_embeddings(output, self.out_features, lambda x: self._weights[0](x, self.branch, adapter_names))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold a text branch into its embedding table; another branch is not linear and goes on as a module.
+
+        Raises:
+            ValueError: safe_merge is set and the new table has values that are not finite.
+        """
+        names = self._own(check_adapters_to_merge(self, adapter_names))
+        table = self.get_base_layer()
+        if not names or why_not_foldable(table):
+            return
+        folded = folded_table(table, lambda rows: self.adapt(rows, names))
+        if safe_merge and not torch.isfinite(folded).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken.")
+        self._unmerged_table = self._unmerged_table if self._unmerged_table is not None else table.weight
+        install_table(table, folded)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the table back that was there before the first merge: exact, since it was kept."""
+        if self._unmerged_table is not None:
+            self.get_base_layer().weight = self._unmerged_table
+        self._unmerged_table = None
+        self.merged_adapters = []
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return what takes this layer's place in a model without PEFT."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            self.unmerge()
+        base, names = self.base_layer, self._own(adapter_names or self.active_adapters)
+        if isinstance(base, AuxiliaryTrainingWrapper):
+            base = base.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        keep_adapter = merge and names and not self.merged and not self.disable_adapters
+        return UnloadedSite(base, self._weights[0], self.branch, names) if keep_adapter else base
+
+    def _own(self, adapter_names: list[str]) -> list[str]:
+        return [name for name in adapter_names if name in getattr(self, self.adapter_layer_names[0])]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # A projector has no weight of its own, and an identity no parameter at all: it keeps the adapter where it is.
+        parameter = next((p for p in self.base_layer.parameters() if not p.is_meta), None)
+        target = device or (parameter.device if parameter is not None else None)
+        names = self.adapter_layer_names
+        if self.branch == self._weights[0].branches[0]:
+            names += ("crome_up",)  # shared, so it follows one branch
+        for linears in (getattr(self, name) for name in names):
+            if target is not None and adapter_name in linears and not linears[adapter_name].weight.is_meta:
+                linears[adapter_name].to(target)
+
+
+class UnloadedSite(nn.Module):
+    """What `merge_and_unload` leaves of a site whose branch cannot be merged: the module and its frozen adapter."""
+
+    def __init__(self, site: nn.Module, weights: CromeWeights, branch: str, adapter_names: list[str]) -> None:
+        super().__init__()
+        self.site = site
+        self.weights = copy.deepcopy(weights).requires_grad_(False).eval()
+        self.branch = branch
+        self.adapter_names = adapter_names
+        self.out_features = weights.crome_up[adapter_names[0]].out_features
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The site's output with its adapter added."""
+        output = self.site(*args, **kwargs)
+        return map_embeddings(output, self.out_features, lambda x: self.weights(x, self.branch, self.adapter_names))

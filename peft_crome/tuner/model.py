@@ -1,0 +1,240 @@
+"""CromeModel: puts the adapter on a model's sites, and everything that PEFT asks of a tuner."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from ..adapter_file import Shapes, check_shapes
+from ..provenance import backbone_name, describe_backbone, record_backbone
+from .config import CromeConfig
+from .fold import embed_scale, why_not_foldable
+from .layer import CromeLayer, CromeWeights
+from .sites import Branches, find_branches, input_embeddings, possible_widths, text_hidden_size
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "crome"  # the child of the wrapped model that holds every adapter's weights
+
+
+class CromeModel(BaseTuner):
+    """Cross-modal adapters where embeddings enter a frozen language model (arXiv 2408.06610).
+
+    Args:
+        model: a model with modules that produce embeddings; known vision-language models need no more.
+        peft_config: a [`CromeConfig`], or a dict of them by adapter name.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the weights on the meta device, for loading.
+
+    Example:
+        >>> import peft_crome
+        >>> from peft import get_peft_model
+        >>> model = get_peft_model(model, peft_crome.CromeConfig())  # doctest: +SKIP
+    """
+
+    prefix = "crome_"
+    tuner_layer_cls = (CromeLayer, CromeWeights)  # type: ignore[assignment]  # PEFT only calls isinstance on it
+    target_module_mapping = {}  # noqa: RUF012  # sites.py has the hosts
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Check everything that can be checked, then wrap the sites; an error leaves the model as it was.
+
+        Raises:
+            ValueError: see `find_branches`; or a width, the other adapters' sites or the weight file do not fit.
+        """
+        config: CromeConfig = self.peft_config[adapter_name]
+        branches = find_branches(model, config.branches)
+        hidden_size = _hidden_size(model, branches)
+        _check_same_branches(model, branches, adapter_name)
+        if config._file_shapes is not None:
+            expected = expected_shapes(branches, hidden_size, config.bottleneck_dim)
+            check_shapes(config._file_shapes, expected, f"{backbone_name(model)} (hidden_size {hidden_size})")
+        modules_to_save = _redirect_modules_to_save(config.modules_to_save, branches)
+        config.trained_on = record_backbone(config, describe_backbone(model, hidden_size, _embedding_rows(model)))
+        config.modules_to_save = modules_to_save
+        self._branch_of = {site: branch for branch, sites in branches.items() for site in sites}
+        self._hidden_size = hidden_size
+        # The file's keys name no sites, so a state dict cannot say where to inject: the configuration does.
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+
+    def _check_target_module_exists(self, peft_config: CromeConfig, key: str) -> bool:  # type: ignore[override]
+        return key in self._branch_of
+
+    def _prepare_adapter_config(self, peft_config: CromeConfig, model_config: dict[str, Any]) -> CromeConfig:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: CromeConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        # All is made here: PEFT puts what this call makes on the meta device for low_cpu_mem_usage, and would take a
+        # tuner layer that is there before the first injection for an older adapter.
+        if not hasattr(self.model, WEIGHTS_NAME):
+            self.model.add_module(WEIGHTS_NAME, CromeWeights(list(dict.fromkeys(self._branch_of.values()))))
+        weights: CromeWeights = getattr(self.model, WEIGHTS_NAME)
+        if adapter_name not in weights.crome_up:
+            weights.add(adapter_name, peft_config, self._hidden_size, _embedding_rms(self.model))
+            weights.place(adapter_name, *_device_and_dtype(self.model))
+            weights.train(self.model.training)
+        if not isinstance(target, CromeLayer):
+            target = CromeLayer(target, weights, self._branch_of[current_key], self._hidden_size)
+            target.train(self.model.training)
+            setattr(parent, target_name, target)
+        target._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # PEFT's own would also copy a weight that a projector does not have
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # Without this method PeftModel would drop adapter_names without a word.
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                "adapter_names (one adapter per row of a batch) is not supported by CROME yet. Run one batch per "
+                "adapter: model.set_adapter(name), then call the model."
+            )
+        yield
+
+    def _check_merge_allowed(self) -> None:
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, CromeLayer)}
+        reasons = {name: why_not_foldable(layer.get_base_layer()) for name, layer in layers.items()}
+        if all(reasons.values()):
+            raise ValueError(
+                f"Nothing can be merged: {'; '.join(f'{name}: {reason}' for name, reason in reasons.items())}. Only a "
+                "branch on an embedding table folds into weights. Keep the adapter attached, or unload() it."
+            )
+        folded = [name for name, reason in reasons.items() if not reason]
+        kept = [name for name, reason in reasons.items() if reason]
+        logger.warning("CROME merge: folded into the embedding table: %s; kept, not being linear: %s.", folded, kept)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold the text branch into the embedding table; the others stay active. `unmerge_adapter` undoes it."""
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self._untie()
+
+    def unmerge_adapter(self) -> None:
+        """Put the original table back, exactly, and tie the output head to it again where it was tied."""
+        super().unmerge_adapter()
+        for config in self.__dict__.pop("_untied_configs", []):
+            config.tie_word_embeddings = True
+
+    def _untie(self) -> None:
+        # The head keeps the old table; a save or a resize would tie it to the new one again.
+        config = getattr(self.model, "config", None)
+        configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else []
+        tied = [c for c in configs if getattr(c, "tie_word_embeddings", False)]
+        self._untied_configs = getattr(self, "_untied_configs", []) + tied
+        for config in tied:
+            config.tie_word_embeddings = False
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        if merge:
+            self._check_merge_allowed()
+            self._untie()
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        delattr(model, WEIGHTS_NAME)
+        return model
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: CromeConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        weights = next(module for module in model.modules() if isinstance(module, CromeWeights))
+        found = {key.split(f"{WEIGHTS_NAME}.")[-1]: v.shape for key, v in state_dict.items() if ".crome_" in f".{key}"}
+        check_shapes(found, weights.shapes(adapter_name), f"adapter {adapter_name!r} on {backbone_name(model)}")
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def expected_shapes(branches: Branches, hidden_size: int, bottleneck_dim: int) -> Shapes:
+    """Names and shapes of the 2·branches + 1 tensors of one adapter's file."""
+    shapes: Shapes = {"crome_up.weight": (hidden_size, bottleneck_dim)}
+    for branch in branches:
+        shapes[f"crome_gate_{branch}.weight"] = shapes[f"crome_down_{branch}.weight"] = (bottleneck_dim, hidden_size)
+    return shapes
+
+
+def _hidden_size(model: nn.Module, branches: Branches) -> int:
+    widths = {site: possible_widths(model.get_submodule(site)) for sites in branches.values() for site in sites}
+    hidden_size = text_hidden_size(model) or next((next(iter(w)) for w in widths.values() if len(w) == 1), None)
+    if hidden_size is None:
+        raise ValueError(
+            f"The embedding width of {type(model).__name__} is unknown: it has no config with a hidden_size, and none "
+            f"of {list(widths)} states its output width. Name a Linear or Embedding module in `branches`."
+        )
+    for branch, sites in branches.items():
+        for site in sites:
+            if widths[site] and hidden_size not in widths[site]:
+                raise ValueError(
+                    f"branches[{branch!r}]: {site!r} ({type(model.get_submodule(site)).__name__}) has width "
+                    f"{sorted(widths[site])}, the language model's is {hidden_size}. Name the module that maps into the "
+                    f"language model: branches={{{branch!r}: ['<its projector>']}}."
+                )
+    return hidden_size
+
+
+def _check_same_branches(model: nn.Module, branches: Branches, adapter_name: str) -> None:
+    present: Branches = {}
+    for name, module in model.named_modules():
+        if isinstance(module, CromeLayer):
+            present.setdefault(module.branch, []).append(name)
+    if present and {b: set(s) for b, s in present.items()} != {b: set(s) for b, s in branches.items()}:
+        raise ValueError(
+            f"Adapter {adapter_name!r} has branches {branches}, the adapters on this model have {present}: they share "
+            f"one set of sites. Write branches={present}, or unload() the others first."
+        )
+
+
+def _redirect_modules_to_save(names: list[str] | None, branches: Branches) -> list[str] | None:
+    """Let PEFT wrap the module inside a site, not the site: the copy it trains must not copy the adapter."""
+    sites = [site for branch in branches.values() for site in branch]
+    for name in names or []:
+        for site in sites:
+            if f".{name}." in f".{site}":
+                raise ValueError(
+                    f"modules_to_save={names}: {name!r} contains the site {site!r}; its copy would hold a second "
+                    f"adapter. Write modules_to_save=[{site!r}]."
+                )
+    inside = {name: [f"{site}.base_layer" for site in sites if site.endswith(name)] for name in names or []}
+    return [redirected for name in names for redirected in inside[name] or [name]] if names else names
+
+
+def _device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtype]:
+    for module in filter(None, (input_embeddings(model), model)):
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and not parameter.is_meta:
+                return parameter.device, parameter.dtype
+    return None, torch.float32
+
+
+def _embedding_rows(model: nn.Module) -> torch.Tensor | None:
+    """The first 64 rows of what the text branch reads, in fp32; None where there is no table with values."""
+    embeddings = input_embeddings(model)
+    table = embeddings.get_base_layer() if isinstance(embeddings, CromeLayer) else embeddings
+    weight = getattr(table, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
+        return None
+    return (weight.detach()[:64] * embed_scale(table)).float()
+
+
+def _embedding_rms(model: nn.Module) -> float:
+    rows = _embedding_rows(model)
+    return 1.0 if rows is None else float(rows.square().mean().sqrt().clamp_min(1e-4))
