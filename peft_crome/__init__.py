@@ -4,8 +4,19 @@ from .registration import register
 
 register()
 
+from .hotswap import hotswap_adapter  # noqa: E402
 from .tuner import CromeConfig, CromeLayer, CromeModel  # noqa: E402
+from .vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor  # noqa: E402
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["CromeConfig", "CromeLayer", "CromeModel", "__version__"]
+__all__ = [
+    "CromeConfig",
+    "CromeLayer",
+    "CromeModel",
+    "CromeVLMConfig",
+    "CromeVLMForConditionalGeneration",
+    "CromeVLMProcessor",
+    "__version__",
+    "hotswap_adapter",
+]

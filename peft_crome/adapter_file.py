@@ -29,7 +29,7 @@ def read_adapter_shapes(model_id: str, subfolder: str | None = None, **hub_kwarg
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no dict)
     except SafetensorError as error:
         raise ValueError(
             f"{path} is truncated or not a safetensors file ({error}). Download or save the adapter again."

@@ -1,4 +1,4 @@
-"""Module outputs: a tensor, a list of tensors, a tuple, a ModelOutput. Find the embeddings in one, keep the container."""
+"""Find the embeddings in what a module returns (a tensor, a list, a tuple, a ModelOutput) and keep the container."""
 
 from __future__ import annotations
 

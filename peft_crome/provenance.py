@@ -49,4 +49,4 @@ def _same_backbone(there: dict[str, Any], here: dict[str, Any]) -> bool:
     if (there.get("model_type"), there.get("hidden_size")) != (here["model_type"], here["hidden_size"]):
         return False
     old, new = there.get("embedding_rms"), here["embedding_rms"]
-    return not old or not new or all(abs(a - b) <= 0.02 * max(abs(a), abs(b)) for a, b in zip(old, new))
+    return not old or not new or all(abs(a - b) <= 0.02 * max(abs(a), abs(b)) for a, b in zip(old, new, strict=False))

@@ -30,8 +30,8 @@ class CromeConfig(PeftConfig):
     branches: dict[str, list[str] | str] | None = field(
         default=None,
         metadata={
-            "help": "Branch -> names (full paths or their last parts) of the modules that produce its embeddings, or a "
-            "regex for full paths: {'text': ['embed_tokens'], 'vision': '.*projector'}. None: known hosts are looked up."
+            "help": "Branch -> names (full paths or last parts) of the modules that produce its embeddings, or a "
+            "regex for full paths: {'text': ['embed_tokens'], 'vision': '.*projector'}. None: looked up."
         },
     )
     gate_activation: str = field(
@@ -41,7 +41,7 @@ class CromeConfig(PeftConfig):
     init_weights: bool | str = field(
         default=True,
         metadata={
-            "help": "True: an identity (W_u is zero), W_g and W_d 'scaled' by what they read. 'normal': with a standard "
+            "help": "True: an identity (W_u is zero), W_g and W_d 'scaled' by what they read. 'normal': standard "
             "deviation of 0.02. False: 'scaled' and W_u random too, for tests."
         },
     )

@@ -11,12 +11,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..adapter_file import Shapes, check_shapes
+from ..adapter_file import check_shapes
+from ..checks import check_same_branches, expected_shapes, find_hidden_size, redirect_modules_to_save
 from ..provenance import backbone_name, describe_backbone, record_backbone
 from .config import CromeConfig
 from .fold import embed_scale, why_not_foldable
 from .layer import CromeLayer, CromeWeights
-from .sites import Branches, find_branches, input_embeddings, possible_widths, text_hidden_size
+from .sites import Branches, find_branches, input_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,16 @@ class CromeModel(BaseTuner):
         """
         config: CromeConfig = self.peft_config[adapter_name]
         branches = find_branches(model, config.branches)
-        hidden_size = _hidden_size(model, branches)
-        _check_same_branches(model, branches, adapter_name)
+        hidden_size = find_hidden_size(model, branches)
+        present: Branches = {}
+        for name, module in model.named_modules():
+            if isinstance(module, CromeLayer):
+                present.setdefault(module.branch, []).append(name)
+        check_same_branches(present, branches, adapter_name)
         if config._file_shapes is not None:
             expected = expected_shapes(branches, hidden_size, config.bottleneck_dim)
             check_shapes(config._file_shapes, expected, f"{backbone_name(model)} (hidden_size {hidden_size})")
-        modules_to_save = _redirect_modules_to_save(config.modules_to_save, branches)
+        modules_to_save = redirect_modules_to_save(config.modules_to_save, branches)
         config.trained_on = record_backbone(config, describe_backbone(model, hidden_size, _embedding_rows(model)))
         config.modules_to_save = modules_to_save
         self._branch_of = {site: branch for branch, sites in branches.items() for site in sites}
@@ -162,59 +167,6 @@ class CromeModel(BaseTuner):
         found = {key.split(f"{WEIGHTS_NAME}.")[-1]: v.shape for key, v in state_dict.items() if ".crome_" in f".{key}"}
         check_shapes(found, weights.shapes(adapter_name), f"adapter {adapter_name!r} on {backbone_name(model)}")
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def expected_shapes(branches: Branches, hidden_size: int, bottleneck_dim: int) -> Shapes:
-    """Names and shapes of the 2·branches + 1 tensors of one adapter's file."""
-    shapes: Shapes = {"crome_up.weight": (hidden_size, bottleneck_dim)}
-    for branch in branches:
-        shapes[f"crome_gate_{branch}.weight"] = shapes[f"crome_down_{branch}.weight"] = (bottleneck_dim, hidden_size)
-    return shapes
-
-
-def _hidden_size(model: nn.Module, branches: Branches) -> int:
-    widths = {site: possible_widths(model.get_submodule(site)) for sites in branches.values() for site in sites}
-    hidden_size = text_hidden_size(model) or next((next(iter(w)) for w in widths.values() if len(w) == 1), None)
-    if hidden_size is None:
-        raise ValueError(
-            f"The embedding width of {type(model).__name__} is unknown: it has no config with a hidden_size, and none "
-            f"of {list(widths)} states its output width. Name a Linear or Embedding module in `branches`."
-        )
-    for branch, sites in branches.items():
-        for site in sites:
-            if widths[site] and hidden_size not in widths[site]:
-                raise ValueError(
-                    f"branches[{branch!r}]: {site!r} ({type(model.get_submodule(site)).__name__}) has width "
-                    f"{sorted(widths[site])}, the language model's is {hidden_size}. Name the module that maps into the "
-                    f"language model: branches={{{branch!r}: ['<its projector>']}}."
-                )
-    return hidden_size
-
-
-def _check_same_branches(model: nn.Module, branches: Branches, adapter_name: str) -> None:
-    present: Branches = {}
-    for name, module in model.named_modules():
-        if isinstance(module, CromeLayer):
-            present.setdefault(module.branch, []).append(name)
-    if present and {b: set(s) for b, s in present.items()} != {b: set(s) for b, s in branches.items()}:
-        raise ValueError(
-            f"Adapter {adapter_name!r} has branches {branches}, the adapters on this model have {present}: they share "
-            f"one set of sites. Write branches={present}, or unload() the others first."
-        )
-
-
-def _redirect_modules_to_save(names: list[str] | None, branches: Branches) -> list[str] | None:
-    """Let PEFT wrap the module inside a site, not the site: the copy it trains must not copy the adapter."""
-    sites = [site for branch in branches.values() for site in branch]
-    for name in names or []:
-        for site in sites:
-            if f".{name}." in f".{site}":
-                raise ValueError(
-                    f"modules_to_save={names}: {name!r} contains the site {site!r}; its copy would hold a second "
-                    f"adapter. Write modules_to_save=[{site!r}]."
-                )
-    inside = {name: [f"{site}.base_layer" for site in sites if site.endswith(name)] for name in names or []}
-    return [redirected for name in names for redirected in inside[name] or [name]] if names else names
 
 
 def _device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtype]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-Branches = dict[str, list[str]]
+from ..checks import Branches, check_not_nested, no_such_module, no_vision_site
 
 # model_type -> branch -> last part of the path of the module whose output enters the language model.
 # The text branch is the module that get_input_embeddings() returns, unless it is named here.
@@ -37,16 +36,7 @@ def find_branches(model: nn.Module, branches: dict[str, list[str] | str] | None)
     if branches is None:
         return _find_by_architecture(model, paths)
     found = {branch: _match(branch, wanted, paths) for branch, wanted in branches.items()}
-    owner: dict[str, str] = {}
-    for branch, sites in found.items():
-        for site in sites:
-            for other in owner:
-                if site == other or site.startswith(other + ".") or other.startswith(site + "."):
-                    raise ValueError(
-                        f"branches: {site!r} ({branch}) and {other!r} ({owner[other]}) are the same module or lie inside "
-                        "each other, so its embeddings would be adapted twice. Name one of them."
-                    )
-            owner[site] = branch
+    check_not_nested(found)
     return found
 
 
@@ -54,31 +44,13 @@ def adaptable_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """Yield path and module of what an adapter may wrap: not the model itself, nothing inside a PEFT layer."""
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if not path or path.startswith(inside or ("\0",)):
+        if not path or path.startswith(inside):
             continue
         if isinstance(module, BaseTunerLayer):
             inside += (path + ".",)
             if not hasattr(module, "base_layer"):
                 continue  # the container of the adapters' weights
         yield path, module
-
-
-def text_hidden_size(model: nn.Module) -> int | None:
-    """The language model's embedding width as its configuration gives it; None for a model without one."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        return None
-    return getattr(config.get_text_config(), "hidden_size", None)
-
-
-def possible_widths(module: nn.Module) -> set[int]:
-    """Output widths that a module can have: exact for layers that state it, every part's for a container."""
-    for name in ("out_features", "embedding_dim"):
-        if isinstance(width := getattr(module, name, None), int):
-            return {width}
-    parts = [part for part in module.modules() if part is not module]
-    widths = {width for part in parts for width in possible_widths(part)}
-    return widths or ({shape[-1]} if (shape := getattr(module, "normalized_shape", None)) else set())
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
@@ -102,21 +74,8 @@ def _find_by_architecture(model: nn.Module, paths: dict[str, nn.Module]) -> Bran
         if sites:
             found[branch] = sites
     if not any(branch != "text" for branch in found):
-        hidden_size = text_hidden_size(model)
-        wide = [path for path, m in paths.items() if hidden_size in possible_widths(m) and not _is_language(path)]
-        vision = next(iter(wide), "<module path>")
-        raise ValueError(
-            f"No vision site is known for {type(model).__name__} (model_type {model_type!r}); tried "
-            f"{sorted(set(table.values())) or 'the table of hosts, which does not have it'}. Modules of the language "
-            f"model's width ({hidden_size}) outside it: {wide[:20] or 'none'}. Write CromeConfig(branches="
-            f"{{'text': {text[:1] or ['<module path>']!r}, 'vision': [{vision!r}]}}), or join a text-only model to a "
-            "vision tower with CromeVLMForConditionalGeneration.from_backbones(vision=..., language=...)."
-        )
+        raise no_vision_site(model, paths, text, table.values())
     return found
-
-
-def _is_language(path: str) -> bool:
-    return bool(re.search(r"(^|\.)(layers|layer|h|block|blocks|lm_head|embed_tokens)(\.|$)", path))
 
 
 def _match(branch: str, wanted: list[str] | str, paths: dict[str, nn.Module]) -> list[str]:
@@ -130,13 +89,5 @@ def _match(branch: str, wanted: list[str] | str, paths: dict[str, nn.Module]) ->
             sites += [path for path in hits if path not in sites]
             missing += [] if hits else [name]
     if missing:
-        last_parts = {path.rsplit(".", 1)[-1]: path for path in paths}
-        close = [
-            last_parts[part] for name in missing for part in difflib.get_close_matches(name.split(".")[-1], last_parts)
-        ]
-        known = close or [path for path in paths if path.count(".") < 2][:20]
-        raise ValueError(
-            f"branches[{branch!r}]: {missing} matches no module of the model. Did you mean one of {known}? "
-            f"Write branches={{{branch!r}: [{known[0] if known else '<module path>'!r}]}}."
-        )
+        raise no_such_module(branch, missing, paths)
     return sites

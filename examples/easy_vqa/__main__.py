@@ -1,0 +1,56 @@
+"""python -m examples.easy_vqa quickstart | demo | answer-again."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+# Nothing here comes from a model hub; without this, libraries look there for optional files and wait.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks transformers by its old name
+
+import typer  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+logging.disable_progress_bar()  # of loading weights; training and answering keep theirs
+
+app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Where results go; a second run continues there.")] = Path(
+        "outputs/quickstart"
+    ),
+) -> None:
+    """Train and evaluate in minutes: one seed, 3,200 captions, 4,800 questions."""
+    from .quickstart import run
+
+    run(output)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Checkpoints; a second run continues there.")] = Path("outputs/demo"),
+    results: Annotated[Path, typer.Option(help="Records, table and pictures.")] = Path("benchmarks/results/easy_vqa"),
+    seeds: Annotated[int, typer.Option(help="Seeds per method.")] = 3,
+) -> None:
+    """The long version, about three hours: four methods, three seeds, the full test split."""
+    from .demo import run
+
+    run(output, results, seeds)
+
+
+@app.command()
+def answer_again(output: Path, file: Path) -> None:
+    """Answer a few test questions with the saved model (the quick start calls this in a fresh process)."""
+    from .quickstart import answer_again as ask
+
+    ask(output, file)
+
+
+if __name__ == "__main__":
+    app()

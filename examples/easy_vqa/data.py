@@ -1,0 +1,156 @@
+"""easy-VQA as conversations: captions that follow from the training answers, questions, and what blindness scores."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from .parts import easy_vqa_dir
+
+COLORS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
+SHAPES = ("circle", "rectangle", "triangle")
+KINDS = ("what", "yes/no")
+SYSTEM = "You answer questions about pictures."
+CAPTION_REQUEST = "Describe the picture."
+
+
+def load_questions(split: str) -> list[dict[str, Any]]:
+    """The official questions of "train" or "test": question, answer, image_id, kind ("what" or "yes/no")."""
+    rows = json.loads((easy_vqa_dir() / split / "questions.json").read_text())
+    return [
+        {"question": q, "answer": a, "image_id": i, "kind": "yes/no" if a in ("yes", "no") else "what"}
+        for q, a, i in rows
+    ]
+
+
+def captions(questions: list[dict[str, Any]]) -> dict[int, str]:
+    """image_id -> "red circle", where the answers to the training questions tell both colour and shape."""
+    known: dict[int, dict[str, str]] = defaultdict(dict)
+    for row in questions:
+        for part, words in (("color", COLORS), ("shape", SHAPES)):
+            if row["answer"] in words:
+                known[row["image_id"]][part] = row["answer"]
+    return {i: f"{parts['color']} {parts['shape']}" for i, parts in known.items() if len(parts) == 2}
+
+
+def blind_baselines(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Answers to the test questions that need no picture: name -> one answer per row of `test`."""
+    frequent = Counter(row["answer"] for row in train).most_common(1)[0][0]
+    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in train:
+        by_text[row["question"]][row["answer"]] += 1
+    return {
+        "most frequent answer": [frequent for _ in test],
+        "best answer to each question text": [by_text[row["question"]].most_common(1)[0][0] for row in test],
+    }
+
+
+def sample(test: list[dict[str, Any]], sizes: dict[str, int], seed: int = 0) -> list[dict[str, Any]]:
+    """A fixed random sample of the test questions, so many of each kind (all, where there are fewer)."""
+    generator = random.Random(seed)
+    chosen: list[dict[str, Any]] = []
+    for kind, size in sizes.items():
+        rows = [row for row in test if row["kind"] == kind]
+        chosen += rows if size >= len(rows) else generator.sample(rows, size)
+    return chosen
+
+
+def caption_rows(train: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` training rows of one captioned picture each; every picture comes before one comes again."""
+    known = captions(train)
+    return [{"image_id": i, "turns": [[CAPTION_REQUEST, known[i]]]} for i in _take(list(known), count, seed)]
+
+
+def question_rows(
+    train: list[dict[str, Any]], count: int, seed: int, questions_per_picture: int
+) -> list[dict[str, Any]]:
+    """`count` training rows of one picture and some of its questions each, as one conversation."""
+    by_picture: dict[int, list[list[str]]] = defaultdict(list)
+    for row in train:
+        by_picture[row["image_id"]].append([row["question"], row["answer"]])
+    generator = random.Random(seed)
+    rows = []
+    for i in _take(list(by_picture), count, seed):
+        turns = generator.sample(by_picture[i], min(questions_per_picture, len(by_picture[i])))
+        rows.append({"image_id": i, "turns": turns})
+    return rows
+
+
+def messages(turns: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
+    """Chat messages of question and answer turns about one picture; a last turn without answer asks for one."""
+    chat: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}]
+    for number, (question, *answer) in enumerate(turns):
+        picture = [{"type": "image"}] if number == 0 else []
+        chat.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
+        chat += [{"role": "assistant", "content": text} for text in answer]
+    return chat
+
+
+def tokenized(rows: list[dict[str, Any]], processor: Any) -> Dataset:
+    """Rows as input_ids and labels: only answers and the token that ends them count in the loss (-100 elsewhere)."""
+    return Dataset.from_list([{"image_id": row["image_id"], **_tokenize(row["turns"], processor)} for row in rows])
+
+
+def _tokenize(turns: list[list[str]], processor: Any) -> dict[str, list[int]]:
+    chat = messages(turns)
+    text = _render(chat, processor)
+    spans = []
+    for end, message in enumerate(chat):
+        if message["role"] == "assistant":
+            start = len(_render(chat[:end], processor, add_generation_prompt=True))
+            stop = len(_render(chat[: end + 1], processor).rstrip())
+            spans.append((start, stop))
+    encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if any(start <= first and last <= stop for start, stop in spans) else -100
+        for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    return {"input_ids": encoded["input_ids"], "labels": labels}
+
+
+def _render(chat: list[dict[str, Any]], processor: Any, add_generation_prompt: bool = False) -> str:
+    text = processor.apply_chat_template(chat, add_generation_prompt=add_generation_prompt, tokenize=False)
+    return text.replace(processor.image_token, processor.image_token * processor.image_seq_length)
+
+
+class Collator:
+    """Pad rows on the right and add each picture's features.
+
+    Args:
+        features: (pictures, tokens, vision_width), by image_id; the frozen tower's output.
+        pad_token_id: fills input_ids; the mask goes by length, since the id may also end a turn.
+    """
+
+    def __init__(self, features: torch.Tensor, pad_token_id: int) -> None:
+        self.features = features
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        batch = {
+            "input_ids": torch.full((len(rows), length), self.pad_token_id),
+            "attention_mask": torch.zeros(len(rows), length, dtype=torch.long),
+            "labels": torch.full((len(rows), length), -100),
+        }
+        for number, row in enumerate(rows):
+            size = len(row["input_ids"])
+            batch["input_ids"][number, :size] = torch.as_tensor(row["input_ids"])
+            batch["labels"][number, :size] = torch.as_tensor(row["labels"])
+            batch["attention_mask"][number, :size] = 1
+        batch["vision_features"] = self.features[[row["image_id"] for row in rows]]
+        return batch
+
+
+def _take(items: list[int], count: int, seed: int) -> Iterator[int]:
+    generator = random.Random(seed)
+    taken = 0
+    while taken < count:
+        order = generator.sample(items, len(items))[: count - taken]
+        yield from order
+        taken += len(order)

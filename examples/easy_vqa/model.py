@@ -1,0 +1,120 @@
+"""The composite of the quick start: frozen DINOv2-small and SmolLM2-135M, joined and adapted in one of four ways."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from PIL import Image
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
+
+from peft_crome import CromeConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
+
+from .parts import cache_dir, dinov2_small, easy_vqa_dir, smollm2
+
+METHODS = ("crome", "projection", "lora", "crome-4bit")
+PROJECTION = "image_projection"
+POOL_SIZE = 2  # 8 x 8 patches of a 112 px picture -> 16 image tokens
+
+
+def processor() -> Any:
+    """The composite's processor: DINOv2's pictures, SmolLM2's chat template."""
+    return CromeVLMProcessor.from_backbones(config=backbone("projection").config)
+
+
+def backbone(method: str) -> CromeVLMForConditionalGeneration:
+    """Both frozen backbones in bf16 (the language model in nf4 for "crome-4bit") and a fresh projection in fp32."""
+    quantization = None
+    if method == "crome-4bit":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model = CromeVLMForConditionalGeneration.from_backbones(
+        vision=str(dinov2_small()),
+        language=str(smollm2()),
+        quantization_config=quantization,
+        dtype=torch.bfloat16,
+        vision_pool_size=POOL_SIZE,
+    )
+    model.image_projection.float()
+    return model
+
+
+def adapter_config(method: str, stage: str) -> PeftConfig | None:
+    """What PEFT attaches in a stage; None where the projection alone trains."""
+    projection = [PROJECTION] if stage == "align" else None
+    if method == "projection":
+        return None
+    if method == "lora":
+        # 748,800 weights, 1.6% more than CROME's 737,280. The regex spares the tower: its layers have the same names.
+        target = r".*language_model.*\.(q_proj|v_proj)"
+        return LoraConfig(r=13, lora_alpha=26, target_modules=target, modules_to_save=projection)
+    return CromeConfig(bottleneck_dim=256, modules_to_save=projection)
+
+
+def attach(method: str, stage: str, previous: Path | None = None) -> torch.nn.Module:
+    """The model of a stage, ready to train: "align" from scratch, "finetune" from the directory of "align"."""
+    if previous is None:
+        model = backbone(method)
+    else:
+        model = CromeVLMForConditionalGeneration.from_pretrained(previous / "composite")
+        model.image_projection.float()
+    config = adapter_config(method, stage)
+    if config is None:
+        return model
+    model = get_peft_model(model, config)
+    if previous is not None:
+        weights = load_peft_weights(str(previous / "adapter"), device="cpu")
+        own = {name: value for name, value in weights.items() if PROJECTION not in name}
+        set_peft_model_state_dict(model, own)
+    return model
+
+
+def save_stage(model: torch.nn.Module, directory: Path) -> int:
+    """Write the stage's directory: `adapter/` (PEFT) and `composite/` (the projection); return the size in bytes."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(directory / "adapter")
+        model = model.unload()  # leaves the trained projection in the plain composite
+    model.save_pretrained(directory / "composite")
+    return sum(file.stat().st_size for file in directory.rglob("*.safetensors"))
+
+
+def load_stage(directory: Path) -> torch.nn.Module:
+    """The trained model of a stage for answering, from its directory and the backbones that it names."""
+    model = CromeVLMForConditionalGeneration.from_pretrained(directory / "composite")
+    if (directory / "adapter").is_dir():
+        model = PeftModel.from_pretrained(model, str(directory / "adapter"))
+    return model.eval()
+
+
+def vision_features(split: str, image_processor: Any) -> torch.Tensor:
+    """The frozen tower's pooled features of all pictures of a split, (pictures, 16, 384) fp16, computed once."""
+    path = cache_dir() / f"features-{split}-{dinov2_small().name}-112px-pool{POOL_SIZE}.safetensors"
+    if not path.is_file():
+        model = backbone("projection").eval()
+        folder = easy_vqa_dir() / split / "images"
+        count = len(list(folder.glob("*.png")))
+        batches = []
+        for first in track(range(0, count, 50), description=f"features of {count} {split} pictures"):
+            pictures = [Image.open(folder / f"{i}.png").convert("RGB") for i in range(first, min(first + 50, count))]
+            pixel_values = image_processor(pictures, return_tensors="pt")["pixel_values"]
+            batches.append(model.get_vision_features(pixel_values).half())
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"features": torch.cat(batches)}, temporary)
+        os.replace(temporary, path)
+    return load_file(path)["features"]
+
+
+def blank_features(image_processor: Any) -> torch.Tensor:
+    """The tower's pooled features of one black picture, (1, 16, 384) fp16."""
+    picture = Image.new("RGB", (64, 64))
+    pixel_values = image_processor([picture], return_tensors="pt")["pixel_values"]
+    return backbone("projection").eval().get_vision_features(pixel_values).half()

@@ -1,0 +1,92 @@
+"""The table, the contact sheet and the learning curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from . import data
+from .parts import easy_vqa_dir
+
+Row = dict[str, Any]  # name, score (by kind), and of trained rows also the fields of a training record
+
+
+def columns(row: Row) -> list[str]:
+    """A row of the table as text."""
+    cells = [row["name"]]
+    for kind in data.KINDS:
+        score = row["score"].get(kind)
+        cells.append(f"{score['accuracy']:.1%} ± {score['stderr']:.1%} ({score['n']:,})" if score else "-")
+    cells.append(f"{row['seconds']:.0f}" if "seconds" in row else "-")
+    cells.append(f"{row['peak_memory_bytes'] / 2**30:.1f} GiB" if "peak_memory_bytes" in row else "-")
+    cells.append(f"{row['trained_parameters']:,}" if row.get("trained_parameters") else "-")
+    cells.append(f"{row['file_bytes'] / 1e6:.1f} MB" if row.get("file_bytes") else "-")
+    return cells
+
+
+HEADER = ["", "what colour / shape (n)", "yes/no (n)", "seconds", "peak memory", "trained weights", "files"]
+
+
+def print_table(rows: list[Row], title: str) -> None:
+    """Show the table in the terminal."""
+    table = Table(title=title, caption="accuracy ± standard error (number of test questions)")
+    for name in HEADER:
+        table.add_column(name, justify="left" if not name else "right")
+    for row in rows:
+        table.add_row(*columns(row))
+    Console(width=150).print(table)
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """The same table for a README."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
+    return "\n".join(lines + ["| " + " | ".join(columns(row)) + " |" for row in rows]) + "\n"
+
+
+def contact_sheet(questions: list[Row], answers: list[str], path: Path, count: int = 24) -> None:
+    """Draw test pictures with question, answer and whether it was right (green) or wrong (red, with the truth)."""
+    figure, axes = plt.subplots(4, count // 4, figsize=(2.3 * count // 4, 10.5))
+    step = max(1, len(questions) // count)
+    for axis, i in zip(axes.flat, range(0, step * count, step), strict=True):
+        row = questions[i]
+        axis.imshow(Image.open(easy_vqa_dir() / "test" / "images" / f"{row['image_id']}.png"))
+        right = answers[i] == row["answer"]
+        verdict = answers[i] or "(nothing)"
+        verdict += "" if right else f" (is {row['answer']})"
+        question = (
+            row["question"].replace(" the image", "\nthe image") if len(row["question"]) > 30 else row["question"]
+        )
+        axis.set_title(question, fontsize=8)
+        axis.set_xlabel(verdict, fontsize=9, color="green" if right else "red", fontweight="bold")
+        axis.set_xticks([])
+        axis.set_yticks([])
+    right = sum(answers[i] == questions[i]["answer"] for i in range(0, step * count, step))
+    figure.suptitle(f"easy-VQA test pictures, evenly picked from those asked: {right} of {count} right", fontsize=11)
+    _save(figure, path)
+
+
+def learning_curves(curves: dict[str, list[list[float]]], path: Path) -> None:
+    """Draw the training losses, one line a stage, on a logarithmic axis."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for name, points in curves.items():
+        axis.plot([step for step, _ in points], [loss for _, loss in points], label=name)
+    axis.set(xlabel="step", ylabel="loss on the answer's tokens", yscale="log", title="Learning curves")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(path)
+    plt.close(figure)

@@ -1,0 +1,111 @@
+"""One stage of training on the ordinary `Trainer`; it continues from its last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import data
+from .model import attach, save_stage
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage trains on and how long.
+
+    Args:
+        name: "align" (projection + adapter, on captions) or "finetune" (adapter alone, on questions).
+        steps: optimiser steps.
+        pictures_per_step: rows of a batch, one picture each.
+        questions_per_picture: question turns of a row; captions have one.
+        learning_rate: AdamW's peak, after a warm-up over 5% of the steps, then cosine to 0.
+    """
+
+    name: str
+    steps: int
+    pictures_per_step: int
+    questions_per_picture: int
+    learning_rate: float
+
+
+def train_stage(
+    stage: Stage,
+    method: str,
+    seed: int,
+    processor: Any,
+    features: torch.Tensor,
+    directory: Path,
+    previous: Path | None = None,
+) -> dict[str, Any]:
+    """Train a stage, save it to `directory` and return its record; a finished stage is not trained again.
+
+    Returns:
+        settings, seconds, peak_memory_bytes, trained_parameters, file_bytes and the loss curve [[step, loss], ...].
+    """
+    record_file = directory / "record.json"
+    if record_file.is_file():
+        return json.loads(record_file.read_text())
+    torch.manual_seed(seed)
+    model = attach(method, stage.name, previous)
+    questions = data.load_questions("train")
+    count = stage.steps * stage.pictures_per_step
+    if stage.name == "align":
+        rows = data.caption_rows(questions, count, seed)
+    else:
+        rows = data.question_rows(questions, count, seed, stage.questions_per_picture)
+    arguments = TrainingArguments(
+        output_dir=str(directory / "checkpoints"),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.pictures_per_step,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, stage.steps // 20),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=10,
+        save_steps=50,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=seed,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.tokenized(rows, processor),
+        data_collator=data.Collator(features, processor.tokenizer.pad_token_id),
+    )
+    start = time.perf_counter()
+    checkpoint = get_last_checkpoint(arguments.output_dir) if os.path.isdir(arguments.output_dir) else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    record = {
+        "settings": {**asdict(stage), "method": method, "seed": seed},
+        "seconds": round(time.perf_counter() - start, 1),
+        "resumed": checkpoint is not None,  # then seconds count the last part only
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "trained_parameters": trained,
+        "file_bytes": save_stage(model, directory),
+        "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
+    }
+    write_json(record_file, record)
+    return record
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)

@@ -1,0 +1,44 @@
+"""Replace a loaded adapter's weights in place: PEFT's own hot-swap knows LoRA alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+
+from .tuner import CromeConfig
+
+
+def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "default", **hub_kwargs: Any) -> None:
+    """Put another adapter's weights where `adapter_name`'s are; no module or tensor is replaced, nothing recompiles.
+
+    Args:
+        model: has the adapter `adapter_name`; torch.compile may have wrapped it.
+        model_id: directory or Hub repository of the adapter to swap in.
+        adapter_name: keeps its name.
+        hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, ...
+    Raises:
+        ValueError: the adapter is unknown or merged, or the new one differs in more than its weights; the model is
+            as it was.
+
+    Example:
+        >>> hotswap_adapter(model, "user/other-adapter")  # doctest: +SKIP
+    """
+    model = getattr(model, "_orig_mod", model)
+    old = model.peft_config.get(adapter_name)
+    if not isinstance(old, CromeConfig):
+        raise ValueError(
+            f"No CROME adapter {adapter_name!r} on this model; there are {list(model.peft_config)}. "
+            f"Write model.load_adapter({str(model_id)!r}, adapter_name={adapter_name!r})."
+        )
+    if any(adapter_name in getattr(module, "merged_adapters", ()) for module in model.modules()):
+        raise ValueError(f"Adapter {adapter_name!r} is merged. Call model.unmerge_adapter() first.")
+    new = CromeConfig.from_pretrained(model_id, **hub_kwargs)
+    for name in ("bottleneck_dim", "gate_activation", "branches", "modules_to_save"):
+        if getattr(old, name) != getattr(new, name):
+            raise ValueError(
+                f"{model_id} has {name}={getattr(new, name)!r}, the adapter to replace has {getattr(old, name)!r}. "
+                f"Write model.load_adapter({str(model_id)!r}, adapter_name=...) instead."
+            )
+    weights = load_peft_weights(model_id, device="cpu", **hub_kwargs)
+    set_peft_model_state_dict(model, weights, adapter_name=adapter_name)

@@ -1,0 +1,13 @@
+"""The composite model: any vision tower and any language model; importing it registers the auto classes."""
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_crome_vlm import CromeVLMConfig
+from .modeling_crome_vlm import CromeVLMForConditionalGeneration
+from .processing_crome_vlm import CromeVLMProcessor
+
+AutoConfig.register(CromeVLMConfig.model_type, CromeVLMConfig, exist_ok=True)
+AutoModelForImageTextToText.register(CromeVLMConfig, CromeVLMForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(CromeVLMConfig, CromeVLMProcessor, exist_ok=True)
+
+__all__ = ["CromeVLMConfig", "CromeVLMForConditionalGeneration", "CromeVLMProcessor"]

@@ -1,0 +1,330 @@
+"""Save what was trained, name the rest; load the named backbones, then the stored weights, strictly."""
+
+import copy
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
+
+from .configuration_crome_vlm import CromeVLMConfig, quantization_to_dict
+from .convert import PARTS, Loading, Quantization, assemble, language_class, load_language_model, load_vision_tower
+from .vision import vision_class
+
+Composite = TypeVar("Composite", bound=PreTrainedModel)
+Weights = dict[str, torch.Tensor]
+FILE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+
+
+def select_weights(model: Any, state_dict: Weights) -> Weights:
+    """What a checkpoint stores: everything outside the backbones, and of a backbone what its name does not give.
+
+    Args:
+        model: the composite.
+        state_dict: of the whole composite.
+    Returns:
+        The projection; each backbone parameter that trains, has trained under `train()` or was loaded from a
+        composite's checkpoint; the whole of a backbone that has no name.
+    Raises:
+        ValueError: a backbone without a name is quantised, or adapters are attached.
+    """
+    wrapped = [name for name, module in model.named_modules() if _is_peft_layer(module)]
+    if wrapped:
+        raise ValueError(
+            f"The model holds PEFT layers ({wrapped[:3]}). Save the adapter with peft_model.save_pretrained(...), and "
+            "the composite before get_peft_model or after peft_model.unload()."
+        )
+    names = (model.config.vision_model_name_or_path, model.config.text_model_name_or_path)
+    unnamed = [part for part, name in zip(PARTS, names, strict=True) if name is None]
+    for part in unnamed:
+        if getattr(getattr(model, part), "hf_quantizer", None) is not None:
+            raise ValueError(
+                f"{part} is quantised and has no name, so its weights would have to be stored quantised. Load it by "
+                "name: from_backbones(vision='...', language='...', quantization_config=...)."
+            )
+    stored = model._stored_keys | model.trained_backbone_keys()
+    return {
+        key: tensor
+        for key, tensor in state_dict.items()
+        if (part := key.split(".", 1)[0]) not in PARTS or part in unnamed or key in stored
+    }
+
+
+def _is_peft_layer(module: torch.nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    """Write a checkpoint beside its place and move it there file by file, so that no file is ever half-written.
+
+    Args:
+        model: the composite.
+        write: `PreTrainedModel.save_pretrained` of the composite.
+        save_directory: made where it is missing.
+        kwargs: of `PreTrainedModel.save_pretrained`.
+    """
+    directory = Path(save_directory)
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file; expected a directory to save to. Write another save_directory.")
+    directory.mkdir(parents=True, exist_ok=True)
+    if not getattr(model, "_hf_peft_config_loaded", False):  # with adapters, transformers stores these alone
+        state_dict = kwargs.pop("state_dict", None)
+        kwargs["state_dict"] = select_weights(model, state_dict if state_dict is not None else model.state_dict())
+        kwargs["save_original_format"] = False  # keys are the composite's own, read back by `load`
+        for part, config in (
+            (model.vision_tower, model.config.vision_config),
+            (model.language_model, model.config.text_config),
+        ):
+            config.dtype = part.dtype
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", directory.name)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+        write(temporary, **kwargs)
+        written = sorted(path for path in Path(temporary).iterdir() if path.is_file())
+        for path in written:
+            os.replace(path, directory / path.name)
+    new = {path.name for path in written}
+    if SAFE_WEIGHTS_NAME in new or SAFE_WEIGHTS_INDEX_NAME in new:
+        for old in directory.glob("model*.safetensors*"):
+            if old.name not in new:  # shards, or the single file, of an earlier save would be read instead
+                old.unlink()
+
+
+def load(
+    cls: type[Composite],
+    name_or_path: str | os.PathLike,
+    *model_args: Any,
+    config: CromeVLMConfig | None = None,
+    quantization_config: Quantization | None = None,
+    vision_quantization_config: Quantization | None = None,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    attn_implementation: Any = None,
+    generation_config: GenerationConfig | None = None,
+    adapter: Literal["load", "ignore"] = "load",
+    output_loading_info: bool = False,
+    **kwargs: Any,
+) -> Composite | tuple[Composite, dict[str, Any]]:
+    """Load a composite: the backbones by the names in its configuration, then its stored weights.
+
+    Args:
+        cls: the composite's class.
+        name_or_path: directory or repository that `save_pretrained` wrote.
+        model_args: refused; the composite takes none.
+        config: instead of the stored one, for instance with other backbone names.
+        quantization_config: of the language model; None: as recorded. To load a recorded quantisation in full
+            precision, pass a config whose text_quantization_config is None.
+        vision_quantization_config: of the tower; None: as recorded.
+        dtype: of everything; None or "auto": each part as it was saved.
+        torch_dtype: older name of dtype.
+        device_map, attn_implementation: see `convert.Loading`.
+        generation_config: instead of the stored one.
+        adapter: "load" attaches a PEFT adapter stored in the same place, as transformers does for every model;
+            "ignore" leaves it, for `PeftModel.from_pretrained(model, name_or_path)`.
+        output_loading_info: also return which keys were loaded, as transformers does.
+        kwargs: hub arguments for this repository (`revision`, `subfolder`) and for all (`cache_dir`, `token`,
+            `local_files_only`, ...); the configuration's fields; other arguments of the backbones' from_pretrained.
+    Returns:
+        The composite in evaluation mode, backbones frozen.
+    Raises:
+        ValueError: the files are not a composite's, or weights are missing, unexpected or of the wrong shape.
+        OSError: a file or a backbone cannot be found.
+    """
+    if model_args or adapter not in ("load", "ignore"):
+        raise ValueError(
+            f"Got {model_args or adapter!r}; expected no positional arguments, adapter='load' or 'ignore'."
+        )
+    adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
+    for name in ("_from_auto", "_from_pipeline", "from_pipeline", "low_cpu_mem_usage", "state_dict"):
+        if kwargs.pop(name, None) is not None and name == "state_dict":
+            raise ValueError("state_dict= is not supported; call model.load_state_dict(state_dict) after loading.")
+    files = {name: kwargs[name] for name in FILE_ARGUMENTS if name in kwargs}
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    config, kwargs = _load_config(name_or_path, config, files, kwargs)
+    stored = read_weights(name_or_path, files)
+    check_names(stored, config, name_or_path)
+
+    dtype = dtype if dtype is not None else torch_dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    loading = Loading(None if dtype == "auto" else dtype, device_map, attn_implementation, kwargs)
+    config.vision_quantization_config = (
+        quantization_to_dict(vision_quantization_config) or config.vision_quantization_config
+    )
+    config.text_quantization_config = quantization_to_dict(quantization_config) or config.text_quantization_config
+    parts = {part: _load_part(part, config, stored, loading, name_or_path) for part in PARTS}
+    config.vision_config, config.text_config = parts["vision_tower"].config, parts["language_model"].config
+    model = assemble(cls, config, parts["vision_tower"], parts["language_model"], loading)
+    if loading.dtype is None:
+        model.image_projection.to(stored["image_projection.weight"].dtype)
+    named = {"vision_tower": config.vision_model_name_or_path, "language_model": config.text_model_name_or_path}
+    rest = {key: tensor for key, tensor in stored.items() if named.get(key.split(".", 1)[0], "") is not None}
+    copy_weights(model, rest, name_or_path)
+    model._stored_keys |= {key for key in rest if key.split(".", 1)[0] in PARTS}
+    config.name_or_path = model.name_or_path = str(name_or_path)
+    model.generation_config = generation_config or _load_generation_config(model, name_or_path, files)
+    model.eval()
+    if adapter == "load":
+        _load_adapter(model, name_or_path, files, adapter_kwargs)
+    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return (model, info) if output_loading_info else model
+
+
+def read_weights(name_or_path: str | os.PathLike, files: dict[str, Any]) -> Weights:
+    """Every stored tensor by name, from one file or from shards.
+
+    Raises:
+        OSError: no weight file, or a shard is missing.
+        ValueError: a file is truncated or not safetensors, or a shard lacks a tensor that the index lists.
+    """
+    optional = {"_raise_exceptions_for_missing_entries": False, **files}
+    single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **optional)
+    if single is not None:
+        return _read_file(single)
+    index_file = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **optional)
+    if index_file is None:
+        raise OSError(
+            f"{name_or_path} has no {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; save the model again."
+        )
+    weight_map = json.loads(Path(index_file).read_text(encoding="utf-8"))["weight_map"]
+    weights: Weights = {}
+    for shard in sorted(set(weight_map.values())):
+        weights.update(_read_file(cached_file(name_or_path, shard, **files)))
+    absent = sorted(set(weight_map) - set(weights))
+    if absent:
+        raise ValueError(
+            f"{name_or_path}: missing weights {absent[:8]}, which the index lists; copy all shards again."
+        )
+    return weights
+
+
+def _read_file(path: str) -> Weights:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); copy or save it again.") from error
+
+
+def check_names(stored: Weights, config: CromeVLMConfig, name_or_path: str | os.PathLike) -> None:
+    """Refuse weights that are plainly not this composite's, before any backbone is loaded.
+
+    Raises:
+        ValueError: the projection is missing, or keys belong to no part of a composite.
+    """
+    expected = ["image_projection.weight", *(["image_projection.bias"] if config.image_projection_bias else [])]
+    missing = [key for key in expected if key not in stored]
+    unexpected = [key for key in stored if key not in expected and key.split(".", 1)[0] not in PARTS]
+    _report(name_or_path, missing, unexpected, [])
+
+
+def copy_weights(model: torch.nn.Module, weights: Weights, name_or_path: str | os.PathLike) -> None:
+    """Copy stored tensors into a model, all or none.
+
+    Raises:
+        ValueError: a tensor is unexpected or of the wrong shape; the model is as it was.
+    """
+    targets = model.state_dict(keep_vars=True)
+    unexpected = [key for key in weights if key not in targets]
+    wrong = [
+        f"{key}: stored {tuple(tensor.shape)}, expected {tuple(targets[key].shape)}"
+        for key, tensor in weights.items()
+        if key in targets and targets[key].shape != tensor.shape
+    ]
+    _report(name_or_path, [], unexpected, wrong)
+    with torch.no_grad():
+        for key, tensor in weights.items():
+            targets[key].data.copy_(tensor)
+
+
+def _report(name: str | os.PathLike, missing: Iterable[str], unexpected: Iterable[str], wrong: Iterable[str]) -> None:
+    found = {"missing": list(missing), "unexpected": list(unexpected), "of the wrong shape": list(wrong)}
+    text = "; ".join(f"{len(keys)} {kind}: {keys[:8]}" for kind, keys in found.items() if keys)
+    if text:
+        raise ValueError(
+            f"The weights of {name} do not fit this composite: {text}. Load the directory that save_pretrained wrote, "
+            "with its own config.json and the backbones it names."
+        )
+
+
+def _load_config(
+    name_or_path: str | os.PathLike, config: CromeVLMConfig | None, files: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[CromeVLMConfig, dict[str, Any]]:
+    """The configuration, and the arguments that are none of its fields."""
+    if isinstance(config, PreTrainedConfig):
+        return copy.deepcopy(config), kwargs
+    source = config if config is not None else name_or_path
+    stored, _ = CromeVLMConfig.get_config_dict(source, **files)
+    if stored.get("model_type") != CromeVLMConfig.model_type:
+        raise ValueError(
+            f"{source} is a {stored.get('model_type')!r} model, expected 'crome_vlm'. Load it with its own class, or "
+            "join its parts: CromeVLMForConditionalGeneration.from_backbones(vision=..., language=...)."
+        )
+    shared = {name: value for name, value in kwargs.items() if name in FILE_ARGUMENTS}
+    config, rest = CromeVLMConfig.from_pretrained(source, return_unused_kwargs=True, **{**kwargs, **files})
+    return config, {**{n: v for n, v in rest.items() if n not in ("revision", "subfolder")}, **shared}
+
+
+def _load_part(
+    part: str, config: CromeVLMConfig, stored: Weights, loading: Loading, name_or_path: str | os.PathLike
+) -> PreTrainedModel:
+    """One backbone: by its name, or from the stored weights where it has none."""
+    vision = part == "vision_tower"
+    name = config.vision_model_name_or_path if vision else config.text_model_name_or_path
+    revision = config.vision_revision if vision else config.text_revision
+    own = config.vision_config if vision else config.text_config
+    quantization = config.vision_quantization_config if vision else config.text_quantization_config
+    if loading.dtype is None:
+        loading = dataclasses.replace(loading, dtype=own.dtype)
+    if name is not None:
+        by_name = load_vision_tower if vision else load_language_model
+        try:
+            return by_name(name, revision, own, quantization, loading)
+        except OSError as error:
+            field = "vision_model_name_or_path" if vision else "text_model_name_or_path"
+            raise OSError(
+                f"{name_or_path} names {name!r} as its {part}, which cannot be loaded: {error}\nIf it has moved: "
+                f"config = CromeVLMConfig.from_pretrained(...); config.{field} = '...'; pass config=config."
+            ) from error
+    weights = {key.removeprefix(f"{part}."): tensor for key, tensor in stored.items() if key.startswith(f"{part}.")}
+    model_class = vision_class(own) if vision else language_class(own)
+    if hasattr(model_class, "_model_mapping"):  # auto classes do not take a state_dict without a name
+        model_class = model_class._model_mapping[type(own)]
+    model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
+    arguments = {**loading.for_part(part), **({"quantization_config": quantization} if quantization else {})}
+    for hub_argument in FILE_ARGUMENTS:
+        arguments.pop(hub_argument, None)
+    model, info = model_class.from_pretrained(
+        None, config=own, state_dict=weights, output_loading_info=True, **arguments
+    )
+    missing = [f"{part}.{key}" for key in sorted(info["missing_keys"])]
+    _report(name_or_path, missing, [f"{part}.{key}" for key in sorted(info["unexpected_keys"])], [])
+    return model
+
+
+def _load_generation_config(model: Any, name_or_path: str | os.PathLike, files: dict[str, Any]) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(name_or_path, **files)
+    except OSError:
+        return model.generation_config  # none stored: the language model's own
+
+
+def _load_adapter(
+    model: Any, name_or_path: str | os.PathLike, files: dict[str, Any], adapter_kwargs: dict[str, Any]
+) -> None:
+    """Attach the PEFT adapter that is stored beside the composite, where there is one."""
+    path = adapter_kwargs.pop("_adapter_model_path", None)
+    if path is None and find_adapter_config_file(name_or_path, **files) is not None:
+        path = name_or_path
+    if path is not None:
+        model.load_adapter(path, adapter_kwargs=adapter_kwargs)

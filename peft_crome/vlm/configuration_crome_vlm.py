@@ -1,0 +1,123 @@
+"""Configuration of the composite: any vision tower joined to any language model."""
+
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+
+@strict
+class CromeVLMConfig(PreTrainedConfig):
+    """Describes a frozen vision tower and a frozen language model that a linear image projection joins.
+
+    Args:
+        vision_config: the tower's own configuration, or its dictionary.
+        text_config: the language model's own configuration, or its dictionary.
+        vision_model_name_or_path: where the tower's weights are; None: they are stored with the composite.
+        vision_revision: branch, tag or commit of that repository; None: its default branch.
+        text_model_name_or_path: where the language model's weights are; None: they are stored with the composite.
+        text_revision: branch, tag or commit of that repository; None: its default branch.
+        vision_quantization_config: how the tower is quantised while it is loaded; None: as its checkpoint is.
+        text_quantization_config: how the language model is quantised while it is loaded; None: as its checkpoint is.
+        image_token_id: id of the image placeholder; it may lie outside the embedding table, which is never resized.
+        image_size: height and width in pixels that the tower is fed, or one number for both; None: the tower's own.
+        image_seq_length: tokens per image in the prompt, after pooling; None: computed when the model is built.
+        vision_feature_layer: -1: the tower's output (`last_hidden_state`, after its final norm where it has one);
+            any other number indexes its `hidden_states`; -2 is the penultimate layer, as in the paper.
+        vision_feature_select_strategy: "default" drops the tokens before the patches (CLS, registers); "full" keeps
+            them.
+        vision_pool_size: n averages n x n neighbouring patches into one token; 1 keeps every patch.
+        image_projection_bias: whether the image projection has a bias.
+
+    Raises:
+        ValueError: a number is out of range, or the two image token counts differ.
+
+    Example:
+        >>> config = CromeVLMConfig(vision_config={"model_type": "dinov2"}, text_config={"model_type": "qwen3"})
+        >>> config.text_config.model_type
+        'qwen3'
+    """
+
+    model_type = "crome_vlm"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "image_hidden_states",
+        "encoder_last_hidden_state",
+    ]
+
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    vision_model_name_or_path: str | None = None
+    vision_revision: str | None = None
+    text_model_name_or_path: str | None = None
+    text_revision: str | None = None
+    vision_quantization_config: dict[str, Any] | None = None
+    text_quantization_config: dict[str, Any] | None = None
+    image_token_id: int = 32000
+    image_size: int | list[int] | tuple[int, ...] | None = None
+    image_seq_length: int | None = None
+    vision_feature_layer: int = -1
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    vision_pool_size: int = 1
+    image_projection_bias: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # The base class would reset what the parts chose; keep it unless the caller says otherwise.
+        for choice in ("attn_implementation", "experts_implementation"):
+            if kwargs.get(choice) is None:
+                chosen = {key: getattr(getattr(self, key), f"_{choice}", None) for key in self.sub_configs}
+                kwargs[choice] = {key: value for key, value in chosen.items() if value is not None}
+        super().__post_init__(**kwargs)
+        self.is_encoder_decoder = bool(self.text_config.is_encoder_decoder)
+        self.tie_word_embeddings = False  # the language model ties its own; the composite adds no tie
+        if self.image_size is None:
+            self.image_size = getattr(self.vision_config, "image_size", None)
+        if isinstance(self.image_size, tuple):
+            self.image_size = list(self.image_size)
+        if self.image_token_id < 0:
+            raise ValueError(f"image_token_id={self.image_token_id} must be 0 or more; take the processor's.")
+        if self.vision_pool_size < 1:
+            raise ValueError(
+                f"vision_pool_size={self.vision_pool_size} must be 1 or more; write vision_pool_size=1 to keep every "
+                "patch, 2 to average 2 x 2 patches."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values; a quantisation applied while loading is recorded once."""
+        output = super().to_dict()
+        for part in ("vision", "text"):
+            if output[f"{part}_quantization_config"] is not None:
+                output[f"{part}_config"].pop("quantization_config", None)
+        return output
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the tower is fed.
+
+        Raises:
+            ValueError: neither the composite nor the tower states a size.
+        """
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        if self.image_size is not None and len(self.image_size) == 2:
+            return self.image_size[0], self.image_size[1]
+        raise ValueError(
+            f"The image size of {self.vision_config.model_type!r} is {self.image_size}: expected a number or "
+            "(height, width). Write image_size=224, or what the tower was trained on."
+        )
+
+
+def quantization_to_dict(quantization_config: QuantizationConfigMixin | dict[str, Any] | None) -> dict | None:
+    """A JSON-ready copy of a quantisation configuration; None stays None."""
+    if isinstance(quantization_config, QuantizationConfigMixin):
+        return quantization_config.to_dict()
+    return None if quantization_config is None else dict(quantization_config)
+
+
+__all__ = ["CromeVLMConfig"]

@@ -1,0 +1,288 @@
+"""Build the composite from a vision tower and a language model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .configuration_crome_vlm import CromeVLMConfig, quantization_to_dict
+from .image_size import fixed_image_size
+from .image_token import ensure_image_token
+from .vision import find_vision_model, vision_class
+
+Composite = TypeVar("Composite", bound=PreTrainedModel)
+Quantization = QuantizationConfigMixin | dict[str, Any]
+PARTS = ("vision_tower", "language_model")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How backbones are loaded; the same for both unless a mapping tells them apart.
+
+    Args:
+        dtype: as in transformers; None: the checkpoint's.
+        device_map: as in transformers; a dictionary names the composite's modules (`language_model.model.layers.0`).
+        attn_implementation: a name, or {"vision_config": name, "text_config": name}.
+        arguments: other arguments of `from_pretrained` (`cache_dir`, `token`, `local_files_only`, ...).
+    """
+
+    dtype: torch.dtype | str | None = None
+    device_map: Any = None
+    attn_implementation: str | Mapping[str, str] | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hub_arguments(self) -> dict[str, Any]:
+        """The arguments that processors and configurations understand too."""
+        return {name: value for name, value in self.arguments.items() if name in HUB_ARGUMENTS}
+
+    def for_part(self, part: str) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for "vision_tower" or "language_model".
+
+        Raises:
+            ValueError: a device_map dictionary has no entry for the part.
+        """
+        key = "vision_config" if part == "vision_tower" else "text_config"
+        attention = self.attn_implementation
+        attention = attention.get(key) if isinstance(attention, Mapping) else attention
+        device_map = self.device_map
+        if isinstance(device_map, Mapping):
+            inside = {k: d for k, d in device_map.items() if k == part or k.startswith(f"{part}.")}
+            device_map = {k.removeprefix(part).removeprefix("."): device for k, device in inside.items()}
+            if not device_map and "" not in self.device_map:
+                raise ValueError(
+                    f"device_map has keys {list(self.device_map)}, none for {part!r}; add {part!r}: 'cpu'."
+                )
+            device_map = device_map or {"": self.device_map[""]}
+        chosen = {"attn_implementation": attention, "device_map": device_map}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        return {"dtype": self.dtype if self.dtype is not None else "auto", **chosen, **self.arguments}
+
+
+def from_backbones(
+    cls: type[Composite],
+    vision: str | PreTrainedModel,
+    language: str | PreTrainedModel,
+    *,
+    vision_revision: str | None = None,
+    text_revision: str | None = None,
+    quantization_config: Quantization | None = None,
+    vision_quantization_config: Quantization | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    attn_implementation: str | Mapping[str, str] | None = None,
+    image_token_id: int | None = None,
+    image_size: int | list[int] | tuple[int, int] | None = None,
+    vision_feature_layer: int = -1,
+    vision_feature_select_strategy: str = "default",
+    vision_pool_size: int = 1,
+    image_projection_bias: bool = True,
+    **kwargs: Any,
+) -> Composite:
+    """Join a vision tower and a language model; both are frozen, the new image projection trains.
+
+    Args:
+        cls: the composite's class.
+        vision: name of a tower (or of a dual model such as CLIP), or a model object, which is used as it is.
+        language: name of a causal or encoder-decoder language model, or a model object, which is used as it is.
+        vision_revision: branch, tag or commit of the tower's repository.
+        text_revision: branch, tag or commit of the language model's repository.
+        quantization_config: quantises the language model while it is loaded.
+        vision_quantization_config: quantises the tower while it is loaded.
+        dtype: of both backbones; None: each as its checkpoint. Model objects keep theirs.
+        device_map: as in transformers; a dictionary names the composite's modules.
+        attn_implementation: one for both, or {"vision_config": ..., "text_config": ...}.
+        image_token_id: id of the placeholder; None: by the rule that the processor follows too.
+        image_size: pixels, one number or (height, width); None: what the tower's image processor gives, else the
+            tower's own.
+        vision_feature_layer, vision_feature_select_strategy, vision_pool_size, image_projection_bias: see
+            `CromeVLMConfig`.
+        kwargs: other arguments of `from_pretrained` for both backbones (`cache_dir`, `token`, ...).
+    Returns:
+        The composite in evaluation mode.
+    Raises:
+        ValueError: a part is not what it should be, or the image token cannot be worked out.
+    """
+    loading = Loading(dtype, device_map, attn_implementation, kwargs)
+    vision_name, text_name = _name_of(vision), _name_of(language)
+    if isinstance(language, PreTrainedModel) and not language.can_generate():
+        raise ValueError(
+            f"{type(language).__name__} has no language head; expected a ...ForCausalLM or "
+            "...ForConditionalGeneration. Load it with AutoModelForCausalLM or AutoModelForSeq2SeqLM."
+        )
+    if isinstance(vision, PreTrainedModel):
+        vision_tower = find_vision_model(vision)
+    else:
+        vision_tower = load_vision_tower(vision, vision_revision, None, vision_quantization_config, loading)
+    if image_token_id is None:
+        image_token_id = _find_image_token_id(text_name, text_revision, loading)
+    if image_size is None and vision_name is not None:
+        image_size = _processor_image_size(vision_name, vision_revision, loading)
+    if isinstance(language, PreTrainedModel):
+        language_model = language
+    else:
+        language_model = load_language_model(language, text_revision, None, quantization_config, loading)
+    config = CromeVLMConfig(
+        vision_config=vision_tower.config,
+        text_config=language_model.config,
+        vision_model_name_or_path=vision_name,
+        vision_revision=vision_revision,
+        text_model_name_or_path=text_name,
+        text_revision=text_revision,
+        vision_quantization_config=_quantized_on_load(vision_tower),
+        text_quantization_config=_quantized_on_load(language_model),
+        image_token_id=image_token_id,
+        image_size=image_size,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=vision_feature_select_strategy,
+        vision_pool_size=vision_pool_size,
+        image_projection_bias=image_projection_bias,
+    )
+    return assemble(cls, config, vision_tower, language_model, loading).eval()
+
+
+def assemble(
+    cls: type[Composite],
+    config: CromeVLMConfig,
+    vision_tower: PreTrainedModel,
+    language_model: PreTrainedModel,
+    loading: Loading,
+) -> Composite:
+    """Put loaded backbones together: frozen, with a fresh projection beside the embedding table."""
+    model = cls(config, vision_tower=vision_tower, language_model=language_model)
+    vision_tower.requires_grad_(False)
+    language_model.requires_grad_(False)
+    if isinstance(loading.device_map, Mapping) and "image_projection" in loading.device_map:
+        model.image_projection.to(loading.device_map["image_projection"])
+    if isinstance(loading.dtype, torch.dtype):
+        model.image_projection.to(loading.dtype)
+    maps = {part: getattr(getattr(model, part), "hf_device_map", None) for part in PARTS}
+    if all(maps.values()):
+        placed = {f"{part}.{k}".rstrip("."): device for part, places in maps.items() for k, device in places.items()}
+        model.hf_device_map = {**placed, "image_projection": model.image_projection.weight.device}
+    return model
+
+
+def load_vision_tower(
+    name: str,
+    revision: str | None,
+    config: PreTrainedConfig | None,
+    quantization_config: Quantization | None,
+    loading: Loading,
+) -> PreTrainedModel:
+    """Load the tower by name; of a dual model the vision half is kept.
+
+    Raises:
+        ValueError: the named model has no vision tower.
+    """
+    arguments = _arguments("vision_tower", revision, quantization_config, loading)
+    stored = AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+    if config is not None and type(stored) is type(config):
+        arguments["config"] = _clean(config, quantization_config)
+    elif config is not None and type(getattr(stored, "vision_config", None)) is type(config):
+        stored.vision_config = _clean(config, quantization_config)
+        arguments["config"] = stored
+    model = vision_class(stored).from_pretrained(name, **arguments)
+    tower = find_vision_model(model)
+    if hasattr(model, "hf_quantizer"):
+        tower.hf_quantizer = model.hf_quantizer  # the half that is kept was quantised with the whole
+    return tower
+
+
+def load_language_model(
+    name: str,
+    revision: str | None,
+    config: PreTrainedConfig | None,
+    quantization_config: Quantization | None,
+    loading: Loading,
+) -> PreTrainedModel:
+    """Load the language model with its head by name, decoder-only or encoder-decoder.
+
+    Raises:
+        ValueError: the named model is neither.
+    """
+    arguments = _arguments("language_model", revision, quantization_config, loading)
+    stored = config or AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+    auto_class = language_class(stored)
+    config_argument = {"config": _clean(config, quantization_config)} if config is not None else {}
+    return auto_class.from_pretrained(name, **config_argument, **arguments)
+
+
+def language_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
+    """The auto class that loads a language model with its head.
+
+    Raises:
+        ValueError: transformers has no such class for this configuration.
+    """
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    has_remote_code = auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in auto_class._model_mapping and not has_remote_code:
+        raise ValueError(
+            f"{config.model_type!r} is not a language model that {auto_class.__name__} knows. Pass a causal or "
+            "encoder-decoder language model as language=."
+        )
+    return auto_class
+
+
+def _arguments(
+    part: str, revision: str | None, quantization_config: Quantization | None, loading: Loading
+) -> dict[str, Any]:
+    quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
+    return {**loading.for_part(part), **_revision(revision), **quantization}
+
+
+def _revision(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}
+
+
+def _clean(config: PreTrainedConfig, quantization_config: Quantization | None) -> PreTrainedConfig:
+    """The configuration without the quantisation of the last load, which would read as the checkpoint's own."""
+    if quantization_config is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _quantized_on_load(model: PreTrainedModel) -> dict[str, Any] | None:
+    """The quantisation that loading applied; None where there is none or the checkpoint states its own."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:
+        return None
+    return quantization_to_dict(quantizer.quantization_config)
+
+
+def _name_of(backbone: str | PreTrainedModel) -> str | None:
+    """Where a backbone can be loaded from again; None for a model object that came from nowhere."""
+    if isinstance(backbone, PreTrainedModel):
+        return backbone.config.name_or_path or None
+    return str(backbone)
+
+
+def _find_image_token_id(name: str | None, revision: str | None, loading: Loading) -> int:
+    if name is None:
+        raise ValueError(
+            "image_token_id is unknown: the language model object does not say where its tokenizer is. Write "
+            "image_token_id=len(tokenizer), the id of a new `<image>` token, or that of the tokenizer's image token."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+    return ensure_image_token(tokenizer)[1]
+
+
+def _processor_image_size(name: str, revision: str | None, loading: Loading) -> tuple[int, int] | None:
+    """What the tower's image processor makes of a picture; None: it has none, or keeps the picture's shape."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+    except (OSError, ValueError):
+        return None  # a tower without an image processor states its size in its configuration
+    return fixed_image_size(processor)

@@ -1,0 +1,99 @@
+"""Generation: embed the prompt once, then let the language model generate in its own way."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin
+from transformers.utils import ModelOutput
+
+from .image_token import move_padding
+
+
+class CromeVLMGenerationMixin(GenerationMixin):
+    """`generate` of the composite; every strategy and cache is the language model's."""
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The language model's: it is the one that generates."""
+        language_model = self._modules.get("language_model")
+        return getattr(language_model, "generation_config", None)
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        if "language_model" in self._modules:
+            self.language_model.generation_config = value
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.LongTensor | ModelOutput:
+        """Generate text with the language model's own `generate`: greedy, beams, sampling, assisted, any cache.
+
+        Args:
+            inputs: same as input_ids, for callers that pass it first.
+            generation_config: the language model's, unless given.
+            input_ids: (batch, tokens); images as in `forward`. Padding is moved to where the language model needs
+                it: to the left for decoder-only, to the right for encoder-decoder.
+            pixel_values: (images, channels, height, width), in reading order over the batch.
+            vision_features: (images, image_seq_length, vision_width), instead of pixel_values.
+            attention_mask: (batch, tokens); None: pads are found by id, as in transformers.
+            inputs_embeds: (batch, tokens, hidden), instead of input_ids, with any images already in place.
+            kwargs: everything that the language model's `generate` takes.
+        Returns:
+            What the language model returns; for decoder-only models the prompt, with its image ids, comes first.
+        Raises:
+            ValueError: as in `forward`.
+        """
+        if inputs is not None and input_ids is not None:
+            raise ValueError("Got both inputs and input_ids; pass input_ids alone.")
+        input_ids = input_ids if input_ids is not None else inputs
+        has_images = pixel_values is not None or vision_features is not None
+        if pixel_values is not None and vision_features is not None:
+            raise ValueError("Got both pixel_values and vision_features; pass one of them.")
+        if input_ids is None or inputs_embeds is not None:
+            if has_images:
+                raise ValueError(
+                    "Images need input_ids, and no inputs_embeds; model.embed_inputs(input_ids, pixel_values) makes "
+                    "inputs_embeds that hold the images."
+                )
+            arguments = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+            arguments = {name: value for name, value in arguments.items() if value is not None}
+            return self.language_model.generate(generation_config=generation_config, **arguments, **kwargs)
+        if attention_mask is None:
+            attention_mask = self._infer_mask(input_ids, generation_config)
+        prompt_ids = input_ids
+        valid_ids, inputs_embeds, _ = self.embed_inputs(input_ids, pixel_values, vision_features)
+        if self.config.is_encoder_decoder and attention_mask.ndim == 2:
+            attention_mask, inputs_embeds = move_padding("right", attention_mask, inputs_embeds)
+        arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        if self.config.is_encoder_decoder:
+            return self.language_model.generate(generation_config=generation_config, **arguments, **kwargs)
+        if attention_mask.ndim == 2 and "position_ids" not in kwargs and not bool(attention_mask[:, -1].all()):
+            padded = move_padding("left", attention_mask, prompt_ids, valid_ids, inputs_embeds)
+            arguments["attention_mask"], prompt_ids, valid_ids, arguments["inputs_embeds"] = padded
+        outputs = self.language_model.generate(
+            input_ids=valid_ids, generation_config=generation_config, **arguments, **kwargs
+        )
+        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+        copies = sequences.shape[0] // prompt_ids.shape[0]  # beams or num_return_sequences
+        prompt = prompt_ids.repeat_interleave(copies, dim=0).to(sequences.device)
+        sequences[:, : prompt.shape[1]] = prompt
+        return outputs
+
+    def _infer_mask(self, input_ids: torch.LongTensor, generation_config: GenerationConfig | None) -> torch.Tensor:
+        """A mask by pad id, where the pad id is not an end id; else every token counts."""
+        config = generation_config if generation_config is not None else self.generation_config
+        pad, eos = config.pad_token_id, config.eos_token_id
+        ends = eos if isinstance(eos, (list, tuple)) else [eos]
+        if pad is None or pad in ends:
+            return torch.ones_like(input_ids)
+        return input_ids.ne(pad).long()

@@ -1,0 +1,79 @@
+"""The image placeholder: one rule that the model and the processor share."""
+
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+IMAGE_TOKEN = "<image>"
+
+
+def ensure_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """The tokenizer's image placeholder and its id; where it has none, `<image>` is appended as a special token.
+
+    The tokenizer's own `image_token` comes first, then `<image>` where it is one token already. The embedding table
+    is never resized: the model does not look the id up.
+    """
+    token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
+    token = str(token)
+    vocabulary = tokenizer.get_vocab()
+    if token not in vocabulary:
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+    return token, int(tokenizer.convert_tokens_to_ids(token))
+
+
+def neutral_token_id(config: Any, generation_config: Any) -> int:
+    """An id inside the embedding table to stand for image placeholders where the language model sees ids.
+
+    The pad id, unless it ends a text: then a repetition penalty would count every image token as an end.
+    """
+    eos = generation_config.eos_token_id if generation_config is not None else None
+    eos = eos if eos is not None else getattr(config, "eos_token_id", None)
+    ends = set(eos) if isinstance(eos, (list, tuple)) else {eos}
+    pad = getattr(config, "pad_token_id", None)
+    candidates = [pad] if isinstance(pad, int) and pad >= 0 else []
+    return next(token_id for token_id in [*candidates, *range(len(ends) + 1)] if token_id not in ends)
+
+
+def check_image_tokens(is_image: torch.Tensor, num_images: int, image_seq_length: int) -> None:
+    """Refuse a prompt whose image tokens do not fit its images.
+
+    Args:
+        is_image: (batch, tokens), true at image placeholders.
+        num_images: images passed with the whole batch.
+        image_seq_length: placeholders per image.
+    Raises:
+        ValueError: a row cuts an image's tokens, or both counts differ.
+    """
+    per_row = is_image.sum(dim=1).tolist()
+    for row, count in enumerate(per_row):
+        if count % image_seq_length:
+            raise ValueError(
+                f"Row {row} has {count} image tokens, which is not a multiple of {image_seq_length} (one image): it "
+                "was truncated inside an image, or the placeholders were not expanded. Build it with the processor, "
+                "without truncation or with a larger max_length."
+            )
+    if sum(per_row) != num_images * image_seq_length:
+        raise ValueError(
+            f"Image features and image tokens do not match: {sum(per_row)} image tokens ({per_row} per row), but "
+            f"{num_images} images give {num_images * image_seq_length} image features. Pass one image per `<image>` "
+            "of the text, in reading order over the batch."
+        )
+
+
+def move_padding(
+    side: Literal["left", "right"], attention_mask: torch.Tensor, *tensors: torch.Tensor
+) -> list[torch.Tensor]:
+    """Move every row's padding to one side, in the mask and in each tensor alike; order is kept otherwise.
+
+    Args:
+        side: where the padding goes.
+        attention_mask: (batch, tokens), 1 where a token counts.
+        tensors: (batch, tokens) or (batch, tokens, hidden) each.
+    Returns:
+        The mask and the tensors, in the order given.
+    """
+    counts = attention_mask.ne(0)
+    order = (counts if side == "left" else ~counts).long().argsort(dim=1, stable=True)
+    indices = [order if tensor.ndim == 2 else order.unsqueeze(-1).expand_as(tensor) for tensor in tensors]
+    return [attention_mask.gather(1, order), *(t.gather(1, i) for t, i in zip(tensors, indices, strict=True))]

@@ -1,0 +1,390 @@
+"""The composite model: a frozen vision tower and a frozen language model, joined by a linear image projection."""
+
+import inspect
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Cache,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from .configuration_crome_vlm import CromeVLMConfig
+from .generation_crome_vlm import CromeVLMGenerationMixin
+from .image_token import check_image_tokens, move_padding, neutral_token_id
+from .outputs import OUTPUT_FIELDS, CromeVLMOutput
+from .vision import build_tower, infer_layout, run_tower, size_arguments
+
+
+class FusionSite(nn.Identity):
+    """Where embeddings of one kind enter the language model: changes nothing, so that an adapter can wrap it.
+
+    Args:
+        hidden_size: width of the language model's embeddings; read by adapters as in_features and out_features.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.in_features = self.out_features = hidden_size
+
+
+class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin):
+    """Any vision tower and any causal or encoder-decoder language model as one image-text-to-text model.
+
+    `vision_tower` -> `image_projection` -> `vision_fusion` -> `language_model`. A tower without trained parameters
+    stays in evaluation mode under `train()`, so its features are a function of the picture and can be cached; the
+    language model follows `train()`, since gradient checkpointing depends on it.
+
+    Args:
+        config: what to join; `image_seq_length` is filled in.
+        vision_tower: used as it is; None: built from the configuration with random weights.
+        language_model: used as it is; None: built from the configuration with random weights.
+    Raises:
+        ValueError: the tower's features and the configuration disagree.
+    Source: CROME, arXiv 2408.06610 (frozen tower, linear image projection, frozen language model).
+    """
+
+    config_class = CromeVLMConfig
+    config: CromeVLMConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+
+    def __init__(
+        self,
+        config: CromeVLMConfig,
+        vision_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        given = [part for part in (vision_tower, language_model) if part is not None]
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        self.vision_tower = vision_tower if vision_tower is not None else build_tower(config.vision_config)
+        self.language_model = (
+            language_model if language_model is not None else auto_class.from_config(config.text_config)
+        )
+        self.vision_layout = infer_layout(config)
+        counted = self.vision_layout.num_selected(config.vision_feature_select_strategy, config.vision_pool_size)
+        if config.image_seq_length not in (None, counted):
+            raise ValueError(
+                f"image_seq_length={config.image_seq_length}, but {type(self.vision_tower).__name__} gives {counted} "
+                f"tokens per image of {config.image_height_width} pixels; write image_seq_length=None to have it "
+                "computed."
+            )
+        config.image_seq_length = counted
+
+        embeddings = self.get_input_embeddings()
+        width = getattr(embeddings, "embedding_dim", None) or embeddings.weight.shape[-1]
+        weight = embeddings.weight
+        dtype = weight.dtype if weight.is_floating_point() else None
+        self.image_projection = nn.Linear(
+            self.vision_layout.hidden_size, width, bias=config.image_projection_bias, device=weight.device, dtype=dtype
+        )
+        self.vision_fusion = FusionSite(width)
+        self._language_arguments = frozenset(inspect.signature(self.language_model.forward).parameters)
+        self._tower_arguments = size_arguments(self.vision_tower, *config.image_height_width)
+        self._stored_keys: set[str] = set()  # backbone weights that differ from the named backbones'
+        for part in given:
+            for module in part.modules():
+                module._is_hf_initialized = True  # post_init must not draw the given weights anew
+        self.post_init()
+
+    # ---- parts and their access ----
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's embedding table: (batch, tokens) ids -> (batch, tokens, hidden)."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's embedding table."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The language model's output head."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's output head."""
+        self.language_model.set_output_embeddings(value)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the language model's loss takes `num_items_in_batch`; `Trainer` asks."""
+        own = getattr(self.language_model, "accepts_loss_kwargs", None)
+        parameters = inspect.signature(self.language_model.forward).parameters.values()
+        return own if own is not None else any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+    def train(self, mode: bool = True) -> "CromeVLMForConditionalGeneration":
+        """Set training mode; a frozen tower stays in evaluation mode (no dropout, fixed statistics)."""
+        super().train(mode)
+        if mode:
+            self._stored_keys |= self.trained_backbone_keys()
+            if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+                self.vision_tower.eval()
+        return self
+
+    def trained_backbone_keys(self) -> set[str]:
+        """Names of backbone parameters that train now, with the buffers of a backbone that trains in part."""
+        keys = set()
+        for name, part in (("vision_tower", self.vision_tower), ("language_model", self.language_model)):
+            trained = {f"{name}.{key}" for key, parameter in part.named_parameters() if parameter.requires_grad}
+            keys |= trained | ({f"{name}.{key}" for key, _ in part.named_buffers()} if trained else set())
+        return keys
+
+    # ---- images ----
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features of the chosen layer, selected and pooled; what `vision_features=` takes, so they can be cached.
+
+        Args:
+            pixel_values: (images, channels, height, width).
+        Returns:
+            (images, image_seq_length, vision_width); without a graph where the tower is frozen.
+        Raises:
+            ValueError: the pictures are not of the size that the projection was built for.
+        """
+        expected = self.config.image_height_width
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != expected:
+            raise ValueError(
+                f"pixel_values have shape {tuple(pixel_values.shape)}, expected (images, channels, {expected[0]}, "
+                f"{expected[1]}). Use the processor saved with the model, or build the model with image_size=..."
+            )
+        tower = self.vision_tower
+        trains = pixel_values.requires_grad or any(parameter.requires_grad for parameter in tower.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            pixel_values = pixel_values.to(device=tower.device, dtype=tower.dtype)
+            features = run_tower(tower, pixel_values, self.config.vision_feature_layer, **self._tower_arguments)
+            return self._select(self.vision_layout.to_tokens(features))
+
+    def _select(self, features: torch.Tensor) -> torch.Tensor:
+        strategy, pool_size = self.config.vision_feature_select_strategy, self.config.vision_pool_size
+        return self.vision_layout.select(features, strategy, pool_size)
+
+    def _check_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Accept what `get_vision_features` gives, or the tower's unpooled patches; refuse other shapes."""
+        layout, tokens = self.vision_layout, self.config.image_seq_length
+        if features.ndim == 3 and features.shape[2] == layout.hidden_size:
+            if features.shape[1] == tokens:
+                return features
+            if features.shape[1] == layout.num_tokens:
+                return self._select(features)
+            if features.shape[1] == layout.height * layout.width:
+                return layout.pool(features, self.config.vision_pool_size)
+        raise ValueError(
+            f"vision_features have shape {tuple(features.shape)}, expected (images, {tokens}, {layout.hidden_size}). "
+            "Make them with model.get_vision_features(pixel_values)."
+        )
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None = None, vision_features: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Image embeddings as the language model reads them, after projection and fusion site.
+
+        Args:
+            pixel_values: (images, channels, height, width).
+            vision_features: (images, image_seq_length, vision_width), instead of pixel_values.
+            kwargs: accepted for callers of other models' `get_image_features`; none is used.
+        Returns:
+            `pooler_output`: (images, image_seq_length, hidden); `last_hidden_state`: the features it was made of.
+        Raises:
+            ValueError: a shape does not fit, or not exactly one of both inputs is given.
+        """
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("Pass exactly one of pixel_values and vision_features; got both or neither.")
+        if vision_features is None:
+            features = self.get_vision_features(pixel_values)
+        else:
+            features = self._check_features(vision_features)
+        weight = self.image_projection.weight  # an attribute, since a PEFT wrapper hands out the active copy's
+        if weight.is_floating_point():
+            features = features.to(device=weight.device, dtype=weight.dtype)
+        embeddings = self.vision_fusion(self.image_projection(features))
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeddings)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.BoolTensor:
+        """Where image embeddings go.
+
+        Args:
+            input_ids: (batch, tokens).
+            inputs_embeds: (batch, tokens, hidden).
+            image_features: (images, image_seq_length, hidden).
+        Returns:
+            (batch, tokens, 1), true at image placeholders.
+        Raises:
+            ValueError: counts of image tokens and image features differ, or a row cuts an image.
+        """
+        is_image = input_ids == self.config.image_token_id
+        if not torch.compiler.is_compiling():
+            check_image_tokens(is_image, image_features.shape[0], self.config.image_seq_length)
+        return is_image.unsqueeze(-1).to(inputs_embeds.device)
+
+    def embed_inputs(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+    ) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor | None]:
+        """Embed text and images into one sequence; each token's embedding is looked up once.
+
+        Args:
+            input_ids: (batch, tokens), each image as image_seq_length placeholders.
+            pixel_values: (images, channels, height, width), in reading order over the batch.
+            vision_features: (images, image_seq_length, vision_width), instead of pixel_values.
+        Returns:
+            The ids with placeholders made valid, (batch, tokens); embeddings, (batch, tokens, hidden); image
+            embeddings, (images, image_seq_length, hidden), or None without images.
+        Raises:
+            ValueError: images and placeholders do not fit; raised before anything is computed.
+        """
+        images = pixel_values if pixel_values is not None else vision_features
+        is_image = input_ids == self.config.image_token_id
+        if not torch.compiler.is_compiling():
+            check_image_tokens(is_image, 0 if images is None else images.shape[0], self.config.image_seq_length)
+        neutral = neutral_token_id(self.language_model.config, self.generation_config)
+        valid_ids = input_ids.masked_fill(is_image, neutral)
+        inputs_embeds = self.get_input_embeddings()(valid_ids)
+        if images is None or images.shape[0] == 0:
+            return valid_ids, inputs_embeds, None
+        image_features = self.get_image_features(pixel_values, vision_features).pooler_output
+        image_features = image_features.to(device=inputs_embeds.device, dtype=inputs_embeds.dtype)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        return valid_ids, inputs_embeds.masked_scatter(mask, image_features), image_features
+
+    # ---- forward ----
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        vision_features: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: ModelOutput | tuple[torch.Tensor, ...] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CromeVLMOutput | tuple[Any, ...]:
+        """Run the language model over text and images.
+
+        Args:
+            input_ids: (batch, tokens); each image stands as image_seq_length placeholders. Rows may hold none, one
+                or several images.
+            pixel_values: (images, channels, height, width), in reading order over the batch.
+            attention_mask: (batch, tokens), 1 where a token counts; padding may be on either side.
+            position_ids: (batch, tokens); None: counted from each row's first token where the language model takes
+                them.
+            past_key_values: the language model's cache.
+            inputs_embeds: (batch, tokens, hidden), instead of input_ids, with any images already in place.
+            labels: (batch, tokens) for decoder-only, (batch, target tokens) for encoder-decoder; -100 and image
+                placeholders are ignored.
+            use_cache: whether the language model returns its cache.
+            logits_to_keep: as in the language model; 0 keeps all.
+            vision_features: (images, image_seq_length, vision_width), instead of pixel_values.
+            decoder_input_ids: (batch, target tokens); encoder-decoder only.
+            decoder_attention_mask: (batch, target tokens); encoder-decoder only.
+            encoder_outputs: the encoder's output, instead of input_ids; encoder-decoder only.
+            return_dict: False returns a tuple.
+            kwargs: handed to the language model, `num_items_in_batch` for its loss among them.
+        Raises:
+            ValueError: inputs that do not fit together; raised before anything is computed.
+        """
+        has_images = pixel_values is not None or vision_features is not None
+        if pixel_values is not None and vision_features is not None:
+            raise ValueError("Got both pixel_values and vision_features; pass one of them.")
+        sources = [value is not None for value in (input_ids, inputs_embeds, encoder_outputs)]
+        if sum(sources) != 1 or (has_images and input_ids is None):
+            raise ValueError(
+                "Pass exactly one of input_ids, inputs_embeds and encoder_outputs, and images only with input_ids; "
+                "model.embed_inputs(input_ids, pixel_values) makes inputs_embeds that hold the images."
+            )
+        image_features = None
+        if input_ids is not None and self._continues(past_key_values) and not has_images:
+            # A later step of generation: a sampled token is text even where its id is the placeholder's.
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        elif input_ids is not None:
+            _, inputs_embeds, image_features = self.embed_inputs(input_ids, pixel_values, vision_features)
+        if position_ids is None and attention_mask is not None and inputs_embeds is not None:
+            position_ids = self._count_positions(attention_mask, inputs_embeds.shape[1])
+        if self.config.is_encoder_decoder and input_ids is not None and attention_mask is not None:
+            # Encoders with learned positions count from the first place; generation does the same.
+            attention_mask, inputs_embeds = move_padding("right", attention_mask, inputs_embeds)
+        if labels is not None:
+            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+        arguments = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "labels": labels,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep else None,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "encoder_outputs": encoder_outputs,
+        }
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        outputs = self.language_model(**arguments, **kwargs, return_dict=True)
+        result = CromeVLMOutput(
+            **{k: v for k, v in outputs.items() if k in OUTPUT_FIELDS}, image_hidden_states=image_features
+        )
+        for name, value in outputs.items():
+            if name not in OUTPUT_FIELDS:
+                result[name] = value  # what only some models return, such as router logits
+        return_dict = return_dict if return_dict is not None else self.config.return_dict
+        return result if return_dict else result.to_tuple()
+
+    def _continues(self, past_key_values: Cache | None) -> bool:
+        return past_key_values is not None and int(past_key_values.get_seq_length()) > 0
+
+    def _count_positions(self, attention_mask: torch.Tensor, num_tokens: int) -> torch.LongTensor | None:
+        """Positions from each row's first token on, so that training and generation agree under left padding."""
+        if self.config.is_encoder_decoder or "position_ids" not in self._language_arguments:
+            return None
+        if attention_mask.ndim != 2 or attention_mask.shape[1] < num_tokens:
+            return None
+        first = attention_mask.ne(0).long().argmax(dim=1, keepdim=True)
+        positions = torch.arange(attention_mask.shape[1], device=attention_mask.device) - first
+        return positions.clamp(min=0)[:, -num_tokens:]
+
+    # ---- from parts, to and from disk ----
+
+    @classmethod
+    def from_backbones(cls, vision: Any, language: Any, **kwargs: Any) -> "CromeVLMForConditionalGeneration":
+        """Join a vision tower and a language model; see `convert.from_backbones` for the arguments."""
+        from .convert import from_backbones
+
+        return from_backbones(cls, vision, language, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Load a composite: backbones by name, then the stored weights; see `checkpoint.load` for the arguments."""
+        from .checkpoint import load
+
+        return load(cls, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        """Save the configuration and what was trained; see `checkpoint.select_weights` for what that is."""
+        from .checkpoint import save
+
+        return save(self, super().save_pretrained, save_directory, **kwargs)
+
+
+__all__ = ["CromeVLMConfig", "CromeVLMForConditionalGeneration", "CromeVLMOutput"]

@@ -1,0 +1,227 @@
+"""Processor of the composite: text with `<image>` and pictures -> input_ids, attention_mask, pixel_values."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.image_utils import is_valid_image
+
+from .configuration_crome_vlm import CromeVLMConfig
+from .image_size import with_image_size
+from .image_token import ensure_image_token
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values")
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+
+
+class CromeVLMProcessor(ProcessorMixin):
+    """Joins an image processor and a text tokenizer, any of each.
+
+    The tokenizer is given an image placeholder where it has none, and its end token for padding where it has no pad
+    token; the attention mask, made by length, tells end and padding apart.
+
+    Args:
+        image_processor: gives `pixel_values` of one fixed size.
+        tokenizer: of the language model.
+        image_seq_length: placeholders per image; the model's `config.image_seq_length`.
+        chat_template: None: the tokenizer's own, which need not know about images.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_seq_length: int = 1,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.image_seq_length = image_seq_length
+        self.image_token, self.image_token_id = ensure_image_token(tokenizer)
+        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if chat_template is None:
+            chat_template = getattr(tokenizer, "chat_template", None)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    @classmethod
+    def from_backbones(
+        cls, vision: Any = None, language: Any = None, *, config: CromeVLMConfig, **kwargs: Any
+    ) -> "CromeVLMProcessor":
+        """Make the processor that fits a model made by `from_backbones`.
+
+        Args:
+            vision: name of an image processor, or the object; None: the tower's name in the configuration.
+            language: name of a tokenizer, or the object, which is copied; None: the language model's name.
+            config: the model's, which says the image size, the tokens per image and the image token.
+            kwargs: of both `from_pretrained` (`cache_dir`, `token`, `local_files_only`, ...).
+        Returns:
+            The processor; it pads on the left for decoder-only models, as generation needs.
+        Raises:
+            ValueError: a part is unknown, or the tokenizer's image token is not the model's.
+        """
+        vision = vision if vision is not None else config.vision_model_name_or_path
+        language = language if language is not None else config.text_model_name_or_path
+        if vision is None or language is None or config.image_seq_length is None:
+            raise ValueError(
+                f"The image processor ({vision}), the tokenizer ({language}) or image_seq_length "
+                f"({config.image_seq_length}) is unknown. Write CromeVLMProcessor.from_backbones("
+                "vision=image_processor, language=tokenizer, config=model.config) with the config of a built model."
+            )
+        if isinstance(vision, str):
+            revision = {"revision": config.vision_revision} if config.vision_revision else {}
+            vision = AutoImageProcessor.from_pretrained(vision, **revision, **kwargs)
+        if isinstance(language, str):
+            revision = {"revision": config.text_revision} if config.text_revision else {}
+            language = AutoTokenizer.from_pretrained(language, **revision, **kwargs)
+        tokenizer = copy.deepcopy(language)
+        image_processor = with_image_size(vision, *config.image_height_width)
+        tokenizer.padding_side = "right" if config.is_encoder_decoder else "left"
+        tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else it would not be saved
+        processor = cls(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+        if processor.image_token_id != config.image_token_id:
+            raise ValueError(
+                f"The tokenizer's image token {processor.image_token!r} has id {processor.image_token_id}, the model "
+                f"expects {config.image_token_id}. Build the model with from_backbones(..., "
+                f"image_token_id={processor.image_token_id}), or pass the tokenizer it was built with."
+            )
+        return processor
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """What the parts return and the model does not take, such as token_type_ids."""
+        parts = (self.image_processor, self.tokenizer)
+        return [name for part in parts for name in part.model_input_names if name not in MODEL_INPUTS]
+
+    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
+        """Turn text and pictures into the model's inputs.
+
+        Args:
+            images: one picture, a list in reading order over the batch, or per row a list, a picture or None
+                (`[[a, b], [], None, c]`). A picture is a PIL image, an array, a tensor, a path or a URL.
+            text: one string or a list; each `<image>` stands for one picture.
+            kwargs: of the tokenizer (`padding`, `return_tensors`, ...) and of the image processor.
+        Returns:
+            input_ids and attention_mask, (batch, tokens), with image_seq_length placeholders per picture;
+            pixel_values, (images, channels, height, width), absent without pictures.
+        Raises:
+            ValueError: a row's placeholders and pictures differ, or truncation would cut an image.
+        """
+        rows = None if images is None else _image_rows(images)
+        texts = [text] if isinstance(text, str) else text
+        if texts is not None:
+            self._check_rows(rows or [], list(texts))
+        flat = [image for row in rows or [] for image in row]
+        return super().__call__(images=flat or None, text=None if texts is None else list(texts), **kwargs)
+
+    def _check_rows(self, rows: list[list[Any]], texts: list[str]) -> None:
+        """Compare placeholders with pictures, row by row where the pictures are given by row."""
+        wanted = [sample.count(self.image_token) for sample in texts]
+        given = [len(row) for row in rows]
+        if len(rows) == 1 and len(texts) > 1:  # a flat list: only the sum can be compared
+            if sum(wanted) != sum(given):
+                raise ValueError(
+                    f"The texts hold {sum(wanted)} {self.image_token} ({wanted} per row), but {sum(given)} images "
+                    "were passed. Pass one image per placeholder, or a list of images per row."
+                )
+            return
+        if rows and len(rows) != len(texts):
+            raise ValueError(
+                f"Got images for {len(rows)} rows and {len(texts)} texts. Pass one list of images per text, [] or "
+                "None for a text without."
+            )
+        for row, (expected, got) in enumerate(zip(wanted, given or [0] * len(texts), strict=True)):
+            if expected != got:
+                raise ValueError(
+                    f"Row {row} has {expected} {self.image_token} in its text and {got} images. Write "
+                    f"{self.image_token} once per image."
+                )
+
+    def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """The placeholders that one picture takes in the prompt."""
+        return self.image_token * self.image_seq_length
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        """Refuse ids from which truncation has cut image tokens; called once the text is tokenised."""
+        for row, (sample, ids) in enumerate(zip(text, text_inputs["input_ids"], strict=False)):
+            wanted, got = sample.count(self.image_token), list(map(int, ids)).count(self.image_token_id)
+            if wanted != got:
+                raise ValueError(
+                    f"Row {row} has {wanted} image tokens, of which truncation keeps {got}. Write truncation=False, "
+                    f"or a max_length above {wanted} plus the row's text tokens."
+                )
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Render a conversation with the language model's own chat template, which sees plain strings.
+
+        A content that is a list of parts becomes one string, with `<image>` where a picture stands.
+
+        Args:
+            conversation: messages, or a batch of conversations. Content is a string, or a list of
+                {"type": "text", "text": ...} and {"type": "image", "image" | "url" | "path" | "base64": ...}.
+            chat_template: None: the processor's.
+            processor_kwargs: for `__call__`, with tokenize=True; {"images": ...} where messages hold bare images.
+            kwargs: as in transformers (`add_generation_prompt`, `tokenize`, `return_dict`, `return_tensors`, ...).
+        Returns:
+            Text, ids, or with tokenize=True and return_dict=True what `__call__` returns.
+        Raises:
+            ValueError: there is no chat template, or a part is neither text nor image.
+        """
+        if chat_template is None and self.chat_template is None:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} of this language model has no chat template. Write the prompt "
+                f"yourself, processor(images=image, text='{self.image_token}\\nWhat is this?'), or set "
+                "processor.chat_template = '...' (Jinja)."
+            )
+        is_batch = bool(conversation) and not isinstance(conversation[0], Mapping)
+        flat, images = [], []
+        for messages in conversation if is_batch else [conversation]:
+            found: list[Any] = []
+            messages = getattr(messages, "messages", messages)  # a pipeline's Chat
+            flat.append([{**message, **self._flatten(message, found)} for message in messages])
+            images.append(found)
+        processor_kwargs = dict(processor_kwargs or {})
+        if kwargs.get("tokenize") and any(images):
+            processor_kwargs["images"] = images if is_batch else images[0]
+        return super().apply_chat_template(
+            flat if is_batch else flat[0], chat_template, processor_kwargs=processor_kwargs, **kwargs
+        )
+
+    def _flatten(self, message: Mapping[str, Any], images: list[Any]) -> dict[str, str]:
+        """A message's content as one string; the pictures in it are appended to images."""
+        content = message.get("content")
+        if content is None or isinstance(content, str):
+            return {}
+        text = ""
+        for part in content:
+            kind = part.get("type")
+            if kind not in ("text", "image", "image_url"):
+                raise ValueError(f"Content part of type {kind!r} is not supported; expected 'text' or 'image'.")
+            piece = part["text"] if kind == "text" else self.image_token
+            # An image stands on its own line beside text, as most vision-language prompts have it.
+            meet = text.endswith(self.image_token) != piece.startswith(self.image_token)
+            text += "\n" + piece if text and piece and meet and not (text + "|" + piece).count("\n|") else piece
+            found = [part[key] for key in IMAGE_KEYS if kind != "text" and part.get(key) is not None]
+            images.extend(image["url"] if isinstance(image, Mapping) else image for image in found[:1])
+        return {"content": text}
+
+
+def _image_rows(images: Any) -> list[list[Any]]:
+    """Pictures by row; one row for a flat list."""
+    if isinstance(images, str):
+        return [[images]]
+    if is_valid_image(images):
+        return [list(images)] if getattr(images, "ndim", 3) == 4 else [[images]]
+    if any(entry is None or isinstance(entry, (list, tuple)) for entry in images):
+        rows = [[] if entry is None else entry for entry in images]
+        return [list(row) if isinstance(row, (list, tuple)) else [row] for row in rows]
+    return [list(images)]
+
+
+__all__ = ["CromeVLMProcessor"]
