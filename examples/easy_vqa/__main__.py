@@ -10,6 +10,7 @@ from typing import Annotated
 # Nothing here comes from a model hub; without this, libraries look there for optional files and wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device is plenty; Trainer would split batches over several
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks transformers by its old name
 
 import typer  # noqa: E402
@@ -45,11 +46,11 @@ def demo(
 
 
 @app.command()
-def answer_again(output: Path, file: Path) -> None:
+def answer_again(output: Path) -> None:
     """Answer a few test questions with the saved model (the quick start calls this in a fresh process)."""
     from .quickstart import answer_again as ask
 
-    ask(output, file)
+    ask(output)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,10 @@ def _render(chat: list[dict[str, Any]], processor: Any, add_generation_prompt: b
 
 
 class Collator:
-    """Pad rows on the right and add each picture's features.
+    """Pad rows on the right, add each picture's features, and ask for logits only where an answer is predicted.
+
+    The language model's head is a third of a step's work, and most tokens of a row are no answer. `logits_to_keep`
+    lists the columns before those that any row has a label in; `labels` has these columns alone, already shifted.
 
     Args:
         features: (pictures, tokens, vision_width), by image_id; the frozen tower's output.
@@ -132,9 +135,19 @@ class Collator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.pad(rows, self.pad_token_id)
+        columns = (batch["labels"][:, 1:] != -100).any(dim=0).nonzero().flatten()
+        batch["labels"] = batch["labels"][:, columns + 1]
+        batch["logits_to_keep"] = columns
+        batch["vision_features"] = self.features[[row["image_id"] for row in rows]]
+        return batch
+
+    @staticmethod
+    def pad(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask and labels of the rows, (rows, longest)."""
         length = max(len(row["input_ids"]) for row in rows)
         batch = {
-            "input_ids": torch.full((len(rows), length), self.pad_token_id),
+            "input_ids": torch.full((len(rows), length), pad_token_id),
             "attention_mask": torch.zeros(len(rows), length, dtype=torch.long),
             "labels": torch.full((len(rows), length), -100),
         }
@@ -143,7 +156,6 @@ class Collator:
             batch["input_ids"][number, :size] = torch.as_tensor(row["input_ids"])
             batch["labels"][number, :size] = torch.as_tensor(row["labels"])
             batch["attention_mask"][number, :size] = 1
-        batch["vision_features"] = self.features[[row["image_id"] for row in rows]]
         return batch
 
 

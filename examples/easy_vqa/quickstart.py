@@ -22,13 +22,27 @@ console = Console()
 
 ALIGN = Stage("align", steps=200, pictures_per_step=16, questions_per_picture=1, learning_rate=1e-3)
 FINETUNE = Stage("finetune", steps=200, pictures_per_step=6, questions_per_picture=4, learning_rate=1e-3)
-FULL_SAMPLE = {"what": 2000, "yes/no": 1000}
-SMALL_SAMPLE = {"what": 500, "yes/no": 250}
-RELOAD_SAMPLE = {"what": 48, "yes/no": 16}
+LARGE_SAMPLE = {"what": 2000, "yes/no": 1000}  # test questions for the result
+SMALL_SAMPLE = {"what": 500, "yes/no": 250}  # for what it is compared with
+RELOADED = 64  # questions asked again in a fresh process
 
 
-def run(output: Path, align: Stage = ALIGN, finetune: Stage = FINETUNE, seed: int = 0) -> list[dict[str, Any]]:
-    """Run what is not done yet and return the rows of the table."""
+def run(
+    output: Path,
+    align: Stage = ALIGN,
+    finetune: Stage = FINETUNE,
+    seed: int = 0,
+    large: dict[str, int] = LARGE_SAMPLE,
+    small: dict[str, int] = SMALL_SAMPLE,
+) -> list[dict[str, Any]]:
+    """Run what is not done yet and return the rows of the table.
+
+    Args:
+        output: directory of checkpoints, answers, table and pictures.
+        align, finetune: the two stages.
+        seed: of the adapter's weights and the order of the data.
+        large, small: test questions per kind, for the final model and for what it is compared with.
+    """
     start = time.perf_counter()
     train, test = data.load_questions("train"), data.load_questions("test")
     shared = processor()
@@ -49,22 +63,21 @@ def run(output: Path, align: Stage = ALIGN, finetune: Stage = FINETUNE, seed: in
         result = json.loads(file.read_text())
         return {"name": name, "score": score(questions, result["answers"]), **result}
 
-    rows.append(evaluated("before training", SMALL_SAMPLE, lambda: attach("crome", "align")))
+    rows.append(evaluated("before training", small, lambda: attach("crome", "align")))
     console.print(f"(a) align: projection and adapter learn {align.steps * align.pictures_per_step} captions")
     aligned = train_stage(align, "crome", seed, shared, features["train"], output / "align")
-    rows.append(
-        {**aligned, **_timed(evaluated("after (a) align", SMALL_SAMPLE, lambda: load_stage(output / "align")))}
-    )
+    rows.append({**aligned, **_timed(evaluated("after (a) align", small, lambda: load_stage(output / "align")))})
     console.print("(b) fine-tune: the adapter alone learns the questions; the projection is frozen now")
     tuned = train_stage(
         finetune, "crome", seed, shared, features["train"], output / "finetune", previous=output / "align"
     )
-    final = evaluated("after (b) fine-tune", FULL_SAMPLE, lambda: load_stage(output / "finetune"))
-    blind = evaluated("after (b), pictures blanked", SMALL_SAMPLE, lambda: load_stage(output / "finetune"), blank=True)
+    final = evaluated("after (b) fine-tune", large, lambda: load_stage(output / "finetune"))
+    blind = evaluated("after (b), pictures blanked", small, lambda: load_stage(output / "finetune"), blank=True)
     rows += [blind, {**tuned, **_timed(final)}]
 
-    reloaded = _reload_in_fresh_process(output, final["answers"])
-    report.contact_sheet(data.sample(test, FULL_SAMPLE), final["answers"], output / "contact_sheet.png")
+    asked = data.sample(test, large)
+    reloaded = _ask_again_in_fresh_process(output, asked, final["answers"])
+    report.contact_sheet(asked, final["answers"], output / "contact_sheet.png")
     report.learning_curves(
         {"(a) align, on captions": aligned["losses"], "(b) fine-tune, on questions": tuned["losses"]},
         output / "learning_curves.png",
@@ -78,34 +91,25 @@ def run(output: Path, align: Stage = ALIGN, finetune: Stage = FINETUNE, seed: in
     return rows
 
 
-def answer_again(output: Path, file: Path) -> None:
-    """Answer a few test questions with the saved model, and write the answers to `file`."""
+def answer_again(output: Path) -> None:
+    """Answer the questions of `again.json` with the saved model, and write the answers beside it."""
     shared = processor()
-    questions = _reload_questions()
+    questions = json.loads((output / "again.json").read_text())
     features = vision_features("test", shared.image_processor)
-    write_json(file, answer(load_stage(output / "finetune"), shared, features, questions, description="reloaded"))
+    answers = answer(load_stage(output / "finetune"), shared, features, questions, description="answering again")
+    write_json(output / "answered-again.json", answers)
 
 
-def _reload_questions() -> list[dict[str, Any]]:
-    return data.sample(data.sample(data.load_questions("test"), FULL_SAMPLE), RELOAD_SAMPLE)
-
-
-def _reload_in_fresh_process(output: Path, answers: list[str]) -> int:
-    file = output / "reloaded.json"
-    command = [sys.executable, "-m", "examples.easy_vqa", "answer-again", str(output), str(file)]
-    subprocess.run(command, check=True)
-    asked = data.sample(data.load_questions("test"), FULL_SAMPLE)
-    first = {(row["question"], row["image_id"]): said for row, said in zip(asked, answers, strict=True)}
-    again = json.loads(file.read_text())
-    questions = _reload_questions()
-    different = [
-        (row["question"], row["image_id"], first[row["question"], row["image_id"]], said)
-        for row, said in zip(questions, again, strict=True)
-        if first[row["question"], row["image_id"]] != said
-    ]
+def _ask_again_in_fresh_process(output: Path, questions: list[dict[str, Any]], answers: list[str]) -> int:
+    step = max(1, len(questions) // RELOADED)
+    chosen, first = questions[::step], answers[::step]
+    write_json(output / "again.json", chosen)
+    subprocess.run([sys.executable, "-m", "examples.easy_vqa", "answer-again", str(output)], check=True)
+    again = json.loads((output / "answered-again.json").read_text())
+    different = [(row, a, b) for row, a, b in zip(chosen, first, again, strict=True) if a != b]
     if different:
         raise RuntimeError(f"The reloaded model answers {len(different)} questions differently: {different[:3]}")
-    return len(questions)
+    return len(chosen)
 
 
 def _timed(row: dict[str, Any]) -> dict[str, Any]:

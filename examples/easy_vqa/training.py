@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import data
 from .model import attach, save_stage
+
+SAVE_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def train_stage(
         weight_decay=0.0,
         max_grad_norm=1.0,
         logging_steps=10,
-        save_steps=50,
+        save_steps=SAVE_STEPS,
         save_total_limit=1,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -85,6 +88,7 @@ def train_stage(
         args=arguments,
         train_dataset=data.tokenized(rows, processor),
         data_collator=data.Collator(features, processor.tokenizer.pad_token_id),
+        compute_loss_func=answer_loss,
     )
     start = time.perf_counter()
     checkpoint = get_last_checkpoint(arguments.output_dir) if os.path.isdir(arguments.output_dir) else None
@@ -101,6 +105,13 @@ def train_stage(
     }
     write_json(record_file, record)
     return record
+
+
+def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean cross-entropy over the answers' tokens; logits and labels are aligned by `data.Collator`."""
+    logits = outputs.logits.flatten(0, 1).float()
+    count = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum()
+    return F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum") / count
 
 
 def write_json(path: Path, value: Any) -> None:

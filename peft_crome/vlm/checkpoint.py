@@ -176,7 +176,12 @@ def load(
     model.eval()
     if adapter == "load":
         _load_adapter(model, name_or_path, files, adapter_kwargs)
-    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    info: dict[str, Any] = {
+        "missing_keys": set(),
+        "unexpected_keys": set(),
+        "mismatched_keys": set(),
+        "error_msgs": [],
+    }
     return (model, info) if output_loading_info else model
 
 

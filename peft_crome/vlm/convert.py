@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from transformers import (
@@ -22,7 +22,7 @@ from .image_token import ensure_image_token
 from .vision import find_vision_model, vision_class
 
 Composite = TypeVar("Composite", bound=PreTrainedModel)
-Quantization = QuantizationConfigMixin | dict[str, Any]
+Quantization: TypeAlias = QuantizationConfigMixin | dict[str, Any]
 PARTS = ("vision_tower", "language_model")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
 
@@ -239,7 +239,7 @@ def language_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | typ
 def _arguments(
     part: str, revision: str | None, quantization_config: Quantization | None, loading: Loading
 ) -> dict[str, Any]:
-    quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
+    quantization: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
     return {**loading.for_part(part), **_revision(revision), **quantization}
 
 

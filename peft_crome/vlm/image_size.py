@@ -46,10 +46,10 @@ def _keep_proportions(image_processor: Any, height: int, width: int) -> dict[str
     edge = size.get("shortest_edge") if hasattr(size, "get") else None
     if not edge:
         return {}
-    crops = getattr(image_processor, "do_center_crop", False) and crop
-    old = min(crop["height"], crop["width"]) if crops else edge
+    crop = crop if getattr(image_processor, "do_center_crop", False) else None
+    old = min(crop["height"], crop["width"]) if crop else edge
     changes = {"size": {"shortest_edge": round(edge * max(height, width) / old)}}
-    return {**changes, "crop_size": {"height": height, "width": width}} if crops else changes
+    return {**changes, "crop_size": {"height": height, "width": width}} if crop else changes
 
 
 def _output_size(image_processor: Any, shape: tuple[int, int]) -> tuple[int, int]:

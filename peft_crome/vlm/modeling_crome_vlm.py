@@ -81,7 +81,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
                 f"tokens per image of {config.image_height_width} pixels; write image_seq_length=None to have it "
                 "computed."
             )
-        config.image_seq_length = counted
+        config.image_seq_length = self.image_seq_length = counted
 
         embeddings = self.get_input_embeddings()
         width = getattr(embeddings, "embedding_dim", None) or embeddings.weight.shape[-1]
@@ -172,7 +172,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
 
     def _check_features(self, features: torch.Tensor) -> torch.Tensor:
         """Accept what `get_vision_features` gives, or the tower's unpooled patches; refuse other shapes."""
-        layout, tokens = self.vision_layout, self.config.image_seq_length
+        layout, tokens = self.vision_layout, self.image_seq_length
         if features.ndim == 3 and features.shape[2] == layout.hidden_size:
             if features.shape[1] == tokens:
                 return features
@@ -227,7 +227,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         """
         is_image = input_ids == self.config.image_token_id
         if not torch.compiler.is_compiling():
-            check_image_tokens(is_image, image_features.shape[0], self.config.image_seq_length)
+            check_image_tokens(is_image, image_features.shape[0], self.image_seq_length)
         return is_image.unsqueeze(-1).to(inputs_embeds.device)
 
     def embed_inputs(
@@ -251,7 +251,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         images = pixel_values if pixel_values is not None else vision_features
         is_image = input_ids == self.config.image_token_id
         if not torch.compiler.is_compiling():
-            check_image_tokens(is_image, 0 if images is None else images.shape[0], self.config.image_seq_length)
+            check_image_tokens(is_image, 0 if images is None else images.shape[0], self.image_seq_length)
         neutral = neutral_token_id(self.language_model.config, self.generation_config)
         valid_ids = input_ids.masked_fill(is_image, neutral)
         inputs_embeds = self.get_input_embeddings()(valid_ids)

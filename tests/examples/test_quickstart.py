@@ -1,0 +1,102 @@
+"""The quick start end to end at a small size on the real weights, interrupted and continued."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Trainer
+
+from examples.easy_vqa import data, quickstart, training
+from examples.easy_vqa.evaluation import score
+from examples.easy_vqa.model import processor, vision_features
+
+SMALL = {"what": 40, "yes/no": 20}
+
+
+def test_captions_follow_from_answers_alone():
+    questions = [
+        {"image_id": 0, "question": "what color is the shape?", "answer": "red", "kind": "what"},
+        {"image_id": 0, "question": "what shape is present?", "answer": "circle", "kind": "what"},
+        {"image_id": 1, "question": "what color is the circle?", "answer": "red", "kind": "what"},
+        {"image_id": 2, "question": "is there a red shape?", "answer": "yes", "kind": "yes/no"},
+    ]
+    assert data.captions(questions) == {0: "red circle"}
+
+
+def test_score_reports_kinds_apart_with_standard_errors():
+    rows = [{"answer": "red", "kind": "what"}] * 4 + [{"answer": "yes", "kind": "yes/no"}]
+    result = score(rows, ["red", "red", "blue", "red", "no"])
+    assert result["what"] == {"accuracy": 0.75, "stderr": pytest.approx((0.75 * 0.25 / 4) ** 0.5), "n": 4}
+    assert result["yes/no"]["accuracy"] == 0
+
+
+@pytest.mark.slow
+def test_blind_baselines_are_the_published_figures():
+    train, test = data.load_questions("train"), data.load_questions("test")
+    assert len(data.captions(train)) == 2435
+    blind = score(test, data.blind_baselines(train, test)["best answer to each question text"])
+    assert round(blind["what"]["accuracy"], 3) == 0.233
+    assert round(blind["yes/no"]["accuracy"], 3) == 0.825
+
+
+@pytest.mark.slow
+def test_labels_cover_answers_and_their_ends_only():
+    shared = processor()
+    row = data.tokenized([{"image_id": 0, "turns": [["is it red?", "yes"], ["what shape?", "circle"]]}], shared)[0]
+    trained = [token for token in row["labels"] if token != -100]
+    assert shared.tokenizer.decode(trained) == "yes<|im_end|>circle<|im_end|>"
+    assert row["input_ids"].count(shared.image_token_id) == 16
+
+
+@pytest.mark.slow
+def test_quickstart_runs_draws_and_continues_after_an_interruption(tmp_path, monkeypatch, capsys):
+    align = replace(quickstart.ALIGN, steps=6, pictures_per_step=4)
+    finetune = replace(quickstart.FINETUNE, steps=6, pictures_per_step=2)
+    monkeypatch.setattr(training, "SAVE_STEPS", 3)
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise Interrupted
+        return step(self, *args, **kwargs)
+
+    step = Trainer.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupt)
+        with pytest.raises(Interrupted):
+            quickstart.run(tmp_path, align, finetune, large=SMALL, small=SMALL)
+    assert (tmp_path / "align" / "checkpoints" / "checkpoint-3").is_dir()
+    assert not (tmp_path / "align" / "record.json").exists()
+
+    rows = quickstart.run(tmp_path, align, finetune, large=SMALL, small=SMALL)
+    assert json.loads((tmp_path / "align" / "record.json").read_text())["resumed"] is True
+    assert [row["name"] for row in rows][-1] == "after (b) fine-tune"
+    assert rows[-1]["trained_parameters"] == 737_280
+    assert rows[-1]["score"]["what"]["n"] == 40
+    assert "of 60 answers equal" in capsys.readouterr().out
+    for picture in ("contact_sheet.png", "learning_curves.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+
+    monkeypatch.setattr(Trainer, "train", lambda *args, **kwargs: pytest.fail("a finished stage was trained again"))
+    again = quickstart.run(tmp_path, align, finetune, large=SMALL, small=SMALL)
+    assert [row["score"] for row in again] == [row["score"] for row in rows]
+
+
+@pytest.mark.slow
+def test_answer_loss_equals_the_models_own_loss():
+    from examples.easy_vqa.model import backbone
+
+    shared = processor()
+    features = vision_features("test", shared.image_processor)
+    rows = data.tokenized(data.question_rows(data.load_questions("train"), 3, 0, 2), shared)
+    rows = [{**row, "image_id": 0} for row in rows]
+    batch = data.Collator(features, 2)(rows)
+    full = data.Collator.pad(rows, 2)
+    model = backbone("projection")
+    with torch.no_grad():
+        expected = model(**full, vision_features=batch["vision_features"]).loss
+        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+    torch.testing.assert_close(training.answer_loss(outputs, batch["labels"]), expected, rtol=2e-3, atol=2e-3)

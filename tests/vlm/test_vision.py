@@ -1,0 +1,85 @@
+"""Any tower: prefix tokens and patch grid are found, pooled and kept in order."""
+
+import pytest
+import torch
+
+from peft_crome.vlm.vision import find_vision_model
+from tests.vlm.conftest import TOWERS, build, make_batch
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_tower_gives_its_patches(tower, layer):
+    model = build(tower, vision_feature_layer=layer)
+    batch = make_batch(model)
+    features = model.get_vision_features(batch["pixel_values"])
+    assert features.shape == (3, model.config.image_seq_length, model.vision_layout.hidden_size)
+    assert not features.requires_grad or any(p.requires_grad for p in model.vision_tower.parameters())
+    if layer == -1:
+        _, prefix, patches = TOWERS[tower]
+        assert (model.vision_layout.num_prefix_tokens, model.config.image_seq_length) == (prefix, patches)
+    assert model(**batch).logits.isfinite().all()
+
+
+def test_registers_are_dropped_or_kept():
+    dropped, kept = (
+        build("dinov2_with_registers", vision_feature_select_strategy=strategy) for strategy in ("default", "full")
+    )
+    pixels = torch.randn(1, 3, 30, 30)
+    raw = dropped.vision_tower(pixels).last_hidden_state
+    torch.testing.assert_close(dropped.get_vision_features(pixels), raw[:, 8:])
+    torch.testing.assert_close(kept.get_vision_features(pixels), raw)
+
+
+def test_pooling_averages_neighbouring_patches():
+    model = build("dinov2", image_size=40, vision_pool_size=2)
+    pixels = torch.randn(1, 3, 40, 40)
+    patches = model.vision_tower(pixels).last_hidden_state[0, 1:].reshape(4, 4, -1)
+    expected = [patches[r : r + 2, c : c + 2].mean((0, 1)) for r in (0, 2) for c in (0, 2)]
+    torch.testing.assert_close(model.get_vision_features(pixels)[0], torch.stack(expected))
+    assert model.config.image_seq_length == 4
+
+
+def test_pooling_that_does_not_divide_the_grid_names_those_that_do():
+    with pytest.raises(
+        ValueError, match=r"vision_pool_size=2 does not divide the 3 x 3 patch grid; choose one of \[1, 3\]"
+    ):
+        build(vision_pool_size=2)
+
+
+@pytest.mark.parametrize("tower", ["clip_vision_model", "vit", "siglip_vision_model", "dinov2"])
+def test_other_resolution_interpolates_positions(tower):
+    model = build(tower, image_size=[40, 20])
+    assert (model.vision_layout.height, model.vision_layout.width) == (4, 2)
+    assert model(**make_batch(model)).logits.isfinite().all()
+
+
+def test_missing_layer_names_the_range():
+    with pytest.raises(ValueError, match=r"vision_feature_layer=7: .* has 4 hidden states; choose from -4 to 3"):
+        build(vision_feature_layer=7)
+
+
+def test_language_model_is_no_tower():
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not a vision tower"):
+        find_vision_model(build().language_model)
+
+
+def test_frozen_tower_stays_in_evaluation_mode():
+    model = build()
+    model.vision_tower.requires_grad_(False)
+    model.train()
+    assert model.language_model.training
+    assert not model.vision_tower.training
+    model.vision_tower.requires_grad_(True)
+    assert model.train().vision_tower.training
+
+
+@pytest.mark.parametrize("features", ["pooled", "patches", "whole"])
+def test_vision_features_replace_pixel_values(features):
+    model = build("dinov2", image_size=40, vision_pool_size=2)
+    batch = make_batch(model)
+    expected = model(**batch).logits
+    pixels = batch.pop("pixel_values")
+    raw = model.vision_tower(pixels).last_hidden_state
+    given = {"pooled": model.get_vision_features(pixels), "patches": raw[:, 1:], "whole": raw}[features]
+    torch.testing.assert_close(model(**batch, vision_features=given).logits, expected)
