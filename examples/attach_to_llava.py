@@ -65,7 +65,8 @@ def main(
 
     vlm.print_trainable_parameters()
     for status in vlm.get_layer_status():
-        print(f"site: {status.name} ({status.module_type}), adapters {status.active_adapters}")
+        if status.module_type == "CromeLayer":  # the other entry holds the weights that the sites share
+            print(f"site: {status.name}, adapters {status.active_adapters}")
     print(f"question: {question}")
     print(f"answer before: {answer_before!r}")
     print(f"answer after:  {answer_after!r}")

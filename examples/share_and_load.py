@@ -29,7 +29,7 @@ def show(folder: Path) -> None:
     for file in sorted(folder.iterdir()):
         print(f"{file.name}: {file.stat().st_size:,} bytes")
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as weights:
-        for key in weights.keys():
+        for key in weights.keys():  # noqa: SIM118 (no dict)
             print(f"  {key} {weights.get_slice(key).get_shape()} {weights.get_slice(key).get_dtype()}")
     _, heading, usage = (folder / "README.md").read_text().partition("## How to load this adapter")
     print(heading + usage)

@@ -98,9 +98,7 @@ def main(
         remove_unused_columns=False,  # the rows are the collator's, not the model's
         label_names=["labels"],  # the Trainer does not look for them through a PeftModel
     )
-    trainer = Trainer(
-        vlm, arguments, train_dataset=rows, data_collator=AnswerCollator(processor, stop_ids)
-    )
+    trainer = Trainer(vlm, arguments, train_dataset=rows, data_collator=AnswerCollator(processor, stop_ids))
     trainer.train()
     vlm.save_pretrained(output)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

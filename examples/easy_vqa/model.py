@@ -84,7 +84,8 @@ def save_stage(model: torch.nn.Module, directory: Path) -> int:
         model.save_pretrained(directory / "adapter")
         model = model.unload()  # leaves the trained projection in the plain composite
     model.save_pretrained(directory / "composite")
-    return sum(file.stat().st_size for file in directory.rglob("*.safetensors"))
+    files = [file for part in ("adapter", "composite") for file in (directory / part).glob("*.safetensors")]
+    return sum(file.stat().st_size for file in files)
 
 
 def load_stage(directory: Path) -> torch.nn.Module:

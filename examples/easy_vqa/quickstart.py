@@ -59,7 +59,7 @@ def run(
             said = answer(model(), shared, pictures, questions, description=f"answering {name}")
             seconds = round(time.perf_counter() - began, 1)
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            write_json(file, {"answers": said, "seconds": seconds, "peak_memory_bytes": memory})
+            write_json(file, {"answers": said, "answering_seconds": seconds, "peak_memory_bytes": memory})
         result = json.loads(file.read_text())
         return {"name": name, "score": score(questions, result["answers"]), **result}
 
@@ -113,5 +113,5 @@ def _ask_again_in_fresh_process(output: Path, questions: list[dict[str, Any]], a
 
 
 def _timed(row: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation's name, score and answers; time and memory of a trained row are the training's."""
-    return {key: row[key] for key in ("name", "score", "answers")}
+    """An evaluation without its memory: that of a trained row is the training's."""
+    return {key: row[key] for key in ("name", "score", "answers", "answering_seconds")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,23 @@ def columns(row: Row) -> list[str]:
     for kind in data.KINDS:
         score = row["score"].get(kind)
         cells.append(f"{score['accuracy']:.1%} ± {score['stderr']:.1%} ({score['n']:,})" if score else "-")
-    cells.append(f"{row['seconds']:.0f}" if "seconds" in row else "-")
+    cells += [f"{row[name]:.0f}" if name in row else "-" for name in ("seconds", "answering_seconds")]
     cells.append(f"{row['peak_memory_bytes'] / 2**30:.1f} GiB" if "peak_memory_bytes" in row else "-")
     cells.append(f"{row['trained_parameters']:,}" if row.get("trained_parameters") else "-")
     cells.append(f"{row['file_bytes'] / 1e6:.1f} MB" if row.get("file_bytes") else "-")
     return cells
 
 
-HEADER = ["", "what colour / shape (n)", "yes/no (n)", "seconds", "peak memory", "trained weights", "files"]
+HEADER = [
+    "",
+    "what colour / shape (n)",
+    "yes/no (n)",
+    "training, s",
+    "answering, s",
+    "peak memory",
+    "trained weights",
+    "files",
+]
 
 
 def print_table(rows: list[Row], title: str) -> None:
@@ -42,7 +52,7 @@ def print_table(rows: list[Row], title: str) -> None:
         table.add_column(name, justify="left" if not name else "right")
     for row in rows:
         table.add_row(*columns(row))
-    Console(width=150).print(table)
+    Console(width=165).print(table)
 
 
 def markdown_table(rows: list[Row]) -> str:
@@ -61,10 +71,7 @@ def contact_sheet(questions: list[Row], answers: list[str], path: Path, count: i
         right = answers[i] == row["answer"]
         verdict = answers[i] or "(nothing)"
         verdict += "" if right else f" (is {row['answer']})"
-        question = (
-            row["question"].replace(" the image", "\nthe image") if len(row["question"]) > 30 else row["question"]
-        )
-        axis.set_title(question, fontsize=8)
+        axis.set_title(textwrap.fill(row["question"], 30), fontsize=8)
         axis.set_xlabel(verdict, fontsize=9, color="green" if right else "red", fontweight="bold")
         axis.set_xticks([])
         axis.set_yticks([])
