@@ -10,7 +10,7 @@
 `--data` is a folder with `questions.json`, a list of [question, answer, image id], and `images/<image id>.png`: the
 layout of easy-VQA, which `python -m examples.easy_vqa.parts` downloads (3 MB) and prints the place of; take its
 `easy_vqa/data/train`. Rows have the columns `images`, `prompt` and `completion`, for which TRL counts the completion
-alone in the loss. TRL's defaults stay: gradient checkpointing, and bf16 where the machine has it.
+alone in the loss. Gradient checkpointing is on, as everywhere in TRL.
 """
 
 import json
@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 import peft_crome
+import torch
 
 
 def read(data: Path, end: str) -> Dataset:
@@ -71,6 +72,7 @@ def main(
             lr_scheduler_type="cosine",
             warmup_steps=steps // 20,
             logging_steps=max(1, steps // 20),
+            bf16=torch.cuda.is_bf16_supported(),  # TRL's default, True, is an error without a GPU
             max_length=None,  # the default, 1024, may cut through an image: SmolVLM's has 1088 tokens
             save_strategy="no",
             report_to="none",

@@ -8,6 +8,7 @@ from transformers import BitsAndBytesConfig
 from examples.easy_vqa import data
 from examples.easy_vqa.model import PROJECTION, processor, vision_features
 from examples.easy_vqa.parts import dinov2_small, smollm2
+from examples.easy_vqa.training import answer_loss
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
 
 pytestmark = pytest.mark.slow
@@ -36,8 +37,13 @@ def backbone(quantization_config=None):
 def batches():
     shared = processor()
     rows = data.tokenized(data.question_rows(data.load_questions("train"), 12, 0, 2), shared)
-    collate = data.Collator(vision_features("test", shared.image_processor)[:1].expand(4000, -1, -1), 2)
+    collate = data.Collator(vision_features("train", shared.image_processor), 2)
     return [collate([rows[i] for i in range(first, first + 4)]) for first in (0, 4, 8)]
+
+
+def forward(model, batch):
+    outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+    return answer_loss(outputs, batch["labels"]), outputs.logits
 
 
 def train(model, batches, learning_rate=1e-3):
@@ -46,7 +52,7 @@ def train(model, batches, learning_rate=1e-3):
     losses = []
     model.train()
     for batch in batches:
-        loss = model(**batch).loss
+        loss = forward(model, batch)[0]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -56,14 +62,18 @@ def train(model, batches, learning_rate=1e-3):
 
 @pytest.mark.parametrize("quantization_config", [None, NF4, INT8], ids=["bf16", "nf4", "int8"])
 def test_adapter_on_real_backbone_trains_and_reloads_equal(quantization_config, batches, tmp_path):
+    base = backbone(quantization_config).requires_grad_(False).eval()
+    with torch.no_grad():
+        expected = forward(base, batches[0])[1]
+        torch.testing.assert_close(
+            forward(get_peft_model(base, CromeConfig()), batches[0])[1], expected, rtol=0, atol=0
+        )
+
+    # A new model: on CPUs with AVX512-BF16, bitsandbytes 0.50.2 packs 4-bit weights at the first evaluation, and its
+    # kernel for packed weights has no backward, so nothing before such a layer gets a gradient any more.
     base = backbone(quantization_config)
     base.save_pretrained(tmp_path / "composite")
-    frozen = base.requires_grad_(False).eval()
-    with torch.no_grad():
-        expected = frozen(**batches[0]).logits
     model = get_peft_model(base, CromeConfig())
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(**batches[0]).logits, expected, rtol=0, atol=0)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 5 * 576 * 256
 
     losses = train(model, batches + batches)
@@ -73,13 +83,13 @@ def test_adapter_on_real_backbone_trains_and_reloads_equal(quantization_config, 
     assert changed["base_model.model.crome.crome_up.weight"].abs().max() > 0
     model.eval()
     with torch.no_grad():
-        trained = model(**batches[0]).logits
+        trained = forward(model, batches[0])[1]
     model.save_pretrained(tmp_path / "adapter")
 
     fresh = CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "composite")
     reloaded = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
     with torch.no_grad():
-        torch.testing.assert_close(reloaded(**batches[0]).logits, trained, rtol=0, atol=0)
+        torch.testing.assert_close(forward(reloaded, batches[0])[1], trained, rtol=0, atol=0)
 
 
 def test_kbit_preparation_changes_nothing_about_what_trains(batches):
@@ -101,16 +111,18 @@ def test_projection_trains_beside_the_adapter_and_is_saved(batches, tmp_path):
     assert len(before) == 5 + 2
     train(model, batches)
     after = dict(model.named_parameters())
-    still = [n for n, p in before.items() if torch.equal(p, after[n]) and "crome_gate" not in n and "crome_down" not in n]
+    still = [
+        n for n, p in before.items() if torch.equal(p, after[n]) and "crome_gate" not in n and "crome_down" not in n
+    ]
     assert not still
     model.eval()
     with torch.no_grad():
-        trained = model(**batches[0]).logits
+        trained = forward(model, batches[0])[1]
     model.save_pretrained(tmp_path)
     torch.manual_seed(1)
     reloaded = PeftModel.from_pretrained(backbone(), str(tmp_path)).eval()
     with torch.no_grad():
-        torch.testing.assert_close(reloaded(**batches[0]).logits, trained, rtol=0, atol=0)
+        torch.testing.assert_close(forward(reloaded, batches[0])[1], trained, rtol=0, atol=0)
 
 
 def test_folding_the_text_branch_keeps_generation_equal_on_real_weights(batches):
@@ -120,11 +132,11 @@ def test_folding_the_text_branch_keeps_generation_equal_on_real_weights(batches)
     prompt = {"input_ids": torch.tensor([[1, 4093, 198, 504, 3575, 282]])}
     unfolded = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     with torch.no_grad():
-        logits = model(**batches[0]).logits
+        logits = forward(model, batches[0])[1]
     model.merge_adapter()
     assert torch.equal(model.generate(**prompt, max_new_tokens=8, do_sample=False), unfolded)
     with torch.no_grad():
-        torch.testing.assert_close(model(**batches[0]).logits, logits, rtol=0, atol=0)
+        torch.testing.assert_close(forward(model, batches[0])[1], logits, rtol=0, atol=0)
     model.unmerge_adapter()
     with torch.no_grad():
-        torch.testing.assert_close(model(**batches[0]).logits, logits, rtol=0, atol=0)
+        torch.testing.assert_close(forward(model, batches[0])[1], logits, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""The long version: four methods, several seeds, the full test split. Resumable; results are written as they come."""
+"""The long version: five methods, several seeds, the full test split. Resumable; results are written as they come."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ NAMES = {
     "projection": "projection alone in (a) and (b)",
     "lora": "LoRA of equal size, alone in (b)",
     "crome-4bit": "CROME, language model in 4-bit (nf4)",
+    "crome-normal": "CROME, W_g and W_d drawn with 0.02 instead of scaled",
 }
 
 

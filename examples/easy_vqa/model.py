@@ -1,4 +1,4 @@
-"""The composite of the quick start: frozen DINOv2-small and SmolLM2-135M, joined and adapted in one of four ways."""
+"""The composite of the quick start: frozen DINOv2-small and SmolLM2-135M, joined and adapted in one of several ways."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peft_crome import CromeConfig, CromeVLMForConditionalGeneration, CromeVLMPr
 
 from .parts import cache_dir, dinov2_small, easy_vqa_dir, smollm2
 
-METHODS = ("crome", "projection", "lora", "crome-4bit")
+METHODS = ("crome", "projection", "lora", "crome-4bit", "crome-normal")
 PROJECTION = "image_projection"
 POOL_SIZE = 2  # 8 x 8 patches of a 112 px picture -> 16 image tokens
 
@@ -57,7 +57,8 @@ def adapter_config(method: str, stage: str) -> PeftConfig | None:
         # 748,800 weights, 1.6% more than CROME's 737,280. The regex spares the tower: its layers have the same names.
         target = r".*language_model.*\.(q_proj|v_proj)"
         return LoraConfig(r=13, lora_alpha=26, target_modules=target, modules_to_save=projection)
-    return CromeConfig(bottleneck_dim=256, modules_to_save=projection)
+    init = "normal" if method == "crome-normal" else True
+    return CromeConfig(bottleneck_dim=256, init_weights=init, modules_to_save=projection)
 
 
 def attach(method: str, stage: str, previous: Path | None = None) -> torch.nn.Module:
