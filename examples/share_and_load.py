@@ -83,7 +83,7 @@ def main(
     check("set_adapter", vlm, "second")
     vlm.set_adapter("first")
     check("set_adapter, back", vlm, "first")
-    peft_crome.hotswap_adapter(vlm, output / "second", adapter_name="first")
+    peft_crome.hotswap_adapter(vlm, str(output / "second"), adapter_name="first")
     check("hotswap_adapter, in place of the first", vlm, "second")
 
 

@@ -17,13 +17,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from datasets import Dataset, Image, List
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 import peft_crome
-import torch
 
 
 def read(data: Path, end: str) -> Dataset:

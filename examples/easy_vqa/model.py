@@ -1,4 +1,4 @@
-"""The composite of the quick start: frozen DINOv2-small and SmolLM2-135M, joined and adapted in one of several ways."""
+"""The quick start's composite: frozen DINOv2-small and SmolLM2-135M, joined and adapted in one of several ways."""
 
 from __future__ import annotations
 

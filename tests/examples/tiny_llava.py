@@ -35,9 +35,7 @@ CHAT_TEMPLATE = (
 def save_tokenizer_and_model(folder: Path) -> None:
     """Write what `AutoProcessor` and `AutoModelForImageTextToText` read from `folder`."""
     processor = LlavaProcessor(
-        CLIPImageProcessor(
-            size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-        ),
+        CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
         tokenizer(),
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
