@@ -9,7 +9,7 @@
 
 Any image-text-to-text model with a chat template will do. `--data` is a folder with `questions.json`, a list of
 [question, answer, image id], and `images/<image id>.png`: the layout of easy-VQA, which
-`python -m examples.easy_vqa.parts` downloads (3 MB) and prints the place of; take its `easy_vqa/data/train`.
+`python -m examples.easy_vqa.parts` fetches (186 MB, with two models) and shows; take its `easy_vqa/data/train`.
 Only the answer counts in the loss; only the adapter is trained and saved.
 """
 

@@ -8,7 +8,7 @@
         --steps 200 --output crome-trl
 
 `--data` is a folder with `questions.json`, a list of [question, answer, image id], and `images/<image id>.png`: the
-layout of easy-VQA, which `python -m examples.easy_vqa.parts` downloads (3 MB) and prints the place of; take its
+layout of easy-VQA, which `python -m examples.easy_vqa.parts` fetches (186 MB, with two models) and shows; take its
 `easy_vqa/data/train`. Rows have the columns `images`, `prompt` and `completion`, for which TRL counts the completion
 alone in the loss. Gradient checkpointing is on, as everywhere in TRL.
 """

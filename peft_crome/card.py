@@ -20,7 +20,7 @@ def add_usage(save_directory: str, config: Any) -> None:
 {HEADING}
 
 This is a CROME adapter (arXiv 2408.06610). PEFT learns the method from `import peft_crome`
-(`pip install peft-crome`); without that line loading fails with `KeyError: 'CROME'`.
+(package `peft-crome`); without that line loading fails with `KeyError: 'CROME'`.
 
 ```python
 import peft_crome

@@ -1,0 +1,98 @@
+# make quickstart | demo | test | test-fast | test-oldest | lint | docs | bench-import | clean
+#
+# Each makes the virtual environment it needs in $(VENV), once, and again when pyproject.toml has changed.
+#   make quickstart PYTHON=python3.12      another interpreter for the virtual environment
+#   make test VENV=/path/to/env            another place for it
+#   make test RUN=python                   an environment of your own, used as it is: nothing is installed
+#   make quickstart TORCH="torch==2.13.0 --index-url <index>"
+#                                          pip's words for PyTorch. On Linux pip takes a build for NVIDIA GPUs, of several
+#                                          GB; the PyTorch install page names an index with small builds for the CPU.
+
+VENV ?= .venv
+# One release for everyone, installed before the rest, so that nothing else brings in another.
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+ifndef PYTHON
+# The first that is a supported Python and can make virtual environments.
+PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& echo $$name && break; done)
+endif
+
+ifdef RUN
+QUICKSTART_READY :=
+DEV_READY :=
+else
+RUN := $(VENV)/bin/python
+QUICKSTART_READY := $(VENV)/.installed-quickstart
+DEV_READY := $(VENV)/.installed-dev
+endif
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check
+
+export NO_MKDOCS_2_WARNING := 1
+.PHONY: help quickstart demo test test-fast test-oldest lint docs bench-import clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+# ---- what a newcomer runs ----
+
+quickstart: $(QUICKSTART_READY)  ## a frozen language model learns to see, in minutes
+	$(RUN) -m examples.easy_vqa quickstart
+
+demo: $(DEV_READY)  ## the long version, about three hours; it continues where it was stopped
+	$(RUN) -m examples.easy_vqa demo
+
+# ---- what a contributor runs ----
+
+test: lint  ## everything that CI checks
+	$(RUN) -m pytest -n $(WORKERS)
+	$(RUN) -m mkdocs build --strict --quiet
+
+test-fast: $(DEV_READY)  ## no slow tests: two minutes
+	$(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu"
+
+lint: $(DEV_READY)
+	$(RUN) -m ruff format --check
+	$(RUN) -m ruff check
+	$(RUN) -m mypy
+
+docs: $(DEV_READY)  ## into site/
+	$(RUN) -m mkdocs build --strict
+
+bench-import: $(DEV_READY)
+	$(RUN) benchmarks/import_time.py
+
+# The lower bounds in pyproject.toml, each at exactly that release. Old releases warn of other things: -W default.
+test-oldest: $(VENV)-oldest/.installed
+	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow and not gpu" -W default tests/tuner tests/vlm
+
+clean:
+	rm -rf $(VENV) $(VENV)-oldest site dist .mypy_cache .ruff_cache .pytest_cache
+
+# ---- virtual environments ----
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 with venv was found. Write make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-torch: | $(VENV)/bin/python
+	$(PIP) --quiet --upgrade "pip>=25.1"
+	$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.installed-quickstart: pyproject.toml | $(VENV)/.installed-torch
+	@echo "Installing peft_crome and what the quick start needs (a minute or two)"
+	$(PIP) --quiet -e . --group quickstart
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed-torch
+	@echo "Installing peft_crome and what its tests, docs and demo need (some minutes)"
+	$(PIP) --quiet -e ".[plots,quantization,trl]" --group dev --group docs
+	@touch $@
+
+$(VENV)-oldest/.installed: tests/oldest.txt
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check --quiet -r tests/oldest.txt pytest pytest-xdist
+	@touch $@

@@ -1,0 +1,35 @@
+"""Every test runs offline, on one thread, with its own seed."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import pytest
+import torch
+
+import peft_crome  # noqa: F401  # registers CROME with PEFT
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+# Warnings are errors (pyproject.toml); these come from inside the libraries, whatever a user does.
+THIRD_PARTY_WARNINGS = (
+    # peft 0.21.2 reads the old name at every attachment (peft_model.py, PeftModel.__init__).
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # peft looks the base model's configuration up on the Hub to compare vocabularies when it saves.
+    "ignore:Could not find a config file in:UserWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in THIRD_PARTY_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)

@@ -1,0 +1,70 @@
+"""What the package promises to its users: names, what importing it costs, dependencies."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import peft_crome
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+PUBLIC_NAMES = [
+    "CromeConfig",
+    "CromeLayer",
+    "CromeModel",
+    "CromeVLMConfig",
+    "CromeVLMForConditionalGeneration",
+    "CromeVLMProcessor",
+    "__version__",
+    "hotswap_adapter",
+]
+
+
+def test_public_names_are_these() -> None:
+    assert peft_crome.__all__ == PUBLIC_NAMES
+
+
+def test_public_names_exist_and_have_docstrings() -> None:
+    for name in set(PUBLIC_NAMES) - {"__version__"}:
+        public = getattr(peft_crome, name)
+        assert public.__module__.startswith("peft_crome."), name
+        assert public.__doc__, f"{name} has no docstring of its own"
+
+
+def test_public_names_are_in_the_reference() -> None:
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^::: peft_crome\.(\w+)$", page, re.M)
+    assert sorted(documented) == sorted(set(PUBLIC_NAMES) - {"__version__"})
+    assert "`peft_crome.__version__`" in page
+
+
+def test_import_loads_nothing_beside_transformers_and_peft() -> None:
+    # The cost in seconds is measured by benchmarks/import_time.py; what would make it grow is a package more.
+    code = (
+        "import sys, peft; before = set(sys.modules); import peft_crome; "
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=300
+    )
+    loaded = set(re.findall(r"'(\w+)'", result.stdout))
+    assert loaded - {"transformers"} == {"peft_crome"}
+
+
+def test_package_is_typed() -> None:
+    assert (Path(peft_crome.__file__).parent / "py.typed").is_file()
+
+
+def test_oldest_set_is_the_lower_bounds() -> None:
+    lines = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    oldest = [line for line in lines if not line.startswith("#")]
+    assert oldest == [bound.replace(">=", "==") for bound in PYPROJECT["project"]["dependencies"]]
+
+
+def test_pre_commit_pins_the_same_linters() -> None:
+    pinned = {item for item in PYPROJECT["dependency-groups"]["dev"] if isinstance(item, str) and "==" in item}
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert set(re.findall(r'"([\w-]+==[\d.]+)"', hooks)) == pinned

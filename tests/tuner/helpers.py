@@ -1,0 +1,126 @@
+"""What the tuner's tests share: attach, randomise, compare."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import nn
+
+from peft_crome import CromeConfig
+from tests.hosts import Batch, Host
+
+M = 4  # bottleneck_dim of every test
+KEYS = ["crome_down_text", "crome_down_vision", "crome_gate_text", "crome_gate_vision", "crome_up"]
+FILE_KEYS = [f"base_model.model.crome.{name}.weight" for name in KEYS]
+
+
+def attach(model: nn.Module, adapter_name: str = "default", **config: Any) -> PeftModel:
+    return get_peft_model(model, CromeConfig(bottleneck_dim=M, **config), adapter_name=adapter_name)
+
+
+def crome_weight(model: nn.Module, name: str, adapter: str = "default") -> nn.Parameter:
+    """The adapter's parameter, e.g. name="up", "gate_text"."""
+    return model.get_parameter(f"base_model.model.crome.crome_{name}.{adapter}.weight")
+
+
+def randomise(model: nn.Module, adapter: str = "default", seed: int = 3) -> None:
+    """Give W_u values, so that the adapter changes the logits."""
+    up = crome_weight(model, "up", adapter)
+    with torch.no_grad():
+        up.copy_(torch.randn(up.shape, generator=torch.Generator().manual_seed(seed)) * 0.3)
+
+
+def adapted(host: Host, adapter_name: str = "default", **config: Any) -> PeftModel:
+    """The host with an adapter that is not an identity, in eval mode."""
+    model = attach(host.model, adapter_name, **config)
+    randomise(model, adapter_name)
+    return model.eval()
+
+
+def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def frozen_logits(host: Host) -> torch.Tensor:
+    """Of the backbone alone, frozen first: kernels that record a gradient may round differently."""
+    host.model.requires_grad_(False)
+    return logits(host.model, host.batch)
+
+
+def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bit for bit, with a readable message."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def to_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
+    return {key: v.to(dtype) if v.is_floating_point() else v for key, v in batch.items()}
+
+
+def file_keys(folder: Path) -> list[str]:
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        return sorted(file.keys())
+
+
+def trainable(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def train_steps(model: nn.Module, batch: Batch, steps: int = 3, rate: float = 0.05) -> list[float]:
+    """Steps of SGD on what requires a gradient; returns the losses."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+    losses = []
+    for _ in range(steps):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+
+def state(model: nn.Module, folder: Path | None) -> dict[str, Any]:
+    """All that an error must leave alone."""
+    files = sorted(folder.rglob("*")) if folder else []
+    return {
+        "modules": [(path, id(module)) for path, module in model.named_modules()],
+        "requires_grad": [(path, p.requires_grad) for path, p in model.named_parameters()],
+        "training": [(path, m.training) for path, m in model.named_modules()],
+        "peft_config": {n: c.to_dict() for n, c in getattr(model, "peft_config", {}).items()},
+        "active": getattr(model, "active_adapters", None) if hasattr(model, "peft_config") else None,
+        "files": {path: path.read_bytes() for path in files if path.is_file()},
+        "model config": copy.deepcopy(model.config.to_dict()) if hasattr(model, "config") else None,
+    }
+
+
+@contextmanager
+def unchanged(model: nn.Module, folder: Path | None = None) -> Iterator[None]:
+    before, weights = state(model, folder), snapshot(model)
+    yield
+    after = state(model, folder)
+    for what in before:
+        assert after[what] == before[what], what
+    assert model.state_dict().keys() == weights.keys()
+    assert not [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, weights[name])]
+
+
+def assert_message(error: BaseException, *parts: str) -> None:
+    for part in parts:
+        assert part in str(error), f"{part!r} is missing from: {error}"

@@ -1,0 +1,295 @@
+"""What PEFT promises of every method while a model is in memory: adapters come, switch, go; state stays consistent."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel, get_model_status, get_peft_model_state_dict, inject_adapter_in_model
+from torch import nn
+
+from peft_crome import CromeConfig, CromeLayer
+from tests import hosts
+from tests.tuner.helpers import (
+    FILE_KEYS,
+    KEYS,
+    adapted,
+    assert_equal,
+    attach,
+    changed,
+    crome_weight,
+    frozen_logits,
+    logits,
+    randomise,
+    snapshot,
+    train_steps,
+    trainable,
+)
+
+PROJECTOR = "model.multi_modal_projector"
+
+
+def two_adapters() -> tuple[PeftModel, hosts.Host, dict[str, torch.Tensor]]:
+    """A model with adapters "default" and "other", and what each of them answers."""
+    host = hosts.llava()
+    model = adapted(host)
+    model.add_adapter("other", CromeConfig(bottleneck_dim=3, gate_activation="sigmoid"))
+    randomise(model, "other", seed=9)
+    model.eval()
+    answers = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        answers[name] = logits(model, host.batch)
+    model.set_adapter("default")
+    return model, host, answers
+
+
+def assert_consistent(model: PeftModel, active: list[str], available: list[str], enabled: bool = True) -> None:
+    status = get_model_status(model)
+    assert status.active_adapters == active
+    assert status.available_adapters == sorted(available)
+    assert status.enabled is enabled
+    assert "irregular" not in (status.enabled, status.active_adapters, status.merged_adapters)
+    assert "irregular" not in [*status.requires_grad.values(), *status.devices.values()]
+    for layer in model.get_layer_status():
+        assert (layer.enabled, layer.active_adapters) == (enabled, active), layer.name
+        assert layer.available_adapters == sorted(available), layer.name
+
+
+def test_adapters_switch_by_name() -> None:
+    model, host, answers = two_adapters()
+    assert not torch.equal(answers["default"], answers["other"])
+    for name in ("other", "default", "other"):
+        model.set_adapter(name)
+        assert_equal(logits(model, host.batch), answers[name])
+        assert {path.split(".")[-2] for path in trainable(model)} == {name}
+        assert_consistent(model, [name], ["default", "other"])
+
+
+def test_set_adapter_refuses_an_unknown_name() -> None:
+    model, _, _ = two_adapters()
+    with pytest.raises(ValueError, match="nobody"):
+        model.set_adapter("nobody")
+    assert_consistent(model, ["default"], ["default", "other"])
+
+
+def test_add_adapter_leaves_the_first_one_s_flags() -> None:
+    model = attach(hosts.llava().model)
+    before = trainable(model)
+    model.add_adapter("other", CromeConfig(bottleneck_dim=3))
+    assert trainable(model) == before
+    assert_consistent(model, ["default"], ["default", "other"])
+
+
+def test_delete_adapter_of_an_inactive_one() -> None:
+    model, host, answers = two_adapters()
+    model.delete_adapter("other")
+    assert_equal(logits(model, host.batch), answers["default"])
+    assert not [path for path, _ in model.named_parameters() if ".other." in path]
+    assert_consistent(model, ["default"], ["default"])
+
+
+def test_delete_adapter_of_the_active_one() -> None:
+    model, host, answers = two_adapters()
+    model.set_adapter("other")
+    with pytest.warns(UserWarning, match=r"active|default") if False else _quiet():
+        model.delete_adapter("other")
+    model.set_adapter("default")
+    assert_equal(logits(model, host.batch), answers["default"])
+    assert not [path for path, _ in model.named_parameters() if ".other." in path]
+
+
+def _quiet() -> object:
+    import warnings
+
+    context = warnings.catch_warnings()
+    context.__enter__()
+    warnings.simplefilter("ignore")
+    context.__exit__(None, None, None)
+    return warnings.catch_warnings()
+
+
+def test_delete_adapter_of_the_last_one_leaves_the_base() -> None:
+    host = hosts.llava()
+    expected = frozen_logits(host)
+    model = adapted(host)
+    model.delete_adapter("default")
+    assert not [path for path, _ in model.named_parameters() if "crome_" in path]
+    assert_equal(logits(model, host.batch), expected)
+
+
+def test_disable_adapter_reports_it() -> None:
+    model, _, _ = two_adapters()
+    with model.disable_adapter():
+        assert_consistent(model, ["default"], ["default", "other"], enabled=False)
+    assert_consistent(model, ["default"], ["default", "other"])
+
+
+def test_status_names_the_method_and_counts_parameters() -> None:
+    model = attach(hosts.llava().model)
+    status = get_model_status(model)
+    assert status.peft_types == {"default": "CROME"}
+    assert status.adapter_model_type == "CromeModel"
+    assert status.trainable_params == 5 * 32 * 4
+    assert status.num_adapter_layers == len(model.get_layer_status())
+
+
+def test_print_trainable_parameters(capsys: pytest.CaptureFixture) -> None:
+    attach(hosts.llava().model).print_trainable_parameters()
+    assert "trainable params: 640 " in capsys.readouterr().out
+
+
+def test_adapter_names_with_a_dot_are_refused_as_peft_refuses_them() -> None:
+    # nn.ModuleDict takes no dots; LoRA gives the same KeyError.
+    with pytest.raises(KeyError, match="can't contain"):
+        attach(hosts.llava().model, "my.adapter")
+
+
+@pytest.mark.parametrize("name", ["up", "crome", "default_2", "text", "weight", "add", "keys"])
+def test_adapter_names_may_be_any_other_word(name: str, tmp_path: object) -> None:
+    host = hosts.llava()
+    try:
+        nn.ModuleDict({name: nn.Identity()})
+    except KeyError:
+        with pytest.raises(KeyError):
+            attach(host.model, name)
+        return
+    model = adapted(host, name)
+    expected = logits(model, host.batch)
+    model.save_pretrained(str(tmp_path))
+    folder = f"{tmp_path}/{name}"
+    loaded = PeftModel.from_pretrained(hosts.llava().model, folder, adapter_name=name)
+    assert_equal(logits(loaded, host.batch), expected)
+
+
+def test_state_dict_of_an_adapter_has_exactly_five_keys() -> None:
+    model, _, _ = two_adapters()
+    for name in ("default", "other"):
+        assert sorted(get_peft_model_state_dict(model, adapter_name=name)) == FILE_KEYS
+
+
+def w_u_sites(model: nn.Module) -> list[nn.Module]:
+    """The module that holds W_u, as each site sees it."""
+    return [module.crome_up["default"] for module in model.modules() if isinstance(module, CromeLayer)]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_share_one_w_u_of_their_own(duplicate) -> None:
+    host = hosts.llava()
+    model = attach(host.model)
+    randomise(model)
+    twin = duplicate(model)
+    first, second = w_u_sites(twin)
+    assert first is second is not w_u_sites(model)[0]
+    assert_equal(logits(twin, host.batch), logits(model, host.batch))
+    randomise(twin, seed=8)
+    assert not torch.equal(logits(twin, host.batch), logits(model, host.batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_to_dtype_keeps_one_w_u(dtype: torch.dtype) -> None:
+    model = adapted(hosts.llava()).to(dtype)
+    first, second = w_u_sites(model)
+    assert first is second
+    assert first.weight is crome_weight(model, "up")
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict_reaches_every_site(assign: bool) -> None:
+    host = hosts.llava()
+    source = adapted(host)
+    expected, tensors = logits(source, host.batch), snapshot(source)
+    target = attach(hosts.llava().model).eval()
+    target.load_state_dict(tensors, assign=assign)
+    assert_equal(logits(target, host.batch), expected)
+    assert w_u_sites(target)[0].weight is crome_weight(target, "up")
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_autocast_adapter_dtype(base: torch.dtype, autocast: bool) -> None:
+    from peft import get_peft_model
+
+    model = get_peft_model(
+        hosts.llava().model.to(base), CromeConfig(bottleneck_dim=4), autocast_adapter_dtype=autocast
+    )
+    assert {crome_weight(model, key.removeprefix("crome_")).dtype for key in KEYS} == {
+        torch.float32 if autocast else base
+    }
+    model.add_adapter("other", CromeConfig(bottleneck_dim=4), autocast_adapter_dtype=autocast)
+    assert {p.dtype for n, p in model.named_parameters() if ".other." in n} == {torch.float32 if autocast else base}
+
+
+def test_inject_adapter_in_model_works_in_place() -> None:
+    host = hosts.llava()
+    expected = frozen_logits(host)
+    model = inject_adapter_in_model(CromeConfig(bottleneck_dim=4), host.model)
+    assert model is host.model
+    assert_equal(logits(model, host.batch), expected)
+    assert {path for path in trainable(model)} == {f"crome.{key}.default.weight" for key in KEYS}
+    assert sorted(get_peft_model_state_dict(model, adapter_name="default")) == [f"crome.{key}.weight" for key in KEYS]
+
+
+def test_modules_to_save_trains_a_module_that_is_a_site() -> None:
+    host = hosts.llava()
+    model = attach(host.model, modules_to_save=["multi_modal_projector"])
+    randomise(model)
+    before = snapshot(model)
+    losses = train_steps(model, host.batch)
+    assert losses[-1] < losses[0]
+    parts = {"linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"}
+    copies = f"base_model.{PROJECTOR}.base_layer.modules_to_save.default."
+    copies = copies.replace("base_model.", "base_model.model.", 1)
+    assert changed(model, before) == {copies + part for part in parts} | {
+        f"base_model.model.crome.{key}.default.weight" for key in KEYS
+    }
+    original = next(m for n, m in hosts.llava().model.named_modules() if n == PROJECTOR)
+    for name, tensor in original.state_dict().items():
+        kept = model.get_parameter(f"base_model.model.{PROJECTOR}.base_layer.original_module.{name}")
+        assert_equal(kept.detach(), tensor)
+
+
+@pytest.mark.parametrize("names", [["multi_modal_projector"], [PROJECTOR], ["lm_head"], ["multi_modal_projector", "lm_head"]])
+def test_modules_to_save_reload_equal_and_unload(names: list[str], tmp_path: object) -> None:
+    host = hosts.llava()
+    base = frozen_logits(host)
+    model = attach(host.model, modules_to_save=names)
+    randomise(model)
+    train_steps(model, host.batch)
+    expected = logits(model.eval(), host.batch)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(hosts.llava().model, str(tmp_path))
+    assert_equal(logits(loaded, host.batch), expected)
+    with model.disable_adapter():
+        assert_equal(logits(model, host.batch), base)
+
+    merged = copy.deepcopy(loaded).merge_and_unload() if False else loaded.merge_and_unload()
+    torch.testing.assert_close(logits(merged, host.batch), expected, atol=1e-4, rtol=1e-4)
+    unloaded = model.unload()
+    assert not [path for path, _ in unloaded.named_modules() if "crome" in path or "modules_to_save" in path]
+
+
+def test_modules_to_save_in_two_adapters_are_two_copies() -> None:
+    host = hosts.llava()
+    config = {"bottleneck_dim": 4, "modules_to_save": ["multi_modal_projector"]}
+    model = attach(host.model, modules_to_save=["multi_modal_projector"])
+    model.add_adapter("other", CromeConfig(**config))
+    randomise(model)
+    train_steps(model, host.batch)
+    copies = f"base_model.model.{PROJECTOR}.base_layer.modules_to_save"
+    trained = model.get_parameter(f"{copies}.default.linear_1.weight")
+    assert not torch.equal(trained, model.get_parameter(f"{copies}.other.linear_1.weight"))
+    model.set_adapter("other")
+    assert {path for path in trainable(model) if "modules_to_save" in path} == {
+        f"{copies}.other.linear_{i}.{what}" for i in (1, 2) for what in ("weight", "bias")
+    }
+
+
+def test_weights_follow_their_input_to_another_device() -> None:
+    # A stand-in for DataParallel and device maps without a second device: the map is computed where its input is.
+    model = attach(hosts.llava().model)
+    up = w_u_sites(model)[0]
+    assert up(torch.empty(3, 4, device="meta")).device.type == "meta"
