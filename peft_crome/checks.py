@@ -76,18 +76,77 @@ def check_same_branches(present: Branches, branches: Branches, adapter_name: str
         )
 
 
-def redirect_modules_to_save(names: list[str] | None, branches: Branches) -> list[str] | None:
-    """Let PEFT wrap the module inside a site, not the site: the copy it trains must not copy the adapter."""
+def check_names(model: nn.Module, child: str, own: type, adapter_name: str, shapes: Shapes) -> None:
+    """Refuse names that could not be told apart: of the adapter in its file's keys, of the child that holds weights.
+
+    Raises:
+        ValueError: names what is taken, and another name to write.
+    """
+    if not isinstance(getattr(model, child, None), (own, type(None))):
+        raise ValueError(f"{type(model).__name__} has an attribute {child!r} of its own, where CROME's weights go.")
+    taken = {part for key in shapes for part in f"base_model.model.{child}.{key}".split(".")}
+    if "." in adapter_name or adapter_name in taken or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} has a dot, or is part of the weights' own names: a file could not tell "
+            "adapters apart. Write adapter_name='default', or another word."
+        )
+
+
+def redirect_into_sites(
+    names: list[str] | None, field: str, branches: Branches, paths: Iterable[str]
+) -> dict[str, str]:
+    """Where PEFT is to wrap the modules of `modules_to_save` and the like: inside a site, not around it.
+
+    A wrapper around a site would train a copy of it that holds a copy of the adapter.
+
+    Returns:
+        each name that PEFT would match -> the name to give PEFT instead.
+    Raises:
+        ValueError: a name matches no module, or a module that contains a site.
+    """
     sites = [site for branch in branches.values() for site in branch]
-    for name in names or []:
+    known = list(paths)
+    redirected = {}
+    for given in names or []:
+        name = given.removesuffix(".base_layer")  # a saved configuration has the redirected name
         for site in sites:
             if f".{name}." in f".{site}":
                 raise ValueError(
-                    f"modules_to_save={names}: {name!r} contains the site {site!r}; its copy would hold a second "
-                    f"adapter. Write modules_to_save=[{site!r}]."
+                    f"{field}={names}: {name!r} contains the site {site!r}; its copy would hold a second adapter. "
+                    f"Write {field}=[{site!r}]."
                 )
-    inside = {name: [f"{site}.base_layer" for site in sites if site.endswith(name)] for name in names or []}
-    return [redirected for name in names for redirected in inside[name] or [name]] if names else names
+        inside = [f"{site}.base_layer" for site in sites if site.endswith(name)]
+        within = [site for site in sites for path in known if path.endswith(name) and path.startswith(site + ".")]
+        if within and not inside:
+            raise ValueError(
+                f"{field}={names}: {name!r} lies inside the site {within[0]!r}, which PEFT can only train whole. "
+                f"Write {field}=[{within[0]!r}]."
+            )
+        if not inside and not any(path.endswith(name) for path in known):
+            near = difflib.get_close_matches(name, {path.rsplit(".", 1)[-1] for path in known}, n=1) or ["lm_head"]
+            raise ValueError(f"{field}={names}: {name!r} matches no module of the model. Write {field}=[{near[0]!r}].")
+        redirected.update(dict.fromkeys(inside or [name], given))
+    return redirected
+
+
+def redirect_token_indices(
+    indices: list[int] | dict[str, list[int]] | None, embeddings: str | None, branches: Branches, paths: Iterable[str]
+) -> list[int] | dict[str, list[int]] | None:
+    """The same as `redirect_into_sites`, for `trainable_token_indices`; a list is meant for the input embeddings."""
+    if isinstance(indices, list) and embeddings is not None:
+        indices = {embeddings: indices}
+    if not isinstance(indices, dict):
+        return indices
+    redirected = redirect_into_sites(list(indices), "trainable_token_indices", branches, paths)
+    return {path: indices[name] for path, name in redirected.items()}
+
+
+def no_regex(branch: str, pattern: str, error: re.error) -> ValueError:
+    """The error for a pattern that does not compile."""
+    return ValueError(
+        f"branches[{branch!r}]={pattern!r} is not a regular expression: {error}. "
+        f"Write branches={{{branch!r}: ['<module path>']}}, or mend the pattern."
+    )
 
 
 def check_not_nested(branches: Branches) -> None:

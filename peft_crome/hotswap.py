@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
+from .adapter_file import check_shapes
+from .provenance import record_backbone
 from .tuner import CromeConfig
 
 
-def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "default", **hub_kwargs: Any) -> None:
+def hotswap_adapter(
+    model: PeftModel, model_id: str | os.PathLike, adapter_name: str = "default", **hub_kwargs: Any
+) -> None:
     """Put another adapter's weights where `adapter_name`'s are; no module or tensor is replaced, nothing recompiles.
 
     Args:
@@ -33,12 +38,18 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
         )
     if any(adapter_name in getattr(module, "merged_adapters", ()) for module in model.modules()):
         raise ValueError(f"Adapter {adapter_name!r} is merged. Call model.unmerge_adapter() first.")
-    new = CromeConfig.from_pretrained(model_id, **hub_kwargs)
-    for name in ("bottleneck_dim", "gate_activation", "branches", "modules_to_save"):
+    new = CromeConfig.from_pretrained(str(model_id), **hub_kwargs)
+    for name in ("bottleneck_dim", "gate_activation", "modules_to_save"):
         if getattr(old, name) != getattr(new, name):
             raise ValueError(
                 f"{model_id} has {name}={getattr(new, name)!r}, the adapter to replace has {getattr(old, name)!r}. "
                 f"Write model.load_adapter({str(model_id)!r}, adapter_name=...) instead."
             )
-    weights = load_peft_weights(model_id, device="cpu", **hub_kwargs)
+    weights = load_peft_weights(str(model_id), device="cpu", **hub_kwargs)
+    present = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    check_shapes(
+        {k: tuple(v.shape) for k, v in weights.items()}, {k: tuple(v.shape) for k, v in present.items()}, "it"
+    )
+    if new.trained_on and old.trained_on:
+        record_backbone(new, old.trained_on)
     set_peft_model_state_dict(model, weights, adapter_name=adapter_name)

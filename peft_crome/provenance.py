@@ -18,8 +18,8 @@ def describe_backbone(model: nn.Module, hidden_size: int, embedding_rows: torch.
     """Describe a model in a few JSON values.
 
     Args:
-        embedding_rows: the first rows of the embedding table, (rows, hidden_size), or None where there are no values.
-            Eight numbers of them tell two sets of weights apart, whatever they are called and in whichever dtype.
+        embedding_rows: rows of the embedding table, (rows, hidden_size), or None where there are no values. Eight
+            of them tell two sets of weights apart, whatever they are called and in whichever dtype.
     """
     return {
         "name_or_path": backbone_name(model),
@@ -27,7 +27,7 @@ def describe_backbone(model: nn.Module, hidden_size: int, embedding_rows: torch.
         "hidden_size": hidden_size,
         "embedding_rms": None
         if embedding_rows is None
-        else [float(f"{rms:.4g}") for rms in embedding_rows[:8].square().mean(-1).sqrt()],
+        else [float(f"{rms:.4g}") for rms in embedding_rows[-8:].square().mean(-1).sqrt()],
     }
 
 

@@ -25,6 +25,8 @@ def _seed() -> None:
 THIRD_PARTY_WARNINGS = (
     # peft 0.21.2 reads the old name at every attachment (peft_model.py, PeftModel.__init__).
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    # peft 0.21.2 calls the old name in prepare_model_for_kbit_training.
+    "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning",
     # peft looks the base model's configuration up on the Hub to compare vocabularies when it saves.
     "ignore:Could not find a config file in:UserWarning",
 )

@@ -232,7 +232,7 @@ def instructblip_opt() -> Host:
 def instructblip_t5() -> Host:
     text = tf.T5Config(
         vocab_size=VOCABULARY, d_model=WIDTH, d_ff=64, d_kv=16, num_layers=2, num_heads=2, pad_token_id=0,
-        eos_token_id=2, decoder_start_token_id=0,
+        eos_token_id=2, decoder_start_token_id=0, dropout_rate=0.0,
     )  # fmt: skip
     return _instructblip(text, "language_model.shared")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -26,6 +25,20 @@ class CromeLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.device))
+
+
+def gated_product(
+    x: torch.Tensor, gate: nn.Linear, down: nn.Linear, up: nn.Linear, activation: str, dropout: float = 0.0
+) -> torch.Tensor:
+    """(act(x W_g) * (x W_d)) W_u: what one adapter adds to a token, in the adapter's dtype.
+
+    Args:
+        x: embeddings, (..., d); any float dtype.
+    Source: CROME, arXiv 2408.06610; the form is reconstructed from its prose.
+    """
+    x = x.to(gate.weight.dtype)
+    hidden = ACTIVATIONS[activation](gate(x)) * down(x)
+    return up(F.dropout(hidden, dropout))
 
 
 class CromeWeights(nn.Module, BaseTunerLayer):
@@ -75,40 +88,20 @@ class CromeWeights(nn.Module, BaseTunerLayer):
                 nn.init.zeros_(linear.weight)
 
     def forward(self, x: torch.Tensor, branch: str, adapter_names: list[str]) -> torch.Tensor:
-        """y = x + (act(x W_g) * (x W_d)) W_u, summed over adapters.
-
-        Args:
-            x: embeddings, (..., d); any float dtype. Computed in the adapter's dtype, returned in x's.
-        Source: CROME, arXiv 2408.06610; the form is reconstructed from its prose.
-        """
+        """y = x + the sum of the adapters' gated products of x; (..., d), in x's dtype."""
         y = x
         for name in adapter_names:
             activation, dropout = self.settings[name]
             gate, down = getattr(self, f"crome_gate_{branch}")[name], getattr(self, f"crome_down_{branch}")[name]
-            h = x.to(gate.weight.dtype)
-            hidden = F.dropout(ACTIVATIONS[activation](gate(h)) * down(h), dropout, self.training)
-            y = y + self.crome_up[name](hidden)  # type promotion keeps the sum in the wider dtype
+            dropout = dropout if self.training else 0.0
+            # Type promotion keeps the sum in the wider dtype.
+            y = y + gated_product(x, gate, down, self.crome_up[name], activation, dropout)
         return y.to(x.dtype)
 
-    def place(self, adapter_name: str, device: torch.device | None, dtype: torch.dtype) -> None:
-        """Move one adapter's weights; those on the meta device stay there until they are loaded."""
-        for name in self.adapter_layer_names:
-            linear = getattr(self, name)[adapter_name]
-            linear.to(device=None if linear.weight.is_meta else device, dtype=dtype)
+    def _nothing_to_do(self, *args: Any, **kwargs: Any) -> None:
+        """The sites do it; these weights only serve them."""
 
-    def shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
-        """Names, as in a file, and shapes of one adapter's tensors."""
-        linears = {name: getattr(self, name)[adapter_name] for name in self.adapter_layer_names}
-        return {f"{name}.weight": tuple(linear.weight.shape) for name, linear in linears.items()}
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing to do: sites merge, these weights only serve them."""
-
-    def unmerge(self) -> None:
-        """Nothing to do, as in `merge`."""
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Nothing to do: each site moves what it uses."""
+    merge = unmerge = _move_adapter_to_device_of_base_layer = _nothing_to_do
 
 
 class CromeLayer(nn.Module, BaseTunerLayer):
@@ -130,6 +123,7 @@ class CromeLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self._unmerged_table: nn.Parameter | None = None
+        self._merge_names: list[str] = []  # what a site that cannot fold goes on with while the others are merged
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -142,10 +136,10 @@ class CromeLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's output with the active adapters added; same container, shapes and dtype."""
-        if self.disable_adapters and self.merged:
+        if self.disable_adapters and (self.merged or self._merge_names):
             self.unmerge()
         output = self.base_layer(*args, **kwargs)
-        names = self._own(self.active_adapters)
+        names = self._own(self._merge_names or self.active_adapters)
         return output if self.disable_adapters or self.merged or not names else self.adapt(output, names)
 
     def adapt(self, output: Any, adapter_names: list[str]) -> Any:
@@ -160,9 +154,20 @@ class CromeLayer(nn.Module, BaseTunerLayer):
         """
         names = self._own(check_adapters_to_merge(self, adapter_names))
         table = self.get_base_layer()
-        if not names or why_not_foldable(table):
+        if not names:
             return
-        folded = folded_table(table, lambda rows: self.adapt(rows, names))
+        if why_not_foldable(table):
+            self._merge_names = list(dict.fromkeys([*self._merge_names, *names]))
+            return
+        merged, weights = table.weight, self._weights[0]
+        training = weights.training
+        table.weight = merged if self._unmerged_table is None else self._unmerged_table
+        try:
+            weights.eval()  # dropout must not be folded in
+            folded = folded_table(table, lambda rows: self.adapt(rows, [*self.merged_adapters, *names]))
+        finally:
+            table.weight = merged
+            weights.train(training)
         if safe_merge and not torch.isfinite(folded).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken.")
         self._unmerged_table = self._unmerged_table if self._unmerged_table is not None else table.weight
@@ -174,7 +179,10 @@ class CromeLayer(nn.Module, BaseTunerLayer):
         if self._unmerged_table is not None:
             self.get_base_layer().weight = self._unmerged_table
         self._unmerged_table = None
+        self._merge_names = []
         self.merged_adapters = []
+        for config in self.__dict__.pop("_untied_configs", []):
+            config.tie_word_embeddings = True
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -187,8 +195,11 @@ class CromeLayer(nn.Module, BaseTunerLayer):
         base, names = self.base_layer, self._own(adapter_names or self.active_adapters)
         if isinstance(base, AuxiliaryTrainingWrapper):
             base = base.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        keep_adapter = merge and names and not self.merged and not self.disable_adapters
-        return UnloadedSite(base, self._weights[0], self.branch, names) if keep_adapter else base
+        if not merge or self.merged or not names:
+            return base
+        from ..unloaded import UnloadedSite  # which needs this file
+
+        return UnloadedSite(base, self._weights[0], self.branch, names)
 
     def _own(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in getattr(self, self.adapter_layer_names[0])]
@@ -203,20 +214,3 @@ class CromeLayer(nn.Module, BaseTunerLayer):
         for linears in (getattr(self, name) for name in names):
             if target is not None and adapter_name in linears and not linears[adapter_name].weight.is_meta:
                 linears[adapter_name].to(target)
-
-
-class UnloadedSite(nn.Module):
-    """What `merge_and_unload` leaves of a site whose branch cannot be merged: the module and its frozen adapter."""
-
-    def __init__(self, site: nn.Module, weights: CromeWeights, branch: str, adapter_names: list[str]) -> None:
-        super().__init__()
-        self.site = site
-        self.weights = copy.deepcopy(weights).requires_grad_(False).eval()
-        self.branch = branch
-        self.adapter_names = adapter_names
-        self.out_features = weights.crome_up[adapter_names[0]].out_features
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The site's output with its adapter added."""
-        output = self.site(*args, **kwargs)
-        return map_embeddings(output, self.out_features, lambda x: self.weights(x, self.branch, self.adapter_names))

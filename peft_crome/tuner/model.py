@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..adapter_file import check_shapes
-from ..checks import check_same_branches, expected_shapes, find_hidden_size, redirect_modules_to_save
+from ..checks import (
+    check_names,
+    check_same_branches,
+    expected_shapes,
+    find_hidden_size,
+    redirect_into_sites,
+    redirect_token_indices,
+)
 from ..provenance import backbone_name, describe_backbone, record_backbone
 from .config import CromeConfig
 from .fold import embed_scale, why_not_foldable
@@ -25,19 +33,7 @@ WEIGHTS_NAME = "crome"  # the child of the wrapped model that holds every adapte
 
 
 class CromeModel(BaseTuner):
-    """Cross-modal adapters where embeddings enter a frozen language model (arXiv 2408.06610).
-
-    Args:
-        model: a model with modules that produce embeddings; known vision-language models need no more.
-        peft_config: a [`CromeConfig`], or a dict of them by adapter name.
-        adapter_name: name of the adapter.
-        low_cpu_mem_usage: create the weights on the meta device, for loading.
-
-    Example:
-        >>> import peft_crome
-        >>> from peft import get_peft_model
-        >>> model = get_peft_model(model, peft_crome.CromeConfig())  # doctest: +SKIP
-    """
+    """Cross-modal adapters where embeddings enter a frozen language model (arXiv 2408.06610); arguments as in PEFT's other tuners."""
 
     prefix = "crome_"
     tuner_layer_cls = (CromeLayer, CromeWeights)  # type: ignore[assignment]  # PEFT only calls isinstance on it
@@ -56,7 +52,8 @@ class CromeModel(BaseTuner):
         Raises:
             ValueError: see `find_branches`; or a width, the other adapters' sites or the weight file do not fit.
         """
-        config: CromeConfig = self.peft_config[adapter_name]
+        # A copy: what is filled in below belongs to this model, and a caller may use the configuration again.
+        config: CromeConfig = copy.copy(self.peft_config[adapter_name])
         branches = find_branches(model, config.branches)
         hidden_size = find_hidden_size(model, branches)
         present: Branches = {}
@@ -64,16 +61,38 @@ class CromeModel(BaseTuner):
             if isinstance(module, CromeLayer):
                 present.setdefault(module.branch, []).append(name)
         check_same_branches(present, branches, adapter_name)
+        expected = expected_shapes(branches, hidden_size, config.bottleneck_dim)
+        check_names(model, WEIGHTS_NAME, CromeWeights, adapter_name, expected)
         if config._file_shapes is not None:
-            expected = expected_shapes(branches, hidden_size, config.bottleneck_dim)
             check_shapes(config._file_shapes, expected, f"{backbone_name(model)} (hidden_size {hidden_size})")
-        modules_to_save = redirect_modules_to_save(config.modules_to_save, branches)
+        paths = {path: module for path, module in model.named_modules() if path}
+        table = next((path for path, module in paths.items() if module is input_embeddings(model)), None)
+        modules_to_save = redirect_into_sites(config.modules_to_save, "modules_to_save", branches, paths)
+        indices = redirect_token_indices(config.trainable_token_indices, table, branches, paths)
         config.trained_on = record_backbone(config, describe_backbone(model, hidden_size, _embedding_rows(model)))
-        config.modules_to_save = modules_to_save
+        config.modules_to_save = list(modules_to_save) or config.modules_to_save
+        config.trainable_token_indices = indices
+        self.peft_config[adapter_name] = config
         self._branch_of = {site: branch for branch, sites in branches.items() for site in sites}
         self._hidden_size = hidden_size
         # The file's keys name no sites, so a state dict cannot say where to inject: the configuration does.
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+        except Exception:
+            self._roll_back(model, adapter_name, first=not present)
+            for parameter, requires_grad in flags:
+                parameter.requires_grad_(requires_grad)
+            raise
+
+    def _roll_back(self, model: nn.Module, adapter_name: str, first: bool) -> None:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, CromeWeights):
+                module.delete_adapter(adapter_name)
+            elif isinstance(module, CromeLayer) and first:
+                model.set_submodule(name, module.base_layer)
+        if first and hasattr(model, WEIGHTS_NAME):
+            delattr(model, WEIGHTS_NAME)
 
     def _check_target_module_exists(self, peft_config: CromeConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._branch_of
@@ -98,7 +117,10 @@ class CromeModel(BaseTuner):
         weights: CromeWeights = getattr(self.model, WEIGHTS_NAME)
         if adapter_name not in weights.crome_up:
             weights.add(adapter_name, peft_config, self._hidden_size, _embedding_rms(self.model))
-            weights.place(adapter_name, *_device_and_dtype(self.model))
+            device, dtype = _device_and_dtype(self.model)
+            for linears in (getattr(weights, name) for name in weights.adapter_layer_names):
+                on_meta = linears[adapter_name].weight.is_meta  # then it stays there until its weights are loaded
+                linears[adapter_name].to(device=None if on_meta else device, dtype=dtype)
             weights.train(self.model.training)
         if not isinstance(target, CromeLayer):
             target = CromeLayer(target, weights, self._branch_of[current_key], self._hidden_size)
@@ -129,35 +151,42 @@ class CromeModel(BaseTuner):
             )
         folded = [name for name, reason in reasons.items() if not reason]
         kept = [name for name, reason in reasons.items() if reason]
-        logger.warning("CROME merge: folded into the embedding table: %s; kept, not being linear: %s.", folded, kept)
+        logger.warning(
+            "CROME merge: folded into the embedding table: %s; kept as a small module, not being linear: %s. Only the "
+            "adapter's own files carry the latter: save the adapter, not the merged model.",
+            folded,
+            kept,
+        )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the text branch into the embedding table; the others stay active. `unmerge_adapter` undoes it."""
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         self._untie()
 
-    def unmerge_adapter(self) -> None:
-        """Put the original table back, exactly, and tie the output head to it again where it was tied."""
-        super().unmerge_adapter()
-        for config in self.__dict__.pop("_untied_configs", []):
-            config.tie_word_embeddings = True
-
     def _untie(self) -> None:
         # The head keeps the old table; a save or a resize would tie it to the new one again.
         config = getattr(self.model, "config", None)
         configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else []
         tied = [c for c in configs if getattr(c, "tie_word_embeddings", False)]
-        self._untied_configs = getattr(self, "_untied_configs", []) + tied
+        for layer in self.model.modules():
+            if isinstance(layer, CromeLayer) and layer.merged and tied:
+                layer._untied_configs = tied
         for config in tied:
             config.tie_word_embeddings = False
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         if merge:
             self._check_merge_allowed()
-            self._untie()
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        if merge:
+            self._untie()
         delattr(model, WEIGHTS_NAME)
         return model
+
+    @classmethod
+    def _get_adapter_state_dict(cls, **kwargs: Any) -> dict[str, torch.Tensor]:
+        found = super()._get_adapter_state_dict(**kwargs)
+        return {key: value for key, value in found.items() if f".{WEIGHTS_NAME}.crome_" in f".{key}"}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -165,7 +194,9 @@ class CromeModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         weights = next(module for module in model.modules() if isinstance(module, CromeWeights))
         found = {key.split(f"{WEIGHTS_NAME}.")[-1]: v.shape for key, v in state_dict.items() if ".crome_" in f".{key}"}
-        check_shapes(found, weights.shapes(adapter_name), f"adapter {adapter_name!r} on {backbone_name(model)}")
+        layers = {name: getattr(weights, name)[adapter_name] for name in weights.adapter_layer_names}
+        expected = {f"{name}.weight": tuple(linear.weight.shape) for name, linear in layers.items()}
+        check_shapes(found, expected, f"adapter {adapter_name!r} on {backbone_name(model)}")
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -178,15 +209,16 @@ def _device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtyp
 
 
 def _embedding_rows(model: nn.Module) -> torch.Tensor | None:
-    """The first 64 rows of what the text branch reads, in fp32; None where there is no table with values."""
+    """About 1,000 rows, evenly spread, of what the text branch reads, in fp32; None where there are no values."""
     embeddings = input_embeddings(model)
     table = embeddings.get_base_layer() if isinstance(embeddings, CromeLayer) else embeddings
     weight = getattr(table, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
         return None
-    return (weight.detach()[:64] * embed_scale(table)).float()
+    return (weight.detach()[:: max(1, weight.shape[0] // 1024)] * embed_scale(table)).float()
 
 
 def _embedding_rms(model: nn.Module) -> float:
     rows = _embedding_rows(model)
-    return 1.0 if rows is None else float(rows.square().mean().sqrt().clamp_min(1e-4))
+    # The median, since rows of tokens that no training met may be zero or far off.
+    return 1.0 if rows is None else float(rows.square().mean(-1).sqrt().median()) or 1.0

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..checks import Branches, check_not_nested, no_such_module, no_vision_site
+from ..checks import Branches, check_not_nested, no_regex, no_such_module, no_vision_site
 
 # model_type -> branch -> last part of the path of the module whose output enters the language model.
 # The text branch is the module that get_input_embeddings() returns, unless it is named here.
@@ -80,7 +80,10 @@ def _find_by_architecture(model: nn.Module, paths: dict[str, nn.Module]) -> Bran
 
 def _match(branch: str, wanted: list[str] | str, paths: dict[str, nn.Module]) -> list[str]:
     if isinstance(wanted, str):
-        sites = [path for path in paths if re.fullmatch(wanted, path)]
+        try:
+            sites = [path for path in paths if re.fullmatch(wanted, path)]
+        except re.error as error:
+            raise no_regex(branch, wanted, error) from error
         missing = [] if sites else [wanted]
     else:
         sites, missing = [], []

@@ -1,0 +1,146 @@
+"""bitsandbytes backbones on the CPU, language model and projector quantised: train, save, load, equal logits."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel, prepare_model_for_kbit_training
+from torch import nn
+
+from tests import hosts
+from tests.tuner.helpers import (
+    FILE_KEYS,
+    KEYS,
+    assert_equal,
+    attach,
+    changed,
+    crome_weight,
+    file_keys,
+    logits,
+    randomise,
+    snapshot,
+    train_steps,
+    trainable,
+)
+
+bnb = pytest.importorskip("bitsandbytes")
+
+# The tower stays as it is: 16 wide, while bitsandbytes' 4-bit kernel for CPUs takes multiples of 32.
+SKIP = ["lm_head", "model.vision_tower"]
+QUANTISATION = {
+    "nf4": tf.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=SKIP,
+    ),
+    "int8": tf.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=SKIP),
+}  # fmt: skip
+LAYER = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}
+each_kind = pytest.mark.parametrize("kind", QUANTISATION)
+
+
+@cache
+def wide_llava() -> hosts.Host:
+    """64 wide, since a block of quantised weights has 64."""
+    return hosts.llava(hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llava")
+    wide_llava().model.save_pretrained(folder)
+    return folder
+
+
+def quantised(checkpoint: Path, kind: str) -> nn.Module:
+    model = tf.LlavaForConditionalGeneration.from_pretrained(
+        checkpoint, quantization_config=QUANTISATION[kind], dtype=torch.float32, device_map="cpu"
+    )
+    assert isinstance(model.model.multi_modal_projector.linear_2, LAYER[kind])
+    assert isinstance(model.model.language_model.layers[0].self_attn.q_proj, LAYER[kind])
+    return model.eval()
+
+
+@each_kind
+def test_fresh_adapter_leaves_logits_bit_equal(kind: str, checkpoint: Path) -> None:
+    model = quantised(checkpoint, kind).requires_grad_(False)
+    batch = wide_llava().batch
+    expected = logits(model, batch)
+    assert_equal(logits(attach(model).eval(), batch), expected)
+
+
+@each_kind
+def test_training_changes_the_adapter_alone_and_reloads_equal(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+    model = attach(quantised(checkpoint, kind))
+    assert {crome_weight(model, key.removeprefix("crome_")).dtype for key in KEYS} == {torch.float32}
+    randomise(model)
+    before = snapshot(model)
+    losses = train_steps(model, wide_llava().batch, steps=3)
+    assert losses[-1] < losses[0]
+    assert changed(model, before) == {f"base_model.model.crome.{key}.default.weight" for key in KEYS}
+
+    expected = logits(model.eval(), wide_llava().batch)
+    model.save_pretrained(tmp_path)
+    assert file_keys(tmp_path) == FILE_KEYS
+    loaded = PeftModel.from_pretrained(quantised(checkpoint, kind), tmp_path)
+    assert_equal(logits(loaded, wide_llava().batch), expected)
+
+
+@each_kind
+def test_gradients_reach_every_adapter_parameter(kind: str, checkpoint: Path) -> None:
+    model = attach(quantised(checkpoint, kind))
+    randomise(model)
+    model(**wide_llava().batch).loss.backward()
+    for key in KEYS:
+        gradient = crome_weight(model, key.removeprefix("crome_")).grad
+        assert gradient is not None, key
+        assert torch.isfinite(gradient).all(), key
+        assert gradient.any(), key
+
+
+@each_kind
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_prepare_for_kbit_training_makes_no_difference_to_what_trains(
+    kind: str, checkpointing: bool, checkpoint: Path
+) -> None:
+    plain = attach(quantised(checkpoint, kind))
+    prepared = attach(
+        prepare_model_for_kbit_training(
+            quantised(checkpoint, kind), checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    )
+    assert trainable(prepared) == trainable(plain)
+    assert {crome_weight(prepared, key.removeprefix("crome_")).dtype for key in KEYS} == {torch.float32}
+    gradients = []
+    for model in (plain, prepared):
+        torch.manual_seed(1)
+        for key in KEYS:
+            parameter = crome_weight(model, key.removeprefix("crome_"))
+            nn.init.normal_(parameter, std=0.1)
+        model.train()(**wide_llava().batch).loss.backward()
+        gradients.append([crome_weight(model, key.removeprefix("crome_")).grad for key in KEYS])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@each_kind
+def test_unload_gives_the_quantised_backbone_back(kind: str, checkpoint: Path) -> None:
+    model = quantised(checkpoint, kind).requires_grad_(False)
+    batch = wide_llava().batch
+    expected = logits(model, batch)
+    adapted = attach(model)
+    randomise(adapted)
+    assert not torch.equal(logits(adapted.eval(), batch), expected)
+    assert_equal(logits(adapted.unload(), batch), expected)
+
+
+@each_kind
+def test_merge_folds_the_text_branch_of_a_quantised_backbone(kind: str, checkpoint: Path) -> None:
+    model = attach(quantised(checkpoint, kind))
+    randomise(model)
+    batch = wide_llava().batch
+    expected = logits(model.eval(), batch)
+    torch.testing.assert_close(logits(model.merge_and_unload(), batch), expected, atol=1e-4, rtol=1e-4)
