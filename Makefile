@@ -64,9 +64,11 @@ docs: $(DEV_READY)  ## into site/
 bench-import: $(DEV_READY)
 	$(RUN) benchmarks/import_time.py
 
-# The lower bounds in pyproject.toml, each at exactly that release. Old releases warn of other things: -W default.
+# The lower bounds in pyproject.toml, each at exactly that release. Old releases warn of other things: -W default. The
+# oldest torch cannot compile this transformers (caches made inside the graph), with or without an adapter.
 test-oldest: $(VENV)-oldest/.installed
-	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow and not gpu" -W default tests/tuner tests/vlm
+	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow and not gpu" -k "not compile" -W default \
+		tests/tuner tests/vlm
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest site dist .mypy_cache .ruff_cache .pytest_cache

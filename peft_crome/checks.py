@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -13,12 +14,15 @@ from .adapter_file import Shapes
 Branches = dict[str, list[str]]  # branch -> full paths of its sites
 
 
+def text_config(model: nn.Module) -> Any:
+    """The language model's part of a model's configuration; None for a model without one."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
+
+
 def text_hidden_size(model: nn.Module) -> int | None:
     """The language model's embedding width as its configuration gives it; None for a model without one."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        return None
-    return getattr(config.get_text_config(), "hidden_size", None)
+    return getattr(text_config(model), "hidden_size", None)
 
 
 def possible_widths(module: nn.Module) -> set[int]:

@@ -45,7 +45,6 @@ class Host:
 
     Attributes:
         sites: branch -> full paths that CROME is expected to find.
-        text_only: None where the architecture cannot run without an image.
         generate_keys: what of the batch `generate` takes.
         scaled_table: the embedding table multiplies its rows, so a merge is exact to one rounding only.
     """
@@ -53,7 +52,7 @@ class Host:
     model: nn.Module
     batch: Batch
     sites: dict[str, list[str]]
-    text_only: Batch | None = None
+    text_only: Batch
     scaled_table: bool = False
     exclude_from_generate: tuple[str, ...] = field(default=("labels",))
 
@@ -92,9 +91,9 @@ def finish(model_class: type, config: Any) -> nn.Module:
     return model
 
 
-def llava(**text: Any) -> Host:
+def llava(vision: dict[str, Any] | None = None, **text: Any) -> Host:
     config = tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**VISION),
+        vision_config=tf.CLIPVisionConfig(**VISION | (vision or {})),
         text_config=tf.LlamaConfig(**TEXT | text),
         image_token_index=IMAGE_TOKEN,
         vision_feature_layer=-1,
@@ -122,8 +121,9 @@ def llava_next() -> Host:
 
 
 def qwen2_5_vl() -> Host:
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
     config = tf.Qwen2_5_VLConfig(
-        text_config=TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}},
+        text_config=TEXT | {"rope_parameters": rope},
         vision_config={
             "depth": 2, "hidden_size": VISION_WIDTH, "intermediate_size": 32, "num_heads": 2, "patch_size": PATCH,
             "out_hidden_size": WIDTH, "fullatt_block_indexes": [0], "window_size": 16, "spatial_merge_size": 2,
@@ -204,6 +204,7 @@ def _instructblip(text_config: Any, text_site: str) -> Host:
         qformer_config=tf.InstructBlipQFormerConfig(
             vocab_size=VOCABULARY, hidden_size=VISION_WIDTH, intermediate_size=32, num_hidden_layers=2,
             num_attention_heads=2, encoder_hidden_size=VISION_WIDTH, cross_attention_frequency=1,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         ).to_dict(),
         text_config=text_config.to_dict(),
         num_query_tokens=3,
@@ -218,7 +219,10 @@ def _instructblip(text_config: Any, text_site: str) -> Host:
     if text_config.is_encoder_decoder:
         batch["labels"] = torch.tensor([[5, 6, 2], [7, 8, 2]])
     sites = {"text": [text_site], "vision": ["language_projection"]}
-    return Host(finish(tf.InstructBlipForConditionalGeneration, config), batch, sites)
+    text_only = {key: value[:1] for key, value in batch.items() if key != "labels"} | words()  # it wants an image
+    if text_config.is_encoder_decoder:
+        text_only["labels"] = batch["labels"][:1]
+    return Host(finish(tf.InstructBlipForConditionalGeneration, config), batch, sites, text_only)
 
 
 def instructblip_opt() -> Host:

@@ -60,7 +60,7 @@ class CromeWeights(nn.Module, BaseTunerLayer):
             self.add_module(name, nn.ModuleDict())
         self.settings: dict[str, tuple[str, float]] = {}  # adapter name -> gate activation, dropout
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
 
     def add(self, adapter_name: str, config: CromeConfig, hidden_size: int, rms: float) -> None:
         """Create one adapter's weights in fp32: (2·branches + 1)·d·m of them.
@@ -121,7 +121,7 @@ class CromeLayer(nn.Module, BaseTunerLayer):
         self.out_features = hidden_size
         self.adapter_layer_names = (f"crome_gate_{branch}", f"crome_down_{branch}")
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         self._unmerged_table: nn.Parameter | None = None
         self._merge_names: list[str] = []  # what a site that cannot fold goes on with while the others are merged
 
@@ -208,7 +208,7 @@ class CromeLayer(nn.Module, BaseTunerLayer):
         # A projector has no weight of its own, and an identity no parameter at all: it keeps the adapter where it is.
         parameter = next((p for p in self.base_layer.parameters() if not p.is_meta), None)
         target = device or (parameter.device if parameter is not None else None)
-        names = self.adapter_layer_names
+        names: tuple[str, ...] = self.adapter_layer_names
         if self.branch == self._weights[0].branches[0]:
             names += ("crome_up",)  # shared, so it follows one branch
         for linears in (getattr(self, name) for name in names):

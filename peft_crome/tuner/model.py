@@ -12,20 +12,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from .. import checks
 from ..adapter_file import check_shapes
-from ..checks import (
-    check_names,
-    check_same_branches,
-    expected_shapes,
-    find_hidden_size,
-    redirect_into_sites,
-    redirect_token_indices,
-)
 from ..provenance import backbone_name, describe_backbone, record_backbone
 from .config import CromeConfig
 from .fold import embed_scale, why_not_foldable
 from .layer import CromeLayer, CromeWeights
-from .sites import Branches, find_branches, input_embeddings
+from .sites import find_branches, input_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +26,11 @@ WEIGHTS_NAME = "crome"  # the child of the wrapped model that holds every adapte
 
 
 class CromeModel(BaseTuner):
-    """Cross-modal adapters where embeddings enter a frozen language model (arXiv 2408.06610); arguments as in PEFT's other tuners."""
+    """Cross-modal adapters where embeddings enter a frozen language model; arguments as in PEFT's other tuners."""
 
     prefix = "crome_"
     tuner_layer_cls = (CromeLayer, CromeWeights)  # type: ignore[assignment]  # PEFT only calls isinstance on it
-    target_module_mapping = {}  # noqa: RUF012  # sites.py has the hosts
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # sites.py has the hosts
 
     def inject_adapter(
         self,
@@ -50,25 +43,25 @@ class CromeModel(BaseTuner):
         """Check everything that can be checked, then wrap the sites; an error leaves the model as it was.
 
         Raises:
-            ValueError: see `find_branches`; or a width, the other adapters' sites or the weight file do not fit.
+            ValueError: see `find_branches`, and `checks.py` for what must fit.
         """
         # A copy: what is filled in below belongs to this model, and a caller may use the configuration again.
         config: CromeConfig = copy.copy(self.peft_config[adapter_name])
         branches = find_branches(model, config.branches)
-        hidden_size = find_hidden_size(model, branches)
-        present: Branches = {}
+        hidden_size = checks.find_hidden_size(model, branches)
+        present: checks.Branches = {}
         for name, module in model.named_modules():
             if isinstance(module, CromeLayer):
                 present.setdefault(module.branch, []).append(name)
-        check_same_branches(present, branches, adapter_name)
-        expected = expected_shapes(branches, hidden_size, config.bottleneck_dim)
-        check_names(model, WEIGHTS_NAME, CromeWeights, adapter_name, expected)
+        checks.check_same_branches(present, branches, adapter_name)
+        expected = checks.expected_shapes(branches, hidden_size, config.bottleneck_dim)
+        checks.check_names(model, WEIGHTS_NAME, CromeWeights, adapter_name, expected)
         if config._file_shapes is not None:
             check_shapes(config._file_shapes, expected, f"{backbone_name(model)} (hidden_size {hidden_size})")
         paths = {path: module for path, module in model.named_modules() if path}
         table = next((path for path, module in paths.items() if module is input_embeddings(model)), None)
-        modules_to_save = redirect_into_sites(config.modules_to_save, "modules_to_save", branches, paths)
-        indices = redirect_token_indices(config.trainable_token_indices, table, branches, paths)
+        modules_to_save = checks.redirect_into_sites(config.modules_to_save, "modules_to_save", branches, paths)
+        indices = checks.redirect_token_indices(config.trainable_token_indices, table, branches, paths)
         config.trained_on = record_backbone(config, describe_backbone(model, hidden_size, _embedding_rows(model)))
         config.modules_to_save = list(modules_to_save) or config.modules_to_save
         config.trainable_token_indices = indices
@@ -136,8 +129,7 @@ class CromeModel(BaseTuner):
         # Without this method PeftModel would drop adapter_names without a word.
         if kwargs.get("adapter_names") is not None:
             raise NotImplementedError(
-                "adapter_names (one adapter per row of a batch) is not supported by CROME yet. Run one batch per "
-                "adapter: model.set_adapter(name), then call the model."
+                "adapter_names is not supported by CROME yet. Run one batch per adapter: model.set_adapter(name)."
             )
         yield
 
@@ -151,11 +143,9 @@ class CromeModel(BaseTuner):
             )
         folded = [name for name, reason in reasons.items() if not reason]
         kept = [name for name, reason in reasons.items() if reason]
+        message = "CROME merge: folded into the embedding table: %s; kept as a small module, not being linear: %s. "
         logger.warning(
-            "CROME merge: folded into the embedding table: %s; kept as a small module, not being linear: %s. Only the "
-            "adapter's own files carry the latter: save the adapter, not the merged model.",
-            folded,
-            kept,
+            message + "Only an adapter's files carry the latter: save it, not the merged model.", folded, kept
         )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -166,7 +156,7 @@ class CromeModel(BaseTuner):
     def _untie(self) -> None:
         # The head keeps the old table; a save or a resize would tie it to the new one again.
         config = getattr(self.model, "config", None)
-        configs = [config, config.get_text_config()] if hasattr(config, "get_text_config") else []
+        configs = [config, checks.text_config(self.model)]
         tied = [c for c in configs if getattr(c, "tie_word_embeddings", False)]
         for layer in self.model.modules():
             if isinstance(layer, CromeLayer) and layer.merged and tied:

@@ -43,7 +43,9 @@ def test_modules_to_save_trains_a_module_that_is_a_site() -> None:
         assert_equal(kept.detach(), tensor)
 
 
-@pytest.mark.parametrize("names", [["multi_modal_projector"], [PROJECTOR], ["lm_head"], ["multi_modal_projector", "lm_head"]])
+@pytest.mark.parametrize(
+    "names", [["multi_modal_projector"], [PROJECTOR], ["lm_head"], ["multi_modal_projector", "lm_head"]]
+)
 def test_modules_to_save_reload_equal_and_unload(names: list[str], tmp_path: Path) -> None:
     host = hosts.llava()
     base = frozen_logits(host)
@@ -77,3 +79,18 @@ def test_modules_to_save_in_two_adapters_are_two_copies() -> None:
     assert {path for path in trainable(model) if "modules_to_save" in path} == {
         f"{copies}.other.linear_{i}.{what}" for i in (1, 2) for what in ("weight", "bias")
     }
+
+
+@pytest.mark.parametrize("indices", [[5, 6], {"embed_tokens": [5, 6]}], ids=["list", "dict"])
+def test_trainable_tokens_train_inside_the_text_site(indices: list | dict, tmp_path: Path) -> None:
+    host = hosts.llava()
+    model = attach(host.model, trainable_token_indices=indices)
+    randomise(model)
+    before = snapshot(model)
+    train_steps(model, host.batch)
+    others = changed(model, before) - {f"base_model.model.crome.{key}.default.weight" for key in KEYS}
+    assert len(others) == 1
+    assert "token_adapter.trainable_tokens_delta.default" in others.pop()
+    expected = logits(model.eval(), host.batch)
+    model.save_pretrained(tmp_path)
+    assert_equal(logits(PeftModel.from_pretrained(hosts.llava().model, tmp_path), host.batch), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.tuner.helpers import (
     KEYS,
     adapted,
     assert_equal,
+    assert_message,
     attach,
     crome_weight,
     frozen_logits,
@@ -26,7 +28,9 @@ from tests.tuner.helpers import (
     randomise,
     snapshot,
     trainable,
+    unchanged,
 )
+
 
 def two_adapters() -> tuple[PeftModel, hosts.Host, dict[str, torch.Tensor]]:
     """A model with adapters "default" and "other", and what each of them answers."""
@@ -133,13 +137,16 @@ def test_print_trainable_parameters(capsys: pytest.CaptureFixture) -> None:
     assert "trainable params: 640 " in capsys.readouterr().out
 
 
-def test_adapter_names_with_a_dot_are_refused_as_peft_refuses_them() -> None:
-    # nn.ModuleDict takes no dots; LoRA gives the same KeyError.
-    with pytest.raises(KeyError, match="contain"):
-        attach(hosts.llava().model, "my.adapter")
+@pytest.mark.filterwarnings("ignore:Adapter name 'crome' should not be contained")  # PEFT's own, before the error
+@pytest.mark.parametrize("name", ["my.adapter", "weight", "crome_up", "model", "crome", "keys", "type"])
+def test_adapter_names_that_a_file_could_not_tell_apart_are_refused(name: str) -> None:
+    model = attach(hosts.llava().model, "first")
+    with unchanged(model), pytest.raises(ValueError, match=re.escape(f"adapter_name={name!r}")) as error:
+        model.add_adapter(name, CromeConfig(bottleneck_dim=4))
+    assert_message(error.value, "Write adapter_name='default'")
 
 
-@pytest.mark.parametrize("name", ["up", "default_2", "text", "weight"])
+@pytest.mark.parametrize("name", ["up", "default_2", "text", "my-adapter", "0", "a b"])
 def test_adapter_names_may_be_any_other_word(name: str, tmp_path: Path) -> None:
     host = hosts.llava()
     model = adapted(host, name)
@@ -160,7 +167,9 @@ def w_u_sites(model: nn.Module) -> list[nn.Module]:
     return [module.crome_up["default"] for module in model.modules() if isinstance(module, CromeLayer)]
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 def test_copies_share_one_w_u_of_their_own(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     host = hosts.llava()
     model = attach(host.model)

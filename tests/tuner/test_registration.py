@@ -86,7 +86,9 @@ def test_members_are_distinct_and_found_by_value() -> None:
 
 
 def test_config_round_trips_through_json(tmp_path) -> None:
-    config = CromeConfig(bottleneck_dim=8, branches={"text": ["embed_tokens"], "vision": r".*\.projector"}, dropout=0.1)
+    config = CromeConfig(
+        bottleneck_dim=8, branches={"text": ["embed_tokens"], "vision": r".*\.projector"}, dropout=0.1
+    )
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "CROME"
     for loaded in (PeftConfig.from_pretrained(tmp_path), CromeConfig.from_pretrained(tmp_path)):

@@ -30,6 +30,7 @@ CROME = {f"base_model.model.crome.{key}.default.weight" for key in KEYS}
 
 def gradients(model: nn.Module, batch: hosts.Batch) -> dict[str, torch.Tensor]:
     model.zero_grad()
+    torch.manual_seed(4)
     model.train()(**batch).loss.backward()
     return {key: crome_weight(model, key.removeprefix("crome_")).grad.clone() for key in KEYS}
 
@@ -38,9 +39,6 @@ def gradients(model: nn.Module, batch: hosts.Batch) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ["llava", "instructblip_t5"])
 def test_gradient_checkpointing_gives_equal_gradients(name: str, use_reentrant: bool) -> None:
     host = hosts.HOSTS[name]()
-    for module in host.model.modules():  # the Q-Former drops by default: without it both runs draw alike
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     model = attach(host.model)
     randomise(model)
     expected = gradients(model, host.batch)

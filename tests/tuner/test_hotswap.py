@@ -1,0 +1,92 @@
+"""Hot-swap puts another adapter's weights where the first one's are, or changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from peft_crome import CromeConfig
+from peft_crome.hotswap import hotswap_adapter
+from tests import hosts
+from tests.tuner.helpers import adapted, assert_equal, assert_message, attach, logits, randomise, unchanged
+
+
+def save_adapter(folder: Path, **config: Any) -> torch.Tensor:
+    """Save an adapter other than the tests' usual one; return what it answers."""
+    host = hosts.llava()
+    torch.manual_seed(7)
+    model = attach(host.model, **config)
+    randomise(model, seed=7)
+    model.eval().save_pretrained(folder)
+    return logits(model, host.batch)
+
+
+def test_hotswap_gives_the_other_adapter_s_logits_in_the_same_tensors(tmp_path: Path) -> None:
+    host = hosts.llava()
+    model = adapted(host)
+    before, pointers = logits(model, host.batch), {name: p.data_ptr() for name, p in model.named_parameters()}
+    expected = save_adapter(tmp_path)
+    hotswap_adapter(model, tmp_path)
+    assert not torch.equal(expected, before)
+    assert_equal(logits(model, host.batch), expected)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
+
+
+def test_hotswap_carries_modules_to_save(tmp_path: Path) -> None:
+    host = hosts.llava()
+    names = ["multi_modal_projector"]
+    model = attach(host.model, modules_to_save=names).eval()
+    other = attach(hosts.llava().model, modules_to_save=names).eval()
+    randomise(other)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.1)
+    other.save_pretrained(tmp_path)
+    hotswap_adapter(model, tmp_path)
+    assert_equal(logits(model, host.batch), logits(other, host.batch))
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"gate_activation": "sigmoid"}, "gate_activation='sigmoid'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"branches": {"text": ["embed_tokens"]}}, "crome_gate_vision"),
+    ],
+)
+def test_hotswap_refuses_what_differs_in_more_than_weights(config: dict[str, Any], part: str, tmp_path: Path) -> None:
+    model = adapted(hosts.llava())
+    save_adapter(tmp_path, **config)
+    with unchanged(model, tmp_path), pytest.raises(ValueError) as error:  # noqa: PT011  # checked by assert_message
+        hotswap_adapter(model, tmp_path)
+    assert_message(error.value, part)
+
+
+def test_hotswap_refuses_another_bottleneck(tmp_path: Path) -> None:
+    model = adapted(hosts.llava())
+    get_peft_model(hosts.llava().model, CromeConfig(bottleneck_dim=8)).save_pretrained(tmp_path)
+    with unchanged(model, tmp_path), pytest.raises(ValueError, match="bottleneck_dim=8, the adapter to replace has 4"):
+        hotswap_adapter(model, tmp_path)
+
+
+def test_hotswap_refuses_a_merged_adapter(tmp_path: Path) -> None:
+    model = adapted(hosts.llava())
+    save_adapter(tmp_path)
+    model.merge_adapter()
+    with unchanged(model, tmp_path), pytest.raises(ValueError, match=r"is merged. Call model.unmerge_adapter\(\)"):
+        hotswap_adapter(model, tmp_path)
+
+
+def test_hotswap_refuses_an_unknown_name_and_another_method(tmp_path: Path) -> None:
+    save_adapter(tmp_path)
+    model = adapted(hosts.llava())
+    with unchanged(model), pytest.raises(ValueError, match=r"No CROME adapter 'nobody'.*model.load_adapter"):
+        hotswap_adapter(model, tmp_path, "nobody")
+    lora = get_peft_model(hosts.llava().model, LoraConfig(target_modules=["q_proj"]))
+    with unchanged(lora), pytest.raises(ValueError, match="No CROME adapter 'default'"):
+        hotswap_adapter(lora, tmp_path)
