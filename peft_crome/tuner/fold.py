@@ -36,8 +36,6 @@ def embed_scale(module: nn.Embedding) -> torch.Tensor:
 def folded_table(module: nn.Embedding, adapt: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The table whose look-up equals adapt(module(ids)).
 
-    Args:
-        adapt: embeddings (rows, d) -> the same shape and dtype.
     Returns:
         (vocabulary, d), a new tensor. Exact for unscaled tables; where rows are scaled, to one rounding.
     """
