@@ -10,7 +10,7 @@ import transformers as tf
 from peft import get_peft_model
 from torch import nn
 
-from peft_crome import CromeConfig
+from peft_crome import CromeConfig, CromeLayer
 from tests import hosts
 from tests.tuner.helpers import adapted, assert_message, attach, unchanged
 
@@ -158,6 +158,20 @@ def test_attachment_lists_modules_of_the_language_model_s_width() -> None:
         attach(model)
     assert_message(error.value, "'unheard_of'", PROJECTOR, "(32)", f"{{'text': ['{EMBEDDINGS}'], 'vision': ['")
     assert "layers.0" not in str(error.value)
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first adapter", "second adapter"])
+def test_attachment_that_fails_half_way_changes_nothing(second: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: nn.Module = attach(hosts.llava().model) if second else hosts.llava().model
+    add = model.add_adapter if second else lambda name, config: get_peft_model(model, config, name)
+
+    def fail_at_the_projector(layer: CromeLayer, *args: Any) -> None:
+        if not isinstance(layer.base_layer, nn.Embedding):
+            raise MemoryError("no room for the projector's adapter")
+
+    monkeypatch.setattr(CromeLayer, "_move_adapter_to_device_of_base_layer", fail_at_the_projector)
+    with unchanged(model), pytest.raises(MemoryError, match="no room"):
+        add("second", CromeConfig(bottleneck_dim=4))
 
 
 def test_merge_refuses_before_it_changes_anything() -> None:
