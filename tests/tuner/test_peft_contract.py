@@ -7,11 +7,13 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_model_status, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from peft_crome import CromeConfig, CromeLayer
 from tests import hosts
@@ -225,8 +227,22 @@ def test_inject_adapter_in_model_works_in_place() -> None:
     assert sorted(get_peft_model_state_dict(model, adapter_name="default")) == [f"crome.{key}.weight" for key in KEYS]
 
 
-def test_weights_follow_their_input_to_another_device() -> None:
-    # The meta device stands in for another GPU: there, too, mixing devices is an error.
+class Moves(TorchFunctionMode):
+    """Records which tensors are asked to move where."""
+
+    def __init__(self) -> None:
+        self.moved: list[tuple[int, torch.device]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is torch.Tensor.to:
+            self.moved.append((id(args[0]), args[1]))
+        return function(*args, **kwargs or {})
+
+
+def test_weights_are_moved_to_where_their_input_is() -> None:
+    # Without a second device only the request can be seen: linear takes a CPU weight beside a meta input in silence.
     up = w_u_sites(attach(hosts.llava().model))[0]
-    assert up(torch.empty(3, 4, device="meta")).device.type == "meta"
-    assert up.weight.device.type == "cpu"
+    x = torch.empty(3, 4, device="meta")
+    with Moves() as moves:
+        up(x)
+    assert (id(up.weight), x.device) in moves.moved
