@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 from peft_crome import CromeConfig
 from tests import hosts
@@ -94,3 +94,11 @@ def test_trainable_tokens_train_inside_the_text_site(indices: list | dict, tmp_p
     expected = logits(model.eval(), host.batch)
     model.save_pretrained(tmp_path)
     assert_equal(logits(PeftModel.from_pretrained(hosts.llava().model, tmp_path), host.batch), expected)
+
+
+def test_a_configuration_can_be_used_for_another_model() -> None:
+    config = CromeConfig(bottleneck_dim=4, modules_to_save=["multi_modal_projector"])
+    for _ in range(2):
+        get_peft_model(hosts.llava().model, config)
+        assert config.modules_to_save == ["multi_modal_projector"]
+        assert config.trained_on is None
