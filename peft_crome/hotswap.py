@@ -15,7 +15,7 @@ from .tuner import CromeConfig
 def hotswap_adapter(
     model: PeftModel, model_id: str | os.PathLike, adapter_name: str = "default", **hub_kwargs: Any
 ) -> None:
-    """Put another adapter's weights where `adapter_name`'s are; no module or tensor is replaced, nothing recompiles.
+    """Put another adapter's weights where `adapter_name`'s are; no module or tensor is replaced.
 
     Args:
         model: has the adapter `adapter_name`; torch.compile may have wrapped it.
@@ -47,9 +47,8 @@ def hotswap_adapter(
             )
     weights = load_peft_weights(str(model_id), device="cpu", **hub_kwargs)
     present = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    check_shapes(
-        {k: tuple(v.shape) for k, v in weights.items()}, {k: tuple(v.shape) for k, v in present.items()}, "it"
-    )
+    found, expected = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (weights, present))
+    check_shapes(found, expected, f"adapter {adapter_name!r}")
     if new.trained_on and old.trained_on:
         record_backbone(new, old.trained_on)
     set_peft_model_state_dict(model, weights, adapter_name=adapter_name)

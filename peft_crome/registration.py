@@ -12,7 +12,7 @@ def extend_peft_type() -> None:
     """Add the member `PeftType.CROME`; a second call, or a PEFT that has it, changes nothing.
 
     PEFT has no plug-in point, and an enum with members cannot be subclassed, so the member is entered where `enum`
-    itself keeps members: by name, by value, in order, and (3.13 on) among the hashable values that pickling looks up.
+    itself keeps members: by name, by value, in order and, where a Python keeps them, among the hashable values.
     """
     if NAME in PeftType.__members__:
         return

@@ -1,6 +1,7 @@
 """Fetching and converting the real parts: safe when it fails, when two do it at once, and right when it succeeds."""
 
 import hashlib
+import importlib
 import json
 import multiprocessing
 import shutil
@@ -122,7 +123,7 @@ def test_fetch_of_unknown_part_names_the_known_ones():
     ],
 )
 def test_interrupted_conversion_leaves_no_directory(cache, monkeypatch, build, part, member, converter):
-    convert = pytest.importorskip("examples.easy_vqa.convert")
+    convert = importlib.import_module("examples.easy_vqa.convert")
     source = cache / f"{part}-{parts.PARTS[part].version}" / member
     source.parent.mkdir(parents=True)
     source.touch()
@@ -191,7 +192,7 @@ def test_two_processes_fetch_once_and_agree(cache, tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_is_tied_and_knows_paris():
-    transformers = pytest.importorskip("transformers")
+    transformers = importlib.import_module("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(parts.smollm2())
     model = transformers.AutoModelForCausalLM.from_pretrained(parts.smollm2())
     assert type(model) is transformers.LlamaForCausalLM
@@ -205,7 +206,7 @@ def test_smollm2_is_tied_and_knows_paris():
 
 @pytest.mark.slow
 def test_smollm2_tokenizer_has_chat_template_and_splits_digits():
-    transformers = pytest.importorskip("transformers")
+    transformers = importlib.import_module("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(parts.smollm2())
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
@@ -218,9 +219,9 @@ def test_smollm2_tokenizer_has_chat_template_and_splits_digits():
 
 @pytest.mark.slow
 def test_dinov2_loads_strictly_and_tells_pictures_apart():
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    image_module = pytest.importorskip("PIL.Image")
+    torch = importlib.import_module("torch")
+    transformers = importlib.import_module("transformers")
+    image_module = importlib.import_module("PIL.Image")
     model, loading = transformers.Dinov2Model.from_pretrained(parts.dinov2_small(), output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not loading[kind]
