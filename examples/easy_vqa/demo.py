@@ -21,6 +21,7 @@ ALIGN = Stage("align", steps=200, pictures_per_step=16, questions_per_picture=1,
 FINETUNE = Stage("finetune", steps=400, pictures_per_step=6, questions_per_picture=4, learning_rate=1e-3)
 FINETUNE_RATES = {"lora": 2e-3}
 
+ABLATION = "crome-normal"
 NAMES = {
     "crome": "CROME, adapter alone in (b)",
     "projection": "projection alone in (a) and (b)",
@@ -31,15 +32,15 @@ NAMES = {
 
 
 def run(output: Path, results: Path, seeds: int) -> None:
-    """Train and evaluate what is not done yet: all methods of one seed, then the next seed."""
+    """Train and evaluate what is not done yet: all methods of one seed, then the next seed; the ablation last."""
     test = data.load_questions("test")
-    for seed in range(seeds):
-        for method in METHODS:
-            file = results / f"{method}-seed{seed}.json"
-            if not file.is_file():
-                console.print(f"[bold]{NAMES[method]}, seed {seed}[/bold]")
-                write_json(file, run_one(method, seed, output / f"{method}-seed{seed}", test))
-            summarise(results)
+    plan = [(seed, method) for seed in range(seeds) for method in METHODS]
+    for seed, method in sorted(plan, key=lambda run: run[1] == ABLATION):
+        file = results / f"{method}-seed{seed}.json"
+        if not file.is_file():
+            console.print(f"[bold]{NAMES[method]}, seed {seed}[/bold]")
+            write_json(file, run_one(method, seed, output / f"{method}-seed{seed}", test))
+        summarise(results)
 
 
 def run_one(method: str, seed: int, directory: Path, test: list[dict[str, Any]]) -> dict[str, Any]:

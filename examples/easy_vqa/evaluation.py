@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.progress import track
 
 from . import data
@@ -22,37 +23,51 @@ def answer(
     batch_size: int = 64,
     description: str = "answering",
 ) -> list[str]:
-    """Greedy free generation, one answer per question.
+    """Greedy free generation, one answer per question; a picture is read once for all its questions in a batch.
 
     Args:
         features: (pictures, tokens, vision_width) by image_id; one row answers every question blindly.
     """
     model.eval()
-    prompts = [
-        processor.apply_chat_template(
-            data.messages([[row["question"]]]), add_generation_prompt=True, tokenize=False
-        ).replace(processor.image_token, processor.image_token * processor.image_seq_length)
-        for row in questions
-    ]
-    order = sorted(range(len(questions)), key=lambda i: len(prompts[i]))
+    composite = model.get_base_model() if isinstance(model, PeftModel) else model
+    tokenizer, image_token = processor.tokenizer, processor.image_token
+    pictures = [row["image_id"] if len(features) > 1 else 0 for row in questions]
+    order = sorted(range(len(questions)), key=lambda i: pictures[i])
     answers = [""] * len(questions)
     for first in track(range(0, len(order), batch_size), description=description):
         chosen = order[first : first + batch_size]
-        inputs = processor.tokenizer(
-            [prompts[i] for i in chosen],
+        chats = [data.messages([[questions[i]["question"]]]) for i in chosen]
+        prompts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+        system, _, _ = prompts[0].partition(image_token)
+        seen = sorted({pictures[i] for i in chosen})
+        prefix = tokenizer(
+            [system + image_token * processor.image_seq_length] * len(seen),
+            add_special_tokens=False,
+            return_tensors="pt",
+        ).to(model.device)
+        asked = tokenizer(
+            [prompt.partition(image_token)[2] for prompt in prompts],
             add_special_tokens=False,
             padding=True,
             padding_side="left",
             return_tensors="pt",
         ).to(model.device)
-        pictures = [questions[i]["image_id"] if len(features) > 1 else 0 for i in chosen]
-        output = model.generate(
-            **inputs,
-            vision_features=features[pictures].to(model.device),
+        read = model(**prefix, vision_features=features[seen].to(model.device), use_cache=True, logits_to_keep=1)
+        row_of = {picture: row for row, picture in enumerate(seen)}
+        rows = torch.tensor([row_of[pictures[i]] for i in chosen], device=model.device)
+        read.past_key_values.batch_select_indices(rows)
+        cached = torch.ones_like(prefix["input_ids"][rows])  # the ids do not count: their keys and values are there
+        input_ids = torch.cat([cached, asked["input_ids"]], dim=1)
+        output = composite.language_model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.cat([cached, asked["attention_mask"]], dim=1),
+            past_key_values=read.past_key_values,
+            # The number 1, generate's own choice, slices a view; PyTorch then copies the head's weight for each row.
+            logits_to_keep=torch.tensor([-1], device=model.device),
             max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
         )
-        texts = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = text.strip().lower().rstrip(".")
     return answers

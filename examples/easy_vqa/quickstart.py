@@ -24,7 +24,7 @@ ALIGN = Stage("align", steps=200, pictures_per_step=16, questions_per_picture=1,
 FINETUNE = Stage("finetune", steps=200, pictures_per_step=6, questions_per_picture=4, learning_rate=1e-3)
 LARGE_SAMPLE = {"what": 2000, "yes/no": 1000}  # test questions for the result
 SMALL_SAMPLE = {"what": 500, "yes/no": 250}  # for what it is compared with
-RELOADED = 64  # questions asked again in a fresh process
+RELOADED = 64  # questions asked again in a fresh process: one batch
 
 
 def run(
@@ -101,8 +101,9 @@ def answer_again(output: Path) -> None:
 
 
 def _ask_again_in_fresh_process(output: Path, questions: list[dict[str, Any]], answers: list[str]) -> int:
-    step = max(1, len(questions) // RELOADED)
-    chosen, first = questions[::step], answers[::step]
+    # The first batch, whole: in another batch, bf16 would round differently.
+    order = sorted(range(len(questions)), key=lambda i: questions[i]["image_id"])[:RELOADED]
+    chosen, first = [questions[i] for i in order], [answers[i] for i in order]
     write_json(output / "again.json", chosen)
     subprocess.run([sys.executable, "-m", "examples.easy_vqa", "answer-again", str(output)], check=True)
     again = json.loads((output / "answered-again.json").read_text())
