@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from .parts import easy_vqa_dir
 COLORS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
 SHAPES = ("circle", "rectangle", "triangle")
 KINDS = ("what", "yes/no")
+YES_NO_GROUPS = ("is there, shown", "is there, not shown", "is there not, shown", "is there not, not shown")
 SYSTEM = "You answer questions about pictures."
 CAPTION_REQUEST = "Describe the picture."
 
@@ -27,6 +29,15 @@ def load_questions(split: str) -> list[dict[str, Any]]:
         {"question": q, "answer": a, "image_id": i, "kind": "yes/no" if a in ("yes", "no") else "what"}
         for q, a, i in rows
     ]
+
+
+def yes_no_group(row: dict[str, Any]) -> str | None:
+    """Of a yes/no question: whether it is negated, and whether the picture shows what it asks for; None for others."""
+    if row["kind"] != "yes/no":
+        return None
+    negated = re.search(r"\b(not|no)\b", row["question"]) is not None
+    shown = (row["answer"] == "yes") != negated
+    return f"is there{' not' if negated else ''}, {'shown' if shown else 'not shown'}"
 
 
 def captions(questions: list[dict[str, Any]]) -> dict[int, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from . import data, report
-from .evaluation import answer, score
+from .evaluation import answer, score, score_yes_no
 from .model import METHODS, load_stage, processor, vision_features
 from .training import Stage, train_stage, write_json
 
@@ -54,9 +54,11 @@ def run_one(method: str, seed: int, directory: Path, test: list[dict[str, Any]])
         finetune, method, seed, shared, train_features, directory / "finetune", previous=directory / "align"
     )
     answers = answer(load_stage(directory / "finetune"), shared, test_features, test, description=f"{method} {seed}")
+    write_json(directory / "answers.json", answers)
     if method == "crome" and seed == 0:
         report.contact_sheet(test, answers, directory / "contact_sheet.png")
-    return {"method": method, "seed": seed, "align": aligned, "finetune": tuned, "score": score(test, answers)}
+    scores = {"score": score(test, answers), "yes_no": score_yes_no(test, answers)}
+    return {"method": method, "seed": seed, "align": aligned, "finetune": tuned, **scores}
 
 
 def summarise(results: Path) -> list[dict[str, Any]]:
@@ -80,6 +82,11 @@ def summarise(results: Path) -> list[dict[str, Any]]:
         scores = [record["score"] for record in own]
         accuracies = f"{_each(scores, 'what')} | {_each(scores, 'yes/no')}"
         lines.append(f"| {NAMES[method]} | {len(own)} | {accuracies} | {minutes:.0f} | {weights} |")
+    lines += ["", f"| yes/no questions | {' | '.join(data.YES_NO_GROUPS)} |", "| --- | --- | --- | --- | --- |"]
+    for method in METHODS:
+        scores = [record["yes_no"] for record in records if record["method"] == method]
+        if scores:
+            lines.append(f"| {NAMES[method]} | {' | '.join(_each(scores, group) for group in data.YES_NO_GROUPS)} |")
     (results / "table.md").write_text("\n".join(lines) + "\n")
     curves = {f"{record['method']} seed {record['seed']}": record["finetune"]["losses"] for record in records}
     if curves:

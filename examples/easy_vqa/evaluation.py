@@ -75,11 +75,25 @@ def answer(
 
 def score(questions: list[dict[str, Any]], answers: list[str]) -> dict[str, dict[str, float]]:
     """Exact match by kind: kind -> accuracy, standard error, n."""
+    return _accuracies(data.KINDS, [row["kind"] for row in questions], questions, answers)
+
+
+def score_yes_no(questions: list[dict[str, Any]], answers: list[str]) -> dict[str, dict[str, float]]:
+    """Exact match of the yes/no questions by wording and truth: who answers by the wording alone is right where the
+    thing asked for is not shown, and wrong where it is."""
+    groups = [data.yes_no_group(row) for row in questions]
+    return _accuracies(data.YES_NO_GROUPS, groups, questions, answers)
+
+
+def _accuracies(
+    names: tuple[str, ...], groups: list[str | None], questions: list[dict[str, Any]], answers: list[str]
+) -> dict[str, dict[str, float]]:
     result = {}
-    for kind in data.KINDS:
-        hits = [a == row["answer"] for row, a in zip(questions, answers, strict=True) if row["kind"] == kind]
+    for name in names:
+        rows = zip(groups, questions, answers, strict=True)
+        hits = [said == row["answer"] for group, row, said in rows if group == name]
         if hits:
             accuracy = sum(hits) / len(hits)
             stderr = math.sqrt(accuracy * (1 - accuracy) / len(hits))
-            result[kind] = {"accuracy": accuracy, "stderr": stderr, "n": len(hits)}
+            result[name] = {"accuracy": accuracy, "stderr": stderr, "n": len(hits)}
     return result
