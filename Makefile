@@ -1,4 +1,4 @@
-# make quickstart | demo | test | test-fast | test-oldest | lint | docs | bench-import | clean
+# make quickstart | demo | test | models-table | test-fast | test-oldest | lint | docs | bench-import | clean
 #
 # Each makes the virtual environment it needs in $(VENV), once, and again when pyproject.toml has changed.
 #   make quickstart PYTHON=python3.12      another interpreter for the virtual environment
@@ -30,7 +30,7 @@ endif
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check
 
 export NO_MKDOCS_2_WARNING := 1
-.PHONY: help quickstart demo test test-fast test-oldest lint docs bench-import clean
+.PHONY: help quickstart demo test models-table test-fast test-oldest lint docs bench-import clean
 .DELETE_ON_ERROR:
 
 help:
@@ -48,7 +48,12 @@ demo: $(DEV_READY)  ## the long version, about three hours; it continues where i
 
 test: lint  ## everything that CI checks
 	$(RUN) -m pytest -n $(WORKERS)
+	$(RUN) -m tests.zoo.table --check
 	$(RUN) -m mkdocs build --strict --quiet
+
+models-table: $(DEV_READY)  ## write the table of docs/models.md from a run of the zoo
+	$(RUN) -m pytest -n $(WORKERS) tests/zoo
+	$(RUN) -m tests.zoo.table
 
 test-fast: $(DEV_READY)  ## no slow tests: two minutes
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu"

@@ -4,6 +4,7 @@ from .registration import register
 
 register()
 
+from .guard import SiteReport, check  # noqa: E402
 from .hotswap import hotswap_adapter  # noqa: E402
 from .tuner import CromeConfig, CromeLayer, CromeModel  # noqa: E402
 from .vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor  # noqa: E402
@@ -17,6 +18,8 @@ __all__ = [
     "CromeVLMConfig",
     "CromeVLMForConditionalGeneration",
     "CromeVLMProcessor",
+    "SiteReport",
     "__version__",
+    "check",
     "hotswap_adapter",
 ]

@@ -5,34 +5,30 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 from .adapter_file import Shapes
+from .backbone import possible_widths, text_hidden_size
 
-Branches = dict[str, list[str]]  # branch -> full paths of its sites
+Branches = dict[str, list[str]]  # branch -> full paths of its sites; of a range of token ids: "embed_tokens[4:8196]"
 
-
-def text_config(model: nn.Module) -> Any:
-    """The language model's part of a model's configuration; None for a model without one."""
-    config = getattr(model, "config", None)
-    return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
+TOKEN_RANGE = re.compile(r"\[(\d+):(\d+)\]$")
 
 
-def text_hidden_size(model: nn.Module) -> int | None:
-    """The language model's embedding width as its configuration gives it; None for a model without one."""
-    return getattr(text_config(model), "hidden_size", None)
+def site_path(site: str) -> str:
+    """The module's path, without a range of token ids."""
+    return TOKEN_RANGE.sub("", site)
 
 
-def possible_widths(module: nn.Module) -> set[int]:
-    """Output widths that a module can have: exact for layers that state it, every part's for a container."""
-    for name in ("out_features", "embedding_dim"):
-        if isinstance(width := getattr(module, name, None), int):
-            return {width}
-    parts = [part for part in module.modules() if part is not module]
-    widths = {width for part in parts for width in possible_widths(part)}
-    return widths or ({shape[-1]} if (shape := getattr(module, "normalized_shape", None)) else set())
+def token_range(site: str) -> list[tuple[int, int]]:
+    """The range of token ids at the end of a site's name, half-open; none: all tokens."""
+    return [(int(start), int(stop)) for start, stop in TOKEN_RANGE.findall(site)]
+
+
+def with_ranges(path: str, ranges: list[tuple[int, int]]) -> list[str]:
+    """The inverse of `site_path` and `token_range`."""
+    return [f"{path}[{start}:{stop}]" for start, stop in ranges] or [path]
 
 
 def expected_shapes(branches: Branches, hidden_size: int, bottleneck_dim: int) -> Shapes:
@@ -49,7 +45,8 @@ def find_hidden_size(model: nn.Module, branches: Branches) -> int:
     Raises:
         ValueError: the width is unknown, or a site has another one.
     """
-    widths = {site: possible_widths(model.get_submodule(site)) for sites in branches.values() for site in sites}
+    paths = {site: site_path(site) for sites in branches.values() for site in sites}
+    widths = {site: possible_widths(model.get_submodule(path)) for site, path in paths.items()}
     hidden_size = text_hidden_size(model) or next((next(iter(w)) for w in widths.values() if len(w) == 1), None)
     if hidden_size is None:
         raise ValueError(
@@ -60,7 +57,7 @@ def find_hidden_size(model: nn.Module, branches: Branches) -> int:
         for site in sites:
             if widths[site] and hidden_size not in widths[site]:
                 raise ValueError(
-                    f"branches[{branch!r}]: {site!r} ({type(model.get_submodule(site)).__name__}) has width "
+                    f"branches[{branch!r}]: {site!r} ({type(model.get_submodule(paths[site])).__name__}) has width "
                     f"{sorted(widths[site])}, the language model's is {hidden_size}. Name the module that maps into "
                     f"the language model: branches={{{branch!r}: ['<its projector>']}}."
                 )
@@ -108,7 +105,7 @@ def redirect_into_sites(
     Raises:
         ValueError: a name matches no module, or a module that contains a site.
     """
-    sites = [site for branch in branches.values() for site in branch]
+    sites = [site_path(site) for branch in branches.values() for site in branch]
     known = list(paths)
     redirected = {}
     for given in names or []:
@@ -156,13 +153,23 @@ def no_regex(branch: str, pattern: str, error: re.error) -> ValueError:
 def check_not_nested(branches: Branches) -> None:
     """Refuse sites that are the same module or lie inside each other.
 
+    Of one table, branches may take ranges of token ids that do not overlap.
+
     Raises:
         ValueError: names both.
     """
     pairs = [(site, branch) for branch, sites in branches.items() for site in sites]
     for number, (site, branch) in enumerate(pairs):
         for other, other_branch in pairs[:number]:
-            if site == other or site.startswith(other + ".") or other.startswith(site + "."):
+            path, other_path = site_path(site), site_path(other)
+            ids, other_ids = token_range(site), token_range(other)
+            if path == other_path and ids != other_ids:
+                apart = not ids or not other_ids or ids[0][1] <= other_ids[0][0] or other_ids[0][1] <= ids[0][0]
+            else:
+                apart = not (
+                    path == other_path or path.startswith(other_path + ".") or other_path.startswith(path + ".")
+                )
+            if not apart:
                 raise ValueError(
                     f"branches: {site!r} ({branch}) and {other!r} ({other_branch}) are one module or lie inside each "
                     f"other, so embeddings would be adapted twice. Keep one: branches={{{branch!r}: [{site!r}]}}."
@@ -185,6 +192,9 @@ def no_vision_site(model: nn.Module, paths: dict[str, nn.Module], text: list[str
     hidden_size = text_hidden_size(model)
     inside_llm = re.compile(r"(^|\.)(layers|layer|h|block|blocks|lm_head|embed_tokens)(\.|$)")
     wide = [path for path, m in paths.items() if hidden_size in possible_widths(m) and not inside_llm.search(path)]
+    # A projector is likelier than a tower that also happens to have this width inside.
+    towers = {path for path in wide if any(isinstance(part, nn.ModuleList) for part in paths[path].modules())}
+    wide.sort(key=lambda path: (path in towers, path in text, len(possible_widths(paths[path])), path.count(".")))
     example = {"text": text[:1] or ["<module path>"], "vision": wide[:1] or ["<module path>"]}
     return ValueError(
         f"No vision site is known for {type(model).__name__} (model_type "

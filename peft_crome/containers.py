@@ -41,6 +41,13 @@ def map_embeddings(output: Any, hidden_size: int, adapt: Callable[[torch.Tensor]
     )
 
 
+def embeddings_in(output: Any, hidden_size: int) -> list[torch.Tensor]:
+    """The tensors that `map_embeddings` adapts."""
+    found: list[torch.Tensor] = []
+    map_embeddings(output, hidden_size, lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
+    return found
+
+
 def holds_embeddings(output: Any, hidden_size: int) -> bool:
     """Whether `output` is, or is a list or tuple that contains, a floating tensor with last axis `hidden_size`."""
     if isinstance(output, (list, tuple)):

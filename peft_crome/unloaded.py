@@ -31,6 +31,14 @@ class UnloadedSite(nn.Module):
         self.activations = [weights.settings[name][0] for name in adapter_names]
         self.out_features = weights.crome_up[adapter_names[0]].out_features
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "site" or name.startswith("_"):
+                raise
+            return getattr(self.site, name)  # a model may read its projector's settings
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The site's output with its adapters added."""
         return map_embeddings(self.site(*args, **kwargs), self.out_features, self._adapt)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import peft_crome  # noqa: F401  # registers CROME with PEFT
+from tests.zoo_results import pytest_runtest_logreport, pytest_sessionfinish  # noqa: F401  # hooks
 
 torch.set_num_threads(1)
 

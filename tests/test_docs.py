@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import pytest
 
-from peft_crome.tuner.sites import HOSTS
-
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("README.md"), *ROOT.glob("docs/**/*.md")])
 NOT_RUN = {"README.md": 2, "docs/index.md": 1, "docs/models.md": 2, "docs/saving.md": 1}
@@ -81,9 +79,3 @@ def test_make_targets_in_the_pages_exist() -> None:
             re.findall(r"`make ([a-z-]+)", text)
         )
         assert named <= targets, f"{page}: no such target: {sorted(named - targets)}"
-
-
-def test_models_page_lists_every_known_host() -> None:
-    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| [^|]* \| `(\w+)` \| `([\w.]+)` \|$", text, re.M))
-    assert rows == {model_type: sites["vision"] for model_type, sites in HOSTS.items()}

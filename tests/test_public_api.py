@@ -18,7 +18,9 @@ PUBLIC_NAMES = [
     "CromeVLMConfig",
     "CromeVLMForConditionalGeneration",
     "CromeVLMProcessor",
+    "SiteReport",
     "__version__",
+    "check",
     "hotswap_adapter",
 ]
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ..backbone import embed_scale
+
 ROWS_PER_STEP = 8192  # bounds the memory of the hidden features: 8192 x m floats
 
 
@@ -27,21 +29,16 @@ def why_not_foldable(module: nn.Module) -> str | None:
     return None
 
 
-def embed_scale(module: nn.Embedding) -> torch.Tensor:
-    """The factor that scaled embeddings (Gemma, BART) apply to each row, in the table's dtype; 1 for the others."""
-    scale = getattr(module, "embed_scale", 1.0)
-    return torch.as_tensor(scale, device=module.weight.device).to(module.weight.dtype)
-
-
-def folded_table(module: nn.Embedding, adapt: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The table whose look-up equals adapt(module(ids)).
+def folded_table(module: nn.Embedding, adapt: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The table whose look-up equals adapt(module(ids), ids).
 
     Returns:
         (vocabulary, d), a new tensor. Exact for unscaled tables; where rows are scaled, to one rounding.
     """
     scale = embed_scale(module)
     with torch.no_grad():
-        return torch.cat([adapt(rows * scale) / scale for rows in module.weight.split(ROWS_PER_STEP)])
+        ids = torch.arange(module.num_embeddings, device=module.weight.device).split(ROWS_PER_STEP)
+        return torch.cat([adapt(module.weight[some] * scale, some) / scale for some in ids])
 
 
 def install_table(module: nn.Embedding, table: torch.Tensor) -> None:

@@ -27,6 +27,14 @@ class CromeLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.device))
 
 
+TokenRanges = list[tuple[int, int]]
+
+
+def in_ranges(input_ids: torch.Tensor, ranges: TokenRanges) -> torch.Tensor:
+    """Which token ids lie in one of the half-open ranges; bool, of the shape of `input_ids`."""
+    return torch.stack([(input_ids >= start) & (input_ids < stop) for start, stop in ranges]).any(0)
+
+
 def gated_product(
     x: torch.Tensor, gate: nn.Linear, down: nn.Linear, up: nn.Linear, activation: str, dropout: float = 0.0
 ) -> torch.Tensor:
@@ -59,6 +67,9 @@ class CromeWeights(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ModuleDict())
         self.settings: dict[str, tuple[str, float]] = {}  # adapter name -> gate activation, dropout
+        self.watch: Any = None  # guard.py looks on through this
+        self.guard: tuple[Any, ...] = ()
+        self.unproven: set[str] = set()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -109,17 +120,31 @@ class CromeLayer(nn.Module, BaseTunerLayer):
 
     The site may return a tensor, a list or tuple of tensors, or a ModelOutput; the container is kept. Unknown public
     attributes are handed on to the wrapped module.
+
+    Args:
+        branches: the branches that this site feeds, each with the half-open ranges of token ids that are its own; no
+            ranges: all other tokens, which is the one branch of any site but a table that holds image tokens as well.
+        placeholders: token ids that a table leaves as they are. The model puts images in their place, and finds them
+            by comparing embeddings bit for bit where it is given no ids; a product may round one row unlike many.
     """
 
-    def __init__(self, base_layer: nn.Module, weights: CromeWeights, branch: str, hidden_size: int) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        weights: CromeWeights,
+        branches: dict[str, TokenRanges],
+        hidden_size: int,
+        placeholders: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self._weights = (weights,)  # in a tuple: referred to, not registered a second time
-        self.branch = branch
+        self.branches = branches
+        self.placeholders = placeholders
         widths = (getattr(base_layer, name, None) for name in ("in_features", "num_embeddings"))
         self.in_features = next((width for width in widths if isinstance(width, int)), hidden_size)
         self.out_features = hidden_size
-        self.adapter_layer_names = (f"crome_gate_{branch}", f"crome_down_{branch}")
+        self.adapter_layer_names = tuple(f"crome_{kind}_{branch}" for branch in branches for kind in ("gate", "down"))
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_table: nn.Parameter | None = None
@@ -140,11 +165,35 @@ class CromeLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         output = self.base_layer(*args, **kwargs)
         names = self._own(self._merge_names or self.active_adapters)
-        return output if self.disable_adapters or self.merged or not names else self.adapt(output, names)
+        if self.disable_adapters or self.merged or not names:
+            return output
+        input_ids = next(iter([*args, *kwargs.values()]), None)
+        adapted = self.adapt(output, names, input_ids)
+        if self._weights[0].watch is not None:
+            self._weights[0].watch.see(self, input_ids, adapted)
+        return adapted
 
-    def adapt(self, output: Any, adapter_names: list[str]) -> Any:
-        """Add the adapters to the embeddings in `output`, whatever container holds them."""
-        return map_embeddings(output, self.out_features, lambda x: self._weights[0](x, self.branch, adapter_names))
+    def acts(self) -> bool:
+        """Whether this site adds an adapter now."""
+        return not self.disable_adapters and not self.merged and bool(self._own(self.active_adapters))
+
+    def adapt(self, output: Any, adapter_names: list[str], input_ids: torch.Tensor | None = None) -> Any:
+        """Add the adapters to the embeddings in `output`, whatever container holds them.
+
+        Args:
+            input_ids: what a table was called with; read where the branch depends on the token.
+        """
+        return map_embeddings(output, self.out_features, lambda x: self._adapt(x, adapter_names, input_ids))
+
+    def _adapt(self, x: torch.Tensor, adapter_names: list[str], input_ids: torch.Tensor | None) -> torch.Tensor:
+        y = x
+        for branch, ranges in sorted(self.branches.items(), key=lambda item: len(item[1])):  # all others first
+            adapted = self._weights[0](x, branch, adapter_names)
+            y = torch.where(in_ranges(input_ids, ranges)[..., None], adapted, y) if ranges else adapted
+        if self.placeholders and input_ids is not None:
+            kept = in_ranges(input_ids, [(token, token + 1) for token in self.placeholders])
+            y = torch.where(kept[..., None], x, y)
+        return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold a text branch into its embedding table; another branch is not linear and goes on as a module.
@@ -164,7 +213,7 @@ class CromeLayer(nn.Module, BaseTunerLayer):
         table.weight = merged if self._unmerged_table is None else self._unmerged_table
         try:
             weights.eval()  # dropout must not be folded in
-            folded = folded_table(table, lambda rows: self.adapt(rows, [*self.merged_adapters, *names]))
+            folded = folded_table(table, lambda rows, ids: self.adapt(rows, [*self.merged_adapters, *names], ids))
         finally:
             table.weight = merged
             weights.train(training)
@@ -199,7 +248,7 @@ class CromeLayer(nn.Module, BaseTunerLayer):
             return base
         from ..unloaded import UnloadedSite  # which needs this file
 
-        return UnloadedSite(base, self._weights[0], self.branch, names)
+        return UnloadedSite(base, self._weights[0], next(iter(self.branches)), names)
 
     def _own(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in getattr(self, self.adapter_layer_names[0])]
@@ -209,7 +258,7 @@ class CromeLayer(nn.Module, BaseTunerLayer):
         parameter = next((p for p in self.base_layer.parameters() if not p.is_meta), None)
         target = device or (parameter.device if parameter is not None else None)
         names: tuple[str, ...] = self.adapter_layer_names
-        if self.branch == self._weights[0].branches[0]:
+        if self._weights[0].branches[0] in self.branches:
             names += ("crome_up",)  # shared, so it follows one branch
         for linears in (getattr(self, name) for name in names):
             if target is not None and adapter_name in linears and not linears[adapter_name].weight.is_meta:

@@ -14,11 +14,21 @@ from torch import nn
 
 from .. import checks
 from ..adapter_file import check_shapes
+from ..backbone import (
+    device_and_dtype,
+    embedding_rms,
+    embedding_rows,
+    input_embeddings,
+    placeholder_ids,
+    replace_everywhere,
+    text_config,
+)
+from ..guard import arm, disarm
 from ..provenance import backbone_name, describe_backbone, record_backbone
 from .config import CromeConfig
-from .fold import embed_scale, why_not_foldable
-from .layer import CromeLayer, CromeWeights
-from .sites import find_branches, input_embeddings
+from .fold import why_not_foldable
+from .layer import CromeLayer, CromeWeights, TokenRanges
+from .sites import find_branches
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +62,8 @@ class CromeModel(BaseTuner):
         present: checks.Branches = {}
         for name, module in model.named_modules():
             if isinstance(module, CromeLayer):
-                present.setdefault(module.branch, []).append(name)
+                for branch, ranges in module.branches.items():
+                    present.setdefault(branch, []).extend(checks.with_ranges(name, ranges))
         checks.check_same_branches(present, branches, adapter_name)
         expected = checks.expected_shapes(branches, hidden_size, config.bottleneck_dim)
         checks.check_names(model, WEIGHTS_NAME, CromeWeights, adapter_name, expected)
@@ -62,11 +73,15 @@ class CromeModel(BaseTuner):
         table = next((path for path, module in paths.items() if module is input_embeddings(model)), None)
         modules_to_save = checks.redirect_into_sites(config.modules_to_save, "modules_to_save", branches, paths)
         indices = checks.redirect_token_indices(config.trainable_token_indices, table, branches, paths)
-        config.trained_on = record_backbone(config, describe_backbone(model, hidden_size, _embedding_rows(model)))
+        config.trained_on = record_backbone(config, describe_backbone(model, hidden_size, embedding_rows(model)))
         config.modules_to_save = list(modules_to_save) or config.modules_to_save
         config.trainable_token_indices = indices
         self.peft_config[adapter_name] = config
-        self._branch_of = {site: branch for branch, sites in branches.items() for site in sites}
+        self._branches_of: dict[str, dict[str, TokenRanges]] = {}
+        for branch, sites in branches.items():
+            for site in sites:
+                ranges = self._branches_of.setdefault(checks.site_path(site), {}).setdefault(branch, [])
+                ranges.extend(checks.token_range(site))
         self._hidden_size = hidden_size
         # The file's keys name no sites, so a state dict cannot say where to inject: the configuration does.
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -77,18 +92,19 @@ class CromeModel(BaseTuner):
             for parameter, requires_grad in flags:
                 parameter.requires_grad_(requires_grad)
             raise
+        arm(model, getattr(model, WEIGHTS_NAME))
 
     def _roll_back(self, model: nn.Module, adapter_name: str, first: bool) -> None:
-        for name, module in list(model.named_modules()):
+        for module in list(model.modules()):
             if isinstance(module, CromeWeights):
                 module.delete_adapter(adapter_name)
             elif isinstance(module, CromeLayer) and first:
-                model.set_submodule(name, module.base_layer)
+                replace_everywhere(model, module, module.base_layer)
         if first and hasattr(model, WEIGHTS_NAME):
             delattr(model, WEIGHTS_NAME)
 
     def _check_target_module_exists(self, peft_config: CromeConfig, key: str) -> bool:  # type: ignore[override]
-        return key in self._branch_of
+        return key in self._branches_of
 
     def _prepare_adapter_config(self, peft_config: CromeConfig, model_config: dict[str, Any]) -> CromeConfig:
         return peft_config
@@ -106,23 +122,28 @@ class CromeModel(BaseTuner):
         # All is made here: PEFT puts what this call makes on the meta device for low_cpu_mem_usage, and would take a
         # tuner layer that is there before the first injection for an older adapter.
         if not hasattr(self.model, WEIGHTS_NAME):
-            self.model.add_module(WEIGHTS_NAME, CromeWeights(list(dict.fromkeys(self._branch_of.values()))))
+            branches = dict.fromkeys(branch for site in self._branches_of.values() for branch in site)
+            self.model.add_module(WEIGHTS_NAME, CromeWeights(list(branches)))
         weights: CromeWeights = getattr(self.model, WEIGHTS_NAME)
         if adapter_name not in weights.crome_up:
-            weights.add(adapter_name, peft_config, self._hidden_size, _embedding_rms(self.model))
-            device, dtype = _device_and_dtype(self.model)
+            weights.add(adapter_name, peft_config, self._hidden_size, embedding_rms(self.model))
+            device, dtype = device_and_dtype(self.model)
             for linears in (getattr(weights, name) for name in weights.adapter_layer_names):
                 on_meta = linears[adapter_name].weight.is_meta  # then it stays there until its weights are loaded
                 linears[adapter_name].to(device=None if on_meta else device, dtype=dtype)
             weights.train(self.model.training)
         if not isinstance(target, CromeLayer):
-            target = CromeLayer(target, weights, self._branch_of[current_key], self._hidden_size)
+            placeholders = placeholder_ids(self.model) if isinstance(target, nn.Embedding) else ()
+            target = CromeLayer(
+                target, weights, self._branches_of[current_key], self._hidden_size, placeholders=placeholders
+            )
             target.train(self.model.training)
-            setattr(parent, target_name, target)
+            replace_everywhere(self.model, target.base_layer, target)
         target._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's own would also copy a weight that a projector does not have
+        # PEFT's own would also copy a weight that a projector does not have.
+        replace_everywhere(self.model, child, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -151,12 +172,13 @@ class CromeModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the text branch into the embedding table; the others stay active. `unmerge_adapter` undoes it."""
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        _share([layer for layer in self.model.modules() if isinstance(layer, CromeLayer) and layer.merged])
         self._untie()
 
     def _untie(self) -> None:
         # The head keeps the old table; a save or a resize would tie it to the new one again.
         config = getattr(self.model, "config", None)
-        configs = [config, checks.text_config(self.model)]
+        configs = [config, text_config(self.model)]
         tied = [c for c in configs if getattr(c, "tie_word_embeddings", False)]
         for layer in self.model.modules():
             if isinstance(layer, CromeLayer) and layer.merged and tied:
@@ -165,11 +187,14 @@ class CromeModel(BaseTuner):
             config.tie_word_embeddings = False
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        layers = [layer for layer in self.model.modules() if isinstance(layer, CromeLayer)]
         if merge:
             self._check_merge_allowed()
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge:
+            _share([layer for layer in layers if layer.merged])
             self._untie()
+        disarm(getattr(model, WEIGHTS_NAME))
         delattr(model, WEIGHTS_NAME)
         return model
 
@@ -190,25 +215,10 @@ class CromeModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtype]:
-    for module in filter(None, (input_embeddings(model), model)):
-        for parameter in module.parameters():
-            if parameter.is_floating_point() and not parameter.is_meta:
-                return parameter.device, parameter.dtype
-    return None, torch.float32
-
-
-def _embedding_rows(model: nn.Module) -> torch.Tensor | None:
-    """About 1,000 rows, evenly spread, of what the text branch reads, in fp32; None where there are no values."""
-    embeddings = input_embeddings(model)
-    table = embeddings.get_base_layer() if isinstance(embeddings, CromeLayer) else embeddings
-    weight = getattr(table, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
-        return None
-    return (weight.detach()[:: max(1, weight.shape[0] // 1024)] * embed_scale(table)).float()
-
-
-def _embedding_rms(model: nn.Module) -> float:
-    rows = _embedding_rows(model)
-    # The median, since rows of tokens that no training met may be zero or far off.
-    return 1.0 if rows is None else float(rows.square().mean(-1).sqrt().median()) or 1.0
+def _share(layers: list[CromeLayer]) -> None:
+    """Tables that were one parameter before they were folded are one again: each fold gave the same values."""
+    first: dict[int, nn.Parameter] = {}
+    for layer in layers:
+        table = layer.get_base_layer()
+        if layer._unmerged_table is not None:
+            table.weight = first.setdefault(id(layer._unmerged_table), table.weight)

@@ -1,40 +1,48 @@
-"""Where embeddings of the language model's width are produced: architecture -> module names per branch."""
+"""Where embeddings of the language model's width are produced: a few rules, and a table for what they miss."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..checks import Branches, check_not_nested, no_regex, no_such_module, no_vision_site
+from ..backbone import input_embeddings, possible_widths, text_hidden_size
+from ..checks import Branches, check_not_nested, no_regex, no_such_module, no_vision_site, site_path
 
-# model_type -> branch -> last part of the path of the module whose output enters the language model.
-# The text branch is the module that get_input_embeddings() returns, unless it is named here.
-HOSTS: dict[str, dict[str, str]] = {
-    "crome_vlm": {"vision": "vision_fusion"},
-    "gemma3": {"vision": "multi_modal_projector"},
-    "idefics3": {"vision": "connector"},
-    "instructblip": {"vision": "language_projection"},
-    "internvl": {"vision": "multi_modal_projector"},
-    "llava": {"vision": "multi_modal_projector"},
-    "llava_next": {"vision": "multi_modal_projector"},
-    "paligemma": {"vision": "multi_modal_projector"},
-    "qwen2_5_vl": {"vision": "visual.merger"},
-    "smolvlm": {"vision": "connector"},
+# What the module between a tower and a language model is called, as the last part of its path.
+PROJECTOR = re.compile(
+    r"((multi_?modal|mm|vision|visual|image|image_to_text|language|audio|speech)_)?"
+    r"(projector|projection|connector|aligner|adapter|adaptor|merger|resampler|patch_merger)(_model)?"
+    r"|embed_(vision|image|audio|speech)|(vision|image)_embed_tokens"
+)
+AUDIO = re.compile(r"audio|speech|sound")
+
+# model_type -> branch -> last parts of the paths of its sites, for architectures that the rules miss. Adding one is a
+# line. Branches that a line does not name are found by the rules.
+HOSTS: dict[str, dict[str, list[str]]] = {
+    "crome_vlm": {"vision": ["vision_fusion"]},
+    "qwen2_5_omni_thinker": {"audio": ["audio_tower.proj"]},
+    "qwen3_omni_moe_thinker": {"audio": ["audio_tower.proj2"]},
+    "muse_glimmer": {"vision": ["perception_emb_norm"]},
+    "muse_spark": {"vision": ["perception_emb_norm"], "audio": ["audio_tower.post_proj_norm"]},
+    "inkling_mm_model": {"vision": ["vision_tower.final_norm"], "audio": ["audio_tower.norm"]},
 }
 
 
 def find_branches(model: nn.Module, branches: dict[str, list[str] | str] | None) -> Branches:
     """Resolve a configuration's `branches`, or look the architecture up, to full module paths.
 
+    A path may end in a range of token ids, "embed_tokens[4:8196]": only these tokens' embeddings are the branch's.
+
     Raises:
         ValueError: nothing is known of the architecture, or a name matches no module or two branches.
     """
     paths = dict(adaptable_modules(model))
     if branches is None:
-        return _find_by_architecture(model, paths)
+        return _find_by_rules(model, paths)
     found = {branch: _match(branch, wanted, paths) for branch, wanted in branches.items()}
     check_not_nested(found)
     return found
@@ -53,29 +61,77 @@ def adaptable_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         yield path, module
 
 
-def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """The module that turns token ids into embeddings, or None where the model names none."""
-    try:
-        return model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-def _find_by_architecture(model: nn.Module, paths: dict[str, nn.Module]) -> Branches:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    table = HOSTS.get(str(model_type), {})
-    found: Branches = {}
-    embeddings = input_embeddings(model)
-    text = [path for path, module in paths.items() if module is embeddings]
-    if text:
-        found["text"] = text[:1]
-    for branch, suffix in table.items():
-        sites = [path for path in paths if path == suffix or path.endswith("." + suffix)]
-        if sites:
-            found[branch] = sites
-    if not any(branch != "text" for branch in found):
-        raise no_vision_site(model, paths, text, table.values())
+def _find_by_rules(model: nn.Module, paths: dict[str, nn.Module]) -> Branches:
+    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
+    table = HOSTS.get(model_type, {})
+    named = {
+        branch: [path for path in paths for suffix in suffixes if f".{path}".endswith("." + suffix)]
+        for branch, suffixes in table.items()
+    }
+    text = named.get("text") or _text_sites(model, paths)
+    found: Branches = {"text": text} if text else {}
+    found |= _by_token_id(model, text) or _projectors(model, paths, text)
+    found |= {branch: sites for branch, sites in named.items() if sites}
+    if not text or len(found) == 1:
+        raise no_vision_site(model, paths, text, [suffix for suffixes in table.values() for suffix in suffixes])
     return found
+
+
+def _text_sites(model: nn.Module, paths: dict[str, nn.Module]) -> list[str]:
+    """The input embeddings, and the modules that share their table: an encoder-decoder has one for each half."""
+    embeddings = input_embeddings(model)
+    table = getattr(embeddings, "weight", None)
+    return [
+        path
+        for path, module in paths.items()
+        if module is embeddings
+        or (
+            table is not None
+            and isinstance(module, (nn.Embedding, BaseTunerLayer))
+            and getattr(module, "weight", None) is table
+        )
+    ]
+
+
+def _projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) -> Branches:
+    """Modules named like a projector that have the language model's width: the shallowest of each modality."""
+    hidden_size = text_hidden_size(model)
+    parts = (
+        {key.split("_")[0] for key in getattr(model.config, "sub_configs", {})} if hasattr(model, "config") else set()
+    )
+    neutral = "audio" if "audio" in parts and not parts & {"vision", "image"} else "vision"
+    language_model = tuple(path.rsplit(".", 1)[0] + "." for path in text if path.count(".") > 1)
+    found: Branches = {}
+    for path in sorted(paths, key=lambda path: path.count(".")):
+        *parents, name = path.split(".")
+        if (
+            PROJECTOR.fullmatch(name)
+            and not any(parent.isdigit() for parent in parents)  # a projection inside a layer
+            and not path.startswith(language_model)
+            and hidden_size in (possible_widths(paths[path]) or {hidden_size})
+        ):
+            branch = "audio" if AUDIO.search(path) else neutral
+            depth = path.count(".")
+            if branch not in found or found[branch][0].count(".") == depth:
+                found.setdefault(branch, []).append(path)
+    return found
+
+
+def _by_token_id(model: nn.Module, text: list[str]) -> Branches:
+    """Hosts whose images are tokens of the vocabulary (Chameleon, Emu3): their rows of the table are vision."""
+    for module in model.modules():
+        ids = getattr(module, "image_tokens", None)
+        if text and isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids):
+            return {"vision": [f"{path}[{start}:{stop}]" for path in text for start, stop in _ranges(ids)]}
+    return {}
+
+
+def _ranges(ids: list[int]) -> Iterator[tuple[int, int]]:
+    """Half-open ranges that hold exactly these numbers."""
+    ids = sorted(set(ids))
+    breaks = [i for i, (a, b) in enumerate(pairwise(ids), start=1) if b != a + 1]
+    for start, stop in pairwise([0, *breaks, len(ids)]):
+        yield ids[start], ids[stop - 1] + 1
 
 
 def _match(branch: str, wanted: list[str] | str, paths: dict[str, nn.Module]) -> list[str]:
@@ -87,10 +143,11 @@ def _match(branch: str, wanted: list[str] | str, paths: dict[str, nn.Module]) ->
         missing = [] if sites else [wanted]
     else:
         sites, missing = [], []
-        for name in wanted:
+        for given in wanted:
+            name = site_path(given)
             hits = [path for path in paths if path == name or path.endswith("." + name)]
-            sites += [path for path in hits if path not in sites]
-            missing += [] if hits else [name]
+            sites += [site for path in hits if (site := path + given[len(name) :]) not in sites]
+            missing += [] if hits else [given]
     if missing:
         raise no_such_module(branch, missing, paths)
     return sites

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from peft_crome import CromeConfig
-from tests.hosts import Batch, Host
+from tests.zoo.case import Batch, Case
 
 M = 4  # bottleneck_dim of every test
 KEYS = ["crome_down_text", "crome_down_vision", "crome_gate_text", "crome_gate_vision", "crome_up"]
@@ -37,9 +37,9 @@ def randomise(model: nn.Module, adapter: str = "default", seed: int = 3) -> None
         up.copy_(torch.randn(up.shape, generator=torch.Generator().manual_seed(seed)) * 0.3)
 
 
-def adapted(host: Host, adapter_name: str = "default", **config: Any) -> PeftModel:
-    """The host with an adapter that is not an identity, in eval mode."""
-    model = attach(host.model, adapter_name, **config)
+def adapted(case: Case, adapter_name: str = "default", **config: Any) -> PeftModel:
+    """The case's model with an adapter that is not an identity, in eval mode."""
+    model = attach(case.model, adapter_name, **config)
     randomise(model, adapter_name)
     return model.eval()
 
@@ -49,10 +49,10 @@ def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
         return model(**batch).logits
 
 
-def frozen_logits(host: Host) -> torch.Tensor:
+def frozen_logits(case: Case) -> torch.Tensor:
     """Of the backbone alone, frozen first: kernels that record a gradient may round differently."""
-    host.model.requires_grad_(False)
-    return logits(host.model, host.batch)
+    case.model.requires_grad_(False)
+    return logits(case.model, case.batch)
 
 
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests import hosts
 from tests.tuner.helpers import adapted, assert_message, logits, unchanged
+from tests.zoo.case import words
+from tests.zoo.llava import llava
 
 FILE = "adapter_model.safetensors"
 
@@ -52,7 +53,7 @@ def make_text(file: Path) -> None:
 
 
 def make_lora(file: Path) -> None:
-    lora = get_peft_model(hosts.llava().model, LoraConfig(target_modules=["q_proj"]))
+    lora = get_peft_model(llava().model, LoraConfig(target_modules=["q_proj"]))
     lora.save_pretrained(file.parent / "lora")
     (file.parent / "lora" / FILE).replace(file)
 
@@ -75,7 +76,7 @@ FILES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    adapted(hosts.llava()).save_pretrained(tmp_path / "adapter")
+    adapted(llava()).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -87,7 +88,7 @@ def load(how: str, model: nn.Module, folder: Path) -> None:
 
 
 def receiver(how: str) -> nn.Module:
-    return hosts.llava().model if how == "from_pretrained" else adapted(hosts.llava())
+    return llava().model if how == "from_pretrained" else adapted(llava())
 
 
 each_way = pytest.mark.parametrize("how", ["from_pretrained", "load_adapter"])
@@ -114,7 +115,7 @@ def test_load_refuses_a_file_with_another_method_s_keys(how: str, adapter: Path)
 
 @each_way
 def test_load_refuses_a_pickle_with_missing_keys(how: str, tmp_path: Path) -> None:
-    adapted(hosts.llava()).save_pretrained(tmp_path, safe_serialization=False)
+    adapted(llava()).save_pretrained(tmp_path, safe_serialization=False)
     file = tmp_path / "adapter_model.bin"
     tensors = torch.load(file, weights_only=True)
     del tensors["base_model.model.crome.crome_up.weight"]
@@ -132,7 +133,7 @@ def test_transformers_load_adapter_never_takes_a_wrong_file_silently(
     # and goes on after a report of its own where a key is missing: as it does for every PEFT method.
     FILES[case][0](adapter / FILE)
     try:
-        hosts.llava().model.load_adapter(str(adapter))
+        llava().model.load_adapter(str(adapter))
     except (RuntimeError, ValueError, SafetensorError):
         return
     report = caplog.text + capsys.readouterr().err
@@ -141,7 +142,7 @@ def test_transformers_load_adapter_never_takes_a_wrong_file_silently(
 
 
 def test_load_refuses_a_model_of_another_width(adapter: Path) -> None:
-    model = hosts.llava(hidden_size=64).model
+    model = llava(hidden_size=64).model
     with (
         unchanged(model, adapter),
         pytest.raises(ValueError, match="does not fit LlavaForConditionalGeneration") as error,
@@ -151,7 +152,7 @@ def test_load_refuses_a_model_of_another_width(adapter: Path) -> None:
 
 
 def test_load_warns_of_another_backbone_and_names_both(adapter: Path) -> None:
-    other = hosts.llava().model
+    other = llava().model
     other.name_or_path = "someone/other-llava"
     with torch.no_grad():
         other.get_input_embeddings().weight.mul_(2)
@@ -167,8 +168,8 @@ def test_load_warns_of_another_backbone_and_names_both(adapter: Path) -> None:
 def test_load_is_silent_for_the_same_weights_under_another_path(
     adapter: Path, dtype: torch.dtype, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    hosts.llava().model.save_pretrained(tmp_path / "moved")
+    llava().model.save_pretrained(tmp_path / "moved")
     model = tf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "moved", dtype=dtype)
     loaded = PeftModel.from_pretrained(model, adapter)
     assert not [w for w in recwarn if "This adapter was trained on" in str(w.message)]
-    assert torch.isfinite(logits(loaded, hosts.words())).all()
+    assert torch.isfinite(logits(loaded, words())).all()

@@ -11,8 +11,9 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_crome import CromeConfig, CromeLayer
-from tests import hosts
 from tests.tuner.helpers import adapted, assert_message, attach, unchanged
+from tests.zoo.case import TEXT
+from tests.zoo.llava import llava
 
 
 @pytest.mark.parametrize(
@@ -54,34 +55,34 @@ def test_config_refuses_a_wrong_value(field: str, value: Any, expected: str, rem
 
 
 EMBEDDINGS, PROJECTOR = "model.language_model.embed_tokens", "model.multi_modal_projector"
-TEXT = {"text": ["embed_tokens"]}
+TEXT_SITE = {"text": ["embed_tokens"]}
 
 
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
         pytest.param(
-            {"branches": TEXT | {"vision": ["multi_modal_projectr"]}},
+            {"branches": TEXT_SITE | {"vision": ["multi_modal_projectr"]}},
             ["branches['vision']", "'multi_modal_projectr'", "Did you mean", PROJECTOR, "Write branches="],
             id="name matches nothing",
         ),
         pytest.param(
-            {"branches": TEXT | {"vision": ["multi_modal_projector", "no.such.part"]}},
+            {"branches": TEXT_SITE | {"vision": ["multi_modal_projector", "no.such.part"]}},
             ["branches['vision']", "'no.such.part'", "Write branches="],
             id="second name matches nothing",
         ),
         pytest.param(
-            {"branches": TEXT | {"vision": r"projector\d"}},
+            {"branches": TEXT_SITE | {"vision": r"projector\d"}},
             ["branches['vision']", r"projector\\d", "Did you mean", "Write branches="],
             id="pattern matches nothing",
         ),
         pytest.param(
-            {"branches": TEXT | {"vision": r"multi_modal_(projector"}},
+            {"branches": TEXT_SITE | {"vision": r"multi_modal_(projector"}},
             ["branches['vision']", "multi_modal_(projector", "Write branches="],
             id="pattern is no regex",
         ),
         pytest.param(
-            {"branches": TEXT | {"vision": ["vision_tower.encoder.layers.0.mlp.fc2"]}},
+            {"branches": TEXT_SITE | {"vision": ["vision_tower.encoder.layers.0.mlp.fc2"]}},
             ["branches['vision']", "encoder.layers.0.mlp.fc2", "[16]", "32", "branches={'vision': "],
             id="other width",
         ),
@@ -91,7 +92,7 @@ TEXT = {"text": ["embed_tokens"]}
             id="width of the vocabulary",
         ),
         pytest.param(
-            {"branches": TEXT | {"vision": [PROJECTOR, PROJECTOR + ".linear_2"]}},
+            {"branches": TEXT_SITE | {"vision": [PROJECTOR, PROJECTOR + ".linear_2"]}},
             [PROJECTOR + ".linear_2", "branches={'vision': ["],
             id="nested sites",
         ),
@@ -119,7 +120,7 @@ TEXT = {"text": ["embed_tokens"]}
 )
 @pytest.mark.parametrize("second", [False, True], ids=["first adapter", "second adapter"])
 def test_attachment_refuses_a_wrong_config(config: dict[str, Any], parts: list[str], second: bool) -> None:
-    model: nn.Module = attach(hosts.llava().model) if second else hosts.llava().model
+    model: nn.Module = attach(llava().model) if second else llava().model
     add = model.add_adapter if second else lambda name, config: get_peft_model(model, config, name)
     with unchanged(model), pytest.raises((ValueError, TypeError)) as error:
         add("second", CromeConfig(bottleneck_dim=4, **config))
@@ -129,40 +130,46 @@ def test_attachment_refuses_a_wrong_config(config: dict[str, Any], parts: list[s
 @pytest.mark.parametrize(
     ("branches", "parts"),
     [
-        pytest.param(TEXT, ["Adapter 'second' has branches", EMBEDDINGS, PROJECTOR], id="fewer branches"),
+        pytest.param(TEXT_SITE, ["Adapter 'second' has branches", EMBEDDINGS, PROJECTOR], id="fewer branches"),
         pytest.param(
-            TEXT | {"image": [PROJECTOR]}, ["Adapter 'second' has branches", "'image'", "'vision'"], id="other name"
+            TEXT_SITE | {"image": [PROJECTOR]},
+            ["Adapter 'second' has branches", "'image'", "'vision'"],
+            id="other name",
         ),
-        pytest.param(TEXT | {"vision": [PROJECTOR + ".linear_2"]}, [PROJECTOR + ".linear_2"], id="inside a site"),
-        pytest.param(TEXT | {"vision": [PROJECTOR, "norm"]}, ["Adapter 'second' has branches", "norm"], id="one more"),
+        pytest.param(TEXT_SITE | {"vision": [PROJECTOR + ".linear_2"]}, [PROJECTOR + ".linear_2"], id="inside a site"),
+        pytest.param(
+            TEXT_SITE | {"vision": [PROJECTOR, "norm"]}, ["Adapter 'second' has branches", "norm"], id="one more"
+        ),
     ],
 )
 def test_second_adapter_refuses_other_branches(branches: dict[str, list[str]], parts: list[str]) -> None:
-    model = attach(hosts.llava().model)
+    model = attach(llava().model)
     with unchanged(model), pytest.raises(ValueError, match=r"Write branches=\{") as error:
         model.add_adapter("second", CromeConfig(bottleneck_dim=4, branches=branches))
     assert_message(error.value, *parts)
 
 
 def test_attachment_refuses_a_model_without_vision() -> None:
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(**hosts.TEXT))
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT))
     with unchanged(model), pytest.raises(ValueError, match="No vision site is known for LlamaForCausalLM") as error:
         attach(model)
     assert_message(error.value, "'llama'", "branches={'text': ['model.embed_tokens'], 'vision': ['", "from_backbones")
 
 
 def test_attachment_lists_modules_of_the_language_model_s_width() -> None:
-    model = hosts.llava().model
+    model = llava().model
     model.config.model_type = "unheard_of"
+    model.model.prism = model.model.multi_modal_projector
+    del model.model.multi_modal_projector
     with unchanged(model), pytest.raises(ValueError, match="No vision site") as error:
         attach(model)
-    assert_message(error.value, "'unheard_of'", PROJECTOR, "(32)", f"{{'text': ['{EMBEDDINGS}'], 'vision': ['")
+    assert_message(error.value, "'unheard_of'", "(32)", f"{{'text': ['{EMBEDDINGS}'], 'vision': ['model.prism']}}")
     assert "layers.0" not in str(error.value)
 
 
 @pytest.mark.parametrize("second", [False, True], ids=["first adapter", "second adapter"])
 def test_attachment_that_fails_half_way_changes_nothing(second: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model: nn.Module = attach(hosts.llava().model) if second else hosts.llava().model
+    model: nn.Module = attach(llava().model) if second else llava().model
     add = model.add_adapter if second else lambda name, config: get_peft_model(model, config, name)
 
     def fail_at_the_projector(layer: CromeLayer, *args: Any) -> None:
@@ -175,7 +182,7 @@ def test_attachment_that_fails_half_way_changes_nothing(second: bool, monkeypatc
 
 
 def test_merge_refuses_before_it_changes_anything() -> None:
-    model = attach(hosts.llava().model, branches={"vision": ["multi_modal_projector"]})
+    model = attach(llava().model, branches={"vision": ["multi_modal_projector"]})
     for merge in (model.merge_adapter, model.merge_and_unload):
         with unchanged(model), pytest.raises(ValueError, match="Nothing can be merged") as error:
             merge()
@@ -183,7 +190,7 @@ def test_merge_refuses_before_it_changes_anything() -> None:
 
 
 def test_merge_refuses_broken_weights_before_it_changes_anything() -> None:
-    model = adapted(hosts.llava())
+    model = adapted(llava())
     with torch.no_grad():
         model.get_parameter("base_model.model.crome.crome_up.default.weight")[0, 0] = float("inf")
     with unchanged(model), pytest.raises(ValueError, match=r"NaNs detected .*\['default'\]"):
@@ -191,7 +198,7 @@ def test_merge_refuses_broken_weights_before_it_changes_anything() -> None:
 
 
 def test_forward_refuses_one_adapter_per_row() -> None:
-    host = hosts.llava()
+    host = llava()
     model = adapted(host)
     with unchanged(model), pytest.raises(NotImplementedError, match=r"adapter_names .*model.set_adapter\(name\)"):
         model(**host.batch, adapter_names=["default", "default"])

@@ -11,13 +11,13 @@ from peft import LoraConfig, get_peft_model
 
 from peft_crome import CromeConfig
 from peft_crome.hotswap import hotswap_adapter
-from tests import hosts
 from tests.tuner.helpers import adapted, assert_equal, assert_message, attach, logits, randomise, unchanged
+from tests.zoo.llava import llava
 
 
 def save_adapter(folder: Path, **config: Any) -> torch.Tensor:
     """Save an adapter other than the tests' usual one; return what it answers."""
-    host = hosts.llava()
+    host = llava()
     torch.manual_seed(7)
     model = attach(host.model, **config)
     randomise(model, seed=7)
@@ -26,7 +26,7 @@ def save_adapter(folder: Path, **config: Any) -> torch.Tensor:
 
 
 def test_hotswap_gives_the_other_adapter_s_logits_in_the_same_tensors(tmp_path: Path) -> None:
-    host = hosts.llava()
+    host = llava()
     model = adapted(host)
     before, pointers = logits(model, host.batch), {name: p.data_ptr() for name, p in model.named_parameters()}
     expected = save_adapter(tmp_path)
@@ -37,10 +37,10 @@ def test_hotswap_gives_the_other_adapter_s_logits_in_the_same_tensors(tmp_path: 
 
 
 def test_hotswap_carries_modules_to_save(tmp_path: Path) -> None:
-    host = hosts.llava()
+    host = llava()
     names = ["multi_modal_projector"]
     model = attach(host.model, modules_to_save=names).eval()
-    other = attach(hosts.llava().model, modules_to_save=names).eval()
+    other = attach(llava().model, modules_to_save=names).eval()
     randomise(other)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
@@ -60,7 +60,7 @@ def test_hotswap_carries_modules_to_save(tmp_path: Path) -> None:
     ],
 )
 def test_hotswap_refuses_what_differs_in_more_than_weights(config: dict[str, Any], part: str, tmp_path: Path) -> None:
-    model = adapted(hosts.llava())
+    model = adapted(llava())
     save_adapter(tmp_path, **config)
     with unchanged(model, tmp_path), pytest.raises(ValueError) as error:  # noqa: PT011  # checked by assert_message
         hotswap_adapter(model, tmp_path)
@@ -68,14 +68,14 @@ def test_hotswap_refuses_what_differs_in_more_than_weights(config: dict[str, Any
 
 
 def test_hotswap_refuses_another_bottleneck(tmp_path: Path) -> None:
-    model = adapted(hosts.llava())
-    get_peft_model(hosts.llava().model, CromeConfig(bottleneck_dim=8)).save_pretrained(tmp_path)
+    model = adapted(llava())
+    get_peft_model(llava().model, CromeConfig(bottleneck_dim=8)).save_pretrained(tmp_path)
     with unchanged(model, tmp_path), pytest.raises(ValueError, match="bottleneck_dim=8, the adapter to replace has 4"):
         hotswap_adapter(model, tmp_path)
 
 
 def test_hotswap_refuses_a_merged_adapter(tmp_path: Path) -> None:
-    model = adapted(hosts.llava())
+    model = adapted(llava())
     save_adapter(tmp_path)
     model.merge_adapter()
     with unchanged(model, tmp_path), pytest.raises(ValueError, match=r"is merged. Call model.unmerge_adapter\(\)"):
@@ -84,9 +84,9 @@ def test_hotswap_refuses_a_merged_adapter(tmp_path: Path) -> None:
 
 def test_hotswap_refuses_an_unknown_name_and_another_method(tmp_path: Path) -> None:
     save_adapter(tmp_path)
-    model = adapted(hosts.llava())
+    model = adapted(llava())
     with unchanged(model), pytest.raises(ValueError, match=r"No CROME adapter 'nobody'.*model.load_adapter"):
         hotswap_adapter(model, tmp_path, "nobody")
-    lora = get_peft_model(hosts.llava().model, LoraConfig(target_modules=["q_proj"]))
+    lora = get_peft_model(llava().model, LoraConfig(target_modules=["q_proj"]))
     with unchanged(lora), pytest.raises(ValueError, match="No CROME adapter 'default'"):
         hotswap_adapter(lora, tmp_path)

@@ -37,7 +37,7 @@ def make_layer(
         weights.add(name, config, width, 0.7)
         if random:
             nn.init.normal_(weights.crome_up[name].weight, generator=torch.Generator().manual_seed(i))
-    layer = CromeLayer(Site(), weights, branch, width)
+    layer = CromeLayer(Site(), weights, {branch: []}, width)
     layer.set_adapter(list(weights.crome_up))
     weights.eval()
     return layer.eval()
@@ -45,8 +45,8 @@ def make_layer(
 
 def by_hand(layer: CromeLayer, x: torch.Tensor, name: str = "default", activation: str = "silu") -> torch.Tensor:
     """What the adapter adds: (act(x W_g) * (x W_d)) W_u, with W_g, W_d (d, m) and W_u (m, d) written out."""
-    w_g = getattr(layer, f"crome_gate_{layer.branch}")[name].weight.T
-    w_d = getattr(layer, f"crome_down_{layer.branch}")[name].weight.T
+    w_g = getattr(layer, f"crome_gate_{next(iter(layer.branches))}")[name].weight.T
+    w_d = getattr(layer, f"crome_down_{next(iter(layer.branches))}")[name].weight.T
     w_u = layer.crome_up[name].weight.T
     z = torch.einsum("td,dm->tm", x, w_g)
     gate = z / (1 + torch.exp(-z)) if activation == "silu" else 1 / (1 + torch.exp(-z))
@@ -200,7 +200,7 @@ def test_layer_hands_public_attributes_on() -> None:
     table = nn.Embedding(10, D, padding_idx=3)
     weights = CromeWeights(["text"])
     weights.add("default", CromeConfig(bottleneck_dim=2), D, 1.0)
-    layer = CromeLayer(table, weights, "text", D)
+    layer = CromeLayer(table, weights, {"text": []}, D)
     assert (layer.num_embeddings, layer.padding_idx, layer.in_features, layer.out_features) == (10, 3, 10, D)
     assert layer.weight is table.weight
     with pytest.raises(AttributeError):

@@ -9,7 +9,6 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_crome import CromeConfig
-from tests import hosts
 from tests.tuner.helpers import (
     KEYS,
     assert_equal,
@@ -22,12 +21,13 @@ from tests.tuner.helpers import (
     train_steps,
     trainable,
 )
+from tests.zoo.llava import llava
 
 PROJECTOR = "model.multi_modal_projector"
 
 
 def test_modules_to_save_trains_a_module_that_is_a_site() -> None:
-    host = hosts.llava()
+    host = llava()
     model = attach(host.model, modules_to_save=["multi_modal_projector"])
     randomise(model)
     before = snapshot(model)
@@ -38,7 +38,7 @@ def test_modules_to_save_trains_a_module_that_is_a_site() -> None:
     assert changed(model, before) == {copies + part for part in parts} | {
         f"base_model.model.crome.{key}.default.weight" for key in KEYS
     }
-    for name, tensor in hosts.llava().model.get_submodule(PROJECTOR).state_dict().items():
+    for name, tensor in llava().model.get_submodule(PROJECTOR).state_dict().items():
         kept = model.get_parameter(f"base_model.model.{PROJECTOR}.base_layer.original_module.{name}")
         assert_equal(kept.detach(), tensor)
 
@@ -47,14 +47,14 @@ def test_modules_to_save_trains_a_module_that_is_a_site() -> None:
     "names", [["multi_modal_projector"], [PROJECTOR], ["lm_head"], ["multi_modal_projector", "lm_head"]]
 )
 def test_modules_to_save_reload_equal_and_unload(names: list[str], tmp_path: Path) -> None:
-    host = hosts.llava()
+    host = llava()
     base = frozen_logits(host)
     model = attach(host.model, modules_to_save=names)
     randomise(model)
     train_steps(model, host.batch)
     expected = logits(model.eval(), host.batch)
     model.save_pretrained(str(tmp_path))
-    loaded = PeftModel.from_pretrained(hosts.llava().model, str(tmp_path))
+    loaded = PeftModel.from_pretrained(llava().model, str(tmp_path))
     assert_equal(logits(loaded, host.batch), expected)
     with model.disable_adapter():
         assert_equal(logits(model, host.batch), base)
@@ -66,7 +66,7 @@ def test_modules_to_save_reload_equal_and_unload(names: list[str], tmp_path: Pat
 
 
 def test_modules_to_save_in_two_adapters_are_two_copies() -> None:
-    host = hosts.llava()
+    host = llava()
     config = {"bottleneck_dim": 4, "modules_to_save": ["multi_modal_projector"]}
     model = attach(host.model, modules_to_save=["multi_modal_projector"])
     model.add_adapter("other", CromeConfig(**config))
@@ -83,7 +83,7 @@ def test_modules_to_save_in_two_adapters_are_two_copies() -> None:
 
 @pytest.mark.parametrize("indices", [[5, 6], {"embed_tokens": [5, 6]}], ids=["list", "dict"])
 def test_trainable_tokens_train_inside_the_text_site(indices: list | dict, tmp_path: Path) -> None:
-    host = hosts.llava()
+    host = llava()
     model = attach(host.model, trainable_token_indices=indices)
     randomise(model)
     before = snapshot(model)
@@ -93,12 +93,12 @@ def test_trainable_tokens_train_inside_the_text_site(indices: list | dict, tmp_p
     assert "token_adapter.trainable_tokens_delta.default" in others.pop()
     expected = logits(model.eval(), host.batch)
     model.save_pretrained(tmp_path)
-    assert_equal(logits(PeftModel.from_pretrained(hosts.llava().model, tmp_path), host.batch), expected)
+    assert_equal(logits(PeftModel.from_pretrained(llava().model, tmp_path), host.batch), expected)
 
 
 def test_a_configuration_can_be_used_for_another_model() -> None:
     config = CromeConfig(bottleneck_dim=4, modules_to_save=["multi_modal_projector"])
     for _ in range(2):
-        get_peft_model(hosts.llava().model, config)
+        get_peft_model(llava().model, config)
         assert config.modules_to_save == ["multi_modal_projector"]
         assert config.trained_on is None

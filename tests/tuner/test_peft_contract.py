@@ -16,7 +16,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from peft_crome import CromeConfig, CromeLayer
-from tests import hosts
 from tests.tuner.helpers import (
     FILE_KEYS,
     KEYS,
@@ -32,11 +31,13 @@ from tests.tuner.helpers import (
     trainable,
     unchanged,
 )
+from tests.zoo.case import Case
+from tests.zoo.llava import llava
 
 
-def two_adapters() -> tuple[PeftModel, hosts.Host, dict[str, torch.Tensor]]:
+def two_adapters() -> tuple[PeftModel, Case, dict[str, torch.Tensor]]:
     """A model with adapters "default" and "other", and what each of them answers."""
-    host = hosts.llava()
+    host = llava()
     model = adapted(host)
     model.add_adapter("other", CromeConfig(bottleneck_dim=3, gate_activation="sigmoid"))
     randomise(model, "other", seed=9)
@@ -79,7 +80,7 @@ def test_set_adapter_refuses_an_unknown_name() -> None:
 
 
 def test_add_adapter_leaves_the_first_one_s_flags() -> None:
-    model = attach(hosts.llava().model)
+    model = attach(llava().model)
     before = trainable(model)
     model.add_adapter("other", CromeConfig(bottleneck_dim=3))
     assert trainable(model) == before
@@ -104,7 +105,7 @@ def test_delete_adapter_of_the_active_one() -> None:
 
 
 def test_delete_adapter_of_the_last_one_leaves_the_base() -> None:
-    host = hosts.llava()
+    host = llava()
     expected = frozen_logits(host)
     model = adapted(host)
     model.delete_adapter("default")
@@ -126,7 +127,7 @@ def test_disable_adapter_reports_it() -> None:
 
 
 def test_status_names_the_method_and_counts_parameters() -> None:
-    model = attach(hosts.llava().model)
+    model = attach(llava().model)
     status = get_model_status(model)
     assert status.peft_types == {"default": "CROME"}
     assert status.adapter_model_type == "CromeModel"
@@ -135,14 +136,14 @@ def test_status_names_the_method_and_counts_parameters() -> None:
 
 
 def test_print_trainable_parameters(capsys: pytest.CaptureFixture) -> None:
-    attach(hosts.llava().model).print_trainable_parameters()
+    attach(llava().model).print_trainable_parameters()
     assert "trainable params: 640 " in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:Adapter name 'crome' should not be contained")  # PEFT's own, before the error
 @pytest.mark.parametrize("name", ["my.adapter", "weight", "crome_up", "model", "crome", "keys", "type"])
 def test_adapter_names_that_a_file_could_not_tell_apart_are_refused(name: str) -> None:
-    model = attach(hosts.llava().model, "first")
+    model = attach(llava().model, "first")
     with unchanged(model), pytest.raises(ValueError, match=re.escape(f"adapter_name={name!r}")) as error:
         model.add_adapter(name, CromeConfig(bottleneck_dim=4))
     assert_message(error.value, "Write adapter_name='default'")
@@ -150,11 +151,11 @@ def test_adapter_names_that_a_file_could_not_tell_apart_are_refused(name: str) -
 
 @pytest.mark.parametrize("name", ["up", "default_2", "text", "my-adapter", "0", "a b"])
 def test_adapter_names_may_be_any_other_word(name: str, tmp_path: Path) -> None:
-    host = hosts.llava()
+    host = llava()
     model = adapted(host, name)
     expected = logits(model, host.batch)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(hosts.llava().model, tmp_path / name, adapter_name=name)
+    loaded = PeftModel.from_pretrained(llava().model, tmp_path / name, adapter_name=name)
     assert_equal(logits(loaded, host.batch), expected)
 
 
@@ -173,7 +174,7 @@ def w_u_sites(model: nn.Module) -> list[nn.Module]:
     "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
 def test_copies_share_one_w_u_of_their_own(duplicate: Callable[[nn.Module], nn.Module]) -> None:
-    host = hosts.llava()
+    host = llava()
     model = attach(host.model)
     randomise(model)
     twin = duplicate(model)
@@ -186,7 +187,7 @@ def test_copies_share_one_w_u_of_their_own(duplicate: Callable[[nn.Module], nn.M
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_to_dtype_keeps_one_w_u(dtype: torch.dtype) -> None:
-    model = adapted(hosts.llava()).to(dtype)
+    model = adapted(llava()).to(dtype)
     first, second = w_u_sites(model)
     assert first is second
     assert first.weight is crome_weight(model, "up")
@@ -195,10 +196,10 @@ def test_to_dtype_keeps_one_w_u(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_load_state_dict_reaches_every_site(assign: bool) -> None:
-    host = hosts.llava()
+    host = llava()
     source = adapted(host)
     expected, tensors = logits(source, host.batch), snapshot(source)
-    target = attach(hosts.llava().model).eval()
+    target = attach(llava().model).eval()
     target.load_state_dict(tensors, assign=assign)
     assert_equal(logits(target, host.batch), expected)
     assert w_u_sites(target)[0].weight is crome_weight(target, "up")
@@ -207,9 +208,7 @@ def test_load_state_dict_reaches_every_site(assign: bool) -> None:
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_autocast_adapter_dtype(base: torch.dtype, autocast: bool) -> None:
-    model = get_peft_model(
-        hosts.llava().model.to(base), CromeConfig(bottleneck_dim=4), autocast_adapter_dtype=autocast
-    )
+    model = get_peft_model(llava().model.to(base), CromeConfig(bottleneck_dim=4), autocast_adapter_dtype=autocast)
     assert {crome_weight(model, key.removeprefix("crome_")).dtype for key in KEYS} == {
         torch.float32 if autocast else base
     }
@@ -218,7 +217,7 @@ def test_autocast_adapter_dtype(base: torch.dtype, autocast: bool) -> None:
 
 
 def test_inject_adapter_in_model_works_in_place() -> None:
-    host = hosts.llava()
+    host = llava()
     expected = frozen_logits(host)
     model = inject_adapter_in_model(CromeConfig(bottleneck_dim=4), host.model)
     assert model is host.model
@@ -241,7 +240,7 @@ class Moves(TorchFunctionMode):
 
 def test_weights_are_moved_to_where_their_input_is() -> None:
     # Without a second device only the request can be seen: linear takes a CPU weight beside a meta input in silence.
-    up = w_u_sites(attach(hosts.llava().model))[0]
+    up = w_u_sites(attach(llava().model))[0]
     x = torch.empty(3, 4, device="meta")
     with Moves() as moves:
         up(x)

@@ -12,16 +12,17 @@ from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, load_peft_w
 from torch import nn
 
 from peft_crome import CromeConfig, CromeLayer
-from tests import hosts
 from tests.tuner.helpers import FILE_KEYS, adapted, assert_equal, attach, crome_weight, file_keys, logits, trainable
+from tests.zoo.case import TEXT, Batch, words
+from tests.zoo.llava import llava
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, torch.Tensor, hosts.Batch]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, torch.Tensor, Batch]:
     """A backbone and an adapter on disk, and what they answer together."""
     folder = tmp_path_factory.mktemp("saved")
-    hosts.llava().model.save_pretrained(folder / "base")
-    host = hosts.llava()
+    llava().model.save_pretrained(folder / "base")
+    host = llava()
     host.model = tf.LlavaForConditionalGeneration.from_pretrained(folder / "base").eval()
     model = adapted(host)
     model.save_pretrained(folder / "adapter")
@@ -104,13 +105,13 @@ def test_loading_trains_only_when_asked(is_trainable: bool, expected: int, saved
 def test_auto_model_for_causal_lm_loads_a_text_only_host(tmp_path: Path) -> None:
     branches = {"text": ["embed_tokens"]}
     torch.manual_seed(0)
-    tf.LlamaForCausalLM(tf.LlamaConfig(**hosts.TEXT)).save_pretrained(tmp_path / "base")
+    tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)).save_pretrained(tmp_path / "base")
     model = attach(tf.LlamaForCausalLM.from_pretrained(tmp_path / "base"), branches=branches).eval()
     with torch.no_grad():
         nn.init.normal_(crome_weight(model, "up"))
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    assert_equal(logits(loaded, hosts.words()), logits(model, hosts.words()))
+    assert_equal(logits(loaded, words()), logits(model, words()))
     assert len(file_keys(tmp_path / "adapter")) == 3
 
 
@@ -146,7 +147,7 @@ def test_pickle_files_load_as_well(tmp_path: Path, saved: tuple) -> None:
 def test_torch_state_dict_round_trip(tmp_path: Path, saved: tuple) -> None:
     path, adapter, expected, batch = saved
     torch.save(PeftModel.from_pretrained(base(path), adapter).state_dict(), tmp_path / "model.pt")
-    model = attach(hosts.llava().model)
+    model = attach(llava().model)
     model.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     assert_equal(logits(model.eval(), batch), expected)
 
@@ -161,7 +162,7 @@ def test_saving_one_of_several_adapters(tmp_path: Path, saved: tuple) -> None:
 
 
 def test_bf16_adapter_file_is_half_the_size(tmp_path: Path) -> None:
-    model = attach(hosts.llava().model)
+    model = attach(llava().model)
     sizes = []
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype).save_pretrained(tmp_path)

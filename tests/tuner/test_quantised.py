@@ -11,7 +11,6 @@ import transformers as tf
 from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 
-from tests import hosts
 from tests.tuner.helpers import (
     FILE_KEYS,
     KEYS,
@@ -26,6 +25,8 @@ from tests.tuner.helpers import (
     train_steps,
     trainable,
 )
+from tests.zoo.case import Case
+from tests.zoo.llava import llava
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -41,9 +42,9 @@ each_kind = pytest.mark.parametrize("kind", QUANTISATION)
 
 
 @cache
-def wide_llava() -> hosts.Host:
+def wide_llava() -> Case:
     """64 wide everywhere: bitsandbytes' 4-bit kernel for CPUs takes whole blocks of 64 inputs and 32 outputs."""
-    return hosts.llava(vision={"hidden_size": 64, "intermediate_size": 64}, hidden_size=64, intermediate_size=128)
+    return llava(vision={"hidden_size": 64, "intermediate_size": 64}, hidden_size=64, intermediate_size=128)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from peft.mapping import (
 )
 
 from peft_crome import CromeConfig, CromeModel, registration
-from tests import hosts
 from tests.tuner.helpers import assert_equal, frozen_logits, logits, trainable
+from tests.zoo.llava import llava
 
 CROME = PeftType("CROME")
 
@@ -99,7 +99,7 @@ def test_config_round_trips_through_json(tmp_path) -> None:
 
 
 def test_other_methods_are_unaffected() -> None:
-    host = hosts.llava()
+    host = llava()
     expected = frozen_logits(host)
     model = get_peft_model(host.model, LoraConfig(target_modules=["q_proj"]))
     assert_equal(logits(model, host.batch), expected)

@@ -11,7 +11,6 @@ import transformers as tf
 from peft import PeftModel
 from torch import nn
 
-from tests import hosts
 from tests.tuner.helpers import (
     FILE_KEYS,
     KEYS,
@@ -24,11 +23,14 @@ from tests.tuner.helpers import (
     randomise,
     snapshot,
 )
+from tests.zoo import ZOO
+from tests.zoo.case import Batch
+from tests.zoo.llava import llava
 
 CROME = {f"base_model.model.crome.{key}.default.weight" for key in KEYS}
 
 
-def gradients(model: nn.Module, batch: hosts.Batch) -> dict[str, torch.Tensor]:
+def gradients(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     model.zero_grad()
     torch.manual_seed(4)
     model.train()(**batch).loss.backward()
@@ -38,7 +40,7 @@ def gradients(model: nn.Module, batch: hosts.Batch) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("name", ["llava", "instructblip_t5"])
 def test_gradient_checkpointing_gives_equal_gradients(name: str, use_reentrant: bool) -> None:
-    host = hosts.HOSTS[name]()
+    host = ZOO[name]()
     model = attach(host.model)
     randomise(model)
     expected = gradients(model, host.batch)
@@ -52,7 +54,7 @@ def test_gradient_checkpointing_gives_equal_gradients(name: str, use_reentrant: 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look at it
 def test_compiled_model_gives_equal_gradients() -> None:
-    host = hosts.llava()
+    host = llava()
     model = attach(host.model)
     randomise(model)
     expected = gradients(model, host.batch)
@@ -63,11 +65,11 @@ def test_compiled_model_gives_equal_gradients() -> None:
         torch.testing.assert_close(crome_weight(model, key.removeprefix("crome_")).grad, expected[key], msg=key)
 
 
-def rows(batch: hosts.Batch) -> list[dict[str, torch.Tensor]]:
+def rows(batch: Batch) -> list[dict[str, torch.Tensor]]:
     return [{key: value[i] for key, value in batch.items()} for i in range(2)] * 4
 
 
-def make_trainer(model: nn.Module, batch: hosts.Batch, folder: Path, **arguments: Any) -> tf.Trainer:
+def make_trainer(model: nn.Module, batch: Batch, folder: Path, **arguments: Any) -> tf.Trainer:
     options = {
         "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01, "report_to": "none", "use_cpu": True,
         "save_steps": 1, "logging_steps": 1, "disable_tqdm": True, "seed": 0, "dataloader_pin_memory": False,
@@ -80,7 +82,7 @@ def make_trainer(model: nn.Module, batch: hosts.Batch, folder: Path, **arguments
 
 
 def test_trainer_changes_the_adapter_alone(tmp_path: Path) -> None:
-    host = hosts.llava()
+    host = llava()
     model = attach(host.model)
     randomise(model)
     before = snapshot(model)
@@ -89,28 +91,28 @@ def test_trainer_changes_the_adapter_alone(tmp_path: Path) -> None:
 
 
 def test_trainer_checkpoint_is_an_adapter_that_loads(tmp_path: Path) -> None:
-    host = hosts.llava()
+    host = llava()
     model = attach(host.model)
     make_trainer(model, host.batch, tmp_path).train()
     checkpoint = tmp_path / "checkpoint-2"
     assert file_keys(checkpoint) == FILE_KEYS
-    loaded = PeftModel.from_pretrained(hosts.llava().model, checkpoint)
+    loaded = PeftModel.from_pretrained(llava().model, checkpoint)
     assert_equal(logits(loaded, host.batch), logits(model.eval(), host.batch))
 
 
 def test_trainer_resumes_where_it_stopped(tmp_path: Path) -> None:
-    host = hosts.llava()
+    host = llava()
     torch.manual_seed(5)
     through = attach(host.model)
     start = snapshot(through)
     make_trainer(through, host.batch, tmp_path / "a", max_steps=4, save_strategy="no").train()
 
-    first = attach(hosts.llava().model)
+    first = attach(llava().model)
     first.load_state_dict(start)
     stopper = make_trainer(first, host.batch, tmp_path / "b", max_steps=4, save_steps=2)
     stopper.add_callback(StopAt(2))
     stopper.train()
-    resumed = attach(hosts.llava().model)
+    resumed = attach(llava().model)
     make_trainer(resumed, host.batch, tmp_path / "b", max_steps=4).train(
         resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2")
     )

@@ -1,0 +1,94 @@
+"""What the adapter reads off a backbone: widths, embeddings, device and dtype; and how a module is replaced in it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
+
+
+def text_config(model: nn.Module) -> Any:
+    """The language model's part of a model's configuration; None for a model without one."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
+
+
+def text_hidden_size(model: nn.Module) -> int | None:
+    """The language model's embedding width as its configuration gives it; None for a model without one."""
+    return getattr(text_config(model), "hidden_size", None)
+
+
+def possible_widths(module: nn.Module) -> set[int]:
+    """Output widths that a module can have: exact for layers that state it, every part's for a container."""
+    own = _stated_width(module)
+    return {own} if own else {width for part in module.modules() if (width := _stated_width(part))}
+
+
+def _stated_width(module: nn.Module) -> int | None:
+    for name in ("out_features", "embedding_dim"):
+        if isinstance(width := getattr(module, name, None), int):
+            return width
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[-1]
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.out_channels
+    return None
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that turns token ids into embeddings, or None where the model names none."""
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def placeholder_ids(model: nn.Module) -> tuple[int, ...]:
+    """The token ids in whose place a model puts images, videos and sounds, as its configuration names them."""
+    settings = vars(model.config) if hasattr(model, "config") else {}
+    found = {value for name, value in settings.items() if PLACEHOLDER.fullmatch(name) and isinstance(value, int)}
+    return tuple(sorted(found))
+
+
+def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` in the place of `old`, which may have several: BART's halves can hold one embedding module."""
+    for parent in list(model.modules()):
+        if parent is not new:
+            for name in [name for name, child in parent.named_children() if child is old]:
+                setattr(parent, name, new)
+
+
+def device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtype]:
+    """Where the input embeddings are and in which dtype; no device for a model on the meta device."""
+    for module in filter(None, (input_embeddings(model), model)):
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and not parameter.is_meta:
+                return parameter.device, parameter.dtype
+    return None, torch.float32
+
+
+def embed_scale(module: nn.Embedding) -> torch.Tensor:
+    """The factor that scaled embeddings (Gemma, BART) apply to each row, in the table's dtype; 1 for the others."""
+    scale = getattr(module, "embed_scale", 1.0)
+    return torch.as_tensor(scale, device=module.weight.device).to(module.weight.dtype)
+
+
+def embedding_rows(model: nn.Module) -> torch.Tensor | None:
+    """About 1,000 rows, evenly spread, of what the text branch reads, in fp32; None where there are no values."""
+    embeddings = input_embeddings(model)
+    table = embeddings.get_base_layer() if hasattr(embeddings, "get_base_layer") else embeddings
+    weight = getattr(table, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
+        return None
+    return (weight.detach()[:: max(1, weight.shape[0] // 1024)] * embed_scale(table)).float()
+
+
+def embedding_rms(model: nn.Module) -> float:
+    """Root mean square of the language model's own embeddings; 1 where there are no values."""
+    rows = embedding_rows(model)
+    # The median, since rows of tokens that no training met may be zero or far off.
+    return 1.0 if rows is None else float(rows.square().mean(-1).sqrt().median()) or 1.0

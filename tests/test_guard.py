@@ -1,0 +1,154 @@
+"""The guard: an adapter that does nothing is an error, an ordinary batch is not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import peft_crome
+from tests.tuner.helpers import attach, randomise, snapshot
+from tests.zoo import ZOO
+from tests.zoo.case import WIDTH, words
+from tests.zoo.llava import llava
+
+TEXT, VISION = "base_model.model.model.language_model.embed_tokens", "base_model.model.model.multi_modal_projector"
+
+
+def hooks(model: nn.Module) -> int:
+    """The guard's hooks; transformers leaves some of its own."""
+    found = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return sum(hook.__module__ == "peft_crome.guard" for hook in found)
+
+
+def test_check_reports_each_site_and_changes_nothing() -> None:
+    case = llava()
+    model = attach(case.model).train()
+    before, generator = snapshot(model), torch.get_rng_state()
+
+    text, vision = sorted(peft_crome.check(model, case.batch), key=lambda row: row.branch)
+
+    assert (text.branch, text.site, text.calls, text.embeddings, text.gradient) == ("text", TEXT, 1, 2 * 7, True)
+    assert (vision.branch, vision.site, vision.calls, vision.embeddings) == ("vision", VISION, 1, 2 * 4)
+    assert vision.gradient
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_check_needs_an_adapter() -> None:
+    case = llava()
+    with pytest.raises(ValueError, match=r"no active CROME adapter.*get_peft_model"):
+        peft_crome.check(case.model, case.batch)
+    model = attach(case.model)
+    with model.disable_adapter(), pytest.raises(ValueError, match="no active CROME adapter"):
+        peft_crome.check(model, case.batch)
+
+
+def unused_site() -> tuple[nn.Module, dict[str, Any]]:
+    """A vision branch on a module of the right width that the model never calls."""
+    case = llava()
+    case.model.model.spare = nn.Linear(16, WIDTH)
+    return attach(case.model, branches={"text": ["embed_tokens"], "vision": ["spare"]}), case.batch
+
+
+def detached_site() -> tuple[nn.Module, dict[str, Any]]:
+    """A model that computes its image features without gradients."""
+    case = llava()
+    get_image_features = case.model.model.get_image_features
+
+    def without_gradient(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return get_image_features(*args, **kwargs)
+
+    case.model.model.get_image_features = without_gradient
+    return attach(case.model), case.batch
+
+
+@pytest.mark.parametrize(
+    ("build", "words_of_error"),
+    [
+        (unused_site, ["'vision' is not reached", "model.spare", "branches={'vision': ['<module path>']}"]),
+        (detached_site, ["'vision' cannot learn", "multi_modal_projector", "branches={'vision': ['<module path>']}"]),
+    ],
+)
+def test_silent_no_op_is_an_error(build: Any, words_of_error: list[str]) -> None:
+    model, batch = build()
+    for run in (lambda: peft_crome.check(model, batch), lambda: model.train()(**batch)):
+        with pytest.raises(RuntimeError) as error:
+            run()
+        assert all(part in str(error.value) for part in words_of_error), error.value
+    model.eval()(**batch)  # nothing is refused where nothing trains
+
+
+def test_guard_leaves_once_every_branch_has_acted() -> None:
+    case = llava()
+    model = attach(case.model)
+    armed = hooks(model)
+    model.eval()(**case.batch)
+    model.train()
+    with model.disable_adapter():
+        model(**case.batch)
+    model(**words())
+    assert hooks(model) == armed == 2  # no picture yet
+    model(**case.batch)
+    assert hooks(model) == 0
+    model(**words())
+
+
+def test_guard_watches_a_second_adapter() -> None:
+    case = llava()
+    model = attach(case.model).train()
+    model(**case.batch)
+    model.add_adapter("other", model.peft_config["default"])
+    assert hooks(model) == 2
+    model.set_adapter("other")
+    model(**case.batch)
+    assert hooks(model) == 0
+
+
+def test_unload_takes_the_guard_away() -> None:
+    case = llava()
+    assert hooks(attach(case.model).unload()) == 0
+
+
+def test_guarded_model_can_be_copied_and_pickled() -> None:
+    case = llava()
+    model = attach(case.model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert hooks(other) == 2
+        other.train()(**case.batch)
+        assert hooks(other) == 0
+    assert hooks(model) == 2
+
+
+def test_embeddings_given_by_the_user_need_no_text_branch() -> None:
+    case = llava()
+    model = attach(case.model).train()
+    embeddings = torch.randn(1, 5, WIDTH)
+    model(inputs_embeds=embeddings, attention_mask=torch.ones(1, 5, dtype=torch.long))
+    (text,) = (row for row in peft_crome.check(model, {"inputs_embeds": embeddings}) if row.branch == "text")
+    assert text.calls == 0
+
+
+def test_user_embeddings_bypass_the_text_branch() -> None:
+    """Given `inputs_embeds`, nothing turns tokens into embeddings, and the text branch has nothing to add to."""
+    case = llava()
+    model = attach(case.model).eval()
+    embeddings = torch.randn(1, 5, WIDTH)
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeddings).logits
+        randomise(model)
+        assert torch.equal(model(inputs_embeds=embeddings).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "instructblip_t5"])
+def test_check_on_other_hosts(name: str) -> None:
+    case = ZOO[name]()
+    rows = peft_crome.check(attach(case.model), case.batch)
+    assert {row.branch for row in rows if row.gradient} == {"text", "vision"}

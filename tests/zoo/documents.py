@@ -1,0 +1,3 @@
+"""Document readers and small models: DeepSeek-OCR, MiniCPM, Granite, Ovis and others."""
+
+from __future__ import annotations

@@ -1,0 +1,80 @@
+"""python -m tests.zoo.table [--check]: write the table of docs/models.md from what the last test run found."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from tests.zoo import REFUSED, ZOO
+from tests.zoo_results import RESULTS
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+BEGIN, END = "<!-- begin: written by python -m tests.zoo.table -->", "<!-- end -->"
+CHECKS = ("identity", "count", "vision", "text", "gradients", "save", "generate", "disable", "fold", "unload")
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Markdown of the architectures that work, what does not apply to some, and those that are refused.
+
+    Raises:
+        ValueError: an architecture or a check is missing from the results.
+    """
+    missing = [name for name in ZOO if not set(CHECKS) <= set(found.get(name, {}).get("checks", {}))]
+    if missing:
+        raise ValueError(f"No results for {missing}. Run the whole zoo: python -m pytest tests/zoo.")
+    mapped = [name for name in ZOO if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
+    passed = [name for name in mapped if all(ok(check) for check in found[name]["checks"].values())]
+    notes: list[str] = []
+    lines = [
+        f"{len(passed)} of the {len(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)} architectures in transformers' "
+        "image-text-to-text mapping pass every check that applies to them; the others and the reasons follow below.",
+        "",
+        "| `model_type` | class | vision, audio | text | weights at the known size | checks |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in sorted(ZOO):
+        own, checks = found[name]["properties"], found[name]["checks"]
+        sites = {branch: "<br>".join(f"`{site}`" for site in paths) for branch, paths in own["sites"].items()}
+        others = "<br>".join(sites[branch] for branch in sites if branch != "text")
+        size = f"{own['parameters']:,} (d = {own['width']:,})" if "parameters" in own else "-"
+        failed = [check for check in checks if not ok(checks[check])]
+        said = "all" if not failed else "not " + ", ".join(failed)
+        left_out = {f"{what}: {reason}" for what, reason in own["not_applicable"].items()}
+        if left_out:
+            notes += [reason for reason in sorted(left_out) if reason not in notes]
+            said += ", where they apply " + "".join(f"[{notes.index(reason) + 1}]" for reason in sorted(left_out))
+        lines.append(f"| `{name}` | `{own['class']}` | {others} | {sites['text']} | {size} | {said} |")
+    lines += ["", *(f"[{number}] {reason}  " for number, reason in enumerate(notes, start=1))]
+    lines += ["", "| refused | why |", "|---|---|"]
+    lines += [f"| `{name}` | {reason} |" for name, (reason, _) in sorted(REFUSED.items())]
+    return "\n".join(lines) + "\n"
+
+
+def ok(check: dict[str, str]) -> bool:
+    """Whether a check passed, or does not apply."""
+    return check["outcome"] != "failed"
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, or with --check say whether it is up to date."""
+    page = PAGE.read_text(encoding="utf-8")
+    head, rest = page.split(BEGIN)
+    tail = rest.split(END)[1]
+    new = f"{head}{BEGIN}\n\n{table(json.loads(RESULTS.read_text()))}\n{END}{tail}"
+    if "--check" in arguments:
+        if new != page:
+            print(f"{PAGE.name} is out of date. Run: python -m pytest tests/zoo && python -m tests.zoo.table")
+        return int(new != page)
+    temporary = PAGE.with_suffix(".tmp")
+    temporary.write_text(new, encoding="utf-8")
+    os.replace(temporary, PAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

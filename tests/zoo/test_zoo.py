@@ -1,0 +1,272 @@
+"""Every architecture: attach without an argument, an identity at first, two branches, exact save, merge, unload."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from peft_crome import CromeConfig, CromeLayer
+from tests.tuner.helpers import (
+    M,
+    adapted,
+    assert_equal,
+    assert_message,
+    attach,
+    crome_weight,
+    file_keys,
+    frozen_logits,
+    logits,
+    randomise,
+    to_dtype,
+    trainable,
+    unchanged,
+)
+from tests.zoo import REFUSED, WIDTH, ZOO, Batch, Case
+
+QUICK = (
+    "llava",
+    "qwen2_5_vl",
+    "gemma3",
+    "paligemma",
+    "internvl",
+    "idefics3",
+    "instructblip_t5",
+    "chameleon",
+)  # test-fast
+each_architecture = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ZOO]
+)
+
+
+def applies(case: Case, check: str) -> None:
+    if check in case.not_applicable:
+        pytest.skip(case.not_applicable[check])
+
+
+def text_only(case: Case) -> Batch:
+    if case.text_only is None:
+        pytest.skip(case.not_applicable["text only"])
+    return case.text_only
+
+
+@each_architecture
+def test_sites(name: str, record_property: Callable[[str, Any], None]) -> None:
+    """Without an argument, the sites are the expected ones."""
+    case = ZOO[name]()
+    record_property("class", type(case.model).__name__)
+    record_property("sites", case.sites)
+    record_property("not_applicable", case.not_applicable)
+    model = attach(case.model).get_base_model()
+    found: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, CromeLayer):
+            for branch in module.branches:
+                found.setdefault(branch, []).append(path)
+    expected = {branch: [site.split("[")[0] for site in sites] for branch, sites in case.sites.items()}
+    assert {b: sorted(s) for b, s in found.items()} == {b: sorted(s) for b, s in expected.items()}
+
+
+@each_architecture
+def test_count(name: str) -> None:
+    case = ZOO[name]()
+    model = attach(case.model)
+    pairs = [f"{kind}_{branch}" for branch in case.sites for kind in ("gate", "down")]
+    assert model.get_nb_trainable_parameters()[0] == (2 * len(case.sites) + 1) * WIDTH * M
+    assert sorted(trainable(model)) == sorted(
+        f"base_model.model.crome.crome_{key}.default.weight" for key in ["up", *pairs]
+    )
+
+
+@each_architecture
+def test_known_checkpoint(name: str, record_property: Callable[[str, Any], None]) -> None:
+    """5·d·m at the size of the family's best-known checkpoint, which the configuration's defaults describe."""
+    case = ZOO[name]()
+    model_class, config_class = type(case.model), type(case.model.config)
+    config = case.known() if case.known else config_class()
+    with torch.device("meta"):
+        model = model_class(config)
+    model = get_peft_model(model, CromeConfig())
+    count = model.get_nb_trainable_parameters()[0]
+    width = config.get_text_config().hidden_size
+    assert count == (2 * len(case.sites) + 1) * width * 256
+    said = re.search(r"similar configuration to that of[^\[]*\[([^\]]+)\]", config_class.__doc__ or "")
+    record_property("checkpoint", said.group(1) if said else "")
+    record_property("width", width)
+    record_property("parameters", count)
+
+
+@each_architecture
+def test_identity(name: str) -> None:
+    """A fresh adapter leaves the logits bit-equal to the frozen base's, in fp32 and bf16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = ZOO[name]()
+        if dtype == torch.bfloat16 and "bfloat16" in case.not_applicable:
+            continue
+        model = case.model.to(dtype).requires_grad_(False)
+        batch = to_dtype(case.batch, dtype)
+        expected = logits(model, batch)
+        assert torch.isfinite(expected).all()
+        assert_equal(logits(attach(model), batch), expected)
+
+
+@each_architecture
+def test_vision(name: str) -> None:
+    """Changing a branch other than text changes the logits with an image (or sound), and none without."""
+    case = ZOO[name]()
+    with_image = frozen_logits(case)
+    without = None if case.text_only is None else logits(case.model, case.text_only)
+    for branch in case.sites:
+        if branch == "text":
+            continue
+        case = ZOO[name]()
+        model = adapted(case)
+        silence(model, [other for other in case.sites if other != branch])
+        assert not torch.allclose(logits(model, case.batch), with_image, atol=1e-4), branch
+        if without is not None:
+            assert_equal(logits(model, case.text_only), without)
+
+
+@each_architecture
+def test_text(name: str) -> None:
+    """Changing the text branch alone changes the logits."""
+    case = ZOO[name]()
+    expected = frozen_logits(case)
+    model = adapted(case)
+    silence(model, [branch for branch in case.sites if branch != "text"])
+    assert not torch.allclose(logits(model, case.batch), expected, atol=1e-4)
+
+
+def silence(model: PeftModel, branches: list[str]) -> None:
+    """Make branches identities again."""
+    with torch.no_grad():
+        for branch in branches:
+            crome_weight(model, f"down_{branch}").zero_()
+
+
+@each_architecture
+def test_gradients(name: str) -> None:
+    """Every adapter parameter gets a finite gradient that is not all zero; no parameter of the base gets one."""
+    case = ZOO[name]()
+    model = attach(case.model)
+    randomise(model)
+    model(**case.batch).loss.backward()
+    for path, parameter in model.named_parameters():
+        if "crome_" in path:
+            assert parameter.grad is not None, path
+            assert torch.isfinite(parameter.grad).all(), path
+            assert parameter.grad.any(), path
+        else:
+            assert parameter.grad is None, path
+
+
+@each_architecture
+def test_save(name: str, tmp_path: Path) -> None:
+    """Saved and loaded onto a fresh base: equal logits; the file holds crome_ keys only."""
+    case = ZOO[name]()
+    model = adapted(case)
+    expected = logits(model, case.batch)
+    model.save_pretrained(tmp_path)
+    pairs = [f"{kind}_{branch}" for branch in case.sites for kind in ("gate", "down")]
+    assert file_keys(tmp_path) == sorted(f"base_model.model.crome.crome_{key}.weight" for key in ["up", *pairs])
+    loaded = PeftModel.from_pretrained(ZOO[name]().model, tmp_path)
+    assert_equal(logits(loaded, case.batch), expected)
+
+
+@each_architecture
+def test_generate(name: str) -> None:
+    """Greedy generation is equal with and without cache, and the adapter acts on it."""
+    case = ZOO[name]()
+    applies(case, "generate")
+    inputs = case.generate_inputs()
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    base = case.model.generate(**inputs, **settings).logits[0]
+    model = adapted(case)
+    caches = [True] if "no cache" in case.not_applicable else [True, False]
+    runs = [model.generate(**inputs, **settings, use_cache=use_cache) for use_cache in caches]
+    assert torch.equal(runs[0].sequences, runs[-1].sequences)
+    for cached, full in zip(runs[0].logits, runs[-1].logits, strict=True):
+        torch.testing.assert_close(cached, full, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(base, runs[0].logits[0], atol=1e-4)
+
+
+@each_architecture
+def test_disable(name: str) -> None:
+    """`disable_adapter` is bit-equal to the base, and ends."""
+    case = ZOO[name]()
+    expected = frozen_logits(case)
+    model = adapted(case)
+    with model.disable_adapter():
+        assert_equal(logits(model, case.batch), expected)
+    assert not torch.equal(logits(model, case.batch), expected)
+
+
+@each_architecture
+def test_fold(name: str) -> None:
+    """The text branch folds into the table and comes out again."""
+    case = ZOO[name]()
+    applies(case, "fold")
+    model = adapted(case)
+    layer = case.model.get_submodule(case.sites["text"][0])
+    table = layer.weight.detach().clone()
+    vocabulary = torch.arange(len(table))
+    with torch.no_grad():
+        adapted_rows = layer(vocabulary)
+    expected = logits(model, case.batch)
+
+    model.merge_adapter()
+
+    assert not torch.equal(layer.weight, table)
+    if not case.scaled_table:
+        assert_equal(layer.weight.detach(), adapted_rows)
+    # Not bit-equal: a product of 64 rows may round unlike one of 7.
+    torch.testing.assert_close(logits(model, case.batch), expected, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    assert_equal(layer.weight.detach(), table)
+    assert_equal(logits(model, case.batch), expected)
+
+
+@each_architecture
+@pytest.mark.filterwarnings("ignore:.*no longer tied")  # true, and test_peft_contract.py expects it
+def test_merge_and_unload(name: str) -> None:
+    case = ZOO[name]()
+    applies(case, "fold")
+    model = adapted(case)
+    expected = logits(model, case.batch)
+    merged = model.merge_and_unload()
+    assert not getattr(merged.config.get_text_config(), "tie_word_embeddings", False)
+    torch.testing.assert_close(logits(merged, case.batch), expected, atol=1e-4, rtol=1e-4)
+    assert not any(isinstance(module, CromeLayer) for module in merged.modules())
+
+
+@each_architecture
+def test_unload(name: str) -> None:
+    """The base is given back as it was."""
+    case = ZOO[name]()
+    expected, keys = frozen_logits(case), list(case.model.state_dict())
+    base = adapted(case).unload()
+    assert_equal(logits(base, case.batch), expected)
+    assert list(base.state_dict()) == keys
+    assert not [path for path, _ in base.named_modules() if "crome" in path]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    """One clear error, and the model is as it was."""
+    _, build = REFUSED[name]
+    model = build()
+    with unchanged(model), pytest.raises(ValueError, match="No vision site is known") as error:
+        get_peft_model(model, CromeConfig())
+    assert_message(error.value, type(model).__name__, "branches={")
+
+
+def test_every_architecture_is_here() -> None:
+    known = {name.split("_t5")[0] for name in [*ZOO, *REFUSED]}
+    assert not set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - known
+    assert not set(ZOO) & set(REFUSED)
