@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
@@ -80,7 +81,7 @@ def embed_scale(module: nn.Embedding) -> torch.Tensor:
 def embedding_rows(model: nn.Module) -> torch.Tensor | None:
     """About 1,000 rows, evenly spread, of what the text branch reads, in fp32; None where there are no values."""
     embeddings = input_embeddings(model)
-    table = embeddings.get_base_layer() if hasattr(embeddings, "get_base_layer") else embeddings
+    table = embeddings.get_base_layer() if isinstance(embeddings, BaseTunerLayer) else embeddings
     weight = getattr(table, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
         return None

@@ -227,7 +227,8 @@ def _roots(outputs: Any) -> list[Any]:
 
 def _reachable(wanted: set[Any], roots: list[Any]) -> set[Any]:
     """Which of the wanted nodes of autograd's graph lie behind the roots."""
-    found, seen, stack = set(), set(roots), list(roots)
+    found: set[Any] = set()
+    seen, stack = set(roots), list(roots)
     while stack and len(found) < len(wanted):
         node = stack.pop()
         if node in wanted:

@@ -67,10 +67,10 @@ LANGUAGE_MODELS = {
     ),
 }
 SITES = {
-    "bart": "language_model.model.shared",
-    "gemma3": "language_model.model.embed_tokens",
-    "llama": "language_model.model.embed_tokens",
-    "t5": "language_model.shared",
+    "bart": [f"language_model.model.{part}" for part in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")],
+    "gemma3": ["language_model.model.embed_tokens"],
+    "llama": ["language_model.model.embed_tokens"],
+    "t5": [f"language_model.{part}" for part in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")],
 }
 
 
@@ -94,7 +94,7 @@ def test_adapter_on_composite_finds_both_sites_and_starts_as_identity(name):
     expected = model.requires_grad_(False)(**batch, labels=labels).logits
     adapted = get_peft_model(model, CromeConfig(bottleneck_dim=4))
     sites = [status.name for status in adapted.get_layer_status() if status.module_type == "CromeLayer"]
-    assert sites == [f"model.{SITES[name]}", "model.vision_fusion"]
+    assert sites == [*(f"model.{site}" for site in SITES[name]), "model.vision_fusion"]
     assert adapted.get_nb_trainable_parameters()[0] == 5 * 32 * 4
     torch.testing.assert_close(adapted(**batch, labels=labels).logits, expected, rtol=0, atol=0)
 
@@ -116,7 +116,8 @@ def test_adapter_on_composite_trains_generates_folds_and_reloads(name, tmp_path)
         logits = adapted(**batch, labels=labels).logits
         adapted.save_pretrained(tmp_path)
         adapted.merge_adapter()
-        exact = {} if name in ("bart", "gemma3") else {"rtol": 0, "atol": 0}  # those scale their embeddings
+        # The table is exact where it is not scaled; a product of all its rows may still round unlike one of a few.
+        exact = {"rtol": 0, "atol": 0} if name == "llama" else {}
         torch.testing.assert_close(adapted(**batch, labels=labels).logits, logits, **exact)
         adapted.unmerge_adapter()
         torch.testing.assert_close(adapted(**batch, labels=labels).logits, logits, rtol=0, atol=0)

@@ -79,18 +79,35 @@ def caption_rows(train: list[dict[str, Any]], count: int, seed: int) -> list[dic
 
 
 def question_rows(
-    train: list[dict[str, Any]], count: int, seed: int, questions_per_picture: int
+    train: list[dict[str, Any]], count: int, seed: int, questions_per_picture: int, draw: str = "any"
 ) -> list[dict[str, Any]]:
-    """`count` training rows of one picture and some of its questions each, as one conversation."""
-    by_picture: dict[int, list[list[str]]] = defaultdict(list)
+    """`count` training rows of one picture and some of its questions each, as one conversation.
+
+    Args:
+        draw: "any" of a picture's questions, or "balanced": as many about what it does not show as about what it does.
+            They are five times as many, and a model that answers as if nothing were shown is right that often.
+    """
+    by_picture: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in train:
-        by_picture[row["image_id"]].append([row["question"], row["answer"]])
+        by_picture[row["image_id"]].append(row)
     generator = random.Random(seed)
     rows = []
     for i in _take(list(by_picture), count, seed):
-        turns = generator.sample(by_picture[i], min(questions_per_picture, len(by_picture[i])))
-        rows.append({"image_id": i, "turns": turns})
+        pool = by_picture[i]
+        if draw == "balanced":
+            pool = _balanced(pool, questions_per_picture, generator)
+        turns = generator.sample(pool, min(questions_per_picture, len(pool)))
+        rows.append({"image_id": i, "turns": [[row["question"], row["answer"]] for row in turns]})
     return rows
+
+
+def _balanced(rows: list[dict[str, Any]], least: int, generator: random.Random) -> list[dict[str, Any]]:
+    """All questions about what a picture shows, as many about what it does not show, and more up to `least`."""
+    absent = [row for row in rows if (yes_no_group(row) or "").endswith("not shown")]
+    others = [row for row in rows if row not in absent]
+    present = sum(row["kind"] == "yes/no" for row in others)
+    generator.shuffle(absent)
+    return others + absent[: max(present, least - len(others))]
 
 
 def messages(turns: Iterable[Iterable[str]]) -> list[dict[str, Any]]:

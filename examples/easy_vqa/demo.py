@@ -18,7 +18,9 @@ console = Console()
 
 # LoRA's second stage learns at 2e-3, which was best for it in earlier trials; all others at 1e-3.
 ALIGN = Stage("align", steps=200, pictures_per_step=16, questions_per_picture=1, learning_rate=1e-3)
-FINETUNE = Stage("finetune", steps=400, pictures_per_step=6, questions_per_picture=4, learning_rate=1e-3)
+FINETUNE = Stage(  # 4,000 pictures, each once
+    "finetune", steps=667, pictures_per_step=6, questions_per_picture=4, learning_rate=1e-3, draw="balanced"
+)
 FINETUNE_RATES = {"lora": 2e-3}
 
 ABLATION = "crome-normal"

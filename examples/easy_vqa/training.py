@@ -31,6 +31,7 @@ class Stage:
         pictures_per_step: rows of a batch, one picture each.
         questions_per_picture: question turns of a row; captions have one.
         learning_rate: AdamW's peak, after a warm-up over 5% of the steps, then cosine to 0.
+        draw: which of a picture's questions, "any" or "balanced" (see `data.question_rows`).
     """
 
     name: str
@@ -38,6 +39,7 @@ class Stage:
     pictures_per_step: int
     questions_per_picture: int
     learning_rate: float
+    draw: str = "any"
 
 
 def train_stage(
@@ -64,7 +66,7 @@ def train_stage(
     if stage.name == "align":
         rows = data.caption_rows(questions, count, seed)
     else:
-        rows = data.question_rows(questions, count, seed, stage.questions_per_picture)
+        rows = data.question_rows(questions, count, seed, stage.questions_per_picture, stage.draw)
     arguments = TrainingArguments(
         output_dir=str(directory / "checkpoints"),
         max_steps=stage.steps,

@@ -19,6 +19,8 @@ def why_not_foldable(module: nn.Module) -> str | None:
         return f"{type(module).__name__} is not an embedding table"
     if weight.is_meta or not weight.is_floating_point():
         return f"its table is {'on the meta device' if weight.is_meta else weight.dtype}"
+    if type(module).forward is not nn.Embedding.forward and not hasattr(module, "embed_scale"):
+        return f"{type(module).__name__} does more than look rows up"  # Ovis 2 mixes them
     if module.max_norm is not None:
         return "max_norm rescales its rows on every look-up"
     ids = torch.arange(min(16, weight.shape[0]), device=weight.device)

@@ -122,8 +122,8 @@ class CromeModel(BaseTuner):
         # All is made here: PEFT puts what this call makes on the meta device for low_cpu_mem_usage, and would take a
         # tuner layer that is there before the first injection for an older adapter.
         if not hasattr(self.model, WEIGHTS_NAME):
-            branches = dict.fromkeys(branch for site in self._branches_of.values() for branch in site)
-            self.model.add_module(WEIGHTS_NAME, CromeWeights(list(branches)))
+            names = dict.fromkeys(branch for site in self._branches_of.values() for branch in site)
+            self.model.add_module(WEIGHTS_NAME, CromeWeights(list(names)))
         weights: CromeWeights = getattr(self.model, WEIGHTS_NAME)
         if adapter_name not in weights.crome_up:
             weights.add(adapter_name, peft_config, self._hidden_size, embedding_rms(self.model))
@@ -133,10 +133,10 @@ class CromeModel(BaseTuner):
                 linears[adapter_name].to(device=None if on_meta else device, dtype=dtype)
             weights.train(self.model.training)
         if not isinstance(target, CromeLayer):
-            placeholders = placeholder_ids(self.model) if isinstance(target, nn.Embedding) else ()
-            target = CromeLayer(
-                target, weights, self._branches_of[current_key], self._hidden_size, placeholders=placeholders
-            )
+            branches = self._branches_of[current_key]
+            is_table = isinstance(target, nn.Embedding) and "text" in branches  # Ovis 2 has a table of images as well
+            placeholders = placeholder_ids(self.model) if is_table else ()
+            target = CromeLayer(target, weights, branches, self._hidden_size, placeholders)
             target.train(self.model.training)
             replace_everywhere(self.model, target.base_layer, target)
         target._move_adapter_to_device_of_base_layer(adapter_name)

@@ -29,6 +29,7 @@ HOSTS: dict[str, dict[str, list[str]]] = {
     "muse_glimmer": {"vision": ["perception_emb_norm"]},
     "muse_spark": {"vision": ["perception_emb_norm"], "audio": ["audio_tower.post_proj_norm"]},
     "inkling_mm_model": {"vision": ["vision_tower.final_norm"], "audio": ["audio_tower.norm"]},
+    "ovis2": {"vision": ["visual_embeddings_table"]},
 }
 
 
@@ -96,31 +97,31 @@ def _text_sites(model: nn.Module, paths: dict[str, nn.Module]) -> list[str]:
 def _projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) -> Branches:
     """Modules named like a projector that have the language model's width: the shallowest of each modality."""
     hidden_size = text_hidden_size(model)
-    parts = (
-        {key.split("_")[0] for key in getattr(model.config, "sub_configs", {})} if hasattr(model, "config") else set()
-    )
+    parts = {key.split("_")[0] for key in getattr(getattr(model, "config", None), "sub_configs", {})}
     neutral = "audio" if "audio" in parts and not parts & {"vision", "image"} else "vision"
     language_model = tuple(path.rsplit(".", 1)[0] + "." for path in text if path.count(".") > 1)
     found: Branches = {}
+    ranks: dict[str, tuple[int, bool]] = {}
     for path in sorted(paths, key=lambda path: path.count(".")):
         *parents, name = path.split(".")
-        if (
-            PROJECTOR.fullmatch(name)
-            and not any(parent.isdigit() for parent in parents)  # a projection inside a layer
-            and not path.startswith(language_model)
-            and hidden_size in (possible_widths(paths[path]) or {hidden_size})
-        ):
-            branch = "audio" if AUDIO.search(path) else neutral
-            depth = path.count(".")
-            if branch not in found or found[branch][0].count(".") == depth:
-                found.setdefault(branch, []).append(path)
+        if not PROJECTOR.fullmatch(name) or path.startswith(language_model):
+            continue
+        widths = possible_widths(paths[path])
+        if any(parent.isdigit() for parent in parents) or (widths and hidden_size not in widths):
+            continue  # a projection inside a layer, or into another width
+        branch = "audio" if AUDIO.search(path) else neutral
+        rank = (path.count("."), not widths)  # a module that states no width is a pooling beside the projector
+        if rank == ranks.setdefault(branch, rank):
+            found.setdefault(branch, []).append(path)
+        elif rank < ranks[branch]:
+            ranks[branch], found[branch] = rank, [path]
     return found
 
 
 def _by_token_id(model: nn.Module, text: list[str]) -> Branches:
     """Hosts whose images are tokens of the vocabulary (Chameleon, Emu3): their rows of the table are vision."""
     for module in model.modules():
-        ids = getattr(module, "image_tokens", None)
+        ids = getattr(getattr(module, "vocabulary_mapping", None), "image_tokens", None)
         if text and isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids):
             return {"vision": [f"{path}[{start}:{stop}]" for path in text for start, stop in _ranges(ids)]}
     return {}

@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer
 
 from examples.easy_vqa import data, quickstart, training
-from examples.easy_vqa.evaluation import score
+from examples.easy_vqa.evaluation import score, score_yes_no
 from examples.easy_vqa.model import processor, vision_features
 
 SMALL = {"what": 40, "yes/no": 20}
@@ -41,6 +41,34 @@ def test_blind_baselines_are_the_published_figures():
 
 
 @pytest.mark.slow
+def test_yes_no_questions_are_grouped_by_wording_and_truth():
+    questions = [
+        {"question": "is there a red shape?", "answer": "yes", "kind": "yes/no"},
+        {"question": "is there a red shape in the image?", "answer": "no", "kind": "yes/no"},
+        {"question": "is no circle present?", "answer": "no", "kind": "yes/no"},
+        {"question": "does the image not contain a circle?", "answer": "yes", "kind": "yes/no"},
+        {"question": "what shape is present?", "answer": "circle", "kind": "what"},
+    ]
+    assert [data.yes_no_group(row) for row in questions] == [*data.YES_NO_GROUPS, None]
+    by_text = ["no", "no", "yes", "yes", "circle"]  # as if nothing were shown
+    assert [group["accuracy"] for group in score_yes_no(questions, by_text).values()] == [0, 1, 0, 1]
+
+
+@pytest.mark.slow
+def test_balanced_questions_are_as_often_about_what_is_shown():
+    train = data.load_questions("train")
+    known = {(row["image_id"], row["question"]): data.yes_no_group(row) for row in train}
+    shares = {}
+    for draw in ("any", "balanced"):
+        rows = data.question_rows(train, 500, 0, 4, draw)
+        assert sum(len(row["turns"]) for row in rows) > 1900  # a few pictures have fewer than four
+        groups = [known[row["image_id"], question] or "" for row in rows for question, _ in row["turns"]]
+        shown, absent = (sum(g.endswith(f", {what}") for g in groups) for what in ("shown", "not shown"))
+        shares[draw] = shown / (shown + absent)
+    assert shares["any"] < 0.25
+    assert 0.35 < shares["balanced"] < 0.55
+
+
 def test_labels_cover_answers_and_their_ends_only():
     shared = processor()
     row = data.tokenized([{"image_id": 0, "turns": [["is it red?", "yes"], ["what shape?", "circle"]]}], shared)[0]

@@ -3,10 +3,11 @@
 To add an architecture, write a builder that returns a `Case` and decorate it with `architecture(model_type)`.
 """
 
-from . import audio, blip, documents, gemma, idefics, llava, projectors, qwen, towers, unusual
-from .case import AUDIO_TOKEN, IMAGE_TOKEN, REFUSED, VOCABULARY, WIDTH, ZOO, Batch, Case
+from . import blip, connectors, gemma, idefics, llava, qwen, readers, towers, unusual
+from .case import AUDIO_TOKEN, IMAGE_TOKEN, REFUSED, TO_COME, VOCABULARY, WIDTH, ZOO, Batch, Case
 
 __all__ = [
-    "AUDIO_TOKEN", "IMAGE_TOKEN", "REFUSED", "VOCABULARY", "WIDTH", "ZOO", "Batch", "Case",
-    "audio", "blip", "documents", "gemma", "idefics", "llava", "projectors", "qwen", "towers", "unusual",
+    "AUDIO_TOKEN", "IMAGE_TOKEN", "REFUSED", "TO_COME", "VOCABULARY", "WIDTH", "ZOO", "Batch", "Case",
+    "blip", "connectors", "gemma", "idefics", "llava", "qwen", "readers", "towers",
+    "unusual",
 ]  # fmt: skip

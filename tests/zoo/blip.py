@@ -23,7 +23,7 @@ from .case import (
 )
 
 
-def _instructblip(text_config: Any, text_site: str) -> Case:
+def _instructblip(text_config: Any, *text_sites: str) -> Case:
     config = tf.InstructBlipConfig(
         vision_config=tf.InstructBlipVisionConfig(**VISION).to_dict(),
         qformer_config=tf.InstructBlipQFormerConfig(
@@ -43,7 +43,7 @@ def _instructblip(text_config: Any, text_site: str) -> Case:
     }
     if text_config.is_encoder_decoder:
         batch["labels"] = torch.tensor([[5, 6, 2], [7, 8, 2]])
-    sites = {"text": [text_site], "vision": ["language_projection"]}
+    sites = {"text": list(text_sites), "vision": ["language_projection"]}
     text_only = {key: value[:1] for key, value in batch.items() if key != "labels"} | words()  # it wants an image
     if text_config.is_encoder_decoder:
         text_only["labels"] = batch["labels"][:1]
@@ -65,4 +65,5 @@ def instructblip_t5() -> Case:
         vocab_size=VOCABULARY, d_model=WIDTH, d_ff=64, d_kv=16, num_layers=2, num_heads=2, pad_token_id=0,
         eos_token_id=2, decoder_start_token_id=0, dropout_rate=0.0,
     )  # fmt: skip
-    return _instructblip(text, "language_model.shared")
+    parts = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+    return _instructblip(text, *(f"language_model.{part}" for part in parts))

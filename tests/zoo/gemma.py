@@ -7,6 +7,12 @@ import transformers as tf
 from .case import IMAGE_SIZE, IMAGE_TOKEN, TEXT, VISION, WIDTH, Case, architecture, finish, pixels, token_rows, words
 
 
+@architecture("shieldgemma2")
+def shieldgemma2() -> Case:
+    """Gemma 3's class under another model_type, as the image-text-to-text mapping has it."""
+    return gemma3()
+
+
 @architecture("gemma3")
 def gemma3() -> Case:
     config = tf.Gemma3Config(

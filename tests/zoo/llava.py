@@ -7,7 +7,20 @@ from typing import Any
 import torch
 import transformers as tf
 
-from .case import IMAGE_SIZE, IMAGE_TOKEN, PATCH, TEXT, VISION, Case, architecture, finish, pixels, token_rows, words
+from .case import (
+    IMAGE_SIZE,
+    IMAGE_TOKEN,
+    PATCH,
+    TEXT,
+    VISION,
+    VISION_WIDTH,
+    Case,
+    architecture,
+    finish,
+    pixels,
+    token_rows,
+    words,
+)
 
 
 @architecture("llava")
@@ -53,3 +66,158 @@ def internvl() -> Case:
     batch = token_rows(1, 1) | {"pixel_values": pixels(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
     sites = {"text": ["model.language_model.embed_tokens"], "vision": ["model.multi_modal_projector"]}
     return Case(finish(tf.InternVLForConditionalGeneration, config), batch, sites, words())
+
+
+def _kin(
+    name: str, tokens: int, vision: Any, *, text: Any = None, image: dict[str, Any] | None = None, **settings: Any
+) -> Case:
+    """A host that differs from LLaVA in its parts; `name` is that of its classes, `image` what it takes beside ids."""
+    text = tf.LlamaConfig(**TEXT) if text is None else text
+    config = getattr(tf, f"{name}Config")(vision_config=vision, text_config=text, **settings)
+    batch = token_rows(1, tokens) | (image or {"pixel_values": pixels(2, 3, IMAGE_SIZE, IMAGE_SIZE)})
+    sites = {"text": ["model.language_model.embed_tokens"], "vision": ["model.multi_modal_projector"]}
+    return Case(finish(getattr(tf, f"{name}ForConditionalGeneration"), config), batch, sites, words())
+
+
+@architecture("vipllava")
+def vipllava() -> Case:
+    """Reads several layers of its tower."""
+    vision = tf.CLIPVisionConfig(**VISION)
+    return _kin("VipLlava", 4, vision, image_token_index=IMAGE_TOKEN, vision_feature_layer=[-1, -2])
+
+
+@architecture("llava_next_video")
+def llava_next_video() -> Case:
+    image = {
+        "pixel_values": pixels(2, 2, 3, IMAGE_SIZE, IMAGE_SIZE),
+        "image_sizes": torch.tensor([[IMAGE_SIZE, IMAGE_SIZE]] * 2),
+    }
+    return _kin(
+        "LlavaNextVideo", 10, tf.CLIPVisionConfig(**VISION), image=image, image_token_index=IMAGE_TOKEN,
+        video_token_index=59, vision_feature_layer=-1, image_grid_pinpoints=[[IMAGE_SIZE, IMAGE_SIZE]],
+    )  # fmt: skip
+
+
+@architecture("llava_onevision")
+def llava_onevision() -> Case:
+    image = {
+        "pixel_values": pixels(2, 2, 3, IMAGE_SIZE, IMAGE_SIZE),
+        "image_sizes": torch.tensor([[IMAGE_SIZE, IMAGE_SIZE]] * 2),
+    }
+    return _kin(
+        "LlavaOnevision", 10, tf.SiglipVisionConfig(**VISION, vision_use_head=False), text=tf.Qwen2Config(**TEXT),
+        image=image, image_token_index=IMAGE_TOKEN, video_token_index=59, image_grid_pinpoints=[[IMAGE_SIZE] * 2],
+    )  # fmt: skip
+
+
+@architecture("video_llava")
+def video_llava() -> Case:
+    """Has a tower for images and one for videos, before one projector."""
+    image = {"pixel_values_images": pixels(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
+    return _kin(
+        "VideoLlava", 4, tf.CLIPVisionConfig(**VISION), image=image, image_token_index=IMAGE_TOKEN,
+        video_token_index=59, vision_feature_layer=-1,
+    )  # fmt: skip
+
+
+@architecture("aya_vision")
+def aya_vision() -> Case:
+    vision = tf.SiglipVisionConfig(**VISION, vision_use_head=False)
+    text = tf.Cohere2Config(**TEXT, sliding_window=16)
+    case = _kin("AyaVision", 1, vision, text=text, image_token_index=IMAGE_TOKEN)
+    known = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16}  # the class's default has 14
+    case.known = lambda: tf.AyaVisionConfig(vision_config=tf.SiglipVisionConfig(**known))
+    return case
+
+
+@architecture("cohere2_vision")
+def cohere2_vision() -> Case:
+    vision = tf.SiglipVisionConfig(**VISION, vision_use_head=False)
+    text = tf.Cohere2Config(**TEXT, sliding_window=16)
+    return _kin("Cohere2Vision", 1, vision, text=text, image_token_id=IMAGE_TOKEN, alignment_intermediate_size=32)
+
+
+def _got_ocr2() -> Case:
+    vision = {
+        "hidden_size": VISION_WIDTH, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": PATCH, "mlp_dim": 32, "window_size": 4, "global_attn_indexes": [1],
+    }  # fmt: skip
+    image = {"pixel_values": pixels(2, 3, 32, 32)}
+    return _kin("GotOcr2", 4, vision, text=tf.Qwen2Config(**TEXT), image=image, image_token_index=IMAGE_TOKEN)
+
+
+@architecture("got_ocr2")
+def got_ocr2() -> Case:
+    return _got_ocr2()
+
+
+@architecture("pp_chart2table")
+def pp_chart2table() -> Case:
+    """GOT-OCR 2 under another name."""
+    return _got_ocr2()
+
+
+def _pixtral() -> Any:
+    return tf.PixtralVisionConfig(
+        **{k: v for k, v in VISION.items() if k != "image_size"}, image_size=IMAGE_SIZE, head_dim=8
+    )
+
+
+def _mistral3_image() -> dict[str, Any]:
+    return {
+        "pixel_values": pixels(2, 3, IMAGE_SIZE, IMAGE_SIZE),
+        "image_sizes": torch.tensor([[IMAGE_SIZE, IMAGE_SIZE]] * 2),
+    }
+
+
+@architecture("mistral3")
+def mistral3() -> Case:
+    """Its projector takes the pictures' sizes as well, and reads all of them at once."""
+    text = tf.MistralConfig(**TEXT, head_dim=16)
+    return _kin("Mistral3", 1, _pixtral(), text=text, image=_mistral3_image(), image_token_index=IMAGE_TOKEN)
+
+
+@architecture("lighton_ocr")
+def lighton_ocr() -> Case:
+    text = tf.Qwen3Config(**TEXT, head_dim=16)
+    case = _kin("LightOnOcr", 1, _pixtral(), text=text, image=_mistral3_image(), image_token_id=IMAGE_TOKEN)
+    case.sites["vision"] = ["model.vision_projection"]
+    return case
+
+
+@architecture("qianfan_ocr")
+def qianfan_ocr() -> Case:
+    vision = VISION | {"image_size": [IMAGE_SIZE] * 2, "patch_size": [PATCH] * 2, "drop_path_rate": 0.0}
+    text = tf.Qwen3Config(**TEXT, head_dim=16)
+    return _kin("QianfanOCR", 1, vision, text=text, image_token_id=IMAGE_TOKEN, image_seq_length=1)
+
+
+# The next two have towers from timm, which needs torchvision, whose builds fit one build of PyTorch each. A tower of
+# the same shape from transformers stands in.
+
+
+@architecture("fast_vlm")
+def fast_vlm() -> Case:
+    """Its tower gives a map of features, (batch, channels, height, width)."""
+
+    def vision(width: int) -> Any:
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, width], "depths": [1, 1], "layer_type": "basic"}
+        return tf.ResNetConfig(**sizes, hidden_size=width)
+
+    image = {"pixel_values": pixels(2, 3, 16, 16)}
+    case = _kin(
+        "FastVlm", 4, vision(VISION_WIDTH), text=tf.Qwen2Config(**TEXT), image=image, image_token_index=IMAGE_TOKEN
+    )
+    case.known = lambda: tf.FastVlmConfig(vision_config=vision(3072))
+    return case
+
+
+@architecture("perception_lm")
+def perception_lm() -> Case:
+    def vision(width: int) -> Any:
+        return tf.CLIPVisionConfig(**VISION | {"hidden_size": width}, model_args={"embed_dim": width})
+
+    image = {"pixel_values": pixels(2, 1, 3, IMAGE_SIZE, IMAGE_SIZE)}
+    case = _kin("PerceptionLM", 4, vision(VISION_WIDTH), image=image, image_token_id=IMAGE_TOKEN, video_token_id=59)
+    case.known = lambda: tf.PerceptionLMConfig(vision_config=vision(1536))
+    return case

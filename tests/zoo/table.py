@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.zoo import REFUSED, ZOO
+from tests.zoo import REFUSED, TO_COME, ZOO
 from tests.zoo_results import RESULTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -32,7 +32,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     notes: list[str] = []
     lines = [
         f"{len(passed)} of the {len(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)} architectures in transformers' "
-        "image-text-to-text mapping pass every check that applies to them; the others and the reasons follow below.",
+        "image-text-to-text mapping pass every check that applies to them.",
         "",
         "| `model_type` | class | vision, audio | text | weights at the known size | checks |",
         "|---|---|---|---|---|---|",
@@ -50,8 +50,11 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             said += ", where they apply " + "".join(f"[{notes.index(reason) + 1}]" for reason in sorted(left_out))
         lines.append(f"| `{name}` | `{own['class']}` | {others} | {sites['text']} | {size} | {said} |")
     lines += ["", *(f"[{number}] {reason}  " for number, reason in enumerate(notes, start=1))]
-    lines += ["", "| refused | why |", "|---|---|"]
-    lines += [f"| `{name}` | {reason} |" for name, (reason, _) in sorted(REFUSED.items())]
+    if REFUSED:
+        lines += ["", "| refused | why |", "|---|---|"]
+        lines += [f"| `{name}` | {reason} |" for name, (reason, _) in sorted(REFUSED.items())]
+    if TO_COME:
+        lines += ["", f"In the mapping, and not tried yet: {', '.join(f'`{name}`' for name in sorted(TO_COME))}."]
     return "\n".join(lines) + "\n"
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 FAMILIES = (
     "llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "internvl", "idefics3", "smolvlm", "mistral3",
-    "instructblip", "instructblip_t5", "glm4v", "aya_vision", "florence2", "qwen2_audio",
+    "instructblip", "instructblip_t5", "glm4v", "florence2", "deepseek_vl",
 )  # fmt: skip
 # Towers stay as they are: their tiny layers do not fill bitsandbytes' blocks.
 KEPT = ["lm_head", "vision_tower", "vision_model", "visual", "audio_tower", "qformer", "connector"]

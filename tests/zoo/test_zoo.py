@@ -28,7 +28,7 @@ from tests.tuner.helpers import (
     trainable,
     unchanged,
 )
-from tests.zoo import REFUSED, WIDTH, ZOO, Batch, Case
+from tests.zoo import REFUSED, TO_COME, WIDTH, ZOO, Batch, Case
 
 QUICK = (
     "llava",
@@ -268,5 +268,5 @@ def test_refused(name: str) -> None:
 
 def test_every_architecture_is_here() -> None:
     known = {name.split("_t5")[0] for name in [*ZOO, *REFUSED]}
-    assert not set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - known
+    assert set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - known == TO_COME
     assert not set(ZOO) & set(REFUSED)

@@ -1,3 +1,59 @@
-"""Hosts that the usual shape does not fit: image tokens in the vocabulary, no tower, cross-attention, encoder-decoders."""
+"""Hosts of unusual shape: image tokens in the vocabulary, patches without a tower, images before the text."""
 
 from __future__ import annotations
+
+import transformers as tf
+
+from .case import (
+    IMAGE_TOKEN,
+    TEXT,
+    VISION,
+    VISION_WIDTH,
+    Case,
+    architecture,
+    finish,
+    pixels,
+    token_rows,
+    words,
+)
+
+
+@architecture("chameleon")
+def chameleon() -> Case:
+    """An image is eight bits per token: rows 20 to 27 of the table, found by a codebook of eight entries."""
+    codes = {f"IMGIMG{'ABCDEFGH'[code]}Z": 20 + code for code in range(8)}
+    config = tf.ChameleonConfig(
+        **TEXT,
+        vocabulary_map={"<image>": IMAGE_TOKEN, **codes},
+        vq_config={
+            "embed_dim": VISION_WIDTH, "num_embeddings": 8, "latent_channels": VISION_WIDTH, "resolution": 8,
+            "base_channels": 32, "channel_multiplier": [1, 1, 2], "num_res_blocks": 1,
+        },
+    )  # fmt: skip
+    batch = token_rows(1, 4) | {"pixel_values": pixels(2, 3, 8, 8)}
+    sites = {"text": ["model.embed_tokens"], "vision": ["model.embed_tokens[20:28]"]}
+    case = Case(finish(tf.ChameleonForConditionalGeneration, config), batch, sites, words())
+    known = {"<image>": 8711, **{f"IMGIMG{code}": 4 + code for code in range(8192)}}
+    case.known = lambda: tf.ChameleonConfig(vocabulary_map=known)
+    return case
+
+
+@architecture("fuyu")
+def fuyu() -> Case:
+    """No tower: a linear map of raw patches."""
+    text = tf.PersimmonConfig(**TEXT, hidden_act="gelu")
+    config = tf.FuyuConfig(text_config=text, image_size=8, patch_size=4, num_channels=3, image_token_id=IMAGE_TOKEN)
+    batch = token_rows(1, 4) | {"pixel_values": pixels(2, 4, 4 * 4 * 3)}
+    sites = {"text": ["model.language_model.embed_tokens"], "vision": ["model.vision_embed_tokens"]}
+    return Case(finish(tf.FuyuForCausalLM, config), batch, sites, words())
+
+
+@architecture("git")
+def git() -> Case:
+    """Images come before the text, without placeholders."""
+    text = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
+    config = tf.GitConfig(**text, vision_config=VISION, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ids = words()["input_ids"].repeat(2, 1)
+    batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "labels": ids, "pixel_values": pixels(2, 3, 8, 8)}
+    sites = {"text": ["git.embeddings.word_embeddings"], "vision": ["git.visual_projection"]}
+    return Case(finish(tf.GitForCausalLM, config), batch, sites, words())

@@ -1,0 +1,119 @@
+"""Document readers and small models: DeepSeek-OCR, MiniCPM, Granite, Ovis and others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers as tf
+
+from .case import (
+    IMAGE_SIZE,
+    IMAGE_TOKEN,
+    TEXT,
+    VISION,
+    VISION_WIDTH,
+    VOCABULARY,
+    WIDTH,
+    Batch,
+    Case,
+    architecture,
+    finish,
+    pixels,
+    token_rows,
+    words,
+)
+
+
+@architecture("idefics2")
+def idefics2() -> Case:
+    resampler = {
+        "hidden_size": WIDTH, "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2,
+        "resampler_head_dim": 16, "num_key_value_heads": 2,
+    }  # fmt: skip
+    config = tf.Idefics2Config(
+        vision_config=VISION,
+        perceiver_config=resampler,
+        text_config=tf.MistralConfig(**TEXT, head_dim=16),
+        image_token_id=IMAGE_TOKEN,
+    )
+    batch = token_rows(1, 3) | {"pixel_values": pixels(2, 1, 3, IMAGE_SIZE, IMAGE_SIZE)}
+    sites = {"text": ["model.text_model.embed_tokens"], "vision": ["model.connector"]}
+    return Case(finish(tf.Idefics2ForConditionalGeneration, config), batch, sites, words())
+
+
+@architecture("ovis2")
+def ovis2() -> Case:
+    """Mixes rows of a visual table, and frames the image with other rows of it."""
+    config = tf.Ovis2Config(
+        vision_config=VISION | {"vocab_size": 24},
+        text_config=tf.Qwen2Config(**TEXT),
+        image_token_id=IMAGE_TOKEN,
+        visual_indicator_token_ids=[53, 54, 55, 56, 57],
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+    )
+    model = finish(tf.Ovis2ForConditionalGeneration, config)
+    model.generation_config.suppress_tokens = [*range(53, 58), IMAGE_TOKEN]
+    batch = token_rows(1, 4, around=(53, 57)) | {"pixel_values": pixels(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
+    sites = {"text": ["model.language_model.embed_tokens"], "vision": ["model.visual_embeddings_table"]}
+    known = {"hidden_size": 1536, "vocab_size": 151643}  # the class's defaults leave Qwen2's width in the text part
+    return Case(model, batch, sites, words(), known=lambda: tf.Ovis2Config(text_config=known))
+
+
+@architecture("janus")
+def janus() -> Case:
+    """Its second tower serves the generation of images and is left alone."""
+    vision = {k: v for k, v in VISION.items() if k != "intermediate_size"}
+    config = tf.JanusConfig(
+        vision_config=vision | {"mlp_ratio": 2, "projection_dim": WIDTH, "num_image_tokens": 4},
+        text_config=tf.LlamaConfig(**TEXT),
+        vq_config={
+            "embed_dim": 8, "num_embeddings": 16, "latent_channels": 32, "base_channels": 32,
+            "channel_multiplier": [1, 1], "num_res_blocks": 1, "projection_dim": WIDTH, "image_token_embed_dim": WIDTH,
+        },
+        image_token_id=IMAGE_TOKEN,
+    )  # fmt: skip
+    model = finish(tf.JanusForConditionalGeneration, config)
+    model.generation_config.suppress_tokens = [IMAGE_TOKEN]
+    batch = token_rows(1, 4) | {"pixel_values": pixels(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
+    sites = {"text": ["model.language_model.embed_tokens"], "vision": ["model.aligner"]}
+    # The class's defaults leave Llama's width in the text part.
+    return Case(model, batch, sites, words(), known=lambda: tf.JanusConfig(text_config={"hidden_size": 2048}))
+
+
+KOSMOS_TEXT = {
+    "vocab_size": VOCABULARY, "embed_dim": WIDTH, "layers": 2, "ffn_dim": 64, "attention_heads": 2, "dropout": 0.0,
+    "attention_dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def _kosmos(model_class: type, config: Any, image: Batch) -> Case:
+    """Kosmos: a mask says where the image goes, its projection returns a tuple."""
+    batch = token_rows(1, 3, around=(57, 58)) | image
+    batch["image_embeds_position_mask"] = (batch["input_ids"] == IMAGE_TOKEN).long()
+    text_only = words()
+    text_only["image_embeds_position_mask"] = torch.zeros_like(text_only["input_ids"])
+    text_only["image_embeds"] = torch.zeros(1, 0, WIDTH)  # Kosmos-2 wants some, if only none
+    sites = {"text": ["text_model.model.embed_tokens"], "vision": ["image_to_text_projection"]}
+    return Case(finish(model_class, config), batch, sites, text_only)
+
+
+@architecture("kosmos-2")
+def kosmos2() -> Case:
+    config = tf.Kosmos2Config(text_config=KOSMOS_TEXT, vision_config=VISION, latent_query_num=3)
+    image = {"pixel_values": pixels(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
+    return _kosmos(tf.Kosmos2ForConditionalGeneration, config, image)
+
+
+@architecture("kosmos-2.5")
+def kosmos2_5() -> Case:
+    vision = {
+        "hidden_size": VISION_WIDTH, "patch_embed_hidden_size": 12, "intermediate_size": 32, "head_dim": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "max_num_patches": 4,
+    }  # fmt: skip
+    config = tf.Kosmos2_5Config(text_config=KOSMOS_TEXT, vision_config=vision, latent_query_num=3)
+    # The first two numbers of a patch are its row and column.
+    place = torch.tensor([[[1.0, 1], [1, 2], [2, 1], [2, 2]]] * 2)
+    image = {"flattened_patches": torch.cat([place, pixels(2, 4, 12)], dim=-1)}
+    return _kosmos(tf.Kosmos2_5ForConditionalGeneration, config, image)
