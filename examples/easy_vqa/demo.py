@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,11 @@ FINETUNE = Stage(  # 4,000 pictures, each once
     "finetune", steps=667, pictures_per_step=6, questions_per_picture=4, learning_rate=1e-3, draw="balanced"
 )
 FINETUNE_RATES = {"lora": 2e-3}
+# Balanced questions teach to look, and that "yes" is as frequent as "no"; half of the pictures with questions as they
+# come, at half the rate, then teach how frequent it is.
+CALIBRATE_STEPS, CALIBRATE_RATE = 333, 0.5
 
+STAGES = ("align", "finetune", "calibrate")
 ABLATION = "crome-normal"
 NAMES = {
     "crome": "CROME, adapter alone in (b)",
@@ -46,21 +51,26 @@ def run(output: Path, results: Path, seeds: int) -> None:
 
 
 def run_one(method: str, seed: int, directory: Path, test: list[dict[str, Any]]) -> dict[str, Any]:
-    """Both stages and the full test split for one method and seed."""
+    """All stages and the full test split for one method and seed."""
     shared = processor()
     train_features, test_features = (vision_features(split, shared.image_processor) for split in ("train", "test"))
     rate = FINETUNE_RATES.get(method, FINETUNE.learning_rate)
-    finetune = Stage(**{**FINETUNE.__dict__, "learning_rate": rate})
+    finetune = replace(FINETUNE, learning_rate=rate)
+    calibrate = replace(finetune, steps=CALIBRATE_STEPS, learning_rate=rate * CALIBRATE_RATE, draw="any")
     aligned = train_stage(ALIGN, method, seed, shared, train_features, directory / "align")
     tuned = train_stage(
         finetune, method, seed, shared, train_features, directory / "finetune", previous=directory / "align"
     )
-    answers = answer(load_stage(directory / "finetune"), shared, test_features, test, description=f"{method} {seed}")
+    calibrated = train_stage(
+        calibrate, method, seed + 100, shared, train_features, directory / "calibrate", previous=directory / "finetune"
+    )
+    answers = answer(load_stage(directory / "calibrate"), shared, test_features, test, description=f"{method} {seed}")
     write_json(directory / "answers.json", answers)
     if method == "crome" and seed == 0:
         report.contact_sheet(test, answers, directory / "contact_sheet.png")
     scores = {"score": score(test, answers), "yes_no": score_yes_no(test, answers)}
-    return {"method": method, "seed": seed, "align": aligned, "finetune": tuned, **scores}
+    stages = {"align": aligned, "finetune": tuned, "calibrate": calibrated}
+    return {"method": method, "seed": seed, **stages, **scores}
 
 
 def summarise(results: Path) -> list[dict[str, Any]]:
@@ -79,7 +89,7 @@ def summarise(results: Path) -> list[dict[str, Any]]:
         own = [record for record in records if record["method"] == method]
         if not own:
             continue
-        minutes = statistics.median(r["align"]["seconds"] + r["finetune"]["seconds"] for r in own) / 60
+        minutes = statistics.median(sum(r[stage]["seconds"] for stage in STAGES) for r in own) / 60
         weights = f"{own[0]['align']['trained_parameters']:,} / {own[0]['finetune']['trained_parameters']:,}"
         scores = [record["score"] for record in own]
         accuracies = f"{_each(scores, 'what')} | {_each(scores, 'yes/no')}"
@@ -90,10 +100,16 @@ def summarise(results: Path) -> list[dict[str, Any]]:
         if scores:
             lines.append(f"| {NAMES[method]} | {' | '.join(_each(scores, group) for group in data.YES_NO_GROUPS)} |")
     (results / "table.md").write_text("\n".join(lines) + "\n")
-    curves = {f"{record['method']} seed {record['seed']}": record["finetune"]["losses"] for record in records}
+    curves = {f"{record['method']} seed {record['seed']}": _losses(record) for record in records}
     if curves:
         report.learning_curves(curves, results / "learning_curves.png")
     return records
+
+
+def _losses(record: dict[str, Any]) -> list[list[float]]:
+    """The loss over the steps of both stages on questions."""
+    start = record["finetune"]["settings"]["steps"]
+    return record["finetune"]["losses"] + [[start + step, loss] for step, loss in record["calibrate"]["losses"]]
 
 
 def _each(scores: list[dict[str, Any]], kind: str) -> str:
