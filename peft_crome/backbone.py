@@ -19,8 +19,9 @@ def text_config(model: nn.Module) -> Any:
 
 
 def text_hidden_size(model: nn.Module) -> int | None:
-    """The language model's embedding width as its configuration gives it; None for a model without one."""
-    return getattr(text_config(model), "hidden_size", None)
+    """The language model's embedding width: its configuration's, else its table's; None for a model without one."""
+    width = getattr(text_config(model), "hidden_size", None)
+    return width or getattr(input_embeddings(model), "embedding_dim", None)
 
 
 def possible_widths(module: nn.Module) -> set[int]:

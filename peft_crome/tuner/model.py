@@ -32,6 +32,7 @@ from .sites import find_branches
 
 logger = logging.getLogger(__name__)
 
+SCALED_WHERE_TIED = ("udop",)  # model types whose forward reads config.tie_word_embeddings
 WEIGHTS_NAME = "crome"  # the child of the wrapped model that holds every adapter's weights
 
 
@@ -154,7 +155,18 @@ class CromeModel(BaseTuner):
             )
         yield
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        # PEFT's own raises where a model does not name its input embeddings (PP-FormulaNet).
+        return super()._get_module_names_tied_with_embedding() if input_embeddings(self.model) is not None else []
+
     def _check_merge_allowed(self) -> None:
+        config: Any = getattr(self.model, "config", None)
+        if getattr(config, "model_type", None) in SCALED_WHERE_TIED and config.tie_word_embeddings:
+            raise ValueError(
+                f"Nothing can be merged: {type(self.model).__name__} scales its output where "
+                "config.tie_word_embeddings is set, and a merge unties the head. Keep the adapter attached, or "
+                "unload() it."
+            )
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, CromeLayer)}
         reasons = {name: why_not_foldable(layer.get_base_layer()) for name, layer in layers.items()}
         if all(reasons.values()):

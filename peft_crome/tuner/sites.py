@@ -30,6 +30,11 @@ HOSTS: dict[str, dict[str, list[str]]] = {
     "muse_spark": {"vision": ["perception_emb_norm"], "audio": ["audio_tower.post_proj_norm"]},
     "inkling_mm_model": {"vision": ["vision_tower.final_norm"], "audio": ["audio_tower.norm"]},
     "ovis2": {"vision": ["visual_embeddings_table"]},
+    "pix2struct": {"vision": ["encoder.layernorm"]},
+    "pp_formulanet": {"text": ["decoder.embed_tokens"]},
+    "vision-encoder-decoder": {"vision": ["enc_to_dec_proj"]},
+    "udop": {"vision": ["encoder.embed_patches"]},
+    "evolla": {"protein": ["sequence_compressor_resampler"]},
 }
 
 
@@ -107,8 +112,9 @@ def _projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) 
         if not PROJECTOR.fullmatch(name) or path.startswith(language_model):
             continue
         widths = possible_widths(paths[path])
-        if any(parent.isdigit() for parent in parents) or (widths and hidden_size not in widths):
-            continue  # a projection inside a layer, or into another width
+        inside = any(parent.isdigit() or parent.startswith("patch_embed") for parent in parents)
+        if inside or (widths and hidden_size not in widths):
+            continue  # a projection inside a layer or where a tower begins, or into another width
         branch = "audio" if AUDIO.search(path) else neutral
         rank = (path.count("."), not widths)  # a module that states no width is a pooling beside the projector
         if rank == ranks.setdefault(branch, rank):

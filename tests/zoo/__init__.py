@@ -3,11 +3,22 @@
 To add an architecture, write a builder that returns a `Case` and decorate it with `architecture(model_type)`.
 """
 
-from . import blip, connectors, gemma, idefics, llava, qwen, readers, towers, unusual
+from . import (
+    blip,
+    connectors,
+    crossing,
+    gemma,
+    idefics,
+    llava,
+    qwen,
+    readers,
+    towers,
+    unusual,
+)
 from .case import AUDIO_TOKEN, IMAGE_TOKEN, REFUSED, TO_COME, VOCABULARY, WIDTH, ZOO, Batch, Case
 
 __all__ = [
     "AUDIO_TOKEN", "IMAGE_TOKEN", "REFUSED", "TO_COME", "VOCABULARY", "WIDTH", "ZOO", "Batch", "Case",
-    "blip", "connectors", "gemma", "idefics", "llava", "qwen", "readers", "towers",
-    "unusual",
+    "blip", "connectors", "crossing", "gemma", "idefics", "llava", "qwen", "readers", "resamplers",
+    "towers", "unusual",
 ]  # fmt: skip
