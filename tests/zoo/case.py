@@ -67,12 +67,10 @@ ZOO: dict[str, Callable[[], Case]] = {}
 TO_COME: set[str] = {
     "deepseek_ocr2",
     "diffusion_gemma",
-    "emu3",
     "gemma3n",
     "gemma4",
     "gemma4_unified",
     "granite4_vision",
-    "granite_docling",
     "minicpm_ocr",
     "minicpmv4_6",
     "minicpmv4_7",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 import transformers as tf
 
-from .case import IMAGE_SIZE, IMAGE_TOKEN, TEXT, VISION, Case, architecture, finish, pixels, token_rows, words
+from .case import IMAGE_SIZE, IMAGE_TOKEN, TEXT, VISION, WIDTH, Case, architecture, finish, pixels, token_rows, words
 
 
 def _idefics3_like(config_class: type, model_class: type) -> Case:
@@ -24,3 +25,15 @@ def idefics3() -> Case:
 @architecture("smolvlm")
 def smolvlm() -> Case:
     return _idefics3_like(tf.SmolVLMConfig, tf.SmolVLMForConditionalGeneration)
+
+
+@architecture("granite_docling")
+def granite_docling() -> Case:
+    """The tower's connector also returns deepstack features, which stay as they are."""
+    text = TEXT | {"embedding_multiplier": 1.0}
+    vision = VISION | {"out_hidden_size": WIDTH, "scale_factor": 2, "deepstack_visual_indexes": [0]}
+    config = tf.GraniteDoclingConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN)
+    batch = token_rows(1, 1) | {"pixel_values": pixels(2, 1, 3, IMAGE_SIZE, IMAGE_SIZE)}
+    batch["pixel_attention_mask"] = torch.ones(2, 1, dtype=torch.bool)
+    sites = {"text": ["model.text_model.embed_tokens"], "vision": ["model.vision_model.connector"]}
+    return Case(finish(tf.GraniteDoclingForConditionalGeneration, config), batch, sites, words())

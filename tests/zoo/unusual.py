@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import transformers as tf
 
 from .case import (
@@ -35,6 +36,30 @@ def chameleon() -> Case:
     case = Case(finish(tf.ChameleonForConditionalGeneration, config), batch, sites, words())
     known = {"<image>": 8711, **{f"IMGIMG{code}": 4 + code for code in range(8192)}}
     case.known = lambda: tf.ChameleonConfig(vocabulary_map=known)
+    return case
+
+
+@architecture("emu3")
+def emu3() -> Case:
+    """Rows 20 to 27 of the table for eight image codes, row 28 for the end of a line of them."""
+    codes = {f"<|visual token {code:06}|>": 20 + code for code in range(8)}
+    config = tf.Emu3Config(
+        text_config=TEXT | {"attention_dropout": 0.0},
+        vq_config={
+            "codebook_size": 8, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "hidden_size": 64,
+            "channel_multiplier": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "temporal_downsample_factor": 1,
+        },
+        vocabulary_map={"<image>": IMAGE_TOKEN, "<|extra_200|>": 28, **codes},
+    )  # fmt: skip
+    model = finish(tf.Emu3ForConditionalGeneration, config)
+    size = 4 * model.model.vqmodel.vision_spatial_factor
+    batch = token_rows(1, 4 * (4 + 1)) | {"pixel_values": pixels(2, 3, size, size)}
+    batch["image_sizes"] = torch.tensor([[size, size]] * 2)
+    sites = {"text": ["model.text_model.embed_tokens"], "vision": ["model.text_model.embed_tokens[20:28]"]}
+    case = Case(model, batch, sites, words())
+    known = {"<image>": 151851, "<|extra_200|>": 151846}
+    known |= {f"<|visual token {code:06}|>": 151854 + code for code in range(32768)}
+    case.known = lambda: tf.Emu3Config(vocabulary_map=known)
     return case
 
 
