@@ -34,6 +34,7 @@ HOSTS: dict[str, dict[str, list[str]]] = {
     "pp_formulanet": {"text": ["decoder.embed_tokens"]},
     "vision-encoder-decoder": {"vision": ["enc_to_dec_proj"]},
     "udop": {"vision": ["encoder.embed_patches"]},
+    "granite4_vision": {"vision": ["out_linear"]},
     "evolla": {"protein": ["sequence_compressor_resampler"]},
 }
 

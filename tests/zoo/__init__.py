@@ -19,6 +19,6 @@ from .case import AUDIO_TOKEN, IMAGE_TOKEN, REFUSED, TO_COME, VOCABULARY, WIDTH,
 
 __all__ = [
     "AUDIO_TOKEN", "IMAGE_TOKEN", "REFUSED", "TO_COME", "VOCABULARY", "WIDTH", "ZOO", "Batch", "Case",
-    "blip", "connectors", "crossing", "gemma", "idefics", "llava", "qwen", "readers", "resamplers",
+    "blip", "connectors", "crossing", "gemma", "idefics", "llava", "qwen", "readers",
     "towers", "unusual",
 ]  # fmt: skip

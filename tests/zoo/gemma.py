@@ -1,10 +1,64 @@
-"""Gemma and PaliGemma: scaled embedding tables, images attended in both directions."""
+"""Gemma and PaliGemma: scaled embedding tables, images attended in both directions, per-layer embedding tables."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import transformers as tf
 
-from .case import IMAGE_SIZE, IMAGE_TOKEN, TEXT, VISION, WIDTH, Case, architecture, finish, pixels, token_rows, words
+from .case import (
+    AUDIO_TOKEN,
+    IMAGE_SIZE,
+    IMAGE_TOKEN,
+    PATCH,
+    TEXT,
+    VISION,
+    VOCABULARY,
+    WIDTH,
+    Batch,
+    Case,
+    architecture,
+    finish,
+    pixels,
+    token_rows,
+    words,
+)
+
+PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
+GEMMA4_TEXT = TEXT | {"head_dim": 16, "global_head_dim": 16, "sliding_window": 16}
+GEMMA4_VISION: dict[str, Any] = {
+    key: value for key, value in VISION.items() if key != "image_size"
+} | {"num_key_value_heads": 2, "head_dim": 8, "pooling_kernel_size": 2, "position_embedding_size": 8}
+GEMMA4_TOKENS = {
+    "image_token_id": IMAGE_TOKEN,
+    "audio_token_id": AUDIO_TOKEN,
+    "video_token_id": 59,
+    "boi_token_id": 57,
+    "eoi_token_id": 58,
+    "boa_token_id": 55,
+    "eoa_token_index": 56,
+}
+SITES = {
+    "text": ["model.language_model.embed_tokens"],
+    "vision": ["model.embed_vision"],
+    "audio": ["model.embed_audio"],
+}
+
+
+def positions(side: int) -> torch.Tensor:
+    """(x, y) of the patches of two square images."""
+    xy = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), dim=-1)
+    return xy.reshape(1, -1, 2).expand(2, -1, -1).contiguous()
+
+
+def image_and_sound(image_tokens: int, audio_tokens: int) -> Batch:
+    """Two rows of one image, one sound and two words."""
+    image, sound = [IMAGE_TOKEN] * image_tokens, [AUDIO_TOKEN] * audio_tokens
+    ids = torch.tensor([[1, 57, *image, 58, 55, *sound, 56, 5, 6], [1, 57, *image, 58, 55, *sound, 56, 7, 8]])
+    labels = ids.clone()
+    labels[:, :-2] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 @architecture("shieldgemma2")
@@ -42,3 +96,55 @@ def paligemma() -> Case:
     sites = {"text": ["model.language_model.embed_tokens"], "vision": ["model.multi_modal_projector"]}
     model = finish(tf.PaliGemmaForConditionalGeneration, config)
     return Case(model, batch, sites, words(), scaled_table=True)
+
+
+def _gemma4_batch() -> Batch:
+    batch = image_and_sound(4, 2) | {"pixel_values": pixels(2, 16, 3 * PATCH * PATCH), "image_position_ids": positions(4)}
+    batch |= {"input_features": pixels(2, 8, 8), "input_features_mask": torch.ones(2, 8, dtype=torch.bool)}
+    return batch | {"mm_token_type_ids": (batch["input_ids"] == IMAGE_TOKEN).int()}
+
+
+@architecture("gemma4")
+def gemma4() -> Case:
+    """With a per-layer embedding table, which is left alone."""
+    config = tf.Gemma4Config(
+        text_config=GEMMA4_TEXT | PER_LAYER,
+        vision_config=GEMMA4_VISION,
+        audio_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "subsampling_conv_channels": [8, 4],
+            "attention_chunk_size": 2,
+            "attention_context_left": 3,
+            "output_proj_dims": 24,
+        },
+        **GEMMA4_TOKENS,
+    )
+    model = finish(tf.Gemma4ForConditionalGeneration, config)
+    return Case(model, _gemma4_batch(), SITES, words(), scaled_table=True, known=_gemma4_e2b)
+
+
+def _gemma4_e2b() -> tf.Gemma4Config:
+    return tf.Gemma4Config(text_config={"hidden_size": 1536}, vision_config={}, audio_config={})
+
+
+@architecture("gemma4_unified")
+def gemma4_unified() -> Case:
+    """No towers: patches and waveforms go through one projection each."""
+    config = tf.Gemma4UnifiedConfig(
+        text_config=GEMMA4_TEXT,
+        vision_config={"patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": WIDTH, "output_proj_dims": WIDTH, "mm_posemb_size": 8},
+        audio_config={"audio_embed_dim": 8},
+        **GEMMA4_TOKENS,
+    )
+    batch = image_and_sound(4, 2)
+    batch |= {"pixel_values": pixels(2, 4, 3 * 4 * 4), "image_position_ids": positions(2)}
+    batch |= {"input_features": pixels(2, 2, 8), "input_features_mask": torch.ones(2, 2, dtype=torch.bool)}
+    batch |= {"mm_token_type_ids": (batch["input_ids"] == IMAGE_TOKEN).int()}
+    model = finish(tf.Gemma4UnifiedForConditionalGeneration, config)
+    return Case(model, batch, SITES, words(), scaled_table=True, known=_gemma4_12b)
+
+
+def _gemma4_12b() -> tf.Gemma4UnifiedConfig:
+    return tf.Gemma4UnifiedConfig(text_config={"hidden_size": 3840}, vision_config={}, audio_config={})

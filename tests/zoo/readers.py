@@ -10,6 +10,7 @@ import transformers as tf
 from .case import (
     IMAGE_SIZE,
     IMAGE_TOKEN,
+    PATCH,
     TEXT,
     VISION,
     VISION_WIDTH,
@@ -23,6 +24,7 @@ from .case import (
     token_rows,
     words,
 )
+from .qwen import HALF_OF_A_HEAD, LINEAR
 
 
 @architecture("idefics2")
@@ -117,3 +119,106 @@ def kosmos2_5() -> Case:
     place = torch.tensor([[[1.0, 1], [1, 2], [2, 1], [2, 2]]] * 2)
     image = {"flattened_patches": torch.cat([place, pixels(2, 4, 12)], dim=-1)}
     return _kosmos(tf.Kosmos2_5ForConditionalGeneration, config, image)
+
+
+def _minicpm(config_class: type, model_class: type, known_width: int, **options: Any) -> Case:
+    """MiniCPM: images of any size packed into one row, a merger that returns a list."""
+    text = TEXT | {"head_dim": 16, "rope_parameters": HALF_OF_A_HEAD} | LINEAR
+    config = config_class(
+        text_config=text | {"model_type": "qwen3_5_text"},
+        vision_config=VISION | {"image_size": 8 * PATCH},
+        insert_layer_id=0,
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=59,
+        downsample_mode="16x",
+        **options,
+    )
+    batch = token_rows(1, 2, around=(57, 58))
+    batch |= {"pixel_values": pixels(1, 3, PATCH, PATCH * 2 * 4 * 8), "target_sizes": torch.tensor([[4, 8]] * 2)}
+    sites = {"text": ["model.language_model.embed_tokens"], "vision": ["model.merger"]}
+    model = finish(model_class, config)
+    model.generation_config.suppress_tokens = list(range(53, IMAGE_TOKEN + 1))
+    known = {"model_type": "qwen3_5_text", "hidden_size": known_width}
+    return Case(model, batch, sites, words(), known=lambda: config_class(text_config=known))
+
+
+@architecture("minicpmv4_6")
+def minicpmv4_6() -> Case:
+    return _minicpm(tf.MiniCPMV4_6Config, tf.MiniCPMV4_6ForConditionalGeneration, 1024)
+
+
+@architecture("minicpmv4_7")
+def minicpmv4_7() -> Case:
+    """Positions of a canvas, drawn from the tokens around the image."""
+    markers = {"image_start_id": 57, "image_end_id": 58, "slice_start_id": 55, "slice_end_id": 56, "newline_id": 54}
+    case = _minicpm(tf.MiniCPMV4_7Config, tf.MiniCPMV4_7ForConditionalGeneration, 1024, **markers)
+    case.batch["mm_token_type_ids"] = (case.batch["input_ids"] == IMAGE_TOKEN).int()
+    return case
+
+
+@architecture("minicpm_ocr")
+def minicpm_ocr() -> Case:
+    return _minicpm(tf.MiniCPMOcrConfig, tf.MiniCPMOcrForConditionalGeneration, 1024)
+
+
+@architecture("molmo2")
+def molmo2() -> Case:
+    """Adds the image to its placeholders' embeddings; every token pools the patches that the processor lists."""
+    config = tf.Molmo2Config(
+        text_config={key: value for key, value in TEXT.items()} | {"head_dim": 16, "additional_vocab_size": 2},
+        vision_config=VISION | {"num_key_value_heads": 2, "head_dim": 8, "image_size": [IMAGE_SIZE, IMAGE_SIZE]},
+        adapter_config={
+            "vision_feature_layer": [1, 0], "hidden_size": VISION_WIDTH, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24, "text_hidden_size": WIDTH,
+        },
+        image_patch_id=IMAGE_TOKEN, image_start_token_id=57, image_end_token_id=58,
+        low_res_image_start_token_id=56, frame_start_token_id=54, frame_end_token_id=55,
+    )  # fmt: skip
+    batch = token_rows(1, 2, around=(57, 58)) | {
+        "pixel_values": pixels(2, 4, 3 * PATCH * PATCH),
+        "image_token_pooling": torch.tensor([[0, 1], [2, 3], [4, 5], [6, -1]]),
+        "image_grids": torch.tensor([[1, 2, 0, 0]] * 2),
+    }
+    batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE_TOKEN).int()
+    sites = {"text": ["model.language_model.embed_tokens"], "vision": ["model.multi_modal_projector"]}
+    model = finish(tf.Molmo2ForConditionalGeneration, config)
+    model.generation_config.suppress_tokens = [IMAGE_TOKEN]
+    text_only = words()
+    text_only["mm_token_type_ids"] = torch.zeros_like(text_only["input_ids"])
+    known = {"text_hidden_size": 4096}  # Molmo2-8B's; the class's default fits another language model
+    return Case(model, batch, sites, text_only, known=lambda: tf.Molmo2Config(adapter_config=known))
+
+
+@architecture("granite4_vision")
+def granite4_vision() -> Case:
+    """Its only visual path are projectors of several layers, whose outputs are added inside the language model."""
+    config = tf.Granite4VisionConfig(
+        text_config=TEXT | {"num_hidden_layers": 5, "embedding_multiplier": 2.0},
+        vision_config=VISION | {"model_type": "siglip_vision_model", "hidden_size": 64},
+        qformer_config={
+            "model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 32,
+            "cross_attention_frequency": 1, "use_qformer_text_input": False,
+        },
+        image_token_index=IMAGE_TOKEN, image_grid_pinpoints=[[IMAGE_SIZE, IMAGE_SIZE]],
+        vision_feature_select_strategy="full", downsample_rate="1/2",
+        deepstack_layer_map=[[1, 0]], spatial_target_layers=[1, 2, 3, 4],
+    )  # fmt: skip
+    batch = token_rows(1, 3) | {"pixel_values": pixels(2, 2, 3, IMAGE_SIZE, IMAGE_SIZE)}
+    batch["image_sizes"] = torch.tensor([[IMAGE_SIZE, IMAGE_SIZE]] * 2)
+    projectors = ["layerwise_projectors.0", *(f"spatial_projectors.{i}" for i in range(4))]
+    sites = {
+        "text": ["model.language_model.embed_tokens"],
+        "vision": [f"model.{projector}.out_linear" for projector in projectors],
+    }
+    model = finish(tf.Granite4VisionForConditionalGeneration, config)
+    model.generation_config.suppress_tokens = [IMAGE_TOKEN]
+    return Case(model, batch, sites, words(), known=_granite4_vision_2b)
+
+
+def _granite4_vision_2b() -> tf.Granite4VisionConfig:
+    return tf.Granite4VisionConfig(
+        text_config={"hidden_size": 2048},
+        vision_config={"model_type": "siglip_vision_model", "hidden_size": 1152, "image_size": 384},
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-2, 9]],
+    )
