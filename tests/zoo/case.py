@@ -65,12 +65,8 @@ class Case:
 ZOO: dict[str, Callable[[], Case]] = {}
 # In transformers' image-text-to-text mapping, and not tried yet; each entry leaves when its builder comes.
 TO_COME: set[str] = {
-    "deepseek_ocr2",
     "diffusion_gemma",
     "gemma3n",
-    "minimax_m3_vl",
-    "t5gemma2",
-    "unlimited_ocr",
 }
 # model_type -> (why CROME cannot be attached, builder of a tiny model that shows the error)
 REFUSED: dict[str, tuple[str, Callable[[], nn.Module]]] = {}

@@ -19,6 +19,7 @@ from .case import (
     WIDTH,
     Case,
     architecture,
+    finish,
     pixels,
     token_rows,
     words,
@@ -359,3 +360,25 @@ def nemotron_h_omni() -> Case:
         audio_config={"projection_hidden_size": 4096, "projection_bias": False},
     )
     return case
+
+
+@architecture("minimax_m3_vl")
+def minimax_m3_vl() -> Case:
+    config = tf.MiniMaxM3VLConfig(
+        text_config=TEXT | {
+            "head_dim": 16, "dense_intermediate_size": 32, "shared_intermediate_size": 16, "rotary_dim": 8,
+            "num_local_experts": 4, "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"],
+            "layer_types": ["full_attention", "minimax_m3_sparse"],
+            "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 4, "index_topk_blocks": 8,
+        },
+        vision_config=VISION | {"spatial_merge_size": 2, "temporal_patch_size": 2},
+        image_token_index=IMAGE_TOKEN, video_token_index=59, projector_hidden_size=24,
+    )  # fmt: skip
+    batch = token_rows(1, 4) | {
+        "pixel_values": pixels(2 * 16, 3 * 2 * PATCH * PATCH),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+    }
+    sites = {"text": ["model.language_model.embed_tokens"], "vision": ["model.multi_modal_projector"]}
+    model = finish(tf.MiniMaxM3SparseForConditionalGeneration, config)
+    model.generation_config.suppress_tokens = [59, IMAGE_TOKEN]
+    return Case(model, batch, sites, words())

@@ -148,3 +148,29 @@ def gemma4_unified() -> Case:
 
 def _gemma4_12b() -> tf.Gemma4UnifiedConfig:
     return tf.Gemma4UnifiedConfig(text_config={"hidden_size": 3840}, vision_config={}, audio_config={})
+
+
+@architecture("t5gemma2")
+def t5gemma2() -> Case:
+    """Two scaled embedding modules over one table, which keep the end-of-image token's row beside it."""
+    text = TEXT | {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2}
+    encoder = {"text_config": text, "vision_config": VISION, "mm_tokens_per_image": 4}
+    encoder |= {"image_token_index": IMAGE_TOKEN, "boi_token_index": 57, "eoi_token_index": 58}
+    config = tf.T5Gemma2Config(encoder=encoder, decoder=text, image_token_index=IMAGE_TOKEN)
+    batch = token_rows(1, 4, around=(57, 58)) | {"pixel_values": pixels(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
+    batch["labels"] = torch.tensor([[5, 6, 2], [7, 8, 2]])
+    sites = {
+        "text": ["model.encoder.text_model.embed_tokens", "model.decoder.embed_tokens"],
+        "vision": ["model.encoder.multi_modal_projector"],
+    }
+    text_only = words() | {"decoder_input_ids": torch.tensor([[1, 5, 6]])}
+    model = finish(tf.T5Gemma2ForConditionalGeneration, config)
+    model.model.encoder.text_model.embed_tokens.eoi_embedding.data.copy_(pixels(WIDTH))  # starts as zeros
+    case = Case(model, batch, sites, text_only, scaled_table=True, known=_t5gemma2_270m)
+    case.not_applicable["fold"] = "one token's embedding is not in the table"
+    return case
+
+
+def _t5gemma2_270m() -> tf.T5Gemma2Config:
+    width = {"hidden_size": 640, "num_attention_heads": 4}
+    return tf.T5Gemma2Config(encoder={"text_config": width}, decoder=width)

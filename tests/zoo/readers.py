@@ -222,3 +222,53 @@ def _granite4_vision_2b() -> tf.Granite4VisionConfig:
         downsample_rate="1/2",
         deepstack_layer_map=[[-2, 9]],
     )
+
+
+OCR_TEXT = TEXT | {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1,
+    "mlp_layer_types": ["dense", "sparse"], "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+SAM = {
+    "hidden_size": 16, "output_channels": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
+    "patch_size": 4, "mlp_dim": 16, "window_size": 4, "global_attn_indexes": [0],
+}  # fmt: skip
+
+
+@architecture("deepseek_ocr2")
+def deepseek_ocr2() -> Case:
+    """144 learned queries read the image; crops of it go through the same projector a second time."""
+    encoder = TEXT | {"hidden_size": VISION_WIDTH, "intermediate_size": 32}
+    sam = SAM | {"downsample_channels": [12, VISION_WIDTH]}
+    config = tf.DeepseekOcr2Config(
+        text_config=OCR_TEXT, vision_config={"sam_config": sam, "encoder_config": encoder}, image_token_id=IMAGE_TOKEN
+    )
+    batch = token_rows(1, 2 * 144 + 1) | {"pixel_values": pixels(2, 3, 32, 32)}
+    batch |= {"pixel_values_local": -pixels(2, 3, 32, 32), "num_local_patches": torch.tensor([1, 1])}
+    sites = {"text": ["model.language_model.embed_tokens"], "vision": ["model.multi_modal_projector"]}
+    model = finish(tf.DeepseekOcr2ForConditionalGeneration, config)
+    model.generation_config.suppress_tokens = [IMAGE_TOKEN]
+    return Case(model, batch, sites, words(), known=_deepseek_ocr2_3b)
+
+
+def _deepseek_ocr2_3b() -> tf.DeepseekOcr2Config:
+    encoder = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
+    text = {"hidden_size": 1280, "num_attention_heads": 10, "num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"]}
+    return tf.DeepseekOcr2Config(text_config=text, vision_config={"encoder_config": encoder})
+
+
+@architecture("unlimited_ocr")
+def unlimited_ocr() -> Case:
+    """Newlines and a separator are put between its visual tokens behind the projector."""
+    config = tf.UnlimitedOcrConfig(
+        text_config=OCR_TEXT | {"sliding_window": 16},
+        vision_config={
+            "sam_config": SAM | {"downsample_channels": [12, VISION_WIDTH]},
+            "encoder_config": VISION | {"image_size": 8, "patch_size": 4},
+        },
+        image_token_id=IMAGE_TOKEN,
+    )
+    batch = token_rows(1, 2 * (2 + 1) + 1) | {"pixel_values": pixels(2, 3, 32, 32)}
+    sites = {"text": ["model.language_model.embed_tokens"], "vision": ["model.multi_modal_projector"]}
+    model = finish(tf.UnlimitedOcrForConditionalGeneration, config)
+    model.generation_config.suppress_tokens = [IMAGE_TOKEN]
+    return Case(model, batch, sites, words())
