@@ -32,7 +32,11 @@ from .sites import find_branches
 
 logger = logging.getLogger(__name__)
 
-SCALED_WHERE_TIED = ("udop",)  # model types whose forward reads config.tie_word_embeddings
+# model_type -> why a folded table would not give the adapted model's output
+NOT_MERGEABLE = {
+    "udop": "scales its output where config.tie_word_embeddings is set, and a merge unties the head",
+    "diffusion_gemma": "also averages its table's rows, for self-conditioning, which the adapter leaves as they are",
+}
 WEIGHTS_NAME = "crome"  # the child of the wrapped model that holds every adapter's weights
 
 
@@ -161,10 +165,10 @@ class CromeModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         config: Any = getattr(self.model, "config", None)
-        if getattr(config, "model_type", None) in SCALED_WHERE_TIED and config.tie_word_embeddings:
+        because = NOT_MERGEABLE.get(getattr(config, "model_type", ""))
+        if because:
             raise ValueError(
-                f"Nothing can be merged: {type(self.model).__name__} scales its output where "
-                "config.tie_word_embeddings is set, and a merge unties the head. Keep the adapter attached, or "
+                f"Nothing can be merged: {type(self.model).__name__} {because}. Keep the adapter attached, or "
                 "unload() it."
             )
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, CromeLayer)}

@@ -29,6 +29,10 @@ HOSTS: dict[str, dict[str, list[str]]] = {
     "muse_glimmer": {"vision": ["perception_emb_norm"]},
     "muse_spark": {"vision": ["perception_emb_norm"], "audio": ["audio_tower.post_proj_norm"]},
     "inkling_mm_model": {"vision": ["vision_tower.final_norm"], "audio": ["audio_tower.norm"]},
+    "phi4_multimodal": {
+        "vision": ["img_projection_down"],
+        "audio": ["down_proj_for_speech", "down_proj_for_vision_speech"],
+    },
     "ovis2": {"vision": ["visual_embeddings_table"]},
     "pix2struct": {"vision": ["encoder.layernorm"]},
     "pp_formulanet": {"text": ["decoder.embed_tokens"]},
@@ -103,8 +107,9 @@ def _text_sites(model: nn.Module, paths: dict[str, nn.Module]) -> list[str]:
 def _projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) -> Branches:
     """Modules named like a projector that have the language model's width: the shallowest of each modality."""
     hidden_size = text_hidden_size(model)
-    parts = {key.split("_")[0] for key in getattr(getattr(model, "config", None), "sub_configs", {})}
-    neutral = "audio" if "audio" in parts and not parts & {"vision", "image"} else "vision"
+    takes = set(getattr(model, "input_modalities", ()))
+    takes |= {key.split("_")[0] for key in getattr(getattr(model, "config", None), "sub_configs", {})}
+    neutral = "audio" if "audio" in takes and not takes & {"vision", "image"} else "vision"
     language_model = tuple(path.rsplit(".", 1)[0] + "." for path in text if path.count(".") > 1)
     found: Branches = {}
     ranks: dict[str, tuple[int, bool]] = {}

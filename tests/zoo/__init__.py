@@ -4,6 +4,7 @@ To add an architecture, write a builder that returns a `Case` and decorate it wi
 """
 
 from . import (
+    audio,
     blip,
     connectors,
     crossing,
@@ -15,10 +16,10 @@ from . import (
     towers,
     unusual,
 )
-from .case import AUDIO_TOKEN, IMAGE_TOKEN, REFUSED, TO_COME, VOCABULARY, WIDTH, ZOO, Batch, Case
+from .case import AUDIO_TOKEN, IMAGE_TOKEN, REFUSED, VOCABULARY, WIDTH, ZOO, Batch, Case
 
 __all__ = [
-    "AUDIO_TOKEN", "IMAGE_TOKEN", "REFUSED", "TO_COME", "VOCABULARY", "WIDTH", "ZOO", "Batch", "Case",
-    "blip", "connectors", "crossing", "gemma", "idefics", "llava", "qwen", "readers",
+    "AUDIO_TOKEN", "IMAGE_TOKEN", "REFUSED", "VOCABULARY", "WIDTH", "ZOO", "Batch", "Case",
+    "audio", "blip", "connectors", "crossing", "gemma", "idefics", "llava", "qwen", "readers",
     "towers", "unusual",
 ]  # fmt: skip

@@ -63,11 +63,6 @@ class Case:
 
 # name -> builder. The name is the architecture's model_type, with a suffix where one has several builders.
 ZOO: dict[str, Callable[[], Case]] = {}
-# In transformers' image-text-to-text mapping, and not tried yet; each entry leaves when its builder comes.
-TO_COME: set[str] = {
-    "diffusion_gemma",
-    "gemma3n",
-}
 # model_type -> (why CROME cannot be attached, builder of a tiny model that shows the error)
 REFUSED: dict[str, tuple[str, Callable[[], nn.Module]]] = {}
 

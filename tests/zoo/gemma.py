@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .case import (
     AUDIO_TOKEN,
@@ -27,9 +28,12 @@ from .case import (
 
 PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
 GEMMA4_TEXT = TEXT | {"head_dim": 16, "global_head_dim": 16, "sliding_window": 16}
-GEMMA4_VISION: dict[str, Any] = {
-    key: value for key, value in VISION.items() if key != "image_size"
-} | {"num_key_value_heads": 2, "head_dim": 8, "pooling_kernel_size": 2, "position_embedding_size": 8}
+GEMMA4_VISION: dict[str, Any] = {key: value for key, value in VISION.items() if key != "image_size"} | {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 8,
+}
 GEMMA4_TOKENS = {
     "image_token_id": IMAGE_TOKEN,
     "audio_token_id": AUDIO_TOKEN,
@@ -99,7 +103,8 @@ def paligemma() -> Case:
 
 
 def _gemma4_batch() -> Batch:
-    batch = image_and_sound(4, 2) | {"pixel_values": pixels(2, 16, 3 * PATCH * PATCH), "image_position_ids": positions(4)}
+    batch = image_and_sound(4, 2)
+    batch |= {"pixel_values": pixels(2, 16, 3 * PATCH * PATCH), "image_position_ids": positions(4)}
     batch |= {"input_features": pixels(2, 8, 8), "input_features_mask": torch.ones(2, 8, dtype=torch.bool)}
     return batch | {"mm_token_type_ids": (batch["input_ids"] == IMAGE_TOKEN).int()}
 
@@ -134,10 +139,13 @@ def gemma4_unified() -> Case:
     """No towers: patches and waveforms go through one projection each."""
     config = tf.Gemma4UnifiedConfig(
         text_config=GEMMA4_TEXT,
-        vision_config={"patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": WIDTH, "output_proj_dims": WIDTH, "mm_posemb_size": 8},
+        vision_config={
+            "patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": WIDTH, "output_proj_dims": WIDTH,
+            "mm_posemb_size": 8,
+        },
         audio_config={"audio_embed_dim": 8},
         **GEMMA4_TOKENS,
-    )
+    )  # fmt: skip
     batch = image_and_sound(4, 2)
     batch |= {"pixel_values": pixels(2, 4, 3 * 4 * 4), "image_position_ids": positions(2)}
     batch |= {"input_features": pixels(2, 2, 8), "input_features_mask": torch.ones(2, 2, dtype=torch.bool)}
@@ -174,3 +182,76 @@ def t5gemma2() -> Case:
 def _t5gemma2_270m() -> tf.T5Gemma2Config:
     width = {"hidden_size": 640, "num_attention_heads": 4}
     return tf.T5Gemma2Config(encoder={"text_config": width}, decoder=width)
+
+
+class FeatureMap(tf.PreTrainedModel):
+    """Stands in for Gemma 3n's tower from timm (see llava.py): a map of features, and no pooling."""
+
+    config_class = tf.Gemma3nConfig.sub_configs["vision_config"]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.conv = torch.nn.Conv2d(3, config.hidden_size, kernel_size=PATCH, stride=PATCH)
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor, do_pooling: bool, **_: Any) -> BaseModelOutputWithPooling:
+        assert not do_pooling
+        return BaseModelOutputWithPooling(last_hidden_state=self.conv(pixel_values))
+
+
+tf.AutoModel.register(FeatureMap.config_class, FeatureMap, exist_ok=True)
+
+
+@architecture("gemma3n")
+def gemma3n() -> Case:
+    """Its projectors also embed the token ids of their own vocabularies, so they run more than once per forward."""
+    config = tf.Gemma3nConfig(
+        text_config=TEXT | PER_LAYER | {
+            "head_dim": 16, "sliding_window": 16, "laurel_rank": 4, "altup_num_inputs": 2, "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        vision_config={"hidden_size": VISION["hidden_size"], "vocab_offset": 56, "vocab_size": 5},
+        audio_config={
+            "hidden_size": 16, "vocab_offset": 61, "vocab_size": 3, "input_feat_size": 8, "conf_num_hidden_layers": 1,
+            "conf_num_attention_heads": 2, "conf_attention_chunk_size": 2, "conf_attention_context_left": 3,
+            "conf_reduction_factor": 1, "sscp_conv_channel_size": [8, 4],
+        },
+        image_token_id=IMAGE_TOKEN, audio_token_id=AUDIO_TOKEN, vision_soft_tokens_per_image=4,
+        audio_soft_tokens_per_image=3, boi_token_id=57, eoi_token_id=58, boa_token_id=55, eoa_token_id=62,
+    )  # fmt: skip
+    batch = image_and_sound(4, 3) | {"pixel_values": pixels(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
+    batch |= {"input_features": pixels(2, 8, 8), "input_features_mask": torch.ones(2, 8, dtype=torch.bool)}
+    model = finish(tf.Gemma3nForConditionalGeneration, config)
+    model.generation_config.suppress_tokens = list(range(53, VOCABULARY))
+    return Case(model, batch, SITES, words(), scaled_table=True)
+
+
+@architecture("diffusion_gemma")
+def diffusion_gemma() -> Case:
+    """Denoises a canvas of tokens that its decoder embeds; the encoder embeds the prompt with the same table."""
+    config = tf.DiffusionGemmaConfig(
+        text_config=GEMMA4_TEXT | {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+        vision_config=GEMMA4_VISION | {"model_type": "gemma4_vision"},
+        image_token_id=IMAGE_TOKEN, boi_token_id=57, eoi_token_id=58, canvas_length=4,
+    )  # fmt: skip
+    rows = token_rows(1, 4, around=(57, 58))
+    batch = {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
+    batch |= {"pixel_values": pixels(2, 16, 3 * PATCH * PATCH), "image_position_ids": positions(4)}
+    batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE_TOKEN).int()
+    batch |= {"decoder_input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])}
+    batch |= {"self_conditioning_logits": pixels(2, 4, VOCABULARY)}
+    sites = {
+        "text": ["model.encoder.language_model.embed_tokens", "model.decoder.embed_tokens"],
+        "vision": ["model.encoder.embed_vision"],
+    }
+    text_only = words() | {"decoder_input_ids": torch.tensor([[5, 6, 7, 8]])}
+    case = Case(finish(tf.DiffusionGemmaForBlockDiffusion, config), batch, sites, text_only, scaled_table=True)
+    case.not_applicable["generate"] = "denoises by a sampler of its own, not token by token"
+    case.not_applicable["fold"] = "also averages the table's rows, for self-conditioning"
+    case.known = _diffusion_gemma_26b
+    return case
+
+
+def _diffusion_gemma_26b() -> tf.DiffusionGemmaConfig:
+    experts = {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}
+    return tf.DiffusionGemmaConfig(text_config={"hidden_size": 2816} | experts, vision_config={})

@@ -165,7 +165,7 @@ def minicpm_ocr() -> Case:
 def molmo2() -> Case:
     """Adds the image to its placeholders' embeddings; every token pools the patches that the processor lists."""
     config = tf.Molmo2Config(
-        text_config={key: value for key, value in TEXT.items()} | {"head_dim": 16, "additional_vocab_size": 2},
+        text_config=TEXT | {"head_dim": 16, "additional_vocab_size": 2},
         vision_config=VISION | {"num_key_value_heads": 2, "head_dim": 8, "image_size": [IMAGE_SIZE, IMAGE_SIZE]},
         adapter_config={
             "vision_feature_layer": [1, 0], "hidden_size": VISION_WIDTH, "num_attention_heads": 2,
@@ -252,7 +252,8 @@ def deepseek_ocr2() -> Case:
 
 def _deepseek_ocr2_3b() -> tf.DeepseekOcr2Config:
     encoder = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
-    text = {"hidden_size": 1280, "num_attention_heads": 10, "num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"]}
+    text = {"hidden_size": 1280, "num_attention_heads": 10, "num_hidden_layers": 2}
+    text["mlp_layer_types"] = ["dense", "sparse"]
     return tf.DeepseekOcr2Config(text_config=text, vision_config={"encoder_config": encoder})
 
 

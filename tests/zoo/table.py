@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.zoo import REFUSED, TO_COME, ZOO
+from tests.zoo import REFUSED, ZOO
 from tests.zoo_results import RESULTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -34,7 +34,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         f"{len(passed)} of the {len(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)} architectures in transformers' "
         "image-text-to-text mapping pass every check that applies to them.",
         "",
-        "| `model_type` | class | vision, audio | text | weights at the known size | checks |",
+        "| `model_type` | class | vision, audio and others | text | weights at the known size | checks |",
         "|---|---|---|---|---|---|",
     ]
     for name in sorted(ZOO):
@@ -53,8 +53,6 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     if REFUSED:
         lines += ["", "| refused | why |", "|---|---|"]
         lines += [f"| `{name}` | {reason} |" for name, (reason, _) in sorted(REFUSED.items())]
-    if TO_COME:
-        lines += ["", f"In the mapping, and not tried yet: {', '.join(f'`{name}`' for name in sorted(TO_COME))}."]
     return "\n".join(lines) + "\n"
 
 
