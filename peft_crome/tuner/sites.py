@@ -23,7 +23,7 @@ AUDIO = re.compile(r"audio|speech|sound")
 # model_type -> branch -> last parts of the paths of its sites, for architectures that the rules miss. Adding one is a
 # line. Branches that a line does not name are found by the rules.
 HOSTS: dict[str, dict[str, list[str]]] = {
-    "crome_vlm": {"vision": ["vision_fusion"]},
+    "crome_vlm": {"text": ["text_fusion"], "vision": ["vision_fusion"]},
     "qwen2_5_omni_thinker": {"audio": ["audio_tower.proj"]},
     "qwen3_omni_moe_thinker": {"audio": ["audio_tower.proj2"]},
     "muse_glimmer": {"vision": ["perception_emb_norm"]},

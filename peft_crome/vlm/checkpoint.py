@@ -15,7 +15,17 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
 
 from .configuration_crome_vlm import CromeVLMConfig, quantization_to_dict
-from .convert import PARTS, Loading, Quantization, assemble, language_class, load_language_model, load_vision_tower
+from .convert import (
+    PARTS,
+    Loading,
+    Quantization,
+    assemble,
+    language_class,
+    load_language_model,
+    load_qformer,
+    load_vision_tower,
+)
+from .qformer import QFormer
 from .vision import vision_class
 
 Composite = TypeVar("Composite", bound=PreTrainedModel)
@@ -41,8 +51,8 @@ def select_weights(model: Any, state_dict: Weights) -> Weights:
             f"The model holds PEFT layers ({wrapped[:3]}). Save the adapter with peft_model.save_pretrained(...), and "
             "the composite before get_peft_model or after peft_model.unload()."
         )
-    names = (model.config.vision_model_name_or_path, model.config.text_model_name_or_path)
-    unnamed = [part for part, name in zip(PARTS, names, strict=True) if name is None]
+    names = _names(model.config)
+    unnamed = [part for part, name in names.items() if name is None]
     for part in unnamed:
         if getattr(getattr(model, part), "hf_quantizer", None) is not None:
             raise ValueError(
@@ -53,8 +63,14 @@ def select_weights(model: Any, state_dict: Weights) -> Weights:
     return {
         key: tensor
         for key, tensor in state_dict.items()
-        if (part := key.split(".", 1)[0]) not in PARTS or part in unnamed or key in stored
+        if (part := key.split(".", 1)[0]) not in names or part in unnamed or key in stored
     }
+
+
+def _names(config: CromeVLMConfig) -> dict[str, str | None]:
+    """The parts whose weights a name can give, with that name; a composite without a Q-Former has two."""
+    names = {"vision_tower": config.vision_model_name_or_path, "language_model": config.text_model_name_or_path}
+    return names if config.qformer_config is None else {**names, "qformer": config.qformer_model_name_or_path}
 
 
 def _is_peft_layer(module: torch.nn.Module) -> bool:
@@ -84,8 +100,10 @@ def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLik
         for part, config in (
             (model.vision_tower, model.config.vision_config),
             (model.language_model, model.config.text_config),
+            (getattr(model.qformer, "model", None), model.config.qformer_config),
         ):
-            config.dtype = part.dtype
+            if part is not None:
+                config.dtype = part.dtype
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", directory.name)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
@@ -164,13 +182,16 @@ def load(
     config.text_quantization_config = quantization_to_dict(quantization_config) or config.text_quantization_config
     parts = {part: _load_part(part, config, stored, loading, name_or_path) for part in PARTS}
     config.vision_config, config.text_config = parts["vision_tower"].config, parts["language_model"].config
-    model = assemble(cls, config, parts["vision_tower"], parts["language_model"], loading)
-    if loading.dtype is None:
-        model.image_projection.to(stored["image_projection.weight"].dtype)
-    named = {"vision_tower": config.vision_model_name_or_path, "language_model": config.text_model_name_or_path}
+    qformer = _load_qformer(config, stored, loading)
+    model = assemble(cls, config, parts["vision_tower"], parts["language_model"], loading, qformer)
+    for projection in ("image_projection", "text_projection"):
+        if loading.dtype is None and f"{projection}.weight" in stored:
+            getattr(model, projection).to(stored[f"{projection}.weight"].dtype)
+    # What `_load_part` has not read yet.
+    named = {**_names(config), "qformer": ""}
     rest = {key: tensor for key, tensor in stored.items() if named.get(key.split(".", 1)[0], "") is not None}
     copy_weights(model, rest, name_or_path)
-    model._stored_keys |= {key for key in rest if key.split(".", 1)[0] in PARTS}
+    model._stored_keys |= {key for key in rest if key.split(".", 1)[0] in _names(config)}
     config.name_or_path = model.name_or_path = str(name_or_path)
     model.generation_config = generation_config or _load_generation_config(model, name_or_path, files)
     model.eval()
@@ -225,11 +246,19 @@ def check_names(stored: Weights, config: CromeVLMConfig, name_or_path: str | os.
     """Refuse weights that are plainly not this composite's, before any backbone is loaded.
 
     Raises:
-        ValueError: the projection is missing, or keys belong to no part of a composite.
+        ValueError: a projection is missing, or keys belong to no part of a composite.
     """
-    expected = ["image_projection.weight", *(["image_projection.bias"] if config.image_projection_bias else [])]
+    expected = []
+    if "patch" in (config.image_token_order or ()):
+        expected += ["image_projection.weight", *(["image_projection.bias"] if config.image_projection_bias else [])]
+    if config.qformer_config is not None:
+        expected += ["text_projection.weight", "text_projection.bias"]
+        if config.qformer_model_name_or_path is None:
+            with torch.device("meta"):
+                qformer = QFormer(config.qformer_config, config.num_query_tokens)
+            expected += [f"qformer.{key}" for key in qformer.state_dict()]
     missing = [key for key in expected if key not in stored]
-    unexpected = [key for key in stored if key not in expected and key.split(".", 1)[0] not in PARTS]
+    unexpected = [key for key in stored if key not in expected and key.split(".", 1)[0] not in _names(config)]
     _report(name_or_path, missing, unexpected, [])
 
 
@@ -315,6 +344,18 @@ def _load_part(
     missing = [f"{part}.{key}" for key in sorted(info["missing_keys"])]
     _report(name_or_path, missing, [f"{part}.{key}" for key in sorted(info["unexpected_keys"])], [])
     return model
+
+
+def _load_qformer(config: CromeVLMConfig, stored: Weights, loading: Loading) -> QFormer | None:
+    """The Q-Former by its name, or with values to be filled from the stored weights; None where there is none."""
+    if config.qformer_config is None:
+        return None
+    dtype = loading.dtype if loading.dtype is not None else config.qformer_config.dtype
+    loading = dataclasses.replace(loading, dtype=dtype)
+    if config.qformer_model_name_or_path is not None:
+        return load_qformer(config.qformer_model_name_or_path, config.qformer_revision, loading)
+    qformer = QFormer(config.qformer_config, config.num_query_tokens)
+    return qformer.to(dtype) if isinstance(dtype, torch.dtype) else qformer
 
 
 def _load_generation_config(model: Any, name_or_path: str | os.PathLike, files: dict[str, Any]) -> GenerationConfig:

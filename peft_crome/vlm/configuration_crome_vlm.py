@@ -30,9 +30,16 @@ class CromeVLMConfig(PreTrainedConfig):
             them.
         vision_pool_size: n averages n x n neighbouring patches into one token; 1 keeps every patch.
         image_projection_bias: whether the image projection has a bias.
+        qformer_config: the Q-Former's own configuration, or its dictionary; None: there is none.
+        qformer_model_name_or_path: the InstructBLIP or BLIP-2 checkpoint that has the Q-Former's weights; None: they
+            are stored with the composite.
+        qformer_revision: branch, tag or commit of that repository; None: its default branch.
+        num_query_tokens: tokens that the Q-Former reads an image into.
+        image_token_order: what an image's tokens are, in order: "query" the Q-Former's, "patch" the patches'. None:
+            ["query", "patch"] with a Q-Former, as in the paper, else ["patch"].
 
     Raises:
-        ValueError: a number is out of range, or the two image token counts differ.
+        ValueError: a number is out of range, the two image token counts differ, or an order names what is not there.
 
     Example:
         >>> config = CromeVLMConfig(vision_config={"model_type": "dinov2"}, text_config={"model_type": "qwen3"})
@@ -44,6 +51,7 @@ class CromeVLMConfig(PreTrainedConfig):
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "qformer_config": SubConfigSpec(config_class=AutoConfig, model_type="instructblip_qformer", optional=True),
     }
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
@@ -66,6 +74,11 @@ class CromeVLMConfig(PreTrainedConfig):
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     vision_pool_size: int = 1
     image_projection_bias: bool = True
+    qformer_config: dict[str, Any] | PreTrainedConfig | None = None
+    qformer_model_name_or_path: str | None = None
+    qformer_revision: str | None = None
+    num_query_tokens: int = 32
+    image_token_order: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         # The base class would reset what the parts chose; keep it unless the caller says otherwise.
@@ -82,6 +95,17 @@ class CromeVLMConfig(PreTrainedConfig):
             self.image_size = list(self.image_size)
         if self.image_token_id < 0:
             raise ValueError(f"image_token_id={self.image_token_id} must be 0 or more; take the processor's.")
+        kinds = ["patch"] if self.qformer_config is None else ["query", "patch"]
+        if self.image_token_order is None:
+            self.image_token_order = kinds
+        unknown = [kind for kind in self.image_token_order if kind not in kinds]
+        if unknown or not self.image_token_order or len(set(self.image_token_order)) < len(self.image_token_order):
+            raise ValueError(
+                f"image_token_order={self.image_token_order} must name each of {kinds} once at most"
+                f"{', as there is no qformer_config' if len(kinds) == 1 else ''}; write image_token_order={kinds}."
+            )
+        if self.num_query_tokens < 1:
+            raise ValueError(f"num_query_tokens={self.num_query_tokens} must be 1 or more; the paper has 32.")
         if self.vision_pool_size < 1:
             raise ValueError(
                 f"vision_pool_size={self.vision_pool_size} must be 1 or more; write vision_pool_size=1 to keep every "

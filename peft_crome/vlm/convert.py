@@ -16,14 +16,17 @@ from transformers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .blip_parts import PARTS_CLASSES, load_parts, qformer_of
 from .configuration_crome_vlm import CromeVLMConfig, quantization_to_dict
 from .image_size import fixed_image_size
 from .image_token import ensure_image_token
+from .qformer import QFormer
 from .vision import find_vision_model, vision_class
 
 Composite = TypeVar("Composite", bound=PreTrainedModel)
 Quantization: TypeAlias = QuantizationConfigMixin | dict[str, Any]
 PARTS = ("vision_tower", "language_model")
+BETWEEN = ("image_projection", "qformer", "text_projection")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
 
 
@@ -89,9 +92,12 @@ def from_backbones(
     vision_feature_select_strategy: str = "default",
     vision_pool_size: int = 1,
     image_projection_bias: bool = True,
+    qformer: QFormer | PreTrainedConfig | dict[str, Any] | None = None,
+    num_query_tokens: int = 32,
+    image_token_order: list[str] | None = None,
     **kwargs: Any,
 ) -> Composite:
-    """Join a vision tower and a language model; both are frozen, the new image projection trains.
+    """Join a vision tower and a language model; both are frozen, what is new between them trains.
 
     Args:
         cls: the composite's class.
@@ -109,6 +115,9 @@ def from_backbones(
             tower's own.
         vision_feature_layer, vision_feature_select_strategy, vision_pool_size, image_projection_bias: see
             `CromeVLMConfig`.
+        qformer: a Q-Former's configuration, or its dictionary, for a new one that trains; or a trained one, which is
+            used as it is, frozen; None: there is none.
+        num_query_tokens, image_token_order: see `CromeVLMConfig`.
         kwargs: other arguments of `from_pretrained` for both backbones (`cache_dir`, `token`, ...).
     Returns:
         The composite in evaluation mode.
@@ -149,8 +158,14 @@ def from_backbones(
         vision_feature_select_strategy=vision_feature_select_strategy,
         vision_pool_size=vision_pool_size,
         image_projection_bias=image_projection_bias,
+        qformer_config=qformer.config if isinstance(qformer, QFormer) else qformer,
+        qformer_model_name_or_path=(qformer.config.name_or_path or None) if isinstance(qformer, QFormer) else None,
+        qformer_revision=vision_revision if isinstance(qformer, QFormer) else None,
+        num_query_tokens=qformer.query_tokens.shape[1] if isinstance(qformer, QFormer) else num_query_tokens,
+        image_token_order=image_token_order,
     )
-    return assemble(cls, config, vision_tower, language_model, loading).eval()
+    given = qformer if isinstance(qformer, QFormer) else None
+    return assemble(cls, config, vision_tower, language_model, loading, given).eval()
 
 
 def assemble(
@@ -159,19 +174,24 @@ def assemble(
     vision_tower: PreTrainedModel,
     language_model: PreTrainedModel,
     loading: Loading,
+    qformer: QFormer | None = None,
 ) -> Composite:
-    """Put loaded backbones together: frozen, with a fresh projection beside the embedding table."""
-    model = cls(config, vision_tower=vision_tower, language_model=language_model)
-    vision_tower.requires_grad_(False)
-    language_model.requires_grad_(False)
-    if isinstance(loading.device_map, Mapping) and "image_projection" in loading.device_map:
-        model.image_projection.to(loading.device_map["image_projection"])
-    if isinstance(loading.dtype, torch.dtype):
-        model.image_projection.to(loading.dtype)
+    """Put loaded backbones together: frozen, with fresh projections beside the embedding table."""
+    model = cls(config, vision_tower=vision_tower, language_model=language_model, qformer=qformer)
+    for part in filter(None, (vision_tower, language_model, qformer)):
+        part.requires_grad_(False)
+    between = {name: getattr(model, name) for name in BETWEEN if getattr(model, name, None) is not None}
+    for name, part in between.items():
+        if isinstance(loading.device_map, Mapping) and name in loading.device_map:
+            part.to(loading.device_map[name])
+        elif name == "qformer":
+            part.to(next(language_model.get_input_embeddings().parameters()).device)
+        if isinstance(loading.dtype, torch.dtype) and name != "qformer":
+            part.to(loading.dtype)
     maps = {part: getattr(getattr(model, part), "hf_device_map", None) for part in PARTS}
     if all(maps.values()):
         placed = {f"{part}.{k}".rstrip("."): device for part, places in maps.items() for k, device in places.items()}
-        model.hf_device_map = {**placed, "image_projection": model.image_projection.weight.device}
+        model.hf_device_map = placed | {name: next(part.parameters()).device for name, part in between.items()}
     return model
 
 
@@ -189,6 +209,10 @@ def load_vision_tower(
     """
     arguments = _arguments("vision_tower", revision, quantization_config, loading)
     stored = AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+    if stored.model_type in PARTS_CLASSES:  # without the checkpoint's own language model
+        if config is not None:
+            stored.vision_config = _clean(config, quantization_config)
+        return find_vision_model(load_parts(name, stored, **arguments))
     if config is not None and type(stored) is type(config):
         arguments["config"] = _clean(config, quantization_config)
     elif config is not None and type(getattr(stored, "vision_config", None)) is type(config):
@@ -199,6 +223,20 @@ def load_vision_tower(
     if hasattr(model, "hf_quantizer"):
         tower.hf_quantizer = model.hf_quantizer  # the half that is kept was quantised with the whole
     return tower
+
+
+def load_qformer(name: str, revision: str | None, loading: Loading) -> QFormer:
+    """Load the Q-Former and the query tokens of an InstructBLIP or BLIP-2 checkpoint."""
+    arguments = {key: value for key, value in loading.for_part("vision_tower").items() if key != "device_map"}
+    return qformer_of(load_parts(name, **_revision(revision), **arguments))
+
+
+def parts_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of `from_backbones`' arguments, those that loading a tower by name takes."""
+    names = ("dtype", "device_map", "attn_implementation")
+    others = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
+    loading = Loading(**{name: kwargs.get(name) for name in names}, arguments=others)
+    return _arguments("vision_tower", kwargs.get("vision_revision"), kwargs.get("vision_quantization_config"), loading)
 
 
 def load_language_model(

@@ -32,6 +32,8 @@ class CromeVLMGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        qformer_input_ids: torch.LongTensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
@@ -44,7 +46,9 @@ class CromeVLMGenerationMixin(GenerationMixin):
             input_ids: (batch, tokens); images as in `forward`. Padding is moved to where the language model needs
                 it: to the left for decoder-only, to the right for encoder-decoder.
             pixel_values: (images, channels, height, width), in reading order over the batch.
-            vision_features: (images, image_seq_length, vision_width), instead of pixel_values.
+            vision_features: (images, tokens, vision_width) from `get_vision_features`, instead of pixel_values.
+            qformer_input_ids: (images, instruction tokens), where a Q-Former reads the instruction.
+            qformer_attention_mask: the same shape, 1 where a token counts.
             attention_mask: (batch, tokens); None: pads are found by id, as in transformers.
             inputs_embeds: (batch, tokens, hidden), instead of input_ids, with any images already in place.
             kwargs: everything that the language model's `generate` takes.
@@ -71,7 +75,8 @@ class CromeVLMGenerationMixin(GenerationMixin):
         if attention_mask is None:
             attention_mask = self._infer_mask(input_ids, generation_config)
         prompt_ids = input_ids
-        valid_ids, inputs_embeds, _ = self.embed_inputs(input_ids, pixel_values, vision_features)
+        images = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask)
+        valid_ids, inputs_embeds, _ = self.embed_inputs(input_ids, *images)
         if self.config.is_encoder_decoder and attention_mask.ndim == 2:
             attention_mask, inputs_embeds = move_padding("right", attention_mask, inputs_embeds)
         arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}

@@ -1,4 +1,4 @@
-"""The composite model: a frozen vision tower and a frozen language model, joined by a linear image projection."""
+"""The composite model: a frozen vision tower and a frozen language model, joined by linear projections."""
 
 import inspect
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from .configuration_crome_vlm import CromeVLMConfig
 from .generation_crome_vlm import CromeVLMGenerationMixin
 from .image_token import check_image_tokens, move_padding, neutral_token_id
 from .outputs import OUTPUT_FIELDS, CromeVLMOutput
+from .qformer import QFormer
 from .vision import build_tower, infer_layout, run_tower, size_arguments
 
 
@@ -36,17 +37,19 @@ class FusionSite(nn.Identity):
 class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin):
     """Any vision tower and any causal or encoder-decoder language model as one image-text-to-text model.
 
-    `vision_tower` -> `image_projection` -> `vision_fusion` -> `language_model`. A tower without trained parameters
-    stays in evaluation mode under `train()`, so its features are a function of the picture and can be cached; the
-    language model follows `train()`, since gradient checkpointing depends on it.
+    `vision_tower` -> `image_projection` -> `vision_fusion` -> `language_model`, and with a Q-Former also
+    `vision_tower` -> `qformer` -> `text_projection` -> `text_fusion` -> `language_model`. A tower or Q-Former without
+    trained parameters stays in evaluation mode under `train()`, so the tower's features are a function of the picture
+    and can be cached; the language model follows `train()`, since gradient checkpointing depends on it.
 
     Args:
         config: what to join; `image_seq_length` is filled in.
         vision_tower: used as it is; None: built from the configuration with random weights.
         language_model: used as it is; None: built from the configuration with random weights.
+        qformer: used as it is; None: built from the configuration, where it has one, with random weights.
     Raises:
         ValueError: the tower's features and the configuration disagree.
-    Source: CROME, arXiv 2408.06610 (frozen tower, linear image projection, frozen language model).
+    Source: CROME, arXiv 2408.06610 (frozen tower and language model, two linear projections, Q-Former).
     """
 
     config_class = CromeVLMConfig
@@ -65,16 +68,22 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         config: CromeVLMConfig,
         vision_tower: PreTrainedModel | None = None,
         language_model: PreTrainedModel | None = None,
+        qformer: QFormer | None = None,
     ) -> None:
         super().__init__(config)
-        given = [part for part in (vision_tower, language_model) if part is not None]
+        given = [part for part in (vision_tower, language_model, qformer) if part is not None]
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         self.vision_tower = vision_tower if vision_tower is not None else build_tower(config.vision_config)
         self.language_model = (
             language_model if language_model is not None else auto_class.from_config(config.text_config)
         )
         self.vision_layout = infer_layout(config)
-        counted = self.vision_layout.num_selected(config.vision_feature_select_strategy, config.vision_pool_size)
+        self.num_patch_tokens = self.vision_layout.num_selected(
+            config.vision_feature_select_strategy, config.vision_pool_size
+        )
+        counts = {"query": config.num_query_tokens, "patch": self.num_patch_tokens}
+        self.image_token_order: list[str] = list(config.image_token_order or ())
+        counted = sum(counts[kind] for kind in self.image_token_order)
         if config.image_seq_length not in (None, counted):
             raise ValueError(
                 f"image_seq_length={config.image_seq_length}, but {type(self.vision_tower).__name__} gives {counted} "
@@ -87,10 +96,18 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         width = getattr(embeddings, "embedding_dim", None) or embeddings.weight.shape[-1]
         weight = embeddings.weight
         dtype = weight.dtype if weight.is_floating_point() else None
-        self.image_projection = nn.Linear(
-            self.vision_layout.hidden_size, width, bias=config.image_projection_bias, device=weight.device, dtype=dtype
-        )
-        self.vision_fusion = FusionSite(width)
+        place = {"device": weight.device, "dtype": dtype}
+        if "patch" in self.image_token_order:
+            bias = config.image_projection_bias
+            self.image_projection = nn.Linear(self.vision_layout.hidden_size, width, bias=bias, **place)
+            self.vision_fusion = FusionSite(width)
+        self.qformer = qformer
+        if config.qformer_config is not None:
+            self._check_qformer_config(config)
+            if qformer is None:
+                self.qformer = QFormer(config.qformer_config, config.num_query_tokens).to(**place)
+            self.text_projection = nn.Linear(config.qformer_config.hidden_size, width, **place)
+            self.text_fusion = FusionSite(width)
         self._language_arguments = frozenset(inspect.signature(self.language_model.forward).parameters)
         self._tower_arguments = size_arguments(self.vision_tower, *config.image_height_width)
         self._stored_keys: set[str] = set()  # backbone weights that differ from the named backbones'
@@ -98,6 +115,15 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             for module in part.modules():
                 module._is_hf_initialized = True  # post_init must not draw the given weights anew
         self.post_init()
+
+    def _check_qformer_config(self, config: CromeVLMConfig) -> None:
+        reads, given = config.qformer_config.encoder_hidden_size, self.vision_layout.hidden_size
+        if reads != given:
+            raise ValueError(
+                f"The Q-Former reads features of width {reads}, and {type(self.vision_tower).__name__} gives {given}. "
+                f"Write qformer_config=InstructBlipQFormerConfig(encoder_hidden_size={given}), or take the tower that "
+                "the Q-Former was trained with."
+            )
 
     # ---- parts and their access ----
 
@@ -129,14 +155,18 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         super().train(mode)
         if mode:
             self._stored_keys |= self.trained_backbone_keys()
-            if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
-                self.vision_tower.eval()
+            for part in filter(None, (self.vision_tower, self.qformer)):
+                if not any(parameter.requires_grad for parameter in part.parameters()):
+                    part.eval()
         return self
 
     def trained_backbone_keys(self) -> set[str]:
         """Names of backbone parameters that train now, with the buffers of a backbone that trains in part."""
         keys = set()
-        for name, part in (("vision_tower", self.vision_tower), ("language_model", self.language_model)):
+        for name in ("vision_tower", "language_model", "qformer"):
+            part = getattr(self, name)
+            if part is None:
+                continue
             trained = {f"{name}.{key}" for key, parameter in part.named_parameters() if parameter.requires_grad}
             keys |= trained | ({f"{name}.{key}" for key, _ in part.named_buffers()} if trained else set())
         return keys
@@ -144,12 +174,13 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     # ---- images ----
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features of the chosen layer, selected and pooled; what `vision_features=` takes, so they can be cached.
+        """Features of the chosen layer; what `vision_features=` takes, so they can be cached.
 
         Args:
             pixel_values: (images, channels, height, width).
         Returns:
-            (images, image_seq_length, vision_width); without a graph where the tower is frozen.
+            (images, tokens, vision_width): the selected and pooled patches, or with a Q-Former, which reads all of
+            them, every token of the tower; without a graph where the tower is frozen.
         Raises:
             ValueError: the pictures are not of the size that the projection was built for.
         """
@@ -164,7 +195,8 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             pixel_values = pixel_values.to(device=tower.device, dtype=tower.dtype)
             features = run_tower(tower, pixel_values, self.config.vision_feature_layer, **self._tower_arguments)
-            return self._select(self.vision_layout.to_tokens(features))
+            features = self.vision_layout.to_tokens(features)
+            return features if self.qformer is not None else self._select(features)
 
     def _select(self, features: torch.Tensor) -> torch.Tensor:
         strategy, pool_size = self.config.vision_feature_select_strategy, self.config.vision_pool_size
@@ -172,13 +204,14 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
 
     def _check_features(self, features: torch.Tensor) -> torch.Tensor:
         """Accept what `get_vision_features` gives, or the tower's unpooled patches; refuse other shapes."""
-        layout, tokens = self.vision_layout, self.image_seq_length
+        layout = self.vision_layout
+        tokens = self.num_patch_tokens if self.qformer is None else layout.num_tokens
         if features.ndim == 3 and features.shape[2] == layout.hidden_size:
             if features.shape[1] == tokens:
                 return features
             if features.shape[1] == layout.num_tokens:
                 return self._select(features)
-            if features.shape[1] == layout.height * layout.width:
+            if features.shape[1] == layout.height * layout.width and self.qformer is None:
                 return layout.pool(features, self.config.vision_pool_size)
         raise ValueError(
             f"vision_features have shape {tuple(features.shape)}, expected (images, {tokens}, {layout.hidden_size}). "
@@ -186,13 +219,20 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         )
 
     def get_image_features(
-        self, pixel_values: torch.Tensor | None = None, vision_features: torch.Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        qformer_input_ids: torch.LongTensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Image embeddings as the language model reads them, after projection and fusion site.
+        """Image embeddings as the language model reads them, after projections and fusion sites.
 
         Args:
             pixel_values: (images, channels, height, width).
-            vision_features: (images, image_seq_length, vision_width), instead of pixel_values.
+            vision_features: (images, tokens, vision_width) from `get_vision_features`, instead of pixel_values.
+            qformer_input_ids: (images, instruction tokens), where a Q-Former reads the instruction.
+            qformer_attention_mask: the same shape, 1 where a token counts.
             kwargs: accepted for callers of other models' `get_image_features`; none is used.
         Returns:
             `pooler_output`: (images, image_seq_length, hidden); `last_hidden_state`: the features it was made of.
@@ -205,10 +245,17 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             features = self.get_vision_features(pixel_values)
         else:
             features = self._check_features(vision_features)
-        weight = self.image_projection.weight  # an attribute, since a PEFT wrapper hands out the active copy's
-        if weight.is_floating_point():
-            features = features.to(device=weight.device, dtype=weight.dtype)
-        embeddings = self.vision_fusion(self.image_projection(features))
+        tokens: dict[str, torch.Tensor] = {}
+        if self.qformer is not None:
+            read = features.to(self.qformer.query_tokens)
+            queries = self.qformer(read, qformer_input_ids, qformer_attention_mask)
+            tokens["query"] = self.text_fusion(_project(self.text_projection, queries))
+        if "patch" in self.image_token_order:
+            patches = features if self.qformer is None else self._select(features)
+            tokens["patch"] = self.vision_fusion(_project(self.image_projection, patches))
+        ordered = [tokens[kind] for kind in self.image_token_order]
+        first = ordered[0]
+        embeddings = torch.cat([part.to(first) for part in ordered], dim=1) if len(ordered) > 1 else first
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeddings)
 
     def get_placeholder_mask(
@@ -235,13 +282,17 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         input_ids: torch.LongTensor,
         pixel_values: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
+        qformer_input_ids: torch.LongTensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor | None]:
         """Embed text and images into one sequence; each token's embedding is looked up once.
 
         Args:
             input_ids: (batch, tokens), each image as image_seq_length placeholders.
             pixel_values: (images, channels, height, width), in reading order over the batch.
-            vision_features: (images, image_seq_length, vision_width), instead of pixel_values.
+            vision_features: (images, tokens, vision_width) from `get_vision_features`, instead of pixel_values.
+            qformer_input_ids: (images, instruction tokens), where a Q-Former reads the instruction.
+            qformer_attention_mask: the same shape, 1 where a token counts.
         Returns:
             The ids with placeholders made valid, (batch, tokens); embeddings, (batch, tokens, hidden); image
             embeddings, (images, image_seq_length, hidden), or None without images.
@@ -252,12 +303,15 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         is_image = input_ids == self.config.image_token_id
         if not torch.compiler.is_compiling():
             check_image_tokens(is_image, 0 if images is None else images.shape[0], self.image_seq_length)
+            if self.qformer is not None and images is not None and images.shape[0]:
+                self.qformer.check_instructions(qformer_input_ids, images.shape[0])
         neutral = neutral_token_id(self.language_model.config, self.generation_config)
         valid_ids = input_ids.masked_fill(is_image, neutral)
         inputs_embeds = self.get_input_embeddings()(valid_ids)
         if images is None or images.shape[0] == 0:
             return valid_ids, inputs_embeds, None
-        image_features = self.get_image_features(pixel_values, vision_features).pooler_output
+        instructions = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
+        image_features = self.get_image_features(pixel_values, vision_features, **instructions).pooler_output
         image_features = image_features.to(device=inputs_embeds.device, dtype=inputs_embeds.dtype)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return valid_ids, inputs_embeds.masked_scatter(mask, image_features), image_features
@@ -276,6 +330,8 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         vision_features: torch.Tensor | None = None,
+        qformer_input_ids: torch.LongTensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: ModelOutput | tuple[torch.Tensor, ...] | None = None,
@@ -297,7 +353,9 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
                 placeholders are ignored.
             use_cache: whether the language model returns its cache.
             logits_to_keep: as in the language model; 0 keeps all.
-            vision_features: (images, image_seq_length, vision_width), instead of pixel_values.
+            vision_features: (images, tokens, vision_width) from `get_vision_features`, instead of pixel_values.
+            qformer_input_ids: (images, instruction tokens), where a Q-Former reads the instruction.
+            qformer_attention_mask: the same shape, 1 where a token counts.
             decoder_input_ids: (batch, target tokens); encoder-decoder only.
             decoder_attention_mask: (batch, target tokens); encoder-decoder only.
             encoder_outputs: the encoder's output, instead of input_ids; encoder-decoder only.
@@ -320,7 +378,8 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             # A later step of generation: a sampled token is text even where its id is the placeholder's.
             inputs_embeds = self.get_input_embeddings()(input_ids)
         elif input_ids is not None:
-            _, inputs_embeds, image_features = self.embed_inputs(input_ids, pixel_values, vision_features)
+            images = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask)
+            _, inputs_embeds, image_features = self.embed_inputs(input_ids, *images)
         if position_ids is None and attention_mask is not None and inputs_embeds is not None:
             position_ids = self._count_positions(attention_mask, inputs_embeds.shape[1])
         if self.config.is_encoder_decoder and input_ids is not None and attention_mask is not None:
@@ -374,6 +433,13 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         return from_backbones(cls, vision, language, **kwargs)
 
     @classmethod
+    def from_instructblip(cls, checkpoint: Any, *, language: Any, **kwargs: Any) -> "CromeVLMForConditionalGeneration":
+        """Join a trained tower and Q-Former with any language model; see `instructblip.from_instructblip`."""
+        from .instructblip import from_instructblip
+
+        return from_instructblip(cls, checkpoint, language=language, **kwargs)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load a composite: backbones by name, then the stored weights; see `checkpoint.load` for the arguments."""
         from .checkpoint import load
@@ -385,6 +451,14 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         from .checkpoint import save
 
         return save(self, super().save_pretrained, save_directory, **kwargs)
+
+
+def _project(projection: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """Run a projection in its own dtype and on its own device."""
+    weight = projection.weight  # an attribute, since a PEFT wrapper hands out the active copy's
+    if weight.is_floating_point():
+        features = features.to(device=weight.device, dtype=weight.dtype)
+    return projection(features)
 
 
 __all__ = ["CromeVLMConfig", "CromeVLMForConditionalGeneration", "CromeVLMOutput"]

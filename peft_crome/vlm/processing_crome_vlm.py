@@ -1,6 +1,7 @@
 """Processor of the composite: text with `<image>` and pictures -> input_ids, attention_mask, pixel_values."""
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from .configuration_crome_vlm import CromeVLMConfig
 from .image_size import with_image_size
 from .image_token import ensure_image_token
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values")
+MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "qformer_input_ids", "qformer_attention_mask")
+QFORMER_TOKENIZER = "qformer_tokenizer"
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 
@@ -26,6 +28,7 @@ class CromeVLMProcessor(ProcessorMixin):
         tokenizer: of the language model.
         image_seq_length: placeholders per image; the model's `config.image_seq_length`.
         chat_template: None: the tokenizer's own, which need not know about images.
+        qformer_tokenizer: of a Q-Former that reads the instruction; saved in the folder of that name.
     """
 
     def __init__(
@@ -34,8 +37,10 @@ class CromeVLMProcessor(ProcessorMixin):
         tokenizer: Any = None,
         image_seq_length: int = 1,
         chat_template: str | None = None,
+        qformer_tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        self._qformer_tokenizer = qformer_tokenizer
         self.image_seq_length = image_seq_length
         self.image_token, self.image_token_id = ensure_image_token(tokenizer)
         if tokenizer.pad_token is None and tokenizer.eos_token is not None:
@@ -44,9 +49,43 @@ class CromeVLMProcessor(ProcessorMixin):
             chat_template = getattr(tokenizer, "chat_template", None)
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
+    @property
+    def qformer_tokenizer(self) -> Any:
+        """The tokenizer of the instructions that a Q-Former reads; None: there is none."""
+        return self._qformer_tokenizer
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """The parts that every composite has; transformers would take the optional tokenizer for one."""
+        return ["image_processor", "tokenizer"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values, without the tokenizers."""
+        return super().to_dict() | ({"has_qformer_tokenizer": True} if self.qformer_tokenizer is not None else {})
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
+        """Save all parts; the Q-Former's tokenizer in a folder of its own."""
+        if self.qformer_tokenizer is not None:
+            self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
+        return super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, name: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
+        arguments = super()._get_arguments_from_pretrained(name, processor_dict, **dict(kwargs))
+        if processor_dict is not None and processor_dict.pop("has_qformer_tokenizer", False):
+            folder = os.path.join(kwargs.pop("subfolder", None) or "", QFORMER_TOKENIZER)
+            processor_dict[QFORMER_TOKENIZER] = AutoTokenizer.from_pretrained(name, subfolder=folder, **kwargs)
+        return arguments
+
     @classmethod
     def from_backbones(
-        cls, vision: Any = None, language: Any = None, *, config: CromeVLMConfig, **kwargs: Any
+        cls,
+        vision: Any = None,
+        language: Any = None,
+        *,
+        config: CromeVLMConfig,
+        qformer_tokenizer: Any = None,
+        **kwargs: Any,
     ) -> "CromeVLMProcessor":
         """Make the processor that fits a model made by `from_backbones`.
 
@@ -54,6 +93,8 @@ class CromeVLMProcessor(ProcessorMixin):
             vision: name of an image processor, or the object; None: the tower's name in the configuration.
             language: name of a tokenizer, or the object, which is copied; None: the language model's name.
             config: the model's, which says the image size, the tokens per image and the image token.
+            qformer_tokenizer: name of the Q-Former's tokenizer, or the object; None: of the checkpoint that the
+                Q-Former came from.
             kwargs: of both `from_pretrained` (`cache_dir`, `token`, `local_files_only`, ...).
         Returns:
             The processor; it pads on the left for decoder-only models, as generation needs.
@@ -78,7 +119,8 @@ class CromeVLMProcessor(ProcessorMixin):
         image_processor = with_image_size(vision, *config.image_height_width)
         tokenizer.padding_side = "right" if config.is_encoder_decoder else "left"
         tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else it would not be saved
-        processor = cls(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+        reader = _qformer_tokenizer(qformer_tokenizer, config, kwargs)
+        processor = cls(image_processor, tokenizer, image_seq_length=config.image_seq_length, qformer_tokenizer=reader)
         if processor.image_token_id != config.image_token_id:
             raise ValueError(
                 f"The tokenizer's image token {processor.image_token!r} has id {processor.image_token_id}, the model "
@@ -93,26 +135,52 @@ class CromeVLMProcessor(ProcessorMixin):
         parts = (self.image_processor, self.tokenizer)
         return [name for part in parts for name in part.model_input_names if name not in MODEL_INPUTS]
 
-    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        qformer_text: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
         """Turn text and pictures into the model's inputs.
 
         Args:
             images: one picture, a list in reading order over the batch, or per row a list, a picture or None
                 (`[[a, b], [], None, c]`). A picture is a PIL image, an array, a tensor, a path or a URL.
             text: one string or a list; each `<image>` stands for one picture.
+            qformer_text: the instruction of each row, for a Q-Former that reads it; None: the text without `<image>`.
             kwargs: of the tokenizer (`padding`, `return_tensors`, ...) and of the image processor.
         Returns:
             input_ids and attention_mask, (batch, tokens), with image_seq_length placeholders per picture;
-            pixel_values, (images, channels, height, width), absent without pictures.
+            pixel_values, (images, channels, height, width), absent without pictures; with a Q-Former's tokenizer also
+            qformer_input_ids and qformer_attention_mask, (images, instruction tokens), a row per picture.
         Raises:
-            ValueError: a row's placeholders and pictures differ, or truncation would cut an image.
+            ValueError: a row's placeholders and pictures differ, truncation would cut an image, or the instructions
+                are not one per row.
         """
         rows = None if images is None else _image_rows(images)
         texts = [text] if isinstance(text, str) else text
         if texts is not None:
             self._check_rows(rows or [], list(texts))
         flat = [image for row in rows or [] for image in row]
-        return super().__call__(images=flat or None, text=None if texts is None else list(texts), **kwargs)
+        inputs = super().__call__(images=flat or None, text=None if texts is None else list(texts), **kwargs)
+        if self.qformer_tokenizer is not None and flat and texts is not None:
+            read = self._instructions(list(texts), qformer_text)
+            encoded = self.qformer_tokenizer(read, padding=True, return_tensors=kwargs.get("return_tensors"))
+            inputs.update({f"qformer_{name}": encoded[name] for name in ("input_ids", "attention_mask")})
+        return inputs
+
+    def _instructions(self, texts: list[str], qformer_text: str | Sequence[str] | None) -> list[str]:
+        """The instruction of each picture's row, once per picture."""
+        if qformer_text is None:
+            qformer_text = [" ".join(sample.replace(self.image_token, " ").split()) for sample in texts]
+        given = [qformer_text] if isinstance(qformer_text, str) else list(qformer_text)
+        if len(given) != len(texts):
+            raise ValueError(
+                f"Got {len(given)} instructions in qformer_text for {len(texts)} texts. Pass one per text."
+            )
+        counts = [sample.count(self.image_token) for sample in texts]
+        return [instruction for instruction, count in zip(given, counts, strict=True) for _ in range(count)]
 
     def _check_rows(self, rows: list[list[Any]], texts: list[str]) -> None:
         """Compare placeholders with pictures, row by row where the pictures are given by row."""
@@ -160,7 +228,8 @@ class CromeVLMProcessor(ProcessorMixin):
     ) -> Any:
         """Render a conversation with the language model's own chat template, which sees plain strings.
 
-        A content that is a list of parts becomes one string, with `<image>` where a picture stands.
+        A content that is a list of parts becomes one string, with `<image>` where a picture stands. A Q-Former reads
+        what the user says, without the template's marks.
 
         Args:
             conversation: messages, or a batch of conversations. Content is a string, or a list of
@@ -180,15 +249,19 @@ class CromeVLMProcessor(ProcessorMixin):
                 "processor.chat_template = '...' (Jinja)."
             )
         is_batch = bool(conversation) and not isinstance(conversation[0], Mapping)
-        flat, images = [], []
+        flat, images, asked = [], [], []
         for messages in conversation if is_batch else [conversation]:
             found: list[Any] = []
             messages = getattr(messages, "messages", messages)  # a pipeline's Chat
             flat.append([{**message, **self._flatten(message, found)} for message in messages])
             images.append(found)
+            said = [str(message["content"]) for message in flat[-1] if message.get("role") == "user"]
+            asked.append(" ".join(" ".join(said).replace(self.image_token, " ").split()))
         processor_kwargs = dict(processor_kwargs or {})
         if kwargs.get("tokenize") and any(images):
             processor_kwargs["images"] = images if is_batch else images[0]
+        if kwargs.get("tokenize") and self.qformer_tokenizer is not None:
+            processor_kwargs.setdefault("qformer_text", asked)
         return super().apply_chat_template(
             flat if is_batch else flat[0], chat_template, processor_kwargs=processor_kwargs, **kwargs
         )
@@ -210,6 +283,24 @@ class CromeVLMProcessor(ProcessorMixin):
             found = [part[key] for key in IMAGE_KEYS if kind != "text" and part.get(key) is not None]
             images.extend(image["url"] if isinstance(image, Mapping) else image for image in found[:1])
         return {"content": text}
+
+
+def _qformer_tokenizer(given: Any, config: CromeVLMConfig, kwargs: dict[str, Any]) -> Any:
+    """The tokenizer of a Q-Former that reads instructions; None where there is no such Q-Former."""
+    if getattr(config.qformer_config, "model_type", None) != "instructblip_qformer":
+        return None
+    if isinstance(given, str):
+        return AutoTokenizer.from_pretrained(given, **kwargs)
+    if given is not None:
+        return given
+    name = config.qformer_model_name_or_path
+    if name is None:
+        raise ValueError(
+            "The Q-Former reads instructions, and its tokenizer is unknown. Write CromeVLMProcessor.from_backbones("
+            "config=model.config, qformer_tokenizer='bert-base-uncased'), or the tokenizer it was trained with."
+        )
+    revision = {"revision": config.qformer_revision} if config.qformer_revision else {}
+    return AutoTokenizer.from_pretrained(name, subfolder=QFORMER_TOKENIZER, **revision, **kwargs)
 
 
 def _image_rows(images: Any) -> list[list[Any]]:

@@ -1,0 +1,94 @@
+"""Take a trained vision tower, Q-Former and projection out of an InstructBLIP or BLIP-2 checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    Blip2Config,
+    Blip2PreTrainedModel,
+    Blip2QFormerModel,
+    Blip2VisionModel,
+    InstructBlipConfig,
+    InstructBlipPreTrainedModel,
+    InstructBlipQFormerModel,
+    InstructBlipVisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from .qformer import QFormer
+
+
+class InstructBlipParts(InstructBlipPreTrainedModel):
+    """All of an InstructBLIP checkpoint but its language model."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^language_model\."]
+
+    def __init__(self, config: InstructBlipConfig) -> None:
+        super().__init__(config)
+        self.vision_model = InstructBlipVisionModel(config.vision_config)
+        self.qformer = InstructBlipQFormerModel(config.qformer_config)
+        _add_query_tokens_and_projection(self, config)
+        self.post_init()
+
+
+class Blip2Parts(Blip2PreTrainedModel):
+    """All of a BLIP-2 checkpoint but its language model."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^language_model\."]
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["query_tokens", "qformer"]  # as upstream
+
+    def __init__(self, config: Blip2Config) -> None:
+        super().__init__(config)
+        self.vision_model = Blip2VisionModel(config.vision_config)
+        self.qformer = Blip2QFormerModel(config.qformer_config)
+        _add_query_tokens_and_projection(self, config)
+        self.post_init()
+
+
+PARTS_CLASSES: dict[str, type[PreTrainedModel]] = {
+    InstructBlipConfig.model_type: InstructBlipParts,
+    Blip2Config.model_type: Blip2Parts,
+}
+
+
+def _add_query_tokens_and_projection(parts: Any, config: PreTrainedConfig) -> None:
+    width = config.qformer_config.hidden_size
+    parts.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
+    parts.language_projection = nn.Linear(width, config.text_config.hidden_size)
+
+
+def load_parts(name: str, config: PreTrainedConfig | None = None, **arguments: Any) -> Any:
+    """Load `vision_model`, `qformer`, `query_tokens` and `language_projection` of a checkpoint.
+
+    Args:
+        name: of an InstructBLIP or BLIP-2 checkpoint.
+        config: instead of the stored one.
+        arguments: of `from_pretrained`.
+    Raises:
+        ValueError: the checkpoint is of another kind.
+    """
+    hub = {
+        key: value for key, value in arguments.items() if key in ("revision", "cache_dir", "token", "local_files_only")
+    }
+    config = config or AutoConfig.from_pretrained(name, **hub)
+    if config.model_type not in PARTS_CLASSES:
+        raise ValueError(
+            f"{name} is a {config.model_type!r} checkpoint, expected one of {list(PARTS_CLASSES)}. Join other parts "
+            "with CromeVLMForConditionalGeneration.from_backbones(vision=..., language=..., qformer=...)."
+        )
+    return PARTS_CLASSES[config.model_type].from_pretrained(name, config=config, **arguments)
+
+
+def qformer_of(parts: Any) -> QFormer:
+    """The Q-Former and the query tokens of loaded parts, or of a whole InstructBLIP or BLIP-2 model."""
+    config = parts.config.qformer_config
+    with torch.device("meta"):
+        qformer = QFormer(config, parts.query_tokens.shape[1])
+    qformer.query_tokens = nn.Parameter(parts.query_tokens.detach().clone())
+    qformer.model = parts.qformer
+    return qformer

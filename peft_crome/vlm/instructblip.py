@@ -1,0 +1,51 @@
+"""Join the tower, Q-Former and projection of an InstructBLIP or BLIP-2 checkpoint with any language model."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from .blip_parts import PARTS_CLASSES, load_parts, qformer_of
+from .convert import from_backbones, parts_arguments
+
+Composite = TypeVar("Composite", bound=PreTrainedModel)
+
+
+def from_instructblip(
+    cls: type[Composite], checkpoint: str | PreTrainedModel, *, language: str | PreTrainedModel, **kwargs: Any
+) -> Composite:
+    """Join an InstructBLIP checkpoint's tower, Q-Former and projection with any language model.
+
+    The checkpoint's language projection becomes `text_projection` where the new language model has its width (Vicuna
+    1.5 for 1.1); otherwise that is drawn anew, as the image projection always is. Both train; the rest is frozen.
+
+    Args:
+        cls: the composite's class.
+        checkpoint: name of an InstructBLIP or BLIP-2 checkpoint, whose own language model is not loaded, or a model.
+        language: name of a causal or encoder-decoder language model, or a model object, which is used as it is.
+        kwargs: of `from_backbones`; `vision_revision` is the checkpoint's.
+    Returns:
+        The composite in evaluation mode.
+    Raises:
+        ValueError: the checkpoint is of another kind, or as in `from_backbones`.
+    """
+    if isinstance(checkpoint, PreTrainedModel):
+        parts, name = checkpoint, checkpoint.config.name_or_path
+        if parts.config.model_type not in PARTS_CLASSES:
+            raise ValueError(
+                f"{type(parts).__name__} is a {parts.config.model_type!r} model, expected one of "
+                f"{list(PARTS_CLASSES)}. Pass an InstructBLIP or BLIP-2 model or the name of one."
+            )
+    else:
+        parts, name = load_parts(checkpoint, **parts_arguments(kwargs)), str(checkpoint)
+    qformer = qformer_of(parts)
+    parts.vision_model.config.name_or_path = qformer.config.name_or_path = name
+    model = from_backbones(cls, parts.vision_model, language, qformer=qformer, **kwargs)
+    projection, own = parts.language_projection, model.text_projection
+    if projection.weight.shape == own.weight.shape:
+        with torch.no_grad():
+            own.weight.copy_(projection.weight)
+            own.bias.copy_(projection.bias)
+    return model

@@ -1,0 +1,278 @@
+"""The composite with a Q-Former: InstructBLIP's own parts give InstructBLIP's own numbers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel, get_peft_model
+from PIL import Image
+
+from peft_crome import CromeConfig, CromeLayer
+from peft_crome.vlm import CromeVLMForConditionalGeneration, CromeVLMProcessor
+from tests.vlm.conftest import CHAT_TEMPLATE, FULL_VIT, IMAGE_ID, build, make_batch, make_tokenizer, text_config
+
+WIDTH, QUERIES = 32, 4
+QFORMER: dict[str, Any] = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "encoder_hidden_size": 24, "vocab_size": 50, "max_position_embeddings": 12,
+}  # fmt: skip
+
+
+def upstream(kind: str = "instructblip", language: str = "llama") -> Any:
+    """A random InstructBLIP or BLIP-2 of transformers."""
+    torch.manual_seed(0)
+    names = {"instructblip": "InstructBlip", "blip-2": "Blip2"}
+    text = text_config(language).to_dict()
+    if language == "opt":
+        text["word_embed_proj_dim"] = WIDTH  # upstream projects to hidden_size, which must be the table's width
+    qformer = getattr(tf, f"{names[kind]}QFormerConfig")(**QFORMER)
+    config = getattr(tf, f"{names[kind]}Config")(
+        vision_config=FULL_VIT, qformer_config=qformer.to_dict(), text_config=text,
+        num_query_tokens=QUERIES, image_token_index=IMAGE_ID - 1,
+    )  # fmt: skip
+    model = getattr(tf, f"{names[kind]}ForConditionalGeneration")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+def composed(kind: str = "instructblip", language: str = "llama", **kwargs: Any) -> tuple[Any, Any]:
+    """Upstream's model, and the composite of its parts with the same language model object."""
+    theirs = upstream(kind, language)
+    ours = CromeVLMForConditionalGeneration.from_instructblip(
+        theirs, language=theirs.language_model, image_token_id=IMAGE_ID - 1, **kwargs
+    )
+    return theirs, ours
+
+
+def inputs(images: int = 2) -> dict[str, torch.Tensor]:
+    """Rows of one image each, as InstructBLIP's processor writes them: the image before the text."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.tensor([[IMAGE_ID - 1] * QUERIES + [1, 10 + row, 11, 12] for row in range(images)])
+    return {
+        "pixel_values": torch.randn(images, 3, 30, 30, generator=generator),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "qformer_input_ids": torch.tensor([[5, 6 + row, 7] for row in range(images)]),
+        "qformer_attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])[:images],
+    }
+
+
+@pytest.mark.parametrize("language", ["llama", "opt", "t5"])
+@pytest.mark.parametrize("kind", ["instructblip", "blip-2"])
+def test_logits_equal_upstream(kind: str, language: str) -> None:
+    """The tower and the Q-Former are bit-equal; with the Q-Former's tokens alone, so are the logits."""
+    theirs, ours = composed(kind, language, image_token_order=["query"])
+    batch = inputs()
+    if language == "t5":
+        batch["decoder_input_ids"] = torch.tensor([[0, 5], [0, 6]])
+    instruction = {name: batch.pop(name) for name in ("qformer_input_ids", "qformer_attention_mask")}
+    instruction = instruction if kind == "instructblip" else {}
+    with torch.no_grad():
+        expected = theirs(**batch, **instruction)
+        features = ours.get_vision_features(batch["pixel_values"])
+        torch.testing.assert_close(features, expected.vision_outputs[0], rtol=0, atol=0)
+        queries = ours.qformer(features, *instruction.values())
+        torch.testing.assert_close(queries, expected.qformer_outputs[0][:, :QUERIES], rtol=0, atol=0)
+        torch.testing.assert_close(ours(**batch, **instruction).logits, expected.logits, rtol=0, atol=0)
+
+
+def with_qformer(language: str = "llama", **kwargs: Any) -> CromeVLMForConditionalGeneration:
+    qformer = tf.InstructBlipQFormerConfig(**QFORMER)
+    return build(language=language, qformer_config=qformer, num_query_tokens=QUERIES, **kwargs)
+
+
+def qformer_batch(model: Any, **kwargs: Any) -> dict[str, Any]:
+    batch = make_batch(model, **kwargs)
+    images = len(batch["pixel_values"])
+    return batch | {"qformer_input_ids": torch.arange(3).repeat(images, 1) + torch.arange(images)[:, None]}
+
+
+@pytest.mark.parametrize("order", [["query", "patch"], ["patch", "query"]])
+def test_order_of_an_images_tokens(order: list[str]) -> None:
+    model = with_qformer(image_token_order=order)
+    assert model.image_seq_length == QUERIES + 9
+    batch = qformer_batch(model)
+    pixel_values, instruction = batch["pixel_values"], batch["qformer_input_ids"]
+    with torch.no_grad():
+        tokens = model.get_image_features(pixel_values, qformer_input_ids=instruction).pooler_output
+        features = model.get_vision_features(pixel_values)
+        expected = {
+            "query": model.text_projection(model.qformer(features, instruction)),
+            "patch": model.image_projection(features[:, 1:]),  # without the class token, which the Q-Former reads too
+        }
+    torch.testing.assert_close(tokens, torch.cat([expected[kind] for kind in order], dim=1))
+
+
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_rows_of_any_number_of_images(language: str) -> None:
+    """Padding, company and cached features make no difference; generation continues what forward computes."""
+    model = with_qformer(language)
+    batch = qformer_batch(model, images_per_row=(1, 0, 2))
+    target = {"decoder_input_ids": torch.tensor([[0, 5]] * 3)} if language == "t5" else {}
+    with torch.no_grad():
+        together = model(**batch, **target).logits
+        row = {
+            "input_ids": batch["input_ids"][2:],
+            "attention_mask": batch["attention_mask"][2:],
+            "vision_features": model.get_vision_features(batch["pixel_values"][1:]),
+            "qformer_input_ids": batch["qformer_input_ids"][1:],
+        }
+        alone = model(**row, **{name: value[2:] for name, value in target.items()}).logits
+    torch.testing.assert_close(together[2:, -2:], alone[:, -2:], atol=1e-5, rtol=1e-5)
+    settings = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for beams in ({}, {"num_beams": 2}):
+        generated = model.generate(**batch, **settings, **beams)
+        assert generated.sequences.shape[0] == 3
+    if language == "llama":
+        first = model.generate(**batch, **settings).logits[0]
+        torch.testing.assert_close(first, together[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_instruction_changes_what_is_read() -> None:
+    model = with_qformer()
+    batch = qformer_batch(model)
+    with torch.no_grad():
+        first = model(**batch).logits
+        second = model(**batch | {"qformer_input_ids": batch["qformer_input_ids"] + 9}).logits
+    assert not torch.allclose(first, second)
+
+
+def test_adapter_reads_query_tokens_and_patches() -> None:
+    """The paper's sites: the text branch behind the text projection, the vision branch behind the image projection."""
+    model = get_peft_model(with_qformer(), CromeConfig(bottleneck_dim=4))
+    sites = {path: list(m.branches) for path, m in model.get_base_model().named_modules() if isinstance(m, CromeLayer)}
+    assert sites == {"text_fusion": ["text"], "vision_fusion": ["vision"]}
+    assert model.get_nb_trainable_parameters()[0] == 5 * WIDTH * 4
+    batch = qformer_batch(model.get_base_model())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "crome_up" in name:
+                parameter.normal_()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_saved_and_loaded(named: bool, tmp_path: Path) -> None:
+    """Named parts are not stored; a Q-Former without a name, or one that trained, is."""
+    theirs = upstream()
+    theirs.save_pretrained(tmp_path / "instructblip")
+    theirs.language_model.save_pretrained(tmp_path / "llama")
+    checkpoint = str(tmp_path / "instructblip") if named else theirs
+    model = CromeVLMForConditionalGeneration.from_instructblip(
+        checkpoint, language=str(tmp_path / "llama"), image_token_id=IMAGE_ID - 1, image_size=30
+    )
+    if named:
+        torch.testing.assert_close(model.qformer.query_tokens, theirs.query_tokens, rtol=0, atol=0)
+    batch = inputs() | {"input_ids": torch.tensor([[IMAGE_ID - 1] * (QUERIES + 9) + [1, 10, 11]] * 2)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+
+    def saved() -> tuple[set[str], Any]:
+        model.save_pretrained(tmp_path / "composite")
+        from safetensors import safe_open
+
+        with safe_open(tmp_path / "composite" / "model.safetensors", "pt") as file:
+            stored = {key.split(".")[0] for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        return stored, CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "composite")
+
+    stored, loaded = saved()
+    assert stored == {"image_projection", "text_projection"} | (set() if named else {"qformer", "vision_tower"})
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=0)
+        model.qformer.requires_grad_(True).query_tokens.add_(1.0)
+    stored, loaded = saved()
+    assert "qformer" in stored
+    model.qformer.requires_grad_(False)  # as the loaded one is: kernels are chosen by it
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=0)
+
+
+def test_adapter_of_a_qformer_composite_goes_to_a_file(tmp_path: Path) -> None:
+    model = get_peft_model(with_qformer(), CromeConfig(bottleneck_dim=4, init_weights=False)).eval()
+    batch = qformer_batch(model.get_base_model())
+    model.requires_grad_(False)
+    expected = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(with_qformer(), tmp_path)
+    torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qformer_input_ids": None}, "qformer_input_ids is missing"),
+        ({"qformer_input_ids": torch.zeros(1, 3, dtype=torch.long)}, r"expected \(3, tokens\)"),
+        ({"qformer_input_ids": torch.zeros(3, 13, dtype=torch.long)}, "reads 12"),
+    ],
+)
+def test_bad_instructions(change: dict[str, Any], message: str) -> None:
+    model = with_qformer()
+    batch = qformer_batch(model) | change
+    for method in (model.forward, model.generate):
+        with pytest.raises(ValueError, match=message):
+            method(**batch)
+
+
+def test_bad_configurations() -> None:
+    with pytest.raises(ValueError, match="encoder_hidden_size=24"):
+        build(qformer_config=tf.InstructBlipQFormerConfig(**QFORMER | {"encoder_hidden_size": 8}))
+    with pytest.raises(ValueError, match=r"image_token_order=\['patch'\]"):
+        build(image_token_order=["query", "patch"])
+    with pytest.raises(ValueError, match="expected one of"):
+        CromeVLMForConditionalGeneration.from_instructblip(build(), language=build().language_model)
+    with pytest.raises(ValueError, match="num_query_tokens=0"):
+        with_qformer(image_token_order=["patch"]).config.__class__(num_query_tokens=0)
+
+
+def qformer_processor(model: Any) -> CromeVLMProcessor:
+    """A tokenizer with other ids for the Q-Former, so that a mix-up shows."""
+    reader = make_tokenizer()
+    reader.pad_token = "<unk>"
+    image_processor = tf.CLIPImageProcessor(size={"shortest_edge": 30}, crop_size=30)
+    processor = CromeVLMProcessor.from_backbones(
+        image_processor, make_tokenizer(chat_template=CHAT_TEMPLATE), config=model.config, qformer_tokenizer=reader
+    )
+    return processor
+
+
+def test_processor_reads_instructions(tmp_path: Path) -> None:
+    """One instruction per picture, the template's marks left out; saved and loaded with the rest."""
+    model = with_qformer()
+    model.config.image_token_id = 95  # the first id that the tokenizer's words leave
+    processor = qformer_processor(model)
+    picture = Image.new("RGB", (40, 30), "red")
+    texts = ["<image> w1 w2", "w3", "<image> w4 <image> w5 w6"]
+    inputs = processor([[picture], [], [picture, picture]], texts, padding=True, return_tensors="pt")
+    assert inputs["qformer_input_ids"].tolist() == [[6, 7, 0], [9, 10, 11], [9, 10, 11]]
+    assert inputs["qformer_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1]]
+    assert model(**inputs).logits.isfinite().all()
+    assert "qformer_input_ids" not in processor(text="w3", return_tensors="pt")
+
+    own = processor([[picture]], ["<image> w1"], qformer_text=["w9"], return_tensors="pt")
+    assert own["qformer_input_ids"].tolist() == [[14]]
+    with pytest.raises(ValueError, match="2 instructions"):
+        processor([[picture]], ["<image> w1"], qformer_text=["w9", "w8"])
+
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "w1 w2"}]}]
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    templated = processor.apply_chat_template(chat, **settings)
+    assert templated["qformer_input_ids"].tolist() == [[6, 7]]
+    assert model.generate(**templated, max_new_tokens=2).shape[1] == templated["input_ids"].shape[1] + 2
+
+    processor.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    for loaded in (CromeVLMProcessor.from_pretrained(tmp_path), tf.AutoProcessor.from_pretrained(tmp_path)):
+        again = loaded([[picture], [], [picture, picture]], texts, padding=True, return_tensors="pt")
+        assert {name: value.tolist() for name, value in again.items()} == {
+            name: value.tolist() for name, value in inputs.items()
+        }
+
+
+def test_processor_needs_the_qformers_tokenizer() -> None:
+    model = with_qformer()
+    with pytest.raises(ValueError, match="qformer_tokenizer="):
+        CromeVLMProcessor.from_backbones(tf.CLIPImageProcessor(), make_tokenizer(), config=model.config)
