@@ -107,7 +107,8 @@ def _text_sites(model: nn.Module, paths: dict[str, nn.Module]) -> list[str]:
 def _projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) -> Branches:
     """Modules named like a projector that have the language model's width: the shallowest of each modality."""
     hidden_size = text_hidden_size(model)
-    takes = set(getattr(model, "input_modalities", ()))
+    modalities = getattr(model, "input_modalities", None) or ()
+    takes = {modalities} if isinstance(modalities, str) else set(modalities)
     takes |= {key.split("_")[0] for key in getattr(getattr(model, "config", None), "sub_configs", {})}
     neutral = "audio" if "audio" in takes and not takes & {"vision", "image"} else "vision"
     language_model = tuple(path.rsplit(".", 1)[0] + "." for path in text if path.count(".") > 1)

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .configuration_crome_vlm import HUB_ARGUMENTS
 from .qformer import QFormer
 
 
@@ -72,9 +73,7 @@ def load_parts(name: str, config: PreTrainedConfig | None = None, **arguments: A
     Raises:
         ValueError: the checkpoint is of another kind.
     """
-    hub = {
-        key: value for key, value in arguments.items() if key in ("revision", "cache_dir", "token", "local_files_only")
-    }
+    hub = {key: value for key, value in arguments.items() if key in (*HUB_ARGUMENTS, "revision")}
     config = config or AutoConfig.from_pretrained(name, **hub)
     if config.model_type not in PARTS_CLASSES:
         raise ValueError(

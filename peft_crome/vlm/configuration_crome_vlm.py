@@ -7,6 +7,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+# Arguments of `from_pretrained` that configurations and processors understand too.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
+
 
 @strict
 class CromeVLMConfig(PreTrainedConfig):

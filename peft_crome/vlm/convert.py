@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .blip_parts import PARTS_CLASSES, load_parts, qformer_of
-from .configuration_crome_vlm import CromeVLMConfig, quantization_to_dict
+from .configuration_crome_vlm import HUB_ARGUMENTS, CromeVLMConfig, quantization_to_dict
 from .image_size import fixed_image_size
 from .image_token import ensure_image_token
 from .qformer import QFormer
@@ -27,7 +27,6 @@ Composite = TypeVar("Composite", bound=PreTrainedModel)
 Quantization: TypeAlias = QuantizationConfigMixin | dict[str, Any]
 PARTS = ("vision_tower", "language_model")
 BETWEEN = ("image_projection", "qformer", "text_projection")
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def from_backbones(
         image_projection_bias=image_projection_bias,
         qformer_config=qformer.config if isinstance(qformer, QFormer) else qformer,
         qformer_model_name_or_path=(qformer.config.name_or_path or None) if isinstance(qformer, QFormer) else None,
-        qformer_revision=vision_revision if isinstance(qformer, QFormer) else None,
+        qformer_revision=_revision_of(qformer, vision_name, vision_revision),
         num_query_tokens=qformer.query_tokens.shape[1] if isinstance(qformer, QFormer) else num_query_tokens,
         image_token_order=image_token_order,
     )
@@ -305,6 +304,11 @@ def _name_of(backbone: str | PreTrainedModel) -> str | None:
     if isinstance(backbone, PreTrainedModel):
         return backbone.config.name_or_path or None
     return str(backbone)
+
+
+def _revision_of(qformer: Any, vision_name: str | None, vision_revision: str | None) -> str | None:
+    """The tower's revision for a Q-Former out of the same checkpoint; None for any other."""
+    return vision_revision if isinstance(qformer, QFormer) and qformer.config.name_or_path == vision_name else None
 
 
 def _find_image_token_id(name: str | None, revision: str | None, loading: Loading) -> int:

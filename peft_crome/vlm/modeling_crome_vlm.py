@@ -247,7 +247,8 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             features = self._check_features(vision_features)
         tokens: dict[str, torch.Tensor] = {}
         if self.qformer is not None:
-            read = features.to(self.qformer.query_tokens)
+            reader = self.qformer.model  # upstream keeps query tokens in float32 beside a half-precision model
+            read = features.to(device=reader.device, dtype=reader.dtype)
             queries = self.qformer(read, qformer_input_ids, qformer_attention_mask)
             tokens["query"] = self.text_fusion(_project(self.text_projection, queries))
         if "patch" in self.image_token_order:

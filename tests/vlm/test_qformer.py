@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from PIL import Image
 
 from peft_crome import CromeConfig, CromeLayer
-from peft_crome.vlm import CromeVLMForConditionalGeneration, CromeVLMProcessor
+from peft_crome.vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
 from tests.vlm.conftest import CHAT_TEMPLATE, FULL_VIT, IMAGE_ID, build, make_batch, make_tokenizer, text_config
 
 WIDTH, QUERIES = 32, 4
@@ -225,7 +225,7 @@ def test_bad_configurations() -> None:
     with pytest.raises(ValueError, match="expected one of"):
         CromeVLMForConditionalGeneration.from_instructblip(build(), language=build().language_model)
     with pytest.raises(ValueError, match="num_query_tokens=0"):
-        with_qformer(image_token_order=["patch"]).config.__class__(num_query_tokens=0)
+        CromeVLMConfig(num_query_tokens=0)
 
 
 def qformer_processor(model: Any) -> CromeVLMProcessor:
@@ -270,6 +270,28 @@ def test_processor_reads_instructions(tmp_path: Path) -> None:
         assert {name: value.tolist() for name, value in again.items()} == {
             name: value.tolist() for name, value in inputs.items()
         }
+
+
+def test_processor_takes_the_checkpoints_tokenizer(tmp_path: Path) -> None:
+    """InstructBLIP's repositories keep it in a folder of its own."""
+    upstream().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path / "qformer_tokenizer")
+    model = CromeVLMForConditionalGeneration.from_instructblip(
+        str(tmp_path), language=upstream().language_model, image_token_id=95, image_size=30
+    )
+    processor = CromeVLMProcessor.from_backbones(tf.CLIPImageProcessor(), make_tokenizer(), config=model.config)
+    assert processor.qformer_tokenizer("w1")["input_ids"] == [6]
+
+
+def test_half_precision_beside_query_tokens_in_float32() -> None:
+    """As upstream loads InstructBLIP in bfloat16."""
+    theirs = upstream().to(torch.bfloat16)
+    theirs.query_tokens.data = theirs.query_tokens.data.float()
+    model = CromeVLMForConditionalGeneration.from_instructblip(
+        theirs, language=theirs.language_model, image_token_id=IMAGE_ID - 1, image_token_order=["query"]
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs()).logits, theirs(**inputs()).logits, rtol=0, atol=0)
 
 
 def test_processor_needs_the_qformers_tokenizer() -> None:
