@@ -20,8 +20,8 @@ IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 class CromeVLMProcessor(ProcessorMixin):
     """Joins an image processor and a text tokenizer, any of each.
 
-    The tokenizer is given an image placeholder where it has none, and its end token for padding where it has no pad
-    token; the attention mask, made by length, tells end and padding apart.
+    The tokenizer is given an image placeholder where it has none, and both tokenizers their end token for padding where
+    they have no pad token; the attention mask, made by length, tells end and padding apart.
 
     Args:
         image_processor: gives `pixel_values` of one fixed size.
@@ -43,8 +43,9 @@ class CromeVLMProcessor(ProcessorMixin):
         self._qformer_tokenizer = qformer_tokenizer
         self.image_seq_length = image_seq_length
         self.image_token, self.image_token_id = ensure_image_token(tokenizer)
-        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-            tokenizer.pad_token = tokenizer.eos_token
+        for part in filter(None, (tokenizer, qformer_tokenizer)):
+            if part.pad_token is None and part.eos_token is not None:
+                part.pad_token = part.eos_token
         if chat_template is None:
             chat_template = getattr(tokenizer, "chat_template", None)
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)

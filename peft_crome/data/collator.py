@@ -1,0 +1,190 @@
+"""Rows of conversations -> the composite's inputs, with labels on the answers' tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from .images import Augmentation
+
+IGNORE = -100
+
+
+class ConversationCollator:
+    """Make batches for training a composite.
+
+    Only what the assistant says counts in the loss, with the token that ends it; images, instructions and padding do
+    not. An encoder-decoder reads all but the last answer, and learns that answer (see `split_turns`).
+
+    Args:
+        processor: the composite's.
+        is_encoder_decoder: as in the composite's configuration.
+        augmentation: of training pictures; None: as they are.
+        max_length: tokens per row; longer ones are cut at the end, decoder-only models' alone. None: not at all.
+        max_target_length: tokens that an encoder-decoder's decoder takes; None: it has no limit.
+        system: a system message for conversations without one.
+    Raises:
+        ValueError: the tokenizer cannot tell where tokens come from, or there is no chat template.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        is_encoder_decoder: bool = False,
+        augmentation: Augmentation | None = None,
+        max_length: int | None = None,
+        max_target_length: int | None = None,
+        system: str | None = None,
+    ) -> None:
+        if not getattr(processor.tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{type(processor.tokenizer).__name__} does not say which text its tokens come from, so answers "
+                "cannot be told from questions. Load the fast tokenizer of this model."
+            )
+        if processor.chat_template is None:
+            raise ValueError(
+                "The language model has no chat template. Write chat_template: vicuna, plain or t5 in the recipe, or "
+                "set processor.chat_template."
+            )
+        self.processor = processor
+        self.is_encoder_decoder = is_encoder_decoder
+        self.augmentation = augmentation
+        self.max_length = max_length
+        self.max_target_length = max_target_length
+        self.system = system
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Turn rows of `read_llava` into a batch.
+
+        Returns:
+            input_ids, attention_mask, labels, (rows, tokens), padded on the right; pixel_values where there are
+            images, and what a Q-Former reads of the instructions.
+        Raises:
+            ValueError: a picture cannot be read, or a row keeps no answer within `max_length`; names the row.
+        """
+        encoded = [self.encode(row) for row in rows]
+        batch = {
+            "input_ids": _pad([item["input_ids"] for item in encoded], self.processor.tokenizer.pad_token_id),
+            "attention_mask": _pad([[1] * len(item["input_ids"]) for item in encoded], 0),
+            "labels": _pad([item["labels"] for item in encoded], IGNORE),
+        }
+        pictures = [picture for row in rows for picture in self._pictures(row)]
+        if not pictures:
+            return batch
+        batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        reader = self.processor.qformer_tokenizer
+        if reader is not None:
+            instructions = [
+                item["instruction"] for item, row in zip(encoded, rows, strict=True) for _ in row["images"]
+            ]
+            read = reader(instructions, padding=True, return_tensors="pt")
+            batch |= {f"qformer_{name}": read[name] for name in ("input_ids", "attention_mask")}
+        return batch
+
+    def encode(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One row's input_ids, labels and the instruction for a Q-Former; no picture is opened.
+
+        Raises:
+            ValueError: a decoder cannot hold the answer, or a cut would leave no answer or part of an image.
+        """
+        messages = list(row["messages"])
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": [{"type": "text", "text": self.system}]}, *messages]
+        asked = [
+            part["text"]
+            for message in messages
+            if message["role"] == "user"
+            for part in message["content"]
+            if part["type"] == "text"
+        ]
+        encode = self._encoder_decoder if self.is_encoder_decoder else self._decoder_only
+        return {**encode(messages, row["id"]), "instruction": " ".join(asked)}
+
+    def _decoder_only(self, messages: list[dict[str, Any]], name: str) -> dict[str, list[int]]:
+        spans = [
+            (len(self._render(messages[:end], prompt=True)), len(self._render(messages[: end + 1]).rstrip()))
+            for end, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
+        encoded = self.processor.tokenizer(
+            self._render(messages), add_special_tokens=False, return_offsets_mapping=True
+        )
+        ids = encoded["input_ids"]
+        labels = [
+            token if any(start <= first and last <= stop and first < last for start, stop in spans) else IGNORE
+            for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True)
+        ]
+        if self.max_length is not None and len(ids) > self.max_length:
+            ids, labels = self._cut(ids, labels, name)
+        return {"input_ids": ids, "labels": labels}
+
+    def _cut(self, ids: list[int], labels: list[int], name: str) -> tuple[list[int], list[int]]:
+        image = self.processor.image_token_id
+        kept = ids[: self.max_length]
+        if kept.count(image) != ids.count(image) or all(label == IGNORE for label in labels[: self.max_length]):
+            raise ValueError(
+                f"Row {name!r} has {len(ids)} tokens, {ids.count(image)} of them image tokens; the first "
+                f"{self.max_length} hold no whole image and answer. Raise max_length, or take the row out."
+            )
+        return kept, labels[: self.max_length]
+
+    def _encoder_decoder(self, messages: list[dict[str, Any]], name: str) -> dict[str, list[int]]:
+        tokenizer = self.processor.tokenizer
+        prompt = self._render(messages[:-1], prompt=True)
+        target = tokenizer(text_target="".join(part["text"] for part in messages[-1]["content"]))["input_ids"]
+        if self.max_target_length is not None and len(target) > self.max_target_length:
+            raise ValueError(
+                f"Row {name!r}: the answer has {len(target)} tokens, and the decoder takes {self.max_target_length}. "
+                "Shorten the answer, or take the row out."
+            )
+        return {"input_ids": tokenizer(prompt, add_special_tokens=False)["input_ids"], "labels": target}
+
+    def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+        if not messages:
+            return ""
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+        return text.replace(self.processor.image_token, self.processor.image_token * self.processor.image_seq_length)
+
+    def _pictures(self, row: dict[str, Any]) -> Iterator[Image.Image]:
+        for path in row["images"]:
+            picture = open_image(path, f"Row {row['id']!r}")
+            yield self.augmentation(picture) if self.augmentation is not None else picture
+
+
+def open_image(path: str | Path, name: str) -> Image.Image:
+    """Read a picture as RGB.
+
+    Raises:
+        ValueError: there is no such file, or it is no picture; the message begins with `name`.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(
+            f"{name}: cannot read the image {path} ({error}). Replace the file or drop the row."
+        ) from error
+
+
+def split_turns(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One row per answer, with all that was said before it: what an encoder-decoder learns from.
+
+    Pictures stay with the turns that show them.
+    """
+    for row in rows:
+        for end, message in enumerate(row["messages"]):
+            if message["role"] != "assistant":
+                continue
+            messages = row["messages"][: end + 1]
+            shown = sum(part["type"] == "image" for said in messages for part in said["content"])
+            yield {"id": row["id"], "images": row["images"][:shown], "messages": messages}
+
+
+def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])

@@ -1,0 +1,172 @@
+"""Make a stage's model: from frozen backbones, or from the directory of the stage before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from transformers import AutoConfig, BitsAndBytesConfig
+
+from ..data import CHAT_TEMPLATES
+from ..tuner import CromeConfig
+from ..vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
+from .checkpoint import StageError, read_record
+from .recipe import Adapter, Backbones, Recipe
+from .stages import STAGES, modules_to_save
+
+
+def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] | None]:
+    """Load everything that a stage starts from, with what it trains in float32 and all else frozen.
+
+    Returns:
+        The PEFT model, the processor, and the record of the stage before (None: it starts from the backbones).
+    Raises:
+        StageError: the previous directory is not complete, of a stage that cannot come before, or of another
+            architecture than the recipe says.
+    """
+    stage = STAGES[recipe.stage]
+    if recipe.previous is None:
+        assert recipe.backbones is not None  # recipe.py has seen to it
+        composite, processor = _from_backbones(recipe.backbones)
+        adapter = recipe.adapter if recipe.adapter is not None else Adapter()
+        config = CromeConfig(**adapter.model_dump(), modules_to_save=modules_to_save(stage, composite) or None)
+        previous = None
+    else:
+        directory = _local(recipe.previous)
+        previous = read_record(directory)
+        before = previous["stages"][-1]["stage"]
+        if before not in stage.previous:
+            raise StageError(
+                f"{recipe.previous} was written by {before!r}; {recipe.stage!r} starts from "
+                f"{' or '.join(map(repr, stage.previous)) or 'the backbones alone: leave `previous` out'}."
+            )
+        config = CromeConfig.from_pretrained(str(directory))
+        check_same(recipe, CromeVLMConfig.from_pretrained(directory), config)
+        composite = CromeVLMForConditionalGeneration.from_pretrained(directory, adapter="ignore")
+        processor = CromeVLMProcessor.from_pretrained(directory)
+        config.modules_to_save = modules_to_save(stage, composite) or None
+        config.inference_mode = False
+    for part in modules_to_save(stage, composite):
+        getattr(composite, part).float()  # small steps would be lost in half precision
+    _prepare_processor(processor, recipe)
+    trained = {
+        f"base_model.model.{part}.{key}": value.clone()
+        for part in config.modules_to_save or ()
+        for key, value in getattr(composite, part).state_dict().items()
+    }
+    model = get_peft_model(composite, config)
+    if recipe.previous is not None:
+        weights = load_peft_weights(str(_local(recipe.previous)), device="cpu")
+        weights |= trained  # PEFT expects them beside the adapter, and the composite holds them
+        loaded = set_peft_model_state_dict(model, weights)
+        absent = [key for key in loaded.missing_keys if ".crome_" in key]
+        if absent or loaded.unexpected_keys:
+            raise StageError(f"{recipe.previous}: missing {absent[:4]}, unexpected {loaded.unexpected_keys[:4]}.")
+    return model, processor, previous
+
+
+def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) -> None:
+    """Compare what a recipe says of the architecture with the directory that it starts from.
+
+    Raises:
+        StageError: lists every difference.
+    """
+    different = []
+    if recipe.backbones is not None:
+        said = recipe.backbones
+        pairs: dict[str, tuple[Any, Any]] = {
+            "backbones.language": (said.language, composite.text_model_name_or_path),
+            "backbones.vision": (said.vision or said.instructblip, composite.vision_model_name_or_path),
+            "backbones.vision_pool_size": (said.vision_pool_size, composite.vision_pool_size),
+            "backbones.vision_feature_layer": (said.vision_feature_layer, composite.vision_feature_layer),
+        }
+        if said.image_size is not None:
+            pairs["backbones.image_size"] = (said.image_size, composite.image_height_width[0])
+        if said.instructblip is None:
+            given = None if said.qformer is None else said.num_query_tokens
+            stored = None if composite.qformer_config is None else composite.num_query_tokens
+            pairs["backbones.num_query_tokens (None: no Q-Former)"] = (given, stored)
+            for key, value in (said.qformer or {}).items():
+                pairs[f"backbones.qformer.{key}"] = (value, getattr(composite.qformer_config, key, None))
+        if said.image_token_order is not None:
+            pairs["backbones.image_token_order"] = (said.image_token_order, composite.image_token_order)
+        different += [f"{key}: {a!r} in the recipe, {b!r} there" for key, (a, b) in pairs.items() if a != b]
+    if recipe.adapter is not None:
+        for key in ("bottleneck_dim", "gate_activation"):
+            a, b = getattr(recipe.adapter, key), getattr(adapter, key)
+            different += [f"adapter.{key}: {a!r} in the recipe, {b!r} there"] if a != b else []
+    if different:
+        raise StageError(
+            f"{recipe.previous} is of another architecture than the recipe says: {'; '.join(different)}. Leave "
+            "`backbones` and `adapter` out to take the directory's, or start from another directory."
+        )
+
+
+def quantization_config(name: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings for "4bit" (nf4, double quantisation) and "8bit"."""
+    if name is None:
+        return None
+    if name == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # FSDP shards what has the dtype of the rest
+    )
+
+
+def _from_backbones(said: Backbones) -> tuple[Any, CromeVLMProcessor]:
+    dtype = getattr(torch, said.dtype)
+    arguments: dict[str, Any] = {
+        "language": said.language,
+        "dtype": dtype,
+        "quantization_config": quantization_config(said.quantization, dtype),
+        "image_size": said.image_size,
+        "vision_feature_layer": said.vision_feature_layer,
+        "vision_pool_size": said.vision_pool_size,
+        "image_token_order": said.image_token_order,
+        "vision_revision": said.vision_revision,
+        "text_revision": said.text_revision,
+    }
+    if said.instructblip is not None:
+        composite = CromeVLMForConditionalGeneration.from_instructblip(said.instructblip, **arguments)
+    else:
+        qformer = None
+        if said.qformer is not None:
+            qformer = {"encoder_hidden_size": _tower_width(said)} | said.qformer
+            arguments |= {"num_query_tokens": said.num_query_tokens}
+        composite = CromeVLMForConditionalGeneration.from_backbones(vision=said.vision, qformer=qformer, **arguments)
+    processor = CromeVLMProcessor.from_backbones(config=composite.config, qformer_tokenizer=said.qformer_tokenizer)
+    return composite, processor
+
+
+def _tower_width(said: Backbones) -> int:
+    revision = {"revision": said.vision_revision} if said.vision_revision else {}
+    config = AutoConfig.from_pretrained(said.vision, **revision)
+    return getattr(config, "vision_config", config).hidden_size
+
+
+def _prepare_processor(processor: CromeVLMProcessor, recipe: Recipe) -> None:
+    if recipe.chat_template is not None:
+        processor.chat_template = CHAT_TEMPLATES.get(recipe.chat_template, recipe.chat_template)
+    images = processor.image_processor
+    for name, value in (("image_mean", recipe.images.mean), ("image_std", recipe.images.std)):
+        if value is not None:
+            setattr(images, name, list(value))
+    if recipe.images.resample is not None:
+        from PIL.Image import Resampling
+
+        images.resample = Resampling[recipe.images.resample.upper()]
+
+
+def _local(previous: str) -> Path:
+    """A directory as it is; a Hub repository's files, downloaded once."""
+    if Path(previous).exists() or previous.count("/") != 1 or previous.startswith((".", "/", "~")):
+        return Path(previous).expanduser()
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(previous))

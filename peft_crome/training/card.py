@@ -1,0 +1,77 @@
+"""The model card of a stage's directory: what was trained on what, with which schedule, and the code to run it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+
+def stage_card(record: dict[str, Any], composite: Any) -> str:
+    """README.md of a stage's directory.
+
+    Args:
+        record: with the key "stages", all that led here.
+        composite: the trained composite's configuration.
+    """
+    last = record["stages"][-1]
+    bases = [composite.vision_model_name_or_path, composite.text_model_name_or_path]
+    header = {
+        "library_name": "peft",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["crome", "peft", "vision-language"],
+        "base_model": [base for base in dict.fromkeys(bases) if base],
+    }
+    quantised = composite.text_quantization_config is not None
+    lines = [
+        "---",
+        yaml.safe_dump(header, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# CROME: {composite.text_config.model_type} that sees, after stage `{last['stage']}`",
+        "",
+        "A frozen vision tower and a frozen language model, joined by what [CROME](https://arxiv.org/abs/2408.06610) "
+        "trains. This repository holds all of it; the backbones come by their names:",
+        "",
+        f"- vision tower: `{bases[0] or 'stored here'}`",
+        f"- language model: `{bases[1] or 'stored here'}`{', quantised when loaded' if quantised else ''}",
+        "",
+        "## Use it",
+        "",
+        "```python",
+        "from PIL import Image",
+        "from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor",
+        "",
+        'repository = "<this repository or directory>"',
+        "model = CromeVLMForConditionalGeneration.from_pretrained(repository)",
+        "processor = CromeVLMProcessor.from_pretrained(repository)",
+        'messages = [{"role": "user", "content": [{"type": "image", "image": Image.open("picture.png")},',
+        '             {"type": "text", "text": "What is shown?"}]}]',
+        "inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,",
+        '                                       return_dict=True, return_tensors="pt")',
+        "output = model.generate(**inputs, max_new_tokens=32)",
+        "print(processor.tokenizer.decode(output[0], skip_special_tokens=True))",
+        "```",
+        "",
+        "## What was trained",
+        "",
+        "| stage | trained weights | data (rows) | rows per step | steps | learning rate | final loss |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for stage in record["stages"]:
+        trained = "<br>".join(f"{part}: {count:,}" for part, count in stage["trained"].items())
+        data = "<br>".join(f"{item['path']} ({item['rows']:,})" for item in stage["data"])
+        training = stage["recipe"]["training"]
+        loss = "-" if stage["losses"] == [] else f"{stage['losses'][-1][1]:.4f}"
+        peak = f"{training['initial_learning_rate']:g} to {training['learning_rate']:g}"
+        rate = f"{peak} in {training['warmup_steps']} steps, cosine to 0"
+        cells = [stage["stage"], trained, data, training["batch_size"], stage["steps"], rate, loss]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += [
+        "",
+        f"AdamW with betas {tuple(last['recipe']['training']['betas'])} and weight decay "
+        f"{last['recipe']['training']['weight_decay']}. The recipes are in "
+        "`crome_stage.json`. Not affiliated with the paper's authors.",
+        "",
+    ]
+    return "\n".join(lines)

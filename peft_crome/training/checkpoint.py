@@ -1,0 +1,119 @@
+"""A stage's directory: written complete or not at all, checked when it is read, a whole Hub repository in itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+
+RECORD = "crome_stage.json"  # written last: a directory without it is not complete
+
+
+class StageError(ValueError):
+    """A directory is no stage's, is half-written, or does not fit what is to start from it."""
+
+
+def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: dict[str, Any], card: str) -> None:
+    """Write the composite with what was trained, the adapter, the processor, the card and the record.
+
+    The adapter is taken off the model: `model.unload()` puts the trained modules in their places.
+
+    Args:
+        model: the trained PEFT model around a composite.
+        processor: the composite's.
+        directory: must not exist, or be empty; appears under its name when everything is in it.
+        record: what the stage was; JSON values. The list of the stages is its key "stages".
+        card: README.md.
+    Raises:
+        StageError: the directory holds something.
+    """
+    directory = Path(directory)
+    check_free(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    name = model.active_adapter
+    adapter = {key: value for key, value in get_peft_model_state_dict(model).items() if ".crome_" in key}
+    config = model.peft_config[name]
+    composite = model.unload()
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as temporary:
+        target = Path(temporary) / "stage"
+        composite.save_pretrained(target)
+        processor.save_pretrained(target)
+        save_file(
+            {key: value.detach().contiguous() for key, value in adapter.items()}, target / SAFETENSORS_WEIGHTS_NAME
+        )
+        values = config.to_dict() | {
+            "modules_to_save": None,  # the composite beside it holds them
+            "base_model_name_or_path": None,
+            "inference_mode": True,
+            "trained_on": (config.trained_on or {}) | {"name_or_path": composite.config.text_model_name_or_path},
+        }
+        (target / ADAPTER_CONFIG_NAME).write_text(json.dumps(_plain(values), indent=2, sort_keys=True) + "\n")
+        (target / "README.md").write_text(card, encoding="utf-8")
+        files = {path.relative_to(target).as_posix(): path.stat().st_size for path in sorted(target.rglob("*"))
+                 if path.is_file()}  # fmt: skip
+        (target / RECORD).write_text(json.dumps({**record, "files": files}, indent=2) + "\n", encoding="utf-8")
+        if directory.exists():
+            directory.rmdir()
+        os.replace(target, directory)
+
+
+def check_free(directory: str | Path) -> None:
+    """Refuse to write over something.
+
+    Raises:
+        StageError: the directory holds files, or is a file.
+    """
+    directory = Path(directory)
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise StageError(f"{directory} is there already and is not overwritten. Name another output, or move it away.")
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    """Read what a stage's directory says of itself, and see that all its files are there in full.
+
+    Raises:
+        StageError: it is no stage's directory, or a file is missing or of another size.
+    """
+    directory = Path(directory)
+    path = directory / RECORD
+    if not path.is_file():
+        found = sorted(file.name for file in directory.iterdir())[:8] if directory.is_dir() else "no such directory"
+        raise StageError(
+            f"{directory} is no complete stage's directory: it has no {RECORD} ({found}). Point `previous` at a "
+            "directory that `peft-crome train` has finished, or run that stage again."
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        files, _ = record["files"], record["stages"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise StageError(f"{path} cannot be read ({error!r}). Copy the directory again.") from error
+    faulty = [
+        f"{name} ({'missing' if not (directory / name).is_file() else 'of another size'})"
+        for name, size in files.items()
+        if name != "README.md" and (not (directory / name).is_file() or (directory / name).stat().st_size != size)
+    ]
+    if faulty:
+        raise StageError(f"{directory} is incomplete: {', '.join(faulty)}. Copy the directory again.")
+    return record
+
+
+def clear(directory: Path) -> None:
+    """Remove the Trainer's checkpoints of a finished stage."""
+    if directory.is_dir():
+        shutil.rmtree(directory)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else str(getattr(value, "value", value))

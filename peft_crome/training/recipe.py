@@ -1,0 +1,298 @@
+"""A recipe: one YAML file that says what a stage trains, on what, how long. Validated before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .stages import STAGES
+
+PRESETS = tuple(STAGES)
+
+
+class RecipeError(ValueError):
+    """A recipe is wrong; the message names each key, what was given and what is expected."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Backbones(_Section):
+    """What is joined, frozen; a stage that starts from a directory takes these from there."""
+
+    language: str = Field(description="Name or directory of the language model.")
+    vision: str | None = Field(default=None, description="Name or directory of the vision tower.")
+    instructblip: str | None = Field(
+        default=None,
+        description="InstructBLIP or BLIP-2 checkpoint: its tower and its trained Q-Former, instead of `vision`.",
+    )
+    qformer: dict[str, Any] | None = Field(
+        default=None, description="Configuration of a new Q-Former (beside `vision`)."
+    )
+    qformer_tokenizer: str | None = Field(
+        default=None, description="Tokenizer of the instructions that the Q-Former reads."
+    )
+    num_query_tokens: int = Field(default=32, ge=1, description="Tokens that a new Q-Former reads an image into.")
+    image_token_order: list[Literal["query", "patch"]] | None = Field(
+        default=None, description="Order of an image's tokens."
+    )
+    image_size: int | None = Field(
+        default=None, ge=1, description="Pixels; by default what the tower's processor makes."
+    )
+    vision_feature_layer: int = Field(default=-1, description="-1: the tower's output; -2: its penultimate layer.")
+    vision_pool_size: int = Field(default=1, ge=1, description="n averages n x n patches into one token.")
+    quantization: Literal["4bit", "8bit"] | None = Field(default=None, description="How the language model is loaded.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(default="bfloat16", description="Of what is frozen.")
+    vision_revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the tower or InstructBLIP."
+    )
+    text_revision: str | None = Field(default=None, description="Branch, tag or commit of the language model.")
+
+    @model_validator(mode="after")
+    def _one_tower(self) -> Backbones:
+        if (self.vision is None) == (self.instructblip is None):
+            raise ValueError("name exactly one of `vision` and `instructblip`")
+        if self.instructblip is not None and self.qformer is not None:
+            raise ValueError("`instructblip` brings its own Q-Former; leave `qformer` out")
+        return self
+
+
+class Adapter(_Section):
+    """The CROME adapter, as in `CromeConfig`; a stage that starts from a directory goes on with its adapter."""
+
+    bottleneck_dim: int = Field(default=256, ge=1)
+    gate_activation: Literal["silu", "sigmoid"] = "silu"
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    init_weights: bool | Literal["scaled", "normal"] = True
+
+
+class Images(_Section):
+    """How training pictures are prepared; the processor saved with the model has the values given here."""
+
+    random_crop: bool = Field(default=False, description="Crop 50% to 100% of the area, then resize.")
+    horizontal_flip: bool = Field(
+        default=False, description="Mirror every second picture; not where left and right matter."
+    )
+    resample: Literal["bicubic", "bilinear"] | None = Field(default=None, description="None: the tower's processor's.")
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
+class Data(_Section):
+    """One data set in the LLaVA format."""
+
+    path: str = Field(description="JSON (a list) or JSONL (a row per line).")
+    images: str | None = Field(default=None, description="Folder that the rows' image paths start from.")
+
+
+class Training(_Section):
+    """The optimiser, its schedule and the loop."""
+
+    batch_size: int = Field(default=32, ge=1, description="Rows per optimiser step, over all devices.")
+    rows_per_device: int | None = Field(
+        default=None, ge=1, description="Rows per forward pass; None: all of a device's."
+    )
+    epochs: float | None = Field(default=None, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    learning_rate: float = Field(default=1e-5, gt=0, description="The peak.")
+    learning_rates: dict[Literal["adapter", "image_projection", "text_projection", "qformer"], float] = Field(
+        default_factory=dict, description="Other peaks, by part."
+    )
+    initial_learning_rate: float = Field(default=1e-8, ge=0, description="Where the warm-up starts.")
+    warmup_steps: int = Field(default=1000, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.05, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping.")
+    max_length: int | None = Field(default=None, ge=1, description="Tokens per row, longer ones are cut at the end.")
+    gradient_checkpointing: bool = False
+    logging_steps: int = Field(default=10, ge=1)
+    save_steps: int = Field(
+        default=500, ge=1, description="A run that is started again continues from its last checkpoint."
+    )
+    seed: int = 0
+    arguments: dict[str, Any] = Field(default_factory=dict, description="Further arguments of TrainingArguments.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give exactly one of `epochs` and `max_steps`, and set the other to null")
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} leaves nothing of max_steps={self.max_steps}; "
+                f"write warmup_steps: {self.max_steps // 20}"
+            )
+        if self.rows_per_device is not None and self.batch_size % self.rows_per_device:
+            raise ValueError(f"batch_size={self.batch_size} is no multiple of rows_per_device={self.rows_per_device}")
+        return self
+
+
+class Recipe(_Section):
+    """Everything that a stage needs. `load_recipe` reads one from YAML."""
+
+    stage: Literal["pretrain", "instruct", "finetune"]
+    output: str = Field(description="Directory to write, complete or not at all.")
+    previous: str | None = Field(
+        default=None, description="Directory of the stage before, or a Hub repository of one."
+    )
+    backbones: Backbones | None = None
+    adapter: Adapter | None = None
+    images: Images = Images()
+    data: list[Data] = Field(min_length=1)
+    training: Training
+    chat_template: str | None = Field(
+        default=None, description="'vicuna', 'plain', 't5' or a Jinja template; None: the language model's own."
+    )
+    system: str | None = Field(default=None, description="A system message before each conversation that has none.")
+
+    @model_validator(mode="after")
+    def _where_from(self) -> Recipe:
+        if self.previous is None and self.backbones is None:
+            raise ValueError("give `previous`, the directory of the stage before, or `backbones`")
+        if self.previous is None and STAGES[self.stage].previous and self.stage == "finetune":
+            raise ValueError("`finetune` trains the adapter alone; give `previous`, whose projections are trained")
+        return self
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        source: a YAML file, the name of a preset ("pretrain", "instruct", "finetune"), or a mapping. A `preset:` key
+            takes over everything that is not said otherwise.
+        overrides: dotted keys and their values: {"training.max_steps": 100}.
+    Raises:
+        RecipeError: lists each key that is unknown, missing or has a wrong value.
+        FileNotFoundError: there is neither such a file nor such a preset.
+    """
+    values, name = _read(source)
+    preset = values.pop("preset", None)
+    if preset is not None:
+        if preset not in PRESETS:
+            raise RecipeError(f"{name}: preset={preset!r} is unknown; expected one of {list(PRESETS)}.")
+        values = _merge(_read(preset)[0], values)
+    for key, value in (overrides or {}).items():
+        _set(values, key, value, name)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise RecipeError("\n".join([f"{name} is not a valid recipe:", *(f"  {line}" for line in lines)])) from None
+
+
+def preset_text(name: str) -> str:
+    """The YAML of a preset, to be copied and completed."""
+    return (files(__package__) / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def parse_overrides(settings: list[str]) -> dict[str, Any]:
+    """Command-line settings, "training.max_steps=100", as `load_recipe` takes them; values are YAML.
+
+    Raises:
+        RecipeError: a setting has no "=" or no key, or its value is not YAML.
+
+    Example:
+        >>> parse_overrides(["training.max_steps=100", "previous=null"])
+        {'training.max_steps': 100, 'previous': None}
+    """
+    overrides = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set {setting!r} is no setting; write --set training.max_steps=100.")
+        try:
+            overrides[key.strip()] = _number(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {setting!r}: the value is not YAML ({error}).") from error
+    return overrides
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    if isinstance(source, Mapping):
+        return _merge({}, source), "the recipe"
+    path = Path(source)
+    if str(source) in PRESETS and not path.is_file():
+        text, name = preset_text(str(source)), f"preset {source!r}"
+    elif path.is_file():
+        text, name = path.read_text(encoding="utf-8"), str(path)
+    else:
+        raise FileNotFoundError(f"{source} is neither a file nor a preset; presets are {list(PRESETS)}.")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{name} holds {type(values).__name__}; expected keys such as `stage: pretrain`.")
+    return _numbers(values), name
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return _number(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as text, and people mean a number."""
+    if isinstance(value, str) and value[:1] in "+-.0123456789":
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _set(values: dict[str, Any], key: str, value: Any, name: str) -> None:
+    *path, last = key.split(".")
+    place: Any = values
+    for number, word in enumerate(path):
+        if isinstance(place, list) and word.isdigit() and int(word) < len(place):
+            place = place[int(word)]
+            continue
+        if not isinstance(place, dict):
+            raise RecipeError(f"{name}: cannot set {key!r}: {'.'.join(path[:number])} has no keys.")
+        if place.get(word) is None:
+            place[word] = {}
+        place = place[word]
+    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
+        place[int(last)] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise RecipeError(f"{name}: cannot set {key!r}: {'.'.join(path)} has no such entry.")
+
+
+def _explain(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"]) or "recipe"
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(detail["loc"][-1]), _keys(detail["loc"][:-1]), n=1)
+        return f"{key}: no such key" + (f"; did you mean {near[0]!r}?" if near else "")
+    if detail["type"] == "missing":
+        return f"{key}: missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(detail["input"], Mapping) else f" (given: {detail['input']!r})"
+    return f"{key}: {message}{given}"
+
+
+def _keys(location: tuple[Any, ...]) -> list[str]:
+    sections = {
+        "backbones": Backbones, "adapter": Adapter, "images": Images, "data": Data, "training": Training
+    }  # fmt: skip
+    section = next((sections[part] for part in location if part in sections), Recipe)
+    return list(section.model_fields)  # type: ignore[attr-defined]

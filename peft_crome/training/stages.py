@@ -1,0 +1,78 @@
+"""The paper's three stages: what trains in each, told once. Everything else about stages is derived from here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+ADAPTER = "adapter"  # the crome_* weights; the other parts are modules of the composite
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What trains in a stage, beside frozen backbones.
+
+    Args:
+        name: what a recipe calls it.
+        parts: "adapter", and modules of the composite, which a composite without a Q-Former has in part.
+        previous: stages whose directory this one can start from; an empty tuple: it starts from the backbones.
+        purpose: one line for people.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    previous: tuple[str, ...]
+    purpose: str
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("pretrain", ("image_projection", "text_projection", ADAPTER), (), "align images with text, on captions"),
+        Stage(
+            "instruct",
+            ("image_projection", "text_projection", "qformer", ADAPTER),
+            ("pretrain", "instruct"),
+            "follow instructions about images",
+        ),
+        Stage("finetune", (ADAPTER,), ("pretrain", "instruct", "finetune"), "learn one task, by the adapter alone"),
+    )
+}
+
+
+def modules_to_save(stage: Stage, composite: nn.Module) -> list[str]:
+    """The modules of this composite that a stage trains in full: PEFT's `modules_to_save`."""
+    return [part for part in stage.parts if part != ADAPTER and getattr(composite, part, None) is not None]
+
+
+def part_of(parameter_name: str) -> str:
+    """The part that a trained parameter of an adapted composite belongs to.
+
+    Example:
+        >>> part_of("base_model.model.image_projection.modules_to_save.default.weight")
+        'image_projection'
+        >>> part_of("base_model.model.crome.crome_up.default.weight")
+        'adapter'
+    """
+    names = {part for stage in STAGES.values() for part in stage.parts}
+    words = parameter_name.split(".")
+    if any(word.startswith("crome_") for word in words):
+        return ADAPTER
+    return next((word for word in words if word in names), "backbones")
+
+
+def trained_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Part, name and value of every parameter that trains."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield part_of(name), name, parameter
+
+
+def count_trained(model: nn.Module) -> dict[str, int]:
+    """Trained weights per part, in the order of the model."""
+    counts: dict[str, int] = {}
+    for part, _, parameter in trained_parameters(model):
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts

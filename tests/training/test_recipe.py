@@ -1,0 +1,102 @@
+"""Recipes: the paper's presets, and what is said of a wrong one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from peft_crome.training import RecipeError, load_recipe
+from peft_crome.training.recipe import PRESETS, parse_overrides, preset_text
+
+COMPLETE = {"output": "out", "data": [{"path": "rows.json"}]}
+
+
+@pytest.mark.parametrize(
+    ("stage", "batch_size", "length"), [("pretrain", 32, "epochs"), ("instruct", 16, "max_steps"), ("finetune", 16, "")]
+)
+def test_presets_are_the_papers(stage: str, batch_size: int, length: str) -> None:
+    previous = {} if stage == "pretrain" else {"previous": "before"}
+    recipe = load_recipe({"preset": stage, **COMPLETE, **previous})
+    training = recipe.training
+    assert training.batch_size == batch_size
+    if length:
+        assert getattr(training, length) == {"epochs": 5, "max_steps": 2_000_000}[length]
+    assert (training.initial_learning_rate, training.learning_rate, training.warmup_steps) == (1e-8, 1e-5, 1000)
+    assert (training.betas, training.weight_decay) == ((0.9, 0.999), 0.05)
+    if stage == "pretrain":
+        images = recipe.images
+        assert images.mean == (0.48145466, 0.4578275, 0.40821073)
+        assert images.std == (0.26862954, 0.26130258, 0.27577711)
+        assert (images.resample, images.random_crop, images.horizontal_flip) == ("bicubic", True, True)
+        assert recipe.backbones is not None
+        assert recipe.backbones.image_size == 224
+
+
+def test_preset_is_named_in_a_file_and_changed_there_and_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: pretrain\noutput: out\ndata: [{path: a.json}]\ntraining: {batch_size: 64}\n")
+    settings = parse_overrides(["training.epochs=null", "training.max_steps=2e3", "data.0.images=pictures"])
+    recipe = load_recipe(file, settings)
+    assert (recipe.training.batch_size, recipe.training.epochs, recipe.training.max_steps) == (64, None, 2000)
+    assert recipe.training.learning_rate == 1e-5
+    assert recipe.data[0].images == "pictures"
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
+    assert yaml.safe_load("1e-5") == "1e-5"
+    file = tmp_path / "mine.yaml"
+    file.write_text(preset_text("pretrain") + "\noutput: out\ndata: [{path: a.json}]\n")
+    text = file.read_text().replace("learning_rate: 1.0e-5", "learning_rate: 1e-5")
+    file.write_text(text)
+    assert load_recipe(file).training.learning_rate == 1e-5
+    assert load_recipe(file, parse_overrides(["training.learning_rate=3e-4"])).training.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training": {"learning_rte": 1}}, r"training.learning_rte: no such key; did you mean 'learning_rate'\?"),
+        ({"trainig": {}}, r"trainig: no such key; did you mean 'training'\?"),
+        ({"output": None}, "output: .*string"),
+        ({"data": []}, "data: .*at least 1"),
+        ({"data": [{"pth": "a"}]}, r"data.0.path: missing(.|\n)*data.0.pth: no such key; did you mean 'path'"),
+        ({"stage": "tune"}, r"stage: .*'pretrain'.* \(given: 'tune'\)"),
+        ({"preset": "pretrian"}, "preset='pretrian' is unknown; expected one of"),
+        ({"training": {"batch_size": 0}}, r"training.batch_size: .*greater than or equal to 1 \(given: 0\)"),
+        ({"training": {"max_steps": 10}}, "give exactly one of `epochs` and `max_steps`"),
+        ({"training": {"epochs": None, "max_steps": 60}}, "leaves nothing of max_steps=60; write warmup_steps: 3"),
+        ({"training": {"rows_per_device": 5}}, "batch_size=32 is no multiple of rows_per_device=5"),
+        ({"training": {"learning_rates": {"tower": 1e-4}}}, "training.learning_rates.tower"),
+        ({"backbones": {"vision": "a"}}, "name exactly one of `vision` and `instructblip`"),
+        ({"backbones": {"qformer": {}}}, "`instructblip` brings its own Q-Former"),
+        ({"stage": "finetune"}, "`finetune` trains the adapter alone; give `previous`"),
+        ({"backbones": None}, "give `previous`, the directory of the stage before, or `backbones`"),
+    ],
+)
+def test_wrong_recipe_names_the_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe({"preset": "pretrain", **COMPLETE, **changes})
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"neither a file nor a preset; presets are \['pretrain'"):
+        load_recipe(tmp_path / "missing.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(RecipeError, match="holds list; expected keys"):
+        load_recipe(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("stage: [pretrain\n")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        load_recipe(tmp_path / "broken.yaml")
+    with pytest.raises(RecipeError, match="write --set training.max_steps=100"):
+        parse_overrides(["training.max_steps"])
+    with pytest.raises(RecipeError, match="'output' has no keys|output has no keys|has no such entry"):
+        load_recipe({"preset": "pretrain", **COMPLETE}, {"output.name": 1})
+
+
+def test_all_presets_lack_only_what_the_user_knows() -> None:
+    for stage in PRESETS:
+        with pytest.raises(RecipeError) as error:
+            load_recipe(stage)
+        missing = [line.split(":")[0].strip() for line in str(error.value).splitlines() if line.endswith("missing")]
+        assert missing == ["output", "data"]

@@ -1,0 +1,216 @@
+"""The three stages on tiny models: what trains, what a directory holds, and what it says when it does not fit."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
+from peft_crome.data import read_llava
+from peft_crome.training import StageError, generate_answers, load_recipe, read_record, train
+
+
+def following(values: dict[str, Any], stage: str, output: Path, **changes: Any) -> dict[str, Any]:
+    """The recipe of the next stage, which takes everything else from the directory before it."""
+    later = {key: copy.deepcopy(values[key]) for key in ("data", "training")}
+    return {**later, "stage": stage, "previous": values["output"], "output": str(output), **changes}
+
+
+@pytest.fixture
+def stages(values: dict[str, Any], tmp_path: Path) -> dict[str, Path]:
+    """Directories of all three stages."""
+    instruct = following(values, "instruct", tmp_path / "instruct")
+    finetune = following(instruct, "finetune", tmp_path / "finetune")
+    for recipe in (values, instruct, finetune):
+        train(load_recipe(recipe))
+    return {name: tmp_path / name for name in ("pretrain", "instruct", "finetune")}
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        with safe_open(directory / name, "pt") as file:
+            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    return found
+
+
+def test_each_stage_trains_its_parts_alone(stages: dict[str, Path]) -> None:
+    """What changes from one directory to the next is what the stage names, and nothing else is stored."""
+    before = weights(stages["pretrain"])
+    assert {key.split(".")[0] for key in before} == {"image_projection", "text_projection", "qformer", "base_model"}
+    expected = {
+        "instruct": {"image_projection", "text_projection", "qformer", "base_model"},
+        "finetune": {"base_model"},
+    }
+    for name, parts in expected.items():
+        after = weights(stages[name])
+        assert after.keys() == before.keys()
+        changed = {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])}
+        assert changed == parts
+        before = after
+    trained = [stage["trained"] for stage in read_record(stages["finetune"])["stages"]]
+    assert [list(part) for part in trained] == [
+        ["image_projection", "text_projection", "adapter"],
+        ["image_projection", "qformer", "text_projection", "adapter"],
+        ["adapter"],
+    ]
+    assert trained[2]["adapter"] == 5 * 32 * 4
+
+
+LOAD = """
+import json, sys, torch
+from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
+from peft_crome.data import read_llava
+from peft_crome.training import generate_answers
+directory, data = sys.argv[1:]
+model = CromeVLMForConditionalGeneration.from_pretrained(directory)
+processor = CromeVLMProcessor.from_pretrained(directory)
+rows = list(read_llava(data))
+print(json.dumps(generate_answers(model, processor, rows, max_new_tokens=3, progress=False)))
+"""
+
+
+def test_last_directory_alone_answers_in_a_fresh_process(
+    stages: dict[str, Path], dataset: Path, tmp_path: Path
+) -> None:
+    rows = list(read_llava(dataset))
+    model = CromeVLMForConditionalGeneration.from_pretrained(stages["finetune"])
+    processor = CromeVLMProcessor.from_pretrained(stages["finetune"])
+    here = generate_answers(model, processor, rows, max_new_tokens=3, progress=False)
+    copied = tmp_path / "elsewhere"
+    shutil.move(stages["finetune"], copied)
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, str(copied), str(dataset)], capture_output=True, text=True, check=True
+    )
+    assert json.loads(result.stdout.splitlines()[-1]) == here
+    assert len(set(here)) > 1
+
+
+def test_loaded_model_is_the_trained_one(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of the model in memory at the end of training equal those of its directory."""
+    from peft_crome.training import run
+
+    seen = {}
+
+    def save(model: Any, processor: Any, *args: Any) -> None:
+        batch = collate(processor)
+        model.eval()
+        with torch.no_grad():
+            seen["logits"] = model(**batch).logits
+        return original(model, processor, *args)
+
+    def collate(processor: Any) -> dict[str, torch.Tensor]:
+        rows = list(read_llava(values["data"][0]["path"]))[:3]
+        return run.ConversationCollator(processor)(rows)
+
+    original = run.save_stage
+    monkeypatch.setattr(run, "save_stage", save)
+    train(load_recipe(values))
+    model = CromeVLMForConditionalGeneration.from_pretrained(values["output"])
+    processor = CromeVLMProcessor.from_pretrained(values["output"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(**collate(processor)).logits, seen["logits"], rtol=0, atol=0)
+
+
+def test_card_says_what_was_trained_on_what(stages: dict[str, Path], values: dict[str, Any]) -> None:
+    card = (stages["finetune"] / "README.md").read_text()
+    for text in ("base_model:", values["backbones"]["language"], "| pretrain |", "| instruct |", "| finetune |"):
+        assert text in card
+    assert f"{values['data'][0]['path']} (12)" in card
+    assert "1e-08 to 0.01 in 1 steps, cosine to 0" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+
+
+def test_interrupted_stage_goes_on(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies after step 3 and is started again ends with the weights of one that does not."""
+    from transformers import TrainerCallback
+
+    from peft_crome.training import run
+
+    train(load_recipe({**values, "output": values["output"] + "-whole"}))
+
+    class Die(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    class DyingTrainer(run.CromeTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, callbacks=[Die()], **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "CromeTrainer", DyingTrainer)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_recipe(values))
+    assert not Path(values["output"]).exists()
+    record = train(load_recipe(values))
+    assert record["stages"][0]["resumed"]
+    whole, resumed = weights(Path(values["output"] + "-whole")), weights(Path(values["output"]))
+    for key, value in whole.items():
+        torch.testing.assert_close(resumed[key], value, rtol=0, atol=0)
+    assert not Path(values["output"] + ".checkpoints").exists()
+
+
+def test_seq2seq_and_no_qformer(
+    values: dict[str, Any], seq2seq_backbone: str, tmp_path: Path, dataset: Path
+) -> None:
+    values["backbones"] = {"vision": values["backbones"]["vision"], "language": seq2seq_backbone, "dtype": "float32"}
+    values["chat_template"] = "t5"
+    record = train(load_recipe(values))
+    assert list(record["stages"][0]["trained"]) == ["image_projection", "adapter"]
+    train(load_recipe(following(values, "finetune", tmp_path / "finetune")))
+    model = CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "finetune")
+    processor = CromeVLMProcessor.from_pretrained(tmp_path / "finetune")
+    rows = list(read_llava(dataset))
+    assert len(generate_answers(model, processor, rows, max_new_tokens=3, progress=False)) == len(rows)
+
+
+def test_directory_of_another_architecture_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    train(load_recipe(values))
+    later = following(values, "instruct", tmp_path / "instruct", backbones=copy.deepcopy(values["backbones"]))
+    later["backbones"]["num_query_tokens"] = 8
+    later["backbones"]["language"] = "another/model"
+    later["adapter"] = {"bottleneck_dim": 16}
+    with pytest.raises(StageError) as error:
+        train(load_recipe(later))
+    for text in ("'another/model' in the recipe", "num_query_tokens", "8 in the recipe, 4 there", "bottleneck_dim"):
+        assert text in str(error.value)
+    assert not (tmp_path / "instruct").exists()
+    del later["backbones"], later["adapter"]
+    train(load_recipe(later))
+
+
+@pytest.mark.parametrize("damage", ["no record", "missing", "truncated", "no directory"])
+def test_half_written_directory_is_refused(damage: str, values: dict[str, Any], tmp_path: Path) -> None:
+    directory = Path(values["output"])
+    if damage != "no directory":
+        train(load_recipe(values))
+    if damage == "no record":
+        (directory / "crome_stage.json").unlink()
+    elif damage == "missing":
+        (directory / "adapter_model.safetensors").unlink()
+    elif damage == "truncated":
+        data = (directory / "model.safetensors").read_bytes()
+        (directory / "model.safetensors").write_bytes(data[:-10])
+    with pytest.raises(StageError, match=r"no complete stage's directory|is incomplete: (adapter_)?model.safetensors"):
+        train(load_recipe(following(values, "instruct", tmp_path / "instruct")))
+    assert not (tmp_path / "instruct").exists()
+
+
+def test_wrong_order_and_existing_output_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    train(load_recipe(values))
+    before = weights(Path(values["output"]))
+    with pytest.raises(StageError, match="is not overwritten"):
+        train(load_recipe(values))
+    with pytest.raises(StageError, match=r"'pretrain' starts from the backbones alone"):
+        train(load_recipe(following(values, "pretrain", tmp_path / "again")))
+    after = weights(Path(values["output"]))
+    assert all(torch.equal(after[key], value) for key, value in before.items())
