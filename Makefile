@@ -96,7 +96,7 @@ $(VENV)/.installed-quickstart: pyproject.toml | $(VENV)/.installed-torch
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed-torch
 	@echo "Installing peft_crome and what its tests, docs and demo need (some minutes)"
-	$(PIP) --quiet -e ".[plots,quantization,trl]" --group dev --group docs
+	$(PIP) --quiet -e ".[plots,quantization,train,trl]" --group dev --group docs
 	@touch $@
 
 $(VENV)-oldest/.installed: tests/oldest.txt

@@ -81,33 +81,48 @@ def caption_rows(train: list[dict[str, Any]], count: int, seed: int) -> list[dic
 def question_rows(
     train: list[dict[str, Any]], count: int, seed: int, questions_per_picture: int, draw: str = "any"
 ) -> list[dict[str, Any]]:
-    """`count` training rows of one picture and some of its questions each, as one conversation.
+    """`count` training rows of one picture and some of its questions each.
 
     Args:
-        draw: "any" of a picture's questions, or "balanced": as many about what it does not show as about what it does.
-            They are five times as many, and a model that answers as if nothing were shown is right that often.
+        draw: "any" of a picture's questions; or "paired", one "what" question, and yes/no questions in pairs of one
+            wording, of which the picture shows what the first asks for and not what the second does, so that the
+            wording alone is right half of the time; or "affirmative", the same without negated questions. Pictures
+            that allow no pair are left out then.
     """
     by_picture: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in train:
         by_picture[row["image_id"]].append(row)
     generator = random.Random(seed)
+    if draw != "any":
+        wordings = ("is there",) if draw == "affirmative" else ("is there", "is there not")
+        by_picture = {i: pool for i, pool in by_picture.items() if _pairs(pool, wordings, random.Random(0))}
     rows = []
     for i in _take(list(by_picture), count, seed):
-        pool = by_picture[i]
-        if draw == "balanced":
-            pool = _balanced(pool, questions_per_picture, generator)
-        turns = generator.sample(pool, min(questions_per_picture, len(pool)))
+        turns = by_picture[i]
+        if draw == "any":
+            turns = generator.sample(turns, min(questions_per_picture, len(turns)))
+        else:
+            pairs = _pairs(turns, wordings, generator)
+            what = [row for row in turns if row["kind"] == "what"]
+            turns = [row for pair in pairs for row in pair][:questions_per_picture]
+            turns += generator.sample(what, min(1, len(what)))
+            generator.shuffle(turns)
         rows.append({"image_id": i, "turns": [[row["question"], row["answer"]] for row in turns]})
     return rows
 
 
-def _balanced(rows: list[dict[str, Any]], least: int, generator: random.Random) -> list[dict[str, Any]]:
-    """All questions about what a picture shows, as many about what it does not show, and more up to `least`."""
-    absent = [row for row in rows if (yes_no_group(row) or "").endswith("not shown")]
-    others = [row for row in rows if row not in absent]
-    present = sum(row["kind"] == "yes/no" for row in others)
-    generator.shuffle(absent)
-    return others + absent[: max(present, least - len(others))]
+def _pairs(
+    rows: list[dict[str, Any]], wordings: tuple[str, ...], generator: random.Random
+) -> list[list[dict[str, Any]]]:
+    """Up to two pairs per wording: a question about what the picture shows, and one about what it does not show."""
+    pairs = []
+    for wording in wordings:
+        shown = [row for row in rows if yes_no_group(row) == f"{wording}, shown"]
+        absent = [row for row in rows if yes_no_group(row) == f"{wording}, not shown"]
+        generator.shuffle(shown)
+        generator.shuffle(absent)
+        pairs += [[yes, no] for yes, no in list(zip(shown, absent, strict=False))[:2]]
+    return pairs
 
 
 def messages(turns: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
@@ -120,9 +135,31 @@ def messages(turns: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
     return chat
 
 
-def tokenized(rows: list[dict[str, Any]], processor: Any) -> Dataset:
-    """Rows as input_ids and labels: only answers and the token that ends them count in the loss (-100 elsewhere)."""
-    return Dataset.from_list([{"image_id": row["image_id"], **_tokenize(row["turns"], processor)} for row in rows])
+def tokenized(rows: list[dict[str, Any]], processor: Any, isolated: bool = False) -> Dataset:
+    """Rows as input_ids and labels: only answers and the token that ends them count in the loss (-100 elsewhere).
+
+    Args:
+        isolated: each question follows the picture as if it were the first, and `Collator` keeps questions from
+            seeing one another. Otherwise a row is one conversation, in which a question can be answered from the
+            answers before it, without looking.
+    """
+    encode = _tokenize_isolated if isolated else _tokenize
+    return Dataset.from_list([{"image_id": row["image_id"], **encode(row["turns"], processor)} for row in rows])
+
+
+def _tokenize_isolated(turns: list[list[str]], processor: Any) -> dict[str, list[int]]:
+    """What comes up to the picture, then what follows it for each turn; `turn` numbers these, -1 for the former."""
+    row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": [], "turn": []}
+    for number, turn in enumerate(turns):
+        one = _tokenize([turn], processor)
+        length = len(one["input_ids"])
+        shared = length - one["input_ids"][::-1].index(processor.image_token_id)  # up to the last image token
+        start = 0 if number == 0 else shared
+        row["input_ids"] += one["input_ids"][start:]
+        row["labels"] += one["labels"][start:]
+        row["position_ids"] += range(start, length)
+        row["turn"] += [-1] * (shared - start) + [number] * (length - shared)
+    return row
 
 
 def _tokenize(turns: list[list[str]], processor: Any) -> dict[str, list[int]]:
@@ -164,11 +201,30 @@ class Collator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self.pad(rows, self.pad_token_id)
+        if "turn" in rows[0]:
+            batch |= self.isolate(rows)
         columns = (batch["labels"][:, 1:] != -100).any(dim=0).nonzero().flatten()
         batch["labels"] = batch["labels"][:, columns + 1]
         batch["logits_to_keep"] = columns
         batch["vision_features"] = self.features[[row["image_id"] for row in rows]]
         return batch
+
+    @staticmethod
+    def isolate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """position_ids, (rows, longest), and a mask, (rows, 1, longest, longest), by which turns see the prefix and
+        themselves."""
+        length = max(len(row["turn"]) for row in rows)
+        turn = torch.full((len(rows), length), -2)  # padding sees padding
+        position_ids = torch.zeros(len(rows), length, dtype=torch.long)
+        for number, row in enumerate(rows):
+            size = len(row["turn"])
+            turn[number, :size] = torch.as_tensor(row["turn"])
+            position_ids[number, :size] = torch.as_tensor(row["position_ids"])
+        seen = (turn[:, :, None] == turn[:, None, :]) | (turn[:, None, :] == -1)
+        seen &= torch.ones(length, length, dtype=torch.bool).tril()
+        lowest = torch.finfo(torch.bfloat16).min
+        mask = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, lowest)
+        return {"position_ids": position_ids, "attention_mask": mask[:, None]}
 
     @staticmethod
     def pad(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:

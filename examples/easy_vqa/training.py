@@ -31,7 +31,9 @@ class Stage:
         pictures_per_step: rows of a batch, one picture each.
         questions_per_picture: question turns of a row; captions have one.
         learning_rate: AdamW's peak, after a warm-up over 5% of the steps, then cosine to 0.
-        draw: which of a picture's questions, "any" or "balanced" (see `data.question_rows`).
+        draws: which questions, in order: pairs of a draw (see `data.question_rows`) and its steps; "any" if empty.
+        isolated: whether questions about one picture do not see one another.
+        word_weight: of a term that draws image tokens towards the words of their caption (see `WordLoss`).
     """
 
     name: str
@@ -39,7 +41,9 @@ class Stage:
     pictures_per_step: int
     questions_per_picture: int
     learning_rate: float
-    draw: str = "any"
+    draws: tuple[tuple[str, int], ...] = ()
+    isolated: bool = False
+    word_weight: float = 0.0
 
 
 def train_stage(
@@ -62,11 +66,15 @@ def train_stage(
     torch.manual_seed(seed)
     model = attach(method, stage.name, previous)
     questions = data.load_questions("train")
-    count = stage.steps * stage.pictures_per_step
     if stage.name == "align":
-        rows = data.caption_rows(questions, count, seed)
+        rows = data.caption_rows(questions, stage.steps * stage.pictures_per_step, seed)
     else:
-        rows = data.question_rows(questions, count, seed, stage.questions_per_picture, stage.draw)
+        rows = []
+        for number, (draw, steps) in enumerate(stage.draws or (("any", stage.steps),)):
+            count = steps * stage.pictures_per_step
+            rows += data.question_rows(questions, count, seed + 100 * number, stage.questions_per_picture, draw)
+    if stage.word_weight:
+        start_at_words(model, features)
     arguments = TrainingArguments(
         output_dir=str(directory / "checkpoints"),
         max_steps=stage.steps,
@@ -83,14 +91,15 @@ def train_stage(
         label_names=["labels"],
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
+        train_sampling_strategy="sequential" if stage.draws else "random",
         seed=seed,
     )
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=data.tokenized(rows, processor),
+        train_dataset=data.tokenized(rows, processor, stage.isolated),
         data_collator=data.Collator(features, processor.tokenizer.pad_token_id),
-        compute_loss_func=answer_loss,
+        compute_loss_func=WordLoss(model, processor, stage.word_weight) if stage.word_weight else answer_loss,
     )
     start = time.perf_counter()
     checkpoint = get_last_checkpoint(arguments.output_dir) if os.path.isdir(arguments.output_dir) else None
@@ -114,6 +123,52 @@ def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Te
     logits = outputs.logits.flatten(0, 1).float()
     count = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum()
     return F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum") / count
+
+
+class WordLoss:
+    """The answers' loss, and how far an image's tokens are from the words of its caption.
+
+    The distance is that of the image tokens' mean to the mean of the words' embeddings, squared, relative to the
+    latter's square. Image tokens that lie among words can be compared with words by what the language model has
+    learnt on text; captions alone do not put them there.
+
+    Args:
+        model: the composite, adapted or not.
+        processor: the composite's.
+        weight: of the distance.
+    """
+
+    def __init__(self, model: torch.nn.Module, processor: Any, weight: float) -> None:
+        self.table = word_table(model)
+        self.tokenizer = processor.tokenizer
+        self.weight = weight
+
+    def __call__(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`labels`: one caption a row."""
+        captions = [self.tokenizer.decode(row[row != -100], skip_special_tokens=True) for row in labels]
+        # As words in a sentence are written, with a space before them.
+        ids = [self.tokenizer.encode(f" {caption}", add_special_tokens=False) for caption in captions]
+        words = torch.stack([self.table[row].float().mean(dim=0) for row in ids])
+        tokens = outputs.image_hidden_states.float().mean(dim=1)
+        distance = (tokens - words).square().sum(dim=-1).mean() / words.square().sum(dim=-1).mean()
+        return answer_loss(outputs, labels, num_items_in_batch) + self.weight * distance
+
+
+def word_table(model: torch.nn.Module) -> torch.Tensor:
+    """The frozen language model's own embedding table, (vocabulary, hidden)."""
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    return getattr(table, "base_layer", table).weight.detach()
+
+
+@torch.no_grad()
+def start_at_words(model: torch.nn.Module, features: torch.Tensor) -> None:
+    """Scale the fresh projection so that image tokens are as large as words; they would be eight times that."""
+    weight = next(p for name, p in model.named_parameters() if "image_projection" in name and p.requires_grad)
+    size = word_table(model)[::48].float().square().mean(dim=-1).sqrt().median()
+    given = (features[:200].float() @ weight.T).square().mean().sqrt()
+    weight.mul_(size / given)
 
 
 def write_json(path: Path, value: Any) -> None:

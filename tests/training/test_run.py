@@ -159,9 +159,7 @@ def test_interrupted_stage_goes_on(values: dict[str, Any], monkeypatch: pytest.M
     assert not Path(values["output"] + ".checkpoints").exists()
 
 
-def test_seq2seq_and_no_qformer(
-    values: dict[str, Any], seq2seq_backbone: str, tmp_path: Path, dataset: Path
-) -> None:
+def test_seq2seq_and_no_qformer(values: dict[str, Any], seq2seq_backbone: str, tmp_path: Path, dataset: Path) -> None:
     values["backbones"] = {"vision": values["backbones"]["vision"], "language": seq2seq_backbone, "dtype": "float32"}
     values["chat_template"] = "t5"
     record = train(load_recipe(values))

@@ -79,5 +79,5 @@ def test_rows_are_divided_or_refused(tmp_path: Any) -> None:
 def test_warmup_longer_than_the_run_is_refused(tmp_path: Any) -> None:
     own = trainer(tmp_path, max_steps=2000)
     own.optimizer = SimpleNamespace()  # not touched
-    with pytest.raises(RecipeError, match="1000 leaves nothing of 300 steps. Write warmup_steps: 15"):
+    with pytest.raises(RecipeError, match=r"1000 leaves nothing of 300 steps. Write warmup_steps: 15"):
         own.create_scheduler(300)

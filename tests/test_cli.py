@@ -1,0 +1,90 @@
+"""peft-crome: its commands, their exit status, and what they say when something is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from peft_crome.cli import app
+from peft_crome.training import load_recipe
+from tests.training.conftest import backbones, dataset, values  # noqa: F401  # fixtures
+
+runner = CliRunner()
+
+
+def test_preset_is_printed_and_can_be_completed(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["preset", "pretrain"])
+    assert result.exit_code == 0
+    (tmp_path / "mine.yaml").write_text(result.stdout + "output: out\ndata: [{path: rows.json}]\n")
+    assert load_recipe(tmp_path / "mine.yaml").training.epochs == 5
+    result = runner.invoke(app, ["preset", "tune"])
+    assert result.exit_code == 1
+    assert "No preset 'tune'; expected one of ['pretrain', 'instruct', 'finetune']" in result.stderr
+
+
+def test_train_then_evaluate(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    result = runner.invoke(app, ["train", str(recipe), "--set", "training.max_steps=3"])
+    assert result.exit_code == 0, result.output
+    assert "pretrain: 3 steps" in result.stdout
+    assert "image_projection" in result.stdout
+    answers = tmp_path / "answers.jsonl"
+    result = runner.invoke(
+        app,
+        [
+            "evaluate",
+            values["output"],
+            str(dataset),
+            "--limit",
+            "5",
+            "--max-new-tokens",
+            "2",
+            "--output",
+            str(answers),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    assert "of 5 rows" in result.stdout
+    assert len(answers.read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["training.learning_rte=1"], "training.learning_rte: no such key; did you mean 'learning_rate'?"),
+        (["training"], "is no setting; write --set training.max_steps=100"),
+        (["data.0.path=missing.json"], "missing.json is missing; expected a JSON list or JSONL"),
+        (["stage=finetune"], "`finetune` trains the adapter alone"),
+        (["stage=finetune", "previous=nowhere", "backbones=null"], "nowhere is no complete stage's directory"),
+    ],
+)
+def test_train_says_what_is_wrong(
+    settings: list[str],
+    message: str,
+    values: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    result = runner.invoke(app, ["train", str(recipe), *(word for s in settings for word in ("--set", s))])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not Path(values["output"]).exists()
+
+
+def test_module_is_the_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "peft_crome", "--help"], capture_output=True, text=True, check=True)
+    for command in ("train", "evaluate", "preset"):
+        assert command in result.stdout
+
+
+def test_missing_extra_names_its_install_command() -> None:
+    code = "import sys; sys.modules['typer'] = None; import peft_crome.cli"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert 'pip install "peft-crome[train]"' in result.stderr
