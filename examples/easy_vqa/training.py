@@ -65,6 +65,28 @@ def train_stage(
         return json.loads(record_file.read_text())
     torch.manual_seed(seed)
     model = attach(method, stage.name, previous)
+    fitted = fit(model, stage, seed, processor, features, directory / "checkpoints")
+    record = {
+        "settings": {**asdict(stage), "method": method, "seed": seed},
+        **fitted,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "file_bytes": save_stage(model, directory),
+    }
+    write_json(record_file, record)
+    return record
+
+
+def fit(
+    model: torch.nn.Module, stage: Stage, seed: int, processor: Any, features: torch.Tensor, checkpoints: Path | None
+) -> dict[str, Any]:
+    """Train what requires a gradient.
+
+    Args:
+        checkpoints: directory to continue from and to save to; None: neither.
+    Returns:
+        seconds, whether it was resumed (then seconds count the last part only), losses [[step, loss], ...].
+    """
     questions = data.load_questions("train")
     if stage.name == "align":
         rows = data.caption_rows(questions, stage.steps * stage.pictures_per_step, seed)
@@ -76,7 +98,7 @@ def train_stage(
     if stage.word_weight:
         start_at_words(model, features)
     arguments = TrainingArguments(
-        output_dir=str(directory / "checkpoints"),
+        output_dir=str(checkpoints) if checkpoints is not None else None,
         max_steps=stage.steps,
         per_device_train_batch_size=stage.pictures_per_step,
         learning_rate=stage.learning_rate,
@@ -85,6 +107,7 @@ def train_stage(
         weight_decay=0.0,
         max_grad_norm=1.0,
         logging_steps=10,
+        save_strategy="steps" if checkpoints is not None else "no",
         save_steps=SAVE_STEPS,
         save_total_limit=1,
         remove_unused_columns=False,
@@ -102,20 +125,10 @@ def train_stage(
         compute_loss_func=WordLoss(model, processor, stage.word_weight) if stage.word_weight else answer_loss,
     )
     start = time.perf_counter()
-    checkpoint = get_last_checkpoint(arguments.output_dir) if os.path.isdir(arguments.output_dir) else None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    record = {
-        "settings": {**asdict(stage), "method": method, "seed": seed},
-        "seconds": round(time.perf_counter() - start, 1),
-        "resumed": checkpoint is not None,  # then seconds count the last part only
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "trained_parameters": trained,
-        "file_bytes": save_stage(model, directory),
-        "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
-    }
-    write_json(record_file, record)
-    return record
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints is not None and checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
+    return {"seconds": round(time.perf_counter() - start, 1), "resumed": last is not None, "losses": losses}
 
 
 def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:

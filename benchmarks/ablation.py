@@ -1,0 +1,165 @@
+"""What each part of the adapter is worth, and other methods beside it, on easy-VQA at the quick start's budget.
+
+    python -m benchmarks.ablation           # everything that is not done yet; about six hours on two cores
+    python -m benchmarks.ablation --report  # the table and the plot from what is there
+
+Every run: 200 caption steps with the projection, 200 question steps without it (the projection alone keeps training),
+the same pictures and questions in the same order. A run's result is written when it ends; a second call goes on with
+the next one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import matplotlib
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.variants import SOFT_TOKENS, VARIANTS, Variant
+from examples.easy_vqa import data, quickstart
+from examples.easy_vqa.evaluation import answer, score
+from examples.easy_vqa.model import PROJECTION, backbone, processor, vision_features
+from examples.easy_vqa.training import Stage, fit, write_json
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results" / "ablation"
+SAMPLE = {"what": 1000, "yes/no": 500}
+console = Console()
+
+
+def run_one(
+    variant: Variant,
+    seed: int,
+    align: Stage = quickstart.ALIGN,
+    finetune: Stage = quickstart.FINETUNE,
+    sample: dict[str, int] = SAMPLE,
+) -> dict[str, Any]:
+    """Both stages and the answers of one variant and seed."""
+    shared = processor()
+    if variant.soft_prompt:
+        shared = copy.copy(shared)
+        soft = "".join(shared.tokenizer.convert_ids_to_tokens(SOFT_TOKENS))
+        shared.chat_template = soft + shared.chat_template
+    train, test = (vision_features(split, shared.image_processor) for split in ("train", "test"))
+    torch.manual_seed(seed)
+    composite = backbone("projection")
+    model = variant.attach(composite, train[:100])
+    own = [parameter.requires_grad_(True) for parameter in model.parameters() if parameter.requires_grad]
+    projection = list(getattr(composite, PROJECTION).parameters())
+    for parameter in [*own, *projection]:
+        parameter.data = parameter.data.float()  # small steps would be lost in half precision
+        parameter.requires_grad_(True)
+    stages = {"align": replace(align, learning_rate=variant.align_rate)}
+    stages["finetune"] = replace(finetune, learning_rate=variant.finetune_rate)
+    record: dict[str, Any] = {"variant": variant.name, "seed": seed, "main": variant.main}
+    for name, stage in stages.items():
+        if name == "finetune" and own:
+            for parameter in projection:
+                parameter.requires_grad_(False)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        fitted = fit(model, stage, seed, shared, train, None)
+        record[name] = {"settings": asdict(stage), "trained_parameters": trained, **fitted}
+    start = time.perf_counter()
+    questions = data.sample(data.load_questions("test"), sample)
+    answers = answer(model, shared, test, questions, description=f"{variant.name}, seed {seed}")
+    return {**record, "answering_seconds": round(time.perf_counter() - start, 1), "score": score(questions, answers)}
+
+
+def plan(seeds: int = 3) -> list[tuple[Variant, int]]:
+    """All runs, in an order in which each seed's main rows come before the next seed's."""
+    main = [variant for variant in VARIANTS if variant.main]
+    others = [(variant, 0) for variant in VARIANTS if not variant.main]
+    return [*[(variant, 0) for variant in main], *others, *[(v, seed) for seed in range(1, seeds) for v in main]]
+
+
+def file_of(variant: Variant, seed: int, results: Path = RESULTS) -> Path:
+    """Where a run's record goes."""
+    words = "".join(letter if letter.isalnum() else " " for letter in variant.name.lower()).split()
+    return results / f"{'-'.join(words)}-seed{seed}.json"
+
+
+def write_report(results: Path = RESULTS) -> None:
+    """The table and the plot of what is there."""
+    rows, points = [], []
+    for variant in VARIANTS:
+        files = [file_of(variant, seed, results) for seed in range(3)]
+        records = [json.loads(file.read_text()) for file in files if file.is_file()]
+        if not records:
+            continue
+        values = {kind: [record["score"][kind]["accuracy"] for record in records] for kind in data.KINDS}
+        weights = records[0]["finetune"]["trained_parameters"]
+        minutes = statistics.median(r["align"]["seconds"] + r["finetune"]["seconds"] for r in records) / 60
+        rates = f"{variant.align_rate:g} / {variant.finetune_rate:g}"
+        cells = [variant.name, len(records), *(_spread(values[kind], records, kind) for kind in data.KINDS)]
+        rows.append([*cells, f"{weights:,}", rates, f"{minutes:.1f}"])
+        points.append((variant, weights, values["what"]))
+    header = ["", "seeds", "what colour / shape", "yes/no", "weights in (b)", "rates (a) / (b)", "minutes"]
+    lines = [header, ["---"] * len(header), *rows]
+    table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+    _replace(results / "table.md", lambda path: path.write_text(table))
+    _replace(results / "accuracy_over_weights.png", lambda path: _plot(points, path))
+
+
+def _spread(values: list[float], records: list[dict[str, Any]], kind: str) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1%} ± {records[0]['score'][kind]['stderr']:.1%}"
+    return f"{statistics.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
+
+
+def _plot(points: list[tuple[Variant, int, list[float]]], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(8, 5))
+    for number, (variant, weights, values) in enumerate(points):
+        middle = statistics.mean(values)
+        spread = [[100 * (middle - min(values))], [100 * (max(values) - middle)]]
+        marker = "o" if variant.main else "x"
+        axis.errorbar(
+            weights, 100 * middle, yerr=spread, marker=marker, color=f"C{number % 10}", capsize=3, label=variant.name
+        )
+    axis.set(xscale="log", xlabel="weights trained in (b)", ylabel='"what" questions right, %')
+    axis.set_title("easy-VQA, 200 + 200 steps; mean and range over the seeds")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, ncol=2, loc="best")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _replace(path: Path, write: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"tmp-{path.name}")
+    write(temporary)
+    temporary.replace(path)
+
+
+def main(
+    report: Annotated[bool, typer.Option("--report", help="Only the table and the plot.")] = False,
+    seeds: Annotated[int, typer.Option(help="Of the main rows.")] = 3,
+    results: Annotated[Path, typer.Option(help="Where records, table and plot go.")] = RESULTS,
+) -> None:
+    """Run what is not done yet."""
+    for variant, seed in [] if report else plan(seeds):
+        file = file_of(variant, seed, results)
+        if not file.is_file():
+            console.print(f"[bold]{variant.name}, seed {seed}[/bold]")
+            write_json(file, run_one(variant, seed))
+            write_report(results)
+    write_report(results)
+
+
+if __name__ == "__main__":
+    sys.exit(typer.run(main))

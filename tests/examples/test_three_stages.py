@@ -1,0 +1,48 @@
+"""The paper's three stages, one process after another, on real weights and real data; each improves what it is for."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from examples import three_stages
+
+SIZES = {"pretrain": 90, "instruct": 60, "finetune": 50}
+ANSWER = """
+import sys
+from PIL import Image
+from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
+directory, picture = sys.argv[1:]
+model = CromeVLMForConditionalGeneration.from_pretrained(directory)
+processor = CromeVLMProcessor.from_pretrained(directory)
+content = [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": "what shape is in the image?"}]
+messages = [{"role": "system", "content": "You answer questions about pictures."}, {"role": "user", "content": content}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+print(processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+
+
+@pytest.mark.slow
+def test_each_stage_improves_what_it_is_for(tmp_path, capfd):
+    results = three_stages.run(tmp_path, SIZES, test_questions=120)
+    print(json.dumps(results, indent=1))
+    for row in results:
+        assert row["after"]["accuracy"] > row["before"]["accuracy"] + 3 * row["after"]["stderr"], row
+    trained = [list(row["trained"]) for row in results]
+    assert trained[1] == ["image_projection", "qformer", "text_projection", "adapter"]
+    assert results[2]["trained"] == {"adapter": 5 * 576 * 256}
+
+    copied = tmp_path / "copied"
+    shutil.move(tmp_path / "finetune", copied)
+    shutil.rmtree(tmp_path / "pretrain")
+    shutil.rmtree(tmp_path / "instruct")
+    picture = three_stages.easy_vqa_dir() / "test" / "images" / "0.png"
+    said = subprocess.run(
+        [sys.executable, "-c", ANSWER, str(copied), str(picture)], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert said in three_stages.data.SHAPES
