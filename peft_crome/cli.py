@@ -15,6 +15,7 @@ try:
     from rich.table import Table
 
     from .training import recipe as recipes
+    from .training.stages import STAGES
 except ImportError as error:  # typer, rich, pydantic: none is needed by the method itself
     sys.exit(f"peft-crome needs {error.name!r}, which is not installed. Write: {EXTRA}")
 
@@ -41,16 +42,11 @@ def train(
 
     try:
         parsed = recipes.load_recipe(recipe, recipes.parse_overrides(settings or []))
-        record = run(parsed)
+        record = run(parsed, lambda trained, rows: _announce(parsed.stage, trained, rows))
     except (recipes.RecipeError, StageError, FileNotFoundError, ValueError) as error:
         _fail(error)
     last = record["stages"][-1]
-    table = Table(title=f"{last['stage']}: {last['steps']} steps, {last['seconds']:.0f} s")
-    for column in ("part", "trained weights"):
-        table.add_column(column, justify="right" if column == "trained weights" else "left")
-    for part, count in last["trained"].items():
-        table.add_row(part, f"{count:,}")
-    console.print(table)
+    console.print(f"{last['steps']} steps in {last['seconds']:.0f} s")
     if last["losses"]:
         console.print(
             f"loss: {last['losses'][0][1]:.4f} at step {last['losses'][0][0]}, {last['losses'][-1][1]:.4f} last"
@@ -106,6 +102,15 @@ def evaluate(
         temporary.replace(output)
     score = evaluation.exact_match(answers, expected)
     console.print(f"exact match: {score['accuracy']:.1%} ± {score['stderr']:.1%} of {score['n']:,} rows")
+
+
+def _announce(stage: str, trained: dict[str, int], rows: int) -> None:
+    table = Table(title=f"{stage}: what trains, on {rows:,} rows", caption=STAGES[stage].purpose)
+    table.add_column("part")
+    table.add_column("weights", justify="right")
+    for part, count in trained.items():
+        table.add_row(part, f"{count:,}")
+    console.print(table)
 
 
 def _fail(error: Exception) -> None:

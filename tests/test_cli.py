@@ -31,7 +31,8 @@ def test_train_then_evaluate(values: dict[str, Any], dataset: Path, tmp_path: Pa
     recipe.write_text(yaml.safe_dump(values))
     result = runner.invoke(app, ["train", str(recipe), "--set", "training.max_steps=3"])
     assert result.exit_code == 0, result.output
-    assert "pretrain: 3 steps" in result.stdout
+    assert "pretrain: what trains, on 12 rows" in result.stdout
+    assert "3 steps in" in result.stdout
     assert "image_projection" in result.stdout
     answers = tmp_path / "answers.jsonl"
     result = runner.invoke(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from .stages import count_trained
 from .trainer import CromeTrainer, training_arguments
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe, on_ready: Callable[[dict[str, int], int], None] | None = None) -> dict[str, Any]:
     """Train one stage and write `recipe.output`.
 
+    Args:
+        recipe: what to do.
+        on_ready: told, before the first step, the trained weights per part and the number of rows.
     Returns:
         The record that is written to `crome_stage.json`; the last of its "stages" is this one.
     Raises:
@@ -47,6 +51,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
         system=recipe.system,
     )
     trained = count_trained(model)
+    if on_ready is not None:
+        on_ready(trained, len(every))
     trainer = CromeTrainer(
         model=model,
         args=arguments,

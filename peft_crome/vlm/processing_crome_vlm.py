@@ -20,8 +20,8 @@ IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 class CromeVLMProcessor(ProcessorMixin):
     """Joins an image processor and a text tokenizer, any of each.
 
-    The tokenizer is given an image placeholder where it has none, and both tokenizers their end token for padding where
-    they have no pad token; the attention mask, made by length, tells end and padding apart.
+    The tokenizer is given an image placeholder where it has none, and each tokenizer its end token for padding where
+    it has no pad token; the attention mask, made by length, tells end and padding apart.
 
     Args:
         image_processor: gives `pixel_values` of one fixed size.

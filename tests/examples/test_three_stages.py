@@ -17,8 +17,11 @@ from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
 directory, picture = sys.argv[1:]
 model = CromeVLMForConditionalGeneration.from_pretrained(directory)
 processor = CromeVLMProcessor.from_pretrained(directory)
-content = [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": "what shape is in the image?"}]
-messages = [{"role": "system", "content": "You answer questions about pictures."}, {"role": "user", "content": content}]
+question = {"type": "text", "text": "what shape is in the image?"}
+messages = [
+    {"role": "system", "content": "You answer questions about pictures."},
+    {"role": "user", "content": [{"type": "image", "image": Image.open(picture)}, question]},
+]
 inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )

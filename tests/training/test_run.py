@@ -64,6 +64,27 @@ def test_each_stage_trains_its_parts_alone(stages: dict[str, Path]) -> None:
     assert trained[2]["adapter"] == 5 * 32 * 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_stages_on_a_quantised_language_model(quantization: str, values: dict[str, Any], tmp_path: Path) -> None:
+    """All three stages train what they name beside quantised weights, and the last directory loads quantised."""
+    values["backbones"] |= {"quantization": quantization, "dtype": "bfloat16"}
+    instruct = following(values, "instruct", tmp_path / "instruct")
+    finetune = following(instruct, "finetune", tmp_path / "finetune")
+    stored, trained = [], []
+    for recipe in (values, instruct, finetune):
+        trained.append(list(train(load_recipe(recipe))["stages"][-1]["trained"]))
+        stored.append(weights(Path(recipe["output"])))
+    assert trained[1] == ["image_projection", "qformer", "text_projection", "adapter"]
+    for before, after, parts in (
+        (stored[0], stored[1], {"image_projection", "text_projection", "qformer", "base_model"}),
+        (stored[1], stored[2], {"base_model"}),
+    ):
+        assert {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])} == parts
+    model = CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "finetune")
+    assert getattr(model.language_model, f"is_loaded_in_{quantization}")
+
+
 LOAD = """
 import json, sys, torch
 from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor

@@ -9,6 +9,7 @@ import transformers as tf
 from peft import get_peft_model
 
 from peft_crome import CromeConfig
+from peft_crome.training import STAGES
 from peft_crome.vlm import CromeVLMConfig, CromeVLMForConditionalGeneration
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -45,10 +46,20 @@ def test_sizes_are_the_papers_and_the_docs(language: str) -> None:
     assert sizes["adapter"] == 5 * width * 256
     assert sizes["qformer"] + sizes["text_projection"] == pytest.approx(188e6, abs=2e6 if width == 5120 else 1e6)
     if language == "Vicuna-7B":
-        assert sizes["qformer"] / sizes["vision_tower"] == pytest.approx(0.20, abs=0.02)  # "about 20%"
-        assert sizes["qformer"] / sizes["language_model"] == pytest.approx(0.026, abs=0.002)  # "2.6%"
-    projections = sizes["image_projection"] + sizes["text_projection"]
-    stages = [sizes["adapter"] + projections, sizes["adapter"] + projections + sizes["qformer"], sizes["adapter"]]
-    row = [sizes[part] for part in ("vision_tower", "qformer", "language_model")]
+        reader = sizes["qformer"] + sizes["text_projection"]
+        assert reader / sizes["vision_tower"] == pytest.approx(0.1915, abs=0.0005)  # "about 20%"
+        assert reader / sizes["language_model"] == pytest.approx(0.028, abs=0.0005)  # "2.6%"
+    assert set().union(*(stage.parts for stage in STAGES.values())) <= set(sizes)
+    stages = [sum(sizes[part] for part in stage.parts) for stage in STAGES.values()]
+    assert stages[-1] == sizes["adapter"]
+    parts = ("vision_tower", "qformer", "image_projection", "text_projection", "language_model")
+    row = [sizes[part] for part in parts]
     line = f"| {language} | {' | '.join(f'{number:,}' for number in [*row, *stages])} |"
     assert line in PAGE.read_text(encoding="utf-8"), line
+
+
+def test_stages_in_the_docs_are_those_of_the_package() -> None:
+    page = (PAGE.parent / "stages.md").read_text(encoding="utf-8")
+    for stage in STAGES.values():
+        before = ", ".join(f"`{name}`" for name in stage.previous) or "the backbones"
+        assert f"| `{stage.name}` | {', '.join(stage.parts)} | {before} |" in page
