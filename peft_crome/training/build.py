@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoConfig, BitsAndBytesConfig
 
@@ -167,6 +168,10 @@ def _local(previous: str) -> Path:
     """A directory as it is; a Hub repository's files, downloaded once."""
     if Path(previous).exists() or previous.count("/") != 1 or previous.startswith((".", "/", "~")):
         return Path(previous).expanduser()
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(previous))
+    try:
+        return Path(snapshot_download(previous))
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"previous: {previous!r} is neither a directory nor a Hub repository that can be reached ({error}). Point "
+            "it at a directory that `peft-crome train` has finished."
+        ) from error
