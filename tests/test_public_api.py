@@ -1,10 +1,13 @@
 """What the package promises to its users: names, what importing it costs, dependencies."""
 
+import importlib
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 import peft_crome
 
@@ -41,6 +44,17 @@ def test_public_names_are_in_the_reference() -> None:
     documented = re.findall(r"^::: peft_crome\.(\w+)$", page, re.M)
     assert sorted(documented) == sorted(set(PUBLIC_NAMES) - {"__version__"})
     assert "`peft_crome.__version__`" in page
+
+
+@pytest.mark.parametrize("package", ["training", "data"])
+def test_names_of_the_parts_are_in_the_reference(package: str) -> None:
+    module = importlib.import_module(f"peft_crome.{package}")
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    documented = re.findall(rf"^::: peft_crome\.{package}\.(\w+)$|`peft_crome\.{package}\.(\w+)`", page, re.M)
+    assert sorted("".join(pair) for pair in documented) == sorted(module.__all__)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+        assert isinstance(getattr(module, name), dict) or getattr(module, name).__doc__, name
 
 
 def test_import_loads_nothing_beside_transformers_and_peft() -> None:
