@@ -97,7 +97,7 @@ def write_report(results: Path = RESULTS) -> None:
     """The table and the plot of what is there."""
     rows, points = [], []
     for variant in VARIANTS:
-        files = [file_of(variant, seed, results) for seed in range(3)]
+        files = [file_of(variant, seed, results) for seed in range(100)]
         records = [json.loads(file.read_text()) for file in files if file.is_file()]
         if not records:
             continue

@@ -106,7 +106,7 @@ def evaluate(directory: Path, stage: str, folder: Path) -> dict[str, float]:
     answers = directory.parent / f"{directory.name}-on-{stage}.jsonl"
     if not answers.is_file():
         images = ["--images", str(easy_vqa_dir() / "test" / "images")]
-        settings = ["--system", data.SYSTEM, "--batch-size", "32", "--max-new-tokens", "8"]
+        settings = ["--batch-size", "32", "--max-new-tokens", "8"]
         _run(
             "evaluate",
             str(directory),

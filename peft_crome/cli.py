@@ -43,7 +43,7 @@ def train(
     try:
         parsed = recipes.load_recipe(recipe, recipes.parse_overrides(settings or []))
         record = run(parsed, lambda trained, rows: _announce(parsed.stage, trained, rows))
-    except (recipes.RecipeError, StageError, FileNotFoundError, ValueError) as error:
+    except (recipes.RecipeError, StageError, OSError, ValueError) as error:
         _fail(error)
     last = record["stages"][-1]
     console.print(f"{last['steps']} steps in {last['seconds']:.0f} s")
@@ -72,26 +72,32 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="The first rows alone.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    system: Annotated[str | None, typer.Option(help="A system message, as in training.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message; by default the one of training.")] = None,
+    device: Annotated[str | None, typer.Option(help="By default the accelerator, where there is one.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write the answers, JSONL.")] = None,
 ) -> None:
     """Answer a data set by free generation and report exact matches."""
     from itertools import islice
 
-    from .data import read_llava
+    import torch
+
+    from .data import check_images, read_llava
     from .training import evaluation
     from .vlm import CromeVLMForConditionalGeneration, CromeVLMProcessor
 
     try:
         rows = list(islice(read_llava(data, images), limit))
-        model = CromeVLMForConditionalGeneration.from_pretrained(directory)
+        expected = evaluation.references(rows)
+        check_images(rows)
+        place = device or (str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else None)
+        model = CromeVLMForConditionalGeneration.from_pretrained(directory, device_map=place)
+        system = system if system is not None else _system_of(directory)
         processor = CromeVLMProcessor.from_pretrained(directory)
         answers = evaluation.generate_answers(
             model, processor, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, system=system
         )
     except (ValueError, OSError) as error:
         _fail(error)
-    expected = evaluation.references(rows)
     if output is not None:
         lines = [
             json.dumps({"id": row["id"], "answer": said, "expected": wanted}, ensure_ascii=False)
@@ -102,6 +108,16 @@ def evaluate(
         temporary.replace(output)
     score = evaluation.exact_match(answers, expected)
     console.print(f"exact match: {score['accuracy']:.1%} ± {score['stderr']:.1%} of {score['n']:,} rows")
+
+
+def _system_of(directory: str) -> str | None:
+    """The system message that a stage was trained with."""
+    from transformers.utils import cached_file
+
+    from .training.checkpoint import RECORD
+
+    path = cached_file(directory, RECORD, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(path).read_text(encoding="utf-8"))["stages"][-1]["recipe"]["system"] if path else None
 
 
 def _announce(stage: str, trained: dict[str, int], rows: int) -> None:

@@ -111,7 +111,8 @@ def check(model: nn.Module, batch: dict[str, Any]) -> list[SiteReport]:
         weights.watch = None
         for module, training in modes:
             module.training = training
-    verify(rows, expected_branches({row.branch for row in rows}, batch), learning=trains(weights))
+    expected = expected_branches({row.branch for row in rows}, batch, from_pictures(model))
+    verify(rows, expected, learning=trains(weights))
     return rows
 
 
@@ -138,12 +139,26 @@ def verify(rows: Iterable[SiteReport], expected: set[str], learning: bool) -> No
             )
 
 
-def expected_branches(branches: Iterable[str], arguments: dict[str, Any]) -> set[str]:
+def from_pictures(model: nn.Module) -> set[str]:
+    """The branches that read pictures whatever they are called: behind a Q-Former, the text branch does.
+
+    Its sites are fusion sites, which are identities, and no table of tokens.
+    """
+    sites: dict[str, list[nn.Module]] = {}
+    for _, layer in crome_layers(model):
+        for branch in layer.branches:
+            sites.setdefault(branch, []).append(layer.get_base_layer())
+    return {branch for branch, own in sites.items() if all(isinstance(module, nn.Identity) for module in own)}
+
+
+def expected_branches(
+    branches: Iterable[str], arguments: dict[str, Any], from_pictures: set[str] | None = None
+) -> set[str]:
     """The branches that a forward call has input for: token ids, sound, or (for any other name) pictures."""
     given = {name for name, value in arguments.items() if _is_given(value)}
     expected = set()
     for branch in branches:
-        if branch == "text":
+        if branch == "text" and branch not in (from_pictures or ()):
             names = TEXT_INPUTS if "inputs_embeds" not in given else None
         else:
             names = AUDIO_INPUTS if branch == "audio" else VISION_INPUTS
@@ -202,7 +217,7 @@ def _after(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     if outputs is None:  # the forward pass failed: its own error is on its way
         return
     arguments = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
-    expected = expected_branches(weights.unproven, arguments)
+    expected = expected_branches(weights.unproven, arguments, from_pictures(model))
     verify(watch.report(model, outputs), expected, learning=True)
     weights.unproven -= expected
     if not weights.unproven:

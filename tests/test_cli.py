@@ -60,6 +60,7 @@ def test_train_then_evaluate(values: dict[str, Any], dataset: Path, tmp_path: Pa
         (["training.learning_rte=1"], "training.learning_rte: no such key; did you mean 'learning_rate'?"),
         (["training"], "is no setting; write --set training.max_steps=100"),
         (["data.0.path=missing.json"], "missing.json is missing; expected a JSON list or JSONL"),
+        (["backbones.language=not/there"], "not/there"),
         (["stage=finetune"], "`finetune` trains the adapter alone"),
         (["stage=finetune", "previous=nowhere", "backbones=null"], "nowhere is no complete stage's directory"),
     ],

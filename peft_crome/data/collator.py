@@ -18,7 +18,9 @@ class ConversationCollator:
     """Make batches for training a composite.
 
     Only what the assistant says counts in the loss, with the token that ends it; images, instructions and padding do
-    not. An encoder-decoder reads all but the last answer, and learns that answer (see `split_turns`).
+    not. `needs_split` says whether a row must hold one answer to learn, its last (see `split_turns`): for an
+    encoder-decoder; for a Q-Former, which reads what is asked up to an answer and nothing later; and for a chat
+    template that writes an answer in another way once more is said.
 
     Args:
         processor: the composite's.
@@ -26,6 +28,7 @@ class ConversationCollator:
         augmentation: of training pictures; None: as they are.
         max_length: tokens per row; longer ones are cut at the end, decoder-only models' alone. None: not at all.
         max_target_length: tokens that an encoder-decoder's decoder takes; None: it has no limit.
+        max_instruction_length: tokens that a Q-Former reads; None: it has no limit.
         system: a system message for conversations without one.
     Raises:
         ValueError: the tokenizer cannot tell where tokens come from, or there is no chat template.
@@ -39,6 +42,7 @@ class ConversationCollator:
         augmentation: Augmentation | None = None,
         max_length: int | None = None,
         max_target_length: int | None = None,
+        max_instruction_length: int | None = None,
         system: str | None = None,
     ) -> None:
         if not getattr(processor.tokenizer, "is_fast", False):
@@ -56,7 +60,16 @@ class ConversationCollator:
         self.augmentation = augmentation
         self.max_length = max_length
         self.max_target_length = max_target_length
+        self.max_instruction_length = max_instruction_length
         self.system = system
+        self.needs_split = (
+            is_encoder_decoder or processor.qformer_tokenizer is not None or not self._keeps_earlier_turns()
+        )
+
+    def _keeps_earlier_turns(self) -> bool:
+        """Whether the template writes a conversation's beginning alike, whatever follows (Qwen 3's does not)."""
+        said = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant") * 2]
+        return self._render(said).startswith(self._render(said[:2]).rstrip())
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Turn rows of `read_llava` into a batch.
@@ -65,7 +78,8 @@ class ConversationCollator:
             input_ids, attention_mask, labels, (rows, tokens), padded on the right; pixel_values where there are
             images, and what a Q-Former reads of the instructions.
         Raises:
-            ValueError: a picture cannot be read, or a row keeps no answer within `max_length`; names the row.
+            ValueError: a picture cannot be read, an instruction is too long for the Q-Former, or as in `encode`; the
+                message names the row.
         """
         encoded = [self.encode(row) for row in rows]
         batch = {
@@ -83,16 +97,28 @@ class ConversationCollator:
                 item["instruction"] for item, row in zip(encoded, rows, strict=True) for _ in row["images"]
             ]
             read = reader(instructions, padding=True, return_tensors="pt")
+            self._check_instructions(read["attention_mask"], [row["id"] for row in rows for _ in row["images"]])
             batch |= {f"qformer_{name}": read[name] for name in ("input_ids", "attention_mask")}
         return batch
+
+    def _check_instructions(self, mask: torch.Tensor, names: list[str]) -> None:
+        for name, length in zip(names, mask.sum(dim=1).tolist(), strict=True):
+            if self.max_instruction_length is not None and length > self.max_instruction_length:
+                raise ValueError(
+                    f"Row {name!r}: the instruction has {length} tokens, and the Q-Former reads "
+                    f"{self.max_instruction_length}. Shorten it, or take the row out."
+                )
 
     def encode(self, row: dict[str, Any]) -> dict[str, Any]:
         """One row's input_ids, labels and the instruction for a Q-Former; no picture is opened.
 
         Raises:
-            ValueError: a decoder cannot hold the answer, or a cut would leave no answer or part of an image.
+            ValueError: the last turn is no answer, a decoder cannot hold it, a cut would leave no answer or part of an
+                image, or the chat template hides where an answer begins.
         """
         messages = list(row["messages"])
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(f"Row {row['id']!r}: the last turn is no answer. Take that turn out.")
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": [{"type": "text", "text": self.system}]}, *messages]
         asked = [
@@ -106,22 +132,34 @@ class ConversationCollator:
         return {**encode(messages, row["id"]), "instruction": " ".join(asked)}
 
     def _decoder_only(self, messages: list[dict[str, Any]], name: str) -> dict[str, list[int]]:
-        spans = [
-            (len(self._render(messages[:end], prompt=True)), len(self._render(messages[: end + 1]).rstrip()))
-            for end, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
-        encoded = self.processor.tokenizer(
-            self._render(messages), add_special_tokens=False, return_offsets_mapping=True
-        )
+        text = self._render(messages)
+        answers = [end for end, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = [self._span(messages, end, text, name) for end in (answers[-1:] if self.needs_split else answers)]
+        encoded = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]
         labels = [
-            token if any(start <= first and last <= stop and first < last for start, stop in spans) else IGNORE
+            # A token may hold the space before an answer too; one that ends before it is none of it.
+            token if any(start < last and first < stop for start, stop in spans) else IGNORE
             for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True)
         ]
+        if all(label == IGNORE for label in labels):
+            raise ValueError(
+                f"Row {name!r}: no token is learnt; the answer is empty, or the chat template leaves it out."
+            )
         if self.max_length is not None and len(ids) > self.max_length:
             ids, labels = self._cut(ids, labels, name)
         return {"input_ids": ids, "labels": labels}
+
+    def _span(self, messages: list[dict[str, Any]], end: int, text: str, name: str) -> tuple[int, int]:
+        """Where the answer messages[end] stands in the text, from the end of what generation would be given."""
+        prompt = self._render(messages[:end], prompt=True)
+        said = self._render(messages[: end + 1]).rstrip()
+        if not (text.startswith(prompt) and text.startswith(said)):
+            raise ValueError(
+                f"Row {name!r}: the chat template writes the prompt {prompt[-40:]!r} in another way once the answer "
+                "follows, so what is to be learnt cannot be told. Write another chat_template in the recipe."
+            )
+        return len(prompt), len(said)
 
     def _cut(self, ids: list[int], labels: list[int], name: str) -> tuple[list[int], list[int]]:
         image = self.processor.image_token_id
@@ -171,6 +209,18 @@ def open_image(path: str | Path, name: str) -> Image.Image:
         ) from error
 
 
+def until_last_answer(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without what comes after its last answer, and without the pictures shown there."""
+    last = max(number for number, message in enumerate(row["messages"]) if message["role"] == "assistant")
+    return _first_turns(row, last + 1)
+
+
+def _first_turns(row: dict[str, Any], count: int) -> dict[str, Any]:
+    messages = row["messages"][:count]
+    shown = sum(part["type"] == "image" for message in messages for part in message["content"])
+    return {"id": row["id"], "images": row["images"][:shown], "messages": messages}
+
+
 def split_turns(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """One row per answer, with all that was said before it: what an encoder-decoder learns from.
 
@@ -178,11 +228,8 @@ def split_turns(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """
     for row in rows:
         for end, message in enumerate(row["messages"]):
-            if message["role"] != "assistant":
-                continue
-            messages = row["messages"][: end + 1]
-            shown = sum(part["type"] == "image" for said in messages for part in said["content"])
-            yield {"id": row["id"], "images": row["images"][:shown], "messages": messages}
+            if message["role"] == "assistant":
+                yield _first_turns(row, end + 1)
 
 
 def _pad(rows: list[list[int]], value: int) -> torch.Tensor:

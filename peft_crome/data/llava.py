@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,21 @@ def read_llava(path: str | Path, images: str | Path | None = None) -> Iterator[d
     root = Path(images) if images is not None else path.parent
     for number, row in enumerate(_rows(path)):
         yield _checked(row, number, path, root)
+
+
+def check_images(rows: Iterable[dict[str, Any]]) -> None:
+    """See that every image file is there, before a run begins; none is opened.
+
+    Raises:
+        ValueError: names the first row whose file is missing, and how many there are.
+    """
+    missing = [(row["id"], path) for row in rows for path in row["images"] if not Path(path).is_file()]
+    if missing:
+        name, path = missing[0]
+        raise ValueError(
+            f"Row {name!r}: the image {path} is missing ({len(missing)} such files in all). Name the folder that "
+            "image paths start from, or take these rows out."
+        )
 
 
 def _rows(path: Path) -> Iterator[Any]:
@@ -79,6 +94,8 @@ def _message(turn: Any, name: str) -> dict[str, Any]:
     value = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
     if role is None or not isinstance(value, str):
         raise ValueError(f"{name}: the turn {turn!r} is none; expected {{'from': 'human' or 'gpt', 'value': text}}.")
+    if role != "user" and PLACEHOLDER in value:
+        raise ValueError(f"{name}: {PLACEHOLDER} stands in a turn from {role!r}. Only 'human' turns show images.")
     if role != "user":
         return {"role": role, "content": [{"type": "text", "text": value}]}
     content: list[dict[str, Any]] = []

@@ -16,10 +16,10 @@ VICUNA = (
 )
 # The words alone, as InstructBLIP's decoder-only models read them.
 PLAIN = (
+    "{{ bos_token or '' }}"
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token or '' }}{% endif %}"
     "{% if not loop.last %} {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %} {% endif %}"
 )
 # The words and the token that ends them, as T5's encoder reads them.
 T5 = (

@@ -49,6 +49,8 @@ def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] 
         processor = CromeVLMProcessor.from_pretrained(directory)
         config.modules_to_save = modules_to_save(stage, composite) or None
         config.inference_mode = False
+        if recipe.adapter is not None and "dropout" in recipe.adapter.model_fields_set:
+            config.dropout = recipe.adapter.dropout
     for part in modules_to_save(stage, composite):
         getattr(composite, part).float()  # small steps would be lost in half precision
     _prepare_processor(processor, recipe)
@@ -76,26 +78,17 @@ def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) 
     """
     different = []
     if recipe.backbones is not None:
-        said = recipe.backbones
-        pairs: dict[str, tuple[Any, Any]] = {
-            "backbones.language": (said.language, composite.text_model_name_or_path),
-            "backbones.vision": (said.vision or said.instructblip, composite.vision_model_name_or_path),
-            "backbones.vision_pool_size": (said.vision_pool_size, composite.vision_pool_size),
-            "backbones.vision_feature_layer": (said.vision_feature_layer, composite.vision_feature_layer),
-        }
-        if said.image_size is not None:
-            pairs["backbones.image_size"] = (said.image_size, composite.image_height_width[0])
-        if said.instructblip is None:
-            given = None if said.qformer is None else said.num_query_tokens
-            stored = None if composite.qformer_config is None else composite.num_query_tokens
-            pairs["backbones.num_query_tokens (None: no Q-Former)"] = (given, stored)
-            for key, value in (said.qformer or {}).items():
-                pairs[f"backbones.qformer.{key}"] = (value, getattr(composite.qformer_config, key, None))
-        if said.image_token_order is not None:
-            pairs["backbones.image_token_order"] = (said.image_token_order, composite.image_token_order)
-        different += [f"{key}: {a!r} in the recipe, {b!r} there" for key, (a, b) in pairs.items() if a != b]
+        said, stored = recipe.backbones, _stored(composite)
+        given = {key: getattr(said, key) for key in said.model_fields_set if key != "qformer"}
+        given["vision"] = given.pop("instructblip", None) or given.get("vision")
+        given |= {f"qformer.{key}": value for key, value in (said.qformer or {}).items()}
+        different += [
+            f"backbones.{key}: {value!r} in the recipe, {stored.get(key)!r} there"
+            for key, value in given.items()
+            if key != "qformer_tokenizer" and value != stored.get(key)
+        ]
     if recipe.adapter is not None:
-        for key in ("bottleneck_dim", "gate_activation"):
+        for key in sorted(recipe.adapter.model_fields_set - {"dropout", "init_weights"}):
             a, b = getattr(recipe.adapter, key), getattr(adapter, key)
             different += [f"adapter.{key}: {a!r} in the recipe, {b!r} there"] if a != b else []
     if different:
@@ -103,6 +96,27 @@ def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) 
             f"{recipe.previous} is of another architecture than the recipe says: {'; '.join(different)}. Leave "
             "`backbones` and `adapter` out to take the directory's, or start from another directory."
         )
+
+
+def _stored(composite: CromeVLMConfig) -> dict[str, Any]:
+    """What a directory says of its backbones, in a recipe's words."""
+    quantised = composite.text_quantization_config
+    dtype: Any = getattr(composite.text_config, "dtype", None)
+    reader: Any = composite.qformer_config
+    return {
+        "language": composite.text_model_name_or_path,
+        "text_revision": composite.text_revision,
+        "vision": composite.vision_model_name_or_path,
+        "vision_revision": composite.vision_revision,
+        "vision_pool_size": composite.vision_pool_size,
+        "vision_feature_layer": composite.vision_feature_layer,
+        "image_size": composite.image_height_width[0],
+        "image_token_order": composite.image_token_order,
+        "num_query_tokens": None if reader is None else composite.num_query_tokens,
+        "quantization": None if not quantised else "4bit" if quantised.get("load_in_4bit") else "8bit",
+        "dtype": str(dtype).removeprefix("torch."),
+        **({} if reader is None else {f"qformer.{key}": value for key, value in reader.to_dict().items()}),
+    }
 
 
 def quantization_config(name: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -148,7 +162,9 @@ def _from_backbones(said: Backbones) -> tuple[Any, CromeVLMProcessor]:
 def _tower_width(said: Backbones) -> int:
     revision = {"revision": said.vision_revision} if said.vision_revision else {}
     config = AutoConfig.from_pretrained(said.vision, **revision)
-    return getattr(config, "vision_config", config).hidden_size
+    tower = getattr(config, "vision_config", config)
+    widths = getattr(tower, "hidden_sizes", None)
+    return widths[-1] if widths else tower.hidden_size
 
 
 def _prepare_processor(processor: CromeVLMProcessor, recipe: Recipe) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,12 +18,16 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
     """
     last = record["stages"][-1]
     bases = [composite.vision_model_name_or_path, composite.text_model_name_or_path]
+    system = last["recipe"]["system"]
+    ask = [f'    {{"role": "system", "content": {json.dumps(system)}}},'] if system is not None else []
     header = {
         "library_name": "peft",
         "pipeline_tag": "image-text-to-text",
         "tags": ["crome", "peft", "vision-language"],
-        "base_model": [base for base in dict.fromkeys(bases) if base],
+        # Folders are nothing to the Hub.
+        "base_model": [base for base in dict.fromkeys(bases) if base and not Path(base).exists()],
     }
+    read = "" if composite.is_encoder_decoder else ', inputs["input_ids"].shape[1] :'
     quantised = composite.text_quantization_config is not None
     lines = [
         "---",
@@ -45,12 +51,17 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
         'repository = "<this repository or directory>"',
         "model = CromeVLMForConditionalGeneration.from_pretrained(repository)",
         "processor = CromeVLMProcessor.from_pretrained(repository)",
-        'messages = [{"role": "user", "content": [{"type": "image", "image": Image.open("picture.png")},',
-        '             {"type": "text", "text": "What is shown?"}]}]',
-        "inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,",
-        '                                       return_dict=True, return_tensors="pt")',
+        'picture = {"type": "image", "image": Image.open("picture.png")}',
+        'question = [picture, {"type": "text", "text": "What is shown?"}]',
+        "messages = [",
+        *ask,
+        '    {"role": "user", "content": question},',
+        "]",
+        "inputs = processor.apply_chat_template(",
+        '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"',
+        ")",
         "output = model.generate(**inputs, max_new_tokens=32)",
-        "print(processor.tokenizer.decode(output[0], skip_special_tokens=True))",
+        f"print(processor.tokenizer.decode(output[0{read}], skip_special_tokens=True))",
         "```",
         "",
         "## What was trained",
@@ -64,6 +75,7 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
         training = stage["recipe"]["training"]
         loss = "-" if stage["losses"] == [] else f"{stage['losses'][-1][1]:.4f}"
         peak = f"{training['initial_learning_rate']:g} to {training['learning_rate']:g}"
+        peak += "".join(f"<br>{part}: {value:g}" for part, value in training["learning_rates"].items())
         rate = f"{peak} in {training['warmup_steps']} steps, cosine to 0"
         cells = [stage["stage"], trained, data, training["batch_size"], stage["steps"], rate, loss]
         lines.append(f"| {' | '.join(map(str, cells))} |")

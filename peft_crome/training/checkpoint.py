@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -14,7 +15,11 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
+RECIPE = "recipe.json"  # in the folder of a run's checkpoints: what they belong to
 RECORD = "crome_stage.json"  # written last: a directory without it is not complete
+
+
+logger = logging.getLogger(__name__)
 
 
 class StageError(ValueError):
@@ -103,6 +108,49 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     if faulty:
         raise StageError(f"{directory} is incomplete: {', '.join(faulty)}. Copy the directory again.")
     return record
+
+
+def open_run(checkpoints: Path, recipe: dict[str, Any], is_main: bool = True) -> str | None:
+    """Find the checkpoint that a run goes on from, or begin its folder.
+
+    Args:
+        checkpoints: the folder.
+        recipe: of the run, JSON values.
+        is_main: whether this process writes.
+    Returns:
+        The last checkpoint that was written in full; None: there is none.
+    Raises:
+        StageError: the folder belongs to another recipe.
+    """
+    path = checkpoints / RECIPE
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        different = sorted(_differences(before, recipe))
+        if different:
+            raise StageError(
+                f"{checkpoints} holds checkpoints of another recipe: {'; '.join(different)}. Remove that folder to "
+                "begin anew, or put the recipe back to go on."
+            )
+    elif is_main:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
+        temporary.replace(path)
+    found = {
+        int(p.name.split("-")[-1]): p for p in checkpoints.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()
+    }
+    # The Trainer writes its state last: a checkpoint without it was cut off.
+    whole = [step for step, folder in found.items() if (folder / "trainer_state.json").is_file()]
+    if found and (not whole or max(whole) < max(found)):
+        logger.warning("%s was not written in full and is left aside.", found[max(found)])
+    return str(found[max(whole)]) if whole else None
+
+
+def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = dict.fromkeys([*before, *now])
+        return [d for name in names for d in _differences(before.get(name), now.get(name), f"{key}.{name}".strip("."))]
+    return [] if before == now else [f"{key} was {before!r}, is {now!r}"]
 
 
 def clear(directory: Path) -> None:

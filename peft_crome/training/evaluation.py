@@ -70,7 +70,17 @@ def generate_answers(
 
 
 def references(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The text of each row's last turn."""
+    """The text of each row's last turn.
+
+    Raises:
+        ValueError: a row's last turn is no answer.
+    """
+    unanswered = [row["id"] for row in rows if row["messages"][-1]["role"] != "assistant"]
+    if unanswered:
+        raise ValueError(
+            f"{len(unanswered)} rows end without an answer to compare with, the first is {unanswered[0]!r}. Take them "
+            "out."
+        )
     return ["".join(part["text"] for part in row["messages"][-1]["content"]).strip() for row in rows]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -10,10 +11,28 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from transformers import InstructBlipQFormerConfig
 
+from ..data.templates import CHAT_TEMPLATES
 from .stages import STAGES
 
 PRESETS = tuple(STAGES)
+# Of TrainingArguments, what a recipe says in words of its own.
+OWNED = (
+    "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "adam_beta1", "adam_beta2",
+    "weight_decay", "max_grad_norm", "gradient_checkpointing", "activation_checkpointing", "logging_steps",
+    "save_steps", "seed", "remove_unused_columns", "label_names",
+)  # fmt: skip
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 as text, and people mean a number; quoted text stays text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 class RecipeError(ValueError):
@@ -61,6 +80,11 @@ class Backbones(_Section):
             raise ValueError("name exactly one of `vision` and `instructblip`")
         if self.instructblip is not None and self.qformer is not None:
             raise ValueError("`instructblip` brings its own Q-Former; leave `qformer` out")
+        known = InstructBlipQFormerConfig().to_dict()
+        for key in self.qformer or {}:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                raise ValueError(f"qformer.{key}: no such key" + (f"; did you mean {near[0]!r}?" if near else ""))
         return self
 
 
@@ -130,6 +154,9 @@ class Training(_Section):
             )
         if self.rows_per_device is not None and self.batch_size % self.rows_per_device:
             raise ValueError(f"batch_size={self.batch_size} is no multiple of rows_per_device={self.rows_per_device}")
+        own = [key for key in self.arguments if key in OWNED]
+        if own:
+            raise ValueError(f"arguments: {own} are said by keys of `training` itself, or fixed; take them out")
         return self
 
 
@@ -155,6 +182,11 @@ class Recipe(_Section):
     def _where_from(self) -> Recipe:
         if self.previous is None and self.backbones is None:
             raise ValueError("give `previous`, the directory of the stage before, or `backbones`")
+        template = self.chat_template
+        if template is not None and template not in CHAT_TEMPLATES and "{{" not in template and "{%" not in template:
+            raise ValueError(
+                f"chat_template={template!r} is neither one of {list(CHAT_TEMPLATES)} nor Jinja, which has {{{{ }}}}"
+            )
         if self.previous is None and STAGES[self.stage].previous and self.stage == "finetune":
             raise ValueError("`finetune` trains the adapter alone; give `previous`, whose projections are trained")
         return self
@@ -172,13 +204,16 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         FileNotFoundError: there is neither such a file nor such a preset.
     """
     values, name = _read(source)
-    preset = values.pop("preset", None)
+    preset, said = values.pop("preset", None), dict(values)
     if preset is not None:
         if preset not in PRESETS:
             raise RecipeError(f"{name}: preset={preset!r} is unknown; expected one of {list(PRESETS)}.")
         values = _merge(_read(preset)[0], values)
+        _choose_tower(values, said)
     for key, value in (overrides or {}).items():
         _set(values, key, value, name)
+        if key == "backbones.vision":
+            values["backbones"].pop("instructblip", None)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -207,7 +242,7 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise RecipeError(f"--set {setting!r} is no setting; write --set training.max_steps=100.")
         try:
-            overrides[key.strip()] = _number(yaml.safe_load(text))
+            overrides[key.strip()] = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {setting!r}: the value is not YAML ({error}).") from error
     return overrides
@@ -224,30 +259,19 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     else:
         raise FileNotFoundError(f"{source} is neither a file nor a preset; presets are {list(PRESETS)}.")
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{name} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{name} holds {type(values).__name__}; expected keys such as `stage: pretrain`.")
-    return _numbers(values), name
+    return values, name
 
 
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return _number(value)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as text, and people mean a number."""
-    if isinstance(value, str) and value[:1] in "+-.0123456789":
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _choose_tower(values: dict[str, Any], said: Mapping[str, Any]) -> None:
+    """A recipe that names its tower does not want the preset's InstructBLIP beside it."""
+    backbones = said.get("backbones")
+    if isinstance(backbones, Mapping) and "vision" in backbones and "instructblip" not in backbones:
+        values["backbones"].pop("instructblip", None)
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

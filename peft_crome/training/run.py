@@ -10,13 +10,12 @@ from typing import Any
 
 import transformers
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..data import Augmentation, ConversationCollator, read_llava
-from ..data.collator import split_turns
+from ..data import Augmentation, ConversationCollator, check_images, read_llava, split_turns
+from ..data.collator import until_last_answer
 from .build import build
 from .card import stage_card
-from .checkpoint import check_free, clear, save_stage
+from .checkpoint import check_free, clear, open_run, save_stage
 from .recipe import Recipe
 from .stages import count_trained
 from .trainer import CromeTrainer, training_arguments
@@ -35,21 +34,24 @@ def train(recipe: Recipe, on_ready: Callable[[dict[str, int], int], None] | None
     """
     output = Path(recipe.output)
     check_free(output)
-    rows = {data.path: list(read_llava(data.path, data.images)) for data in recipe.data}
+    sources = [list(read_llava(data.path, data.images)) for data in recipe.data]
+    every = [row for rows in sources for row in rows]
+    check_images(every)
     checkpoints = output.with_name(f"{output.name}.checkpoints")
     arguments = training_arguments(recipe, str(checkpoints), int(os.environ.get("WORLD_SIZE", "1")))
     transformers.set_seed(recipe.training.seed)  # before the projections are drawn
     model, processor, previous = build(recipe)
     config = model.get_base_model().config
-    every = [row for own in rows.values() for row in own]
     collator = ConversationCollator(
         processor,
         is_encoder_decoder=config.is_encoder_decoder,
         augmentation=Augmentation(recipe.images.random_crop, recipe.images.horizontal_flip),
         max_length=recipe.training.max_length,
         max_target_length=_max_target_length(config),
+        max_instruction_length=getattr(config.qformer_config, "max_position_embeddings", None),
         system=recipe.system,
     )
+    examples = list(split_turns(every)) if collator.needs_split else [until_last_answer(row) for row in every]
     trained = count_trained(model)
     if on_ready is not None:
         on_ready(trained, len(every))
@@ -57,16 +59,16 @@ def train(recipe: Recipe, on_ready: Callable[[dict[str, int], int], None] | None
         model=model,
         args=arguments,
         settings=recipe.training,
-        train_dataset=Dataset.from_list(list(split_turns(every)) if config.is_encoder_decoder else every),
+        train_dataset=Dataset.from_list(examples),
         data_collator=collator,
     )
     start = time.perf_counter()
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = open_run(checkpoints, recipe.model_dump(mode="json"), trainer.is_world_process_zero())
     trainer.train(resume_from_checkpoint=last)
     record = {
         "stage": recipe.stage,
         "trained": trained,
-        "data": [{"path": data.path, "rows": len(rows[data.path])} for data in recipe.data],
+        "data": [{"path": data.path, "rows": len(rows)} for data, rows in zip(recipe.data, sources, strict=True)],
         "steps": trainer.state.global_step,
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "seconds": round(time.perf_counter() - start, 1),
@@ -77,6 +79,7 @@ def train(recipe: Recipe, on_ready: Callable[[dict[str, int], int], None] | None
     if trainer.is_world_process_zero():
         save_stage(model, processor, output, whole, stage_card(whole, config))
         clear(checkpoints)
+    trainer.accelerator.wait_for_everyone()  # a script's next stage starts from what the first process writes
     return whole
 
 

@@ -54,7 +54,13 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
     unknown = [key for key in settings.arguments if key not in known]
     if unknown:
         raise RecipeError(f"training.arguments: {unknown} are no arguments of transformers' TrainingArguments.")
-    return TrainingArguments(**(arguments | settings.arguments))
+    made = TrainingArguments(**(arguments | settings.arguments))
+    if made.n_gpu > 1:
+        raise RecipeError(
+            f"One process sees {made.n_gpu} GPUs, between which the Trainer would split rows and pictures apart. "
+            "Write accelerate launch -m peft_crome train ..., or show it one GPU: CUDA_VISIBLE_DEVICES=0."
+        )
+    return made
 
 
 class CromeTrainer(Trainer):
@@ -70,6 +76,18 @@ class CromeTrainer(Trainer):
         self.optimizer: torch.optim.Optimizer | None
         self.lr_scheduler: Any
         super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's loss, which depends on all that trains, if only by zero.
+
+        Behind a Q-Former only image tokens are adapted: a batch without pictures has no gradient otherwise, and
+        processes that have pictures would wait for it.
+        """
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss, *rest = result if isinstance(result, tuple) else (result,)
+        if torch.is_grad_enabled() and inputs.get("pixel_values") is None:
+            loss = loss + 0.0 * sum(parameter.sum() for _, _, parameter in trained_parameters(model))
+        return (loss, *rest) if isinstance(result, tuple) else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over groups: each part, weights with decay and without (biases, norms)."""

@@ -145,7 +145,12 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the language model's loss takes `num_items_in_batch`; `Trainer` asks."""
+        """Whether the language model's loss takes `num_items_in_batch`; `Trainer` asks.
+
+        Encoder-decoder models take it among their keyword arguments and average over the batch all the same.
+        """
+        if self.config.is_encoder_decoder:
+            return False
         own = getattr(self.language_model, "accepts_loss_kwargs", None)
         parameters = inspect.signature(self.language_model.forward).parameters.values()
         return own if own is not None else any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

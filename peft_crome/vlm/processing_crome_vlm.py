@@ -261,6 +261,8 @@ class CromeVLMProcessor(ProcessorMixin):
         processor_kwargs = dict(processor_kwargs or {})
         if kwargs.get("tokenize") and any(images):
             processor_kwargs["images"] = images if is_batch else images[0]
+        if kwargs.get("tokenize"):  # what a template does not write itself is not wanted
+            processor_kwargs.setdefault("add_special_tokens", False)
         if kwargs.get("tokenize") and self.qformer_tokenizer is not None:
             processor_kwargs.setdefault("qformer_text", asked)
         return super().apply_chat_template(

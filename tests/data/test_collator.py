@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from peft_crome.data import CHAT_TEMPLATES, Augmentation, ConversationCollator
-from peft_crome.data.collator import split_turns
+from peft_crome import CromeVLMProcessor
+from peft_crome.data import CHAT_TEMPLATES, Augmentation, ConversationCollator, split_turns
+from peft_crome.data.collator import until_last_answer
 from tests.vlm.conftest import CHAT_TEMPLATE, backbones, composite, make_tokenizer, processor  # noqa: F401  # fixtures
 
 
@@ -35,7 +36,8 @@ def learnt(batch: dict[str, torch.Tensor], tokenizer: Any, number: int = 0) -> s
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATES["plain"], CHAT_TEMPLATES["vicuna"]])
 def test_answers_alone_are_learnt(template: str, processor: Any, picture: str) -> None:  # noqa: F811
-    processor.chat_template = template.replace("{{ eos_token or '' }}", " {{ eos_token or '' }} ")  # words, here
+    # The tokenizer here splits at spaces alone.
+    processor.chat_template = template.replace("{{ eos_token or '' }}", " {{ eos_token or '' }} ")
     rows = [row(("w1 w2", "w3"), ("w4", "w5 w6"), images=[picture]), row(("w7", "w8"), name="text")]
     batch = ConversationCollator(processor)(rows)
     end = "</s>" if template is not CHAT_TEMPLATE else ""
@@ -49,8 +51,97 @@ def test_answers_alone_are_learnt(template: str, processor: Any, picture: str) -
     assert torch.equal(batch["labels"][batch["labels"] != -100], batch["input_ids"][batch["labels"] != -100])
 
 
+BYTE_LEVEL = {"add_prefix_space": False}
+
+
+def real_tokenizer(kind: str) -> Any:
+    """A tokenizer that keeps the space with the word after it, as byte-level BPE and SentencePiece do."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "byte-level":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(**BYTE_LEVEL)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(["what colour is it? blue red USER: ASSISTANT: user assistant system"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FORGETS = (  # as Qwen 3's: the last answer is written in another way than those before it
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if loop.last and m['role'] == 'assistant' %}<think>\n</think>\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
+@pytest.mark.parametrize("template", ["plain", "vicuna", "chatml"])
+def test_whole_answers_are_learnt_with_tokenizers_that_keep_spaces(
+    template: str,
+    kind: str,
+    composite: Any,  # noqa: F811
+) -> None:
+    tokenizer = real_tokenizer(kind)
+    composite.config.image_token_id = len(tokenizer)
+    whole = CromeVLMProcessor.from_backbones(language=tokenizer, config=composite.config)
+    whole.chat_template = CHAT_TEMPLATES.get(template, CHATML)
+    batch = ConversationCollator(whole)([row(("what colour is it?", "blue"), ("is it red?", "it is blue"))])
+    end = "<|im_end|>" if template == "chatml" else "</s>"
+    said = [text.strip() for text in learnt(batch, whole.tokenizer).split(end)]
+    assert said == ["blue", "it is blue", ""]
+
+
+def test_template_that_rewrites_earlier_answers_learns_the_last(composite: Any) -> None:  # noqa: F811
+    tokenizer = real_tokenizer("byte-level")
+    composite.config.image_token_id = len(tokenizer)
+    whole = CromeVLMProcessor.from_backbones(language=tokenizer, config=composite.config)
+    whole.chat_template = FORGETS
+    collator = ConversationCollator(whole)
+    assert collator.needs_split
+    rows = list(split_turns([row(("what colour is it?", "blue"), ("is it red?", "it is blue"))]))
+    said = [learnt(collator([part]), whole.tokenizer) for part in rows]
+    assert said == ["<think>\n</think>\nblue<|im_end|>", "<think>\n</think>\nit is blue<|im_end|>"]
+    whole.chat_template = FORGETS.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant: {% endif %}")
+    with pytest.raises(ValueError, match=r"Row 'r': the chat template writes the prompt .* in another way"):
+        ConversationCollator(whole).encode(rows[0])
+
+
+def test_rows_in_which_nothing_is_learnt_are_refused(processor: Any) -> None:  # noqa: F811
+    processor.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"Row 'r': no token is learnt"):
+        ConversationCollator(processor).encode(row(("w1", "w2")))
+    question = {"role": "user", "content": [{"type": "text", "text": "w1"}]}
+    with pytest.raises(ValueError, match=r"Row 'q': the last turn is no answer"):
+        ConversationCollator(processor).encode({"id": "q", "images": [], "messages": [question]})
+
+
+def test_what_comes_after_the_last_answer_is_left_out() -> None:
+    one = row(("w1", "w2"), images=["a.png"])
+    one["messages"].append({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w3"}]})
+    one["images"].append("b.png")
+    kept = until_last_answer(one)
+    assert (len(kept["messages"]), kept["images"]) == (2, ["a.png"])
+
+
 def test_prompt_is_the_one_of_generation(processor: Any, picture: str) -> None:  # noqa: F811
     """What precedes the answer in training is what apply_chat_template gives for answering."""
+    from tokenizers.processors import TemplateProcessing
+
+    # A tokenizer that begins and ends texts by itself must not do so around a template's text.
+    processor.tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     one = row(("w1 w2", "w3"), images=[picture])
     ids = ConversationCollator(processor).encode(one)["input_ids"]
     asked = processor.apply_chat_template(

@@ -50,6 +50,10 @@ def test_rows_become_messages(suffix: str, tmp_path: Path) -> None:
         ({"id": 3, "conversations": TURNS[:1], "image": "a.png"}, "row 3: no turn is from 'gpt'"),
         ({"id": 3, "conversations": TURNS}, "row 3: 1 <image> and 0 images. Write one <image> per image"),
         ({"id": 3, "conversations": TURNS, "image": ["a", "b"]}, "row 3: 1 <image> and 2 images"),
+        (
+            {"id": 3, "conversations": [TURNS[0], {"from": "gpt", "value": "<image>"}], "image": "a"},
+            "row 3: <image> stands in a turn from 'assistant'. Only 'human' turns show images",
+        ),
         ({"id": 3, "conversations": TURNS, "image": 5}, "row 3: 'image' is 5; expected a path"),
         ({"id": 3, "conversations": TURNS, "image": "../a.png"}, r"row 3: the image path '../a.png' leaves"),
         ({"id": 3, "conversations": TURNS, "image": "/etc/passwd"}, "row 3: the image path '/etc/passwd' leaves"),

@@ -69,8 +69,14 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
         ({"training": {"epochs": None, "max_steps": 60}}, "leaves nothing of max_steps=60; write warmup_steps: 3"),
         ({"training": {"rows_per_device": 5}}, "batch_size=32 is no multiple of rows_per_device=5"),
         ({"training": {"learning_rates": {"tower": 1e-4}}}, "training.learning_rates.tower"),
-        ({"backbones": {"vision": "a"}}, "name exactly one of `vision` and `instructblip`"),
+        ({"backbones": {"vision": "a", "instructblip": "b"}}, "name exactly one of `vision` and `instructblip`"),
         ({"backbones": {"qformer": {}}}, "`instructblip` brings its own Q-Former"),
+        (
+            {"backbones": {"vision": "a", "qformer": {"hiden_size": 8}}},
+            r"qformer.hiden_size: no such key; did you mean 'hidden_size'\?",
+        ),
+        ({"training": {"arguments": {"max_steps": 2}}}, r"arguments: \['max_steps'\] are said by keys"),
+        ({"chat_template": "vicunna"}, r"chat_template='vicunna' is neither one of \['vicuna', 'plain', 't5'\] nor"),
         ({"stage": "finetune"}, "`finetune` trains the adapter alone; give `previous`"),
         ({"backbones": None}, "give `previous`, the directory of the stage before, or `backbones`"),
     ],
@@ -78,6 +84,18 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
 def test_wrong_recipe_names_the_key(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe({"preset": "pretrain", **COMPLETE, **changes})
+
+
+def test_a_tower_takes_the_place_of_the_presets_instructblip() -> None:
+    values = {"preset": "pretrain", **COMPLETE, "backbones": {"vision": "tower"}}
+    for recipe in (load_recipe(values), load_recipe({**values, "backbones": {}}, {"backbones.vision": "tower"})):
+        assert recipe.backbones is not None
+        assert (recipe.backbones.vision, recipe.backbones.instructblip) == ("tower", None)
+
+
+def test_quoted_numbers_stay_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text('preset: pretrain\noutput: "2024"\ndata: [{path: a.json}]\n')
+    assert load_recipe(tmp_path / "mine.yaml").output == "2024"
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
@@ -140,14 +141,25 @@ def test_loaded_model_is_the_trained_one(values: dict[str, Any], monkeypatch: py
         torch.testing.assert_close(model(**collate(processor)).logits, seen["logits"], rtol=0, atol=0)
 
 
-def test_card_says_what_was_trained_on_what(stages: dict[str, Path], values: dict[str, Any]) -> None:
+def test_card_says_what_was_trained_on_what(
+    stages: dict[str, Path],
+    values: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     card = (stages["finetune"] / "README.md").read_text()
-    for text in ("base_model:", values["backbones"]["language"], "| pretrain |", "| instruct |", "| finetune |"):
+    for text in (values["backbones"]["language"], "| pretrain |", "| instruct |", "| finetune |"):
         assert text in card
     assert f"{values['data'][0]['path']} (12)" in card
     assert "1e-08 to 0.01 in 1 steps, cosine to 0" in card
     code = card.split("```python\n")[1].split("```")[0]
-    compile(code, "card", "exec")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Image.new("RGB", (40, 40), "red").save("picture.png")
+    exec(compile(code.replace("<this repository or directory>", str(stages["finetune"])), "card", "exec"), {})
+    said = capsys.readouterr().out
+    assert "user" not in said, "the prompt is no part of the answer"
 
 
 def test_interrupted_stage_goes_on(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,10 +186,89 @@ def test_interrupted_stage_goes_on(values: dict[str, Any], monkeypatch: pytest.M
     assert not Path(values["output"]).exists()
     record = train(load_recipe(values))
     assert record["stages"][0]["resumed"]
+    assert not (Path(values["output"]) / "recipe.json").exists()
     whole, resumed = weights(Path(values["output"] + "-whole")), weights(Path(values["output"]))
     for key, value in whole.items():
         torch.testing.assert_close(resumed[key], value, rtol=0, atol=0)
     assert not Path(values["output"] + ".checkpoints").exists()
+
+
+def interrupt(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Die after the checkpoint of step 3; return the folder of checkpoints."""
+    from peft_crome.training import run
+
+    def train_three(self: Any, **kwargs: Any) -> None:
+        original(self, **kwargs)
+        raise KeyboardInterrupt
+
+    original = run.CromeTrainer.train
+    with monkeypatch.context() as patched:
+        patched.setattr(run.CromeTrainer, "train", train_three)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_recipe(values))
+    return Path(values["output"] + ".checkpoints")
+
+
+def test_cut_off_checkpoint_is_left_aside(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = interrupt(values, monkeypatch)
+    assert {path.name for path in checkpoints.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+    (checkpoints / "checkpoint-6" / "trainer_state.json").unlink()
+    assert train(load_recipe(values))["stages"][0]["resumed"]
+
+
+def test_checkpoints_of_another_recipe_are_refused(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(values, monkeypatch)
+    values["training"]["learning_rate"] = 1e-4
+    values["adapter"]["bottleneck_dim"] = 8
+    with pytest.raises(StageError) as error:
+        train(load_recipe(values))
+    for text in ("training.learning_rate was 0.01, is 0.0001", "adapter.bottleneck_dim was 4, is 8", ".checkpoints"):
+        assert text in str(error.value)
+    assert not Path(values["output"]).exists()
+
+
+def test_batches_without_pictures_train_too(values: dict[str, Any]) -> None:
+    """Behind a Q-Former nothing that trains sees such a row."""
+    values["training"] |= {"rows_per_device": 1, "batch_size": 1, "max_steps": 14, "save_steps": 100}
+    record = train(load_recipe(values))["stages"][0]
+    assert 0 in [loss for _, loss in record["losses"]] or len(record["losses"]) == 14
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_loss_does_not_depend_on_how_a_batch_is_cut(kind: str, values: dict[str, Any], seq2seq_backbone: str) -> None:
+    if kind == "t5":
+        values["backbones"]["language"] = seq2seq_backbone
+        values["chat_template"] = "t5"
+    losses = []
+    for rows in (1, 4):
+        values["training"] |= {"rows_per_device": rows, "max_steps": 2}
+        values["output"] += f"-{rows}"
+        losses.append(train(load_recipe(values))["stages"][0]["losses"])
+    # One answer has as many tokens as another here, so a mean of means is the mean.
+    assert losses[0][0][1] == pytest.approx(losses[1][0][1], rel=1e-4)
+
+
+def test_two_image_roots_for_one_file(values: dict[str, Any]) -> None:
+    values["data"] = values["data"] * 2
+    values["training"]["max_steps"] = 2
+    record = train(load_recipe(values))["stages"][0]
+    assert [item["rows"] for item in record["data"]] == [12, 12]
+
+
+def test_missing_pictures_are_found_before_anything_is_loaded(values: dict[str, Any], tmp_path: Path) -> None:
+    values["data"][0]["images"] = str(tmp_path)
+    values["backbones"]["language"] = "not/looked-at"
+    with pytest.raises(ValueError, match=r"Row '0': the image .*red.png is missing \(11 such files in all\)"):
+        train(load_recipe(values))
+
+
+def test_instruction_that_the_qformer_cannot_read_names_the_row(values: dict[str, Any], tmp_path: Path) -> None:
+    rows = json.loads(Path(values["data"][0]["path"]).read_text())[:1]
+    rows[0]["conversations"][0]["value"] += " w1" * 20
+    (tmp_path / "long.json").write_text(json.dumps(rows))
+    values["data"] = [{"path": str(tmp_path / "long.json"), "images": str(Path(values["data"][0]["path"]).parent)}]
+    with pytest.raises(ValueError, match=r"Row '0': the instruction has 22 tokens, and the Q-Former reads 12"):
+        train(load_recipe(values))
 
 
 def test_seq2seq_and_no_qformer(values: dict[str, Any], seq2seq_backbone: str, tmp_path: Path, dataset: Path) -> None:
@@ -200,11 +291,19 @@ def test_directory_of_another_architecture_is_refused(values: dict[str, Any], tm
     later["adapter"] = {"bottleneck_dim": 16}
     with pytest.raises(StageError) as error:
         train(load_recipe(later))
-    for text in ("'another/model' in the recipe", "num_query_tokens", "8 in the recipe, 4 there", "bottleneck_dim"):
+    for text in ("'another/model' in the recipe", "num_query_tokens: 8 in the recipe, 4 there", "bottleneck_dim: 16"):
         assert text in str(error.value)
+    assert "dtype" not in str(error.value)
     assert not (tmp_path / "instruct").exists()
-    del later["backbones"], later["adapter"]
+    later["backbones"] = {"quantization": "4bit", **values["backbones"]}
+    del later["adapter"]
+    with pytest.raises(StageError, match=r"differs|backbones.quantization: '4bit' in the recipe, None there"):
+        train(load_recipe(later))
+    del later["backbones"]
+    later["adapter"] = {"dropout": 0.5}
     train(load_recipe(later))
+    adapter = json.loads((tmp_path / "instruct" / "adapter_config.json").read_text())
+    assert adapter["dropout"] == 0.5
 
 
 @pytest.mark.parametrize("damage", ["no record", "missing", "truncated", "no directory"])
