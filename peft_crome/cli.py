@@ -121,7 +121,9 @@ def _system_of(directory: str) -> str | None:
 
 
 def _announce(stage: str, trained: dict[str, int], rows: int) -> None:
-    table = Table(title=f"{stage}: what trains, on {rows:,} rows", caption=STAGES[stage].purpose)
+    headline = f"{stage}: what trains, on {rows:,} rows, to {STAGES[stage].purpose}"
+    console.print(headline, soft_wrap=True)
+    table = Table()
     table.add_column("part")
     table.add_column("weights", justify="right")
     for part, count in trained.items():

@@ -30,7 +30,11 @@ def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] 
     stage = STAGES[recipe.stage]
     if recipe.previous is None:
         assert recipe.backbones is not None  # recipe.py has seen to it
-        composite, processor = _from_backbones(recipe.backbones)
+        try:
+            composite, processor = _from_backbones(recipe.backbones)
+        except OSError as error:
+            names = recipe.backbones.model_dump(include={"vision", "instructblip", "language", "qformer_tokenizer"})
+            raise StageError(f"backbones: one of {names} cannot be loaded: {error}") from error
         adapter = recipe.adapter if recipe.adapter is not None else Adapter()
         config = CromeConfig(**adapter.model_dump(), modules_to_save=modules_to_save(stage, composite) or None)
         previous = None

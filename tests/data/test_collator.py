@@ -56,7 +56,7 @@ BYTE_LEVEL = {"add_prefix_space": False}
 
 def real_tokenizer(kind: str) -> Any:
     """A tokenizer that keeps the space with the word after it, as byte-level BPE and SentencePiece do."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -64,10 +64,13 @@ def real_tokenizer(kind: str) -> Any:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(**BYTE_LEVEL)
         tokenizer.decoder = decoders.ByteLevel()
     else:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, show_progress=False, initial_alphabet=alphabet
+    )
     tokenizer.train_from_iterator(["what colour is it? blue red USER: ASSISTANT: user assistant system"] * 20, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 

@@ -31,7 +31,8 @@ print(processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_
 
 
 @pytest.mark.slow
-def test_each_stage_improves_what_it_is_for(tmp_path, capfd):
+def test_each_stage_improves_what_it_is_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the stages' own processes: other tests run beside them
     results = three_stages.run(tmp_path, SIZES, test_questions=120)
     print(json.dumps(results, indent=1))
     for row in results:
