@@ -1,7 +1,9 @@
 """The quick start end to end at a small size on the real weights, interrupted and continued."""
 
 import json
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import Trainer
 
 from examples.easy_vqa import data, quickstart, training
 from examples.easy_vqa.evaluation import score, score_yes_no
-from examples.easy_vqa.model import processor, vision_features
+from examples.easy_vqa.model import attach, backbone, processor, vision_features
 
 SMALL = {"what": 40, "yes/no": 20}
 
@@ -55,18 +57,68 @@ def test_yes_no_questions_are_grouped_by_wording_and_truth():
 
 
 @pytest.mark.slow
-def test_balanced_questions_are_as_often_about_what_is_shown():
+@pytest.mark.parametrize(
+    ("draw", "wordings"), [("affirmative", {"is there"}), ("paired", {"is there", "is there not"})]
+)
+def test_paired_questions_are_not_told_by_their_wording(draw, wordings):
     train = data.load_questions("train")
     known = {(row["image_id"], row["question"]): data.yes_no_group(row) for row in train}
-    shares = {}
-    for draw in ("any", "balanced"):
-        rows = data.question_rows(train, 500, 0, 4, draw)
-        assert sum(len(row["turns"]) for row in rows) > 1900  # a few pictures have fewer than four
-        groups = [known[row["image_id"], question] or "" for row in rows for question, _ in row["turns"]]
-        shown, absent = (sum(g.endswith(f", {what}") for g in groups) for what in ("shown", "not shown"))
-        shares[draw] = shown / (shown + absent)
-    assert shares["any"] < 0.25
-    assert 0.35 < shares["balanced"] < 0.55
+    rows = data.question_rows(train, 500, 0, 4, draw)
+    groups = [known[row["image_id"], question] for row in rows for question, _ in row["turns"]]
+    counts = Counter(group for group in groups if group)
+    assert {group.split(",")[0] for group in counts} == wordings
+    for wording in wordings:
+        assert counts[f"{wording}, shown"] == counts[f"{wording}, not shown"] > 100
+    assert 0.8 < groups.count(None) / len(rows) <= 1  # one "what" question, where there is one
+    any_draw = data.question_rows(train, 500, 0, 4)
+    assert sum(len(row["turns"]) for row in any_draw) > 1900  # a few pictures have fewer than four
+
+
+@pytest.mark.slow
+def test_isolated_questions_are_answered_as_if_each_were_alone():
+    shared = processor()
+    features = vision_features("train", shared.image_processor)
+    collate = data.Collator(features, shared.tokenizer.pad_token_id)
+    turns = [["is there a red shape?", "no"], ["what shape is present?", "circle"], ["is no circle present?", "no"]]
+    together = collate([data.tokenized([{"image_id": 3, "turns": turns}], shared, isolated=True)[0]])
+    model = backbone("projection").float()
+    with torch.no_grad():
+        labels = together.pop("labels")
+        logits = model(**together | {"attention_mask": together["attention_mask"].float()}).logits
+        logits = logits[labels != -100]
+        alone = []
+        for turn in turns:
+            batch = collate([data.tokenized([{"image_id": 3, "turns": [turn]}], shared)[0]])
+            labels = batch.pop("labels")
+            alone.append(model(**batch).logits[labels != -100])
+    torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_word_loss_is_the_distance_to_the_captions_words():
+    shared = processor()
+    model = backbone("projection")
+    loss = training.WordLoss(model, shared, weight=2.0)
+    ids = shared.tokenizer.encode(" red circle", add_special_tokens=False)
+    words = training.word_table(model)[ids].float().mean(0)
+    labels = torch.tensor([[*shared.tokenizer.encode("red circle", add_special_tokens=False), 2, -100]])
+    logits = torch.zeros(1, labels.shape[1], 49152)
+    plain = training.answer_loss(SimpleNamespace(logits=logits), labels)
+    for tokens, distance in ((words.expand(1, 16, -1), 0.0), (torch.zeros(1, 16, 576), 1.0)):
+        outputs = SimpleNamespace(logits=logits, image_hidden_states=tokens)
+        torch.testing.assert_close(loss(outputs, labels), plain + 2.0 * distance)
+
+
+@pytest.mark.slow
+def test_projection_starts_at_the_size_of_words():
+    shared = processor()
+    features = vision_features("train", shared.image_processor)
+    model = attach("crome", "align")
+    training.start_at_words(model, features)
+    with torch.no_grad():
+        tokens = model.get_base_model().get_image_features(vision_features=features[:50]).pooler_output.float()
+    size = training.word_table(model).float().square().mean(-1).sqrt().median()
+    assert tokens.square().mean().sqrt().item() == pytest.approx(size.item(), rel=0.1)
 
 
 def test_labels_cover_answers_and_their_ends_only():
@@ -115,8 +167,6 @@ def test_quickstart_runs_draws_and_continues_after_an_interruption(tmp_path, mon
 
 @pytest.mark.slow
 def test_answer_loss_equals_the_models_own_loss():
-    from examples.easy_vqa.model import backbone
-
     shared = processor()
     features = vision_features("test", shared.image_processor)
     rows = data.tokenized(data.question_rows(data.load_questions("train"), 3, 0, 2), shared)
