@@ -1,4 +1,4 @@
-"""python -m examples.easy_vqa quickstart | demo | answer-again."""
+"""python -m examples.easy_vqa quickstart | demo | stages | answer-again."""
 
 from __future__ import annotations
 
@@ -43,6 +43,20 @@ def demo(
     from .demo import run
 
     run(output, results, seeds)
+
+
+@app.command()
+def stages(
+    output: Annotated[Path, typer.Option(help="Where everything goes; a second run continues there.")] = Path(
+        "outputs/three_stages"
+    ),
+    test_questions: Annotated[int, typer.Option(help="Per stage.")] = 500,
+    scale: Annotated[float, typer.Option(help="Share of the steps, for a quick look.")] = 1.0,
+) -> None:
+    """The paper's three stages, with a Q-Former, through `peft-crome train`; each asked before and after."""
+    from .stages import report
+
+    report(output, test_questions, scale)
 
 
 @app.command()

@@ -1,10 +1,6 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["peft-crome[train]"]
-# ///
 """The paper's three stages on real weights: easy-VQA as LLaVA files, recipes as YAML, a fresh process per stage.
 
-    python -m examples.three_stages --output outputs/three_stages
+    python -m examples.easy_vqa stages --output outputs/three_stages
 
 joins DINOv2-small and SmolLM2-135M (fetched as for the quick start) by two projections and a small new Q-Former.
 `pretrain` learns captions ("red circle"), `instruct` questions on colours and yes/no, `finetune` the shapes, which
@@ -13,19 +9,16 @@ not trained again.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import typer
 import yaml
 
-from examples.easy_vqa import data
-from examples.easy_vqa.parts import dinov2_small, easy_vqa_dir, smollm2
+from . import data
+from .parts import dinov2_small, easy_vqa_dir, smollm2
+from .training import write_json
 
 SIZES = {"pretrain": 200, "instruct": 200, "finetune": 100}  # optimiser steps
 QFORMER = {
@@ -140,14 +133,6 @@ def _run(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "peft_crome", *arguments], check=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(path)
-
-
 def run(output: Path, sizes: dict[str, int], test_questions: int) -> list[dict[str, Any]]:
     """Train and evaluate what is not done yet; one row per stage, with its accuracy before and after."""
     folder = output / "data"
@@ -170,21 +155,17 @@ def run(output: Path, sizes: dict[str, int], test_questions: int) -> list[dict[s
     return results
 
 
-def main(
-    output: Annotated[Path, typer.Option(help="Where everything goes; a second run continues there.")] = Path(
-        "outputs/three_stages"
-    ),
-    test_questions: Annotated[int, typer.Option(help="Per stage.")] = 500,
-    scale: Annotated[float, typer.Option(help="Share of the steps, for a quick look.")] = 1.0,
-) -> None:
-    """Run the three stages and print what each improved."""
+def report(output: Path, test_questions: int, scale: float) -> None:
+    """Run the three stages and print what each improved.
+
+    Args:
+        output: where everything goes.
+        test_questions: per stage.
+        scale: share of the steps.
+    """
     sizes = {stage: max(2, round(steps * scale)) for stage, steps in SIZES.items()}
     for row in run(output, sizes, test_questions):
         before = f"{row['before']['accuracy']:.1%} ± {row['before']['stderr']:.1%}"
         after = f"{row['after']['accuracy']:.1%} ± {row['after']['stderr']:.1%} of {row['after']['n']}"
         trained = sum(row["trained"].values())
         print(f"{row['stage']}: {row['asked']} {before} -> {after}; {trained:,} weights, {row['steps']} steps")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from examples import three_stages
+from examples.easy_vqa import stages
 
 SIZES = {"pretrain": 90, "instruct": 60, "finetune": 50}
 ANSWER = """
@@ -33,7 +33,7 @@ print(processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_
 @pytest.mark.slow
 def test_each_stage_improves_what_it_is_for(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the stages' own processes: other tests run beside them
-    results = three_stages.run(tmp_path, SIZES, test_questions=120)
+    results = stages.run(tmp_path, SIZES, test_questions=120)
     print(json.dumps(results, indent=1))
     for row in results:
         assert row["after"]["accuracy"] > row["before"]["accuracy"] + 3 * row["after"]["stderr"], row
@@ -45,8 +45,8 @@ def test_each_stage_improves_what_it_is_for(tmp_path, monkeypatch):
     shutil.move(tmp_path / "finetune", copied)
     shutil.rmtree(tmp_path / "pretrain")
     shutil.rmtree(tmp_path / "instruct")
-    picture = three_stages.easy_vqa_dir() / "test" / "images" / "0.png"
+    picture = stages.easy_vqa_dir() / "test" / "images" / "0.png"
     said = subprocess.run(
         [sys.executable, "-c", ANSWER, str(copied), str(picture)], capture_output=True, text=True, check=True
     ).stdout.strip()
-    assert said in three_stages.data.SHAPES
+    assert said in stages.data.SHAPES
