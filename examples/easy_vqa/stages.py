@@ -21,6 +21,7 @@ from .parts import dinov2_small, easy_vqa_dir, smollm2
 from .training import write_json
 
 SIZES = {"pretrain": 200, "instruct": 200, "finetune": 100}  # optimiser steps
+ROWS = {"pretrain": 16, "instruct": 8, "finetune": 8}  # of a step
 QFORMER = {
     "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768,
     "cross_attention_frequency": 2, "vocab_size": 49_152, "max_position_embeddings": 512,
@@ -63,7 +64,7 @@ def _row(number: int, picture: int, turns: list[tuple[str, str]]) -> dict[str, A
     return {"id": number, "image": f"{picture}.png", "conversations": conversation}
 
 
-def recipe(stage: str, output: Path, folder: Path, steps: int, previous: str | None) -> dict[str, Any]:
+def recipe(stage: str, output: Path, folder: Path, steps: int, rows: int, previous: str | None) -> dict[str, Any]:
     """A recipe with the rates that suit these small models; the paper's presets are for Vicuna."""
     values: dict[str, Any] = {
         "stage": stage,
@@ -71,7 +72,7 @@ def recipe(stage: str, output: Path, folder: Path, steps: int, previous: str | N
         "data": [{"path": str(folder / f"{stage}-train.json"), "images": str(easy_vqa_dir() / "train" / "images")}],
         "system": data.SYSTEM,
         "training": {
-            "batch_size": 8 if stage != "pretrain" else 16,
+            "batch_size": rows,
             "max_steps": steps,
             "learning_rate": 1e-3,
             "learning_rates": {"qformer": 1e-4},
@@ -133,7 +134,7 @@ def _run(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "peft_crome", *arguments], check=True)
 
 
-def run(output: Path, sizes: dict[str, int], test_questions: int) -> list[dict[str, Any]]:
+def run(output: Path, sizes: dict[str, int], test_questions: int, rows: dict[str, int] = ROWS) -> list[dict[str, Any]]:
     """Train and evaluate what is not done yet; one row per stage, with its accuracy before and after."""
     folder = output / "data"
     if not (folder / "finetune-test.json").is_file():
@@ -142,7 +143,7 @@ def run(output: Path, sizes: dict[str, int], test_questions: int) -> list[dict[s
     previous = None
     for stage, steps in sizes.items():
         file = output / f"{stage}.yaml"
-        file.write_text(yaml.safe_dump(recipe(stage, output, folder, steps, previous), sort_keys=False))
+        file.write_text(yaml.safe_dump(recipe(stage, output, folder, steps, rows[stage], previous), sort_keys=False))
         if not (output / stage).is_dir():
             _run("train", str(file))
         record = json.loads((output / stage / "crome_stage.json").read_text())["stages"][-1]
