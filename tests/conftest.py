@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
+
+# Rows that tests convert stay out of the user's own cache.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="peft_crome-tests-")
 
 import pytest
 import torch
@@ -31,6 +36,10 @@ THIRD_PARTY_WARNINGS = (
     # peft looks the base model's configuration up on the Hub to compare vocabularies when it saves.
     "ignore:Could not find a config file in:UserWarning",
 )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:

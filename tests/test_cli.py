@@ -9,8 +9,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from peft_crome import __version__
 from peft_crome.cli import app
-from peft_crome.training import load_recipe
+from peft_crome.training import load_recipe, train
 from tests.training.conftest import backbones, dataset, values  # noqa: F401  # fixtures
 
 runner = CliRunner()
@@ -59,8 +60,10 @@ def test_train_then_evaluate(values: dict[str, Any], dataset: Path, tmp_path: Pa
     [
         (["training.learning_rte=1"], "training.learning_rte: no such key; did you mean 'learning_rate'?"),
         (["training"], "is no setting; write --set training.max_steps=100"),
-        (["data.0.path=missing.json"], "missing.json is missing; expected a JSON list or JSONL"),
+        (["data.0.path=missing.json"], "missing.json is missing; expected a JSON list, JSONL or parquet"),
         (["backbones.language=not/there"], "not/there"),
+        (["training.max_length=4"], "hold no whole image and answer"),
+        (["output=/proc/version/x"], "/proc/version/x cannot be written: /proc/version is no folder"),
         (["stage=finetune"], "`finetune` trains the adapter alone"),
         (["stage=finetune", "previous=nowhere", "backbones=null"], "nowhere is no complete stage's directory"),
     ],
@@ -81,8 +84,59 @@ def test_train_says_what_is_wrong(
 
 def test_module_is_the_command() -> None:
     result = subprocess.run([sys.executable, "-m", "peft_crome", "--help"], capture_output=True, text=True, check=True)
-    for command in ("train", "evaluate", "preset"):
+    for command in ("train", "evaluate", "preset", "doctor"):
         assert command in result.stdout
+    result = runner.invoke(app, ["--version"])
+    assert result.stdout == f"peft-crome {__version__}\n"
+
+
+def test_evaluate_says_what_is_wrong(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+    train(load_recipe(values))
+    trained = values["output"]
+    (tmp_path / "empty.json").write_text("[]")
+    for arguments, message in (
+        ([trained, str(dataset), "--output", str(tmp_path / "no" / "a.jsonl")], "there is no folder"),
+        ([trained, str(tmp_path / "empty.json")], "empty.json holds no rows"),
+        ([trained, str(dataset), "--device", "cuda"], "--device cuda: this PyTorch sees no accelerator"),
+        (["runs/nix", str(dataset)], "runs/nix is no folder, and cannot be had from the Hub"),
+    ):
+        result = runner.invoke(app, ["evaluate", *arguments])
+        assert result.exit_code == 1
+        assert message in result.stderr
+    (Path(trained) / "adapter_model.safetensors").unlink()
+    result = runner.invoke(app, ["evaluate", trained, str(dataset)])
+    assert result.exit_code == 1
+    assert "is incomplete: adapter_model.safetensors (missing)" in result.stderr
+
+
+def test_interrupted_run_says_how_to_go_on(
+    values: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_crome.training.run.train", interrupted)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    result = runner.invoke(app, ["train", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 130
+    assert "The same command continues from the last checkpoint" in result.stderr
+
+
+def test_doctor_measures_and_shows_rows(values: dict[str, Any], dataset: Path) -> None:  # noqa: F811
+    train(load_recipe(values))
+    model = ["--model", values["output"]]
+    result = runner.invoke(app, ["doctor", str(dataset), *model, "--show", "1"])
+    assert "tokens in a row, up to" in result.stdout
+    assert "image tokens]" in result.stdout
+    assert "w40|" in result.stdout
+    result = runner.invoke(app, ["doctor", str(dataset), *model, "--max-length", "5"])
+    assert result.exit_code == 1
+    assert "row '0': " in result.stdout
+    assert "hold no whole image and answer" in result.stdout
+    result = runner.invoke(app, ["doctor", str(dataset), "--show", "1"])
+    assert "--show and --max-length need --model" in result.stderr
 
 
 def test_missing_extra_names_its_install_command() -> None:

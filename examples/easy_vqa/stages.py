@@ -75,7 +75,7 @@ def recipe(stage: str, output: Path, folder: Path, steps: int, rows: int, previo
             "batch_size": rows,
             "max_steps": steps,
             "learning_rate": 1e-3,
-            "learning_rates": {"qformer": 1e-4},
+            "learning_rates": {"qformer": 1e-4} if stage == "instruct" else {},
             "initial_learning_rate": 1e-6,
             "warmup_steps": steps // 20,
             "weight_decay": 0.0,
@@ -120,9 +120,9 @@ def untrained(file: Path, stage: str, folder: Path) -> dict[str, float]:
     """The same before any training, when there is no directory yet."""
     answers = file.with_name(f"untrained-on-{stage}.json")
     from peft_crome import training
-    from peft_crome.data import read_llava
+    from peft_crome.data import read_rows
 
-    rows = list(read_llava(folder / f"{stage}-test.json", easy_vqa_dir() / "test" / "images"))
+    rows = list(read_rows(folder / f"{stage}-test.json", easy_vqa_dir() / "test" / "images"))
     if not answers.is_file():
         model, processor, _ = training.build(training.load_recipe(file))
         settings = {"system": data.SYSTEM, "batch_size": 32, "max_new_tokens": 8}

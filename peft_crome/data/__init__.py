@@ -1,8 +1,24 @@
 """Data sets as conversations: read them, prepare pictures, make batches with labels on the answers alone."""
 
 from .collator import ConversationCollator, split_turns
-from .images import Augmentation
-from .llava import check_images, read_llava
+from .images import Augmentation, open_image
+from .mixture import mix, mixture_probabilities
+from .rows import FAULTS, Fault, RowError
+from .sources import check_images, load_rows, read_rows
 from .templates import CHAT_TEMPLATES
 
-__all__ = ["CHAT_TEMPLATES", "Augmentation", "ConversationCollator", "check_images", "read_llava", "split_turns"]
+__all__ = [
+    "CHAT_TEMPLATES",
+    "FAULTS",
+    "Augmentation",
+    "ConversationCollator",
+    "Fault",
+    "RowError",
+    "check_images",
+    "load_rows",
+    "mix",
+    "mixture_probabilities",
+    "open_image",
+    "read_rows",
+    "split_turns",
+]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from .images import Augmentation
+from .images import Augmentation, open_image
+from .rows import Fault, RowError
 
 IGNORE = -100
 
@@ -27,6 +27,7 @@ class ConversationCollator:
         is_encoder_decoder: as in the composite's configuration.
         augmentation: of training pictures; None: as they are.
         max_length: tokens per row; longer ones are cut at the end, decoder-only models' alone. None: not at all.
+        max_positions: tokens that the language model takes; a row that is longer, once cut, is refused. None: any.
         max_target_length: tokens that an encoder-decoder's decoder takes; None: it has no limit.
         max_instruction_length: tokens that a Q-Former reads; None: it has no limit.
         system: a system message for conversations without one.
@@ -41,6 +42,7 @@ class ConversationCollator:
         is_encoder_decoder: bool = False,
         augmentation: Augmentation | None = None,
         max_length: int | None = None,
+        max_positions: int | None = None,
         max_target_length: int | None = None,
         max_instruction_length: int | None = None,
         system: str | None = None,
@@ -59,6 +61,7 @@ class ConversationCollator:
         self.is_encoder_decoder = is_encoder_decoder
         self.augmentation = augmentation
         self.max_length = max_length
+        self.max_positions = max_positions
         self.max_target_length = max_target_length
         self.max_instruction_length = max_instruction_length
         self.system = system
@@ -66,13 +69,25 @@ class ConversationCollator:
             is_encoder_decoder or processor.qformer_tokenizer is not None or not self._keeps_earlier_turns()
         )
 
+    @staticmethod
+    def limits(config: Any) -> dict[str, Any]:
+        """What a composite's configuration tells of its kind and of how much its parts read, as arguments."""
+        text = config.text_config.get_text_config(decoder=True)
+        positions = getattr(text, "max_position_embeddings", None)
+        limited = "max_target_length" if config.is_encoder_decoder else "max_positions"
+        return {
+            "is_encoder_decoder": config.is_encoder_decoder,
+            limited: positions,  # None: no limit, as T5's
+            "max_instruction_length": getattr(config.qformer_config, "max_position_embeddings", None),
+        }
+
     def _keeps_earlier_turns(self) -> bool:
         """Whether the template writes a conversation's beginning alike, whatever follows (Qwen 3's does not)."""
         said = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant") * 2]
         return self._render(said).startswith(self._render(said[:2]).rstrip())
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Turn rows of `read_llava` into a batch.
+        """Turn rows of `read_rows` or `load_rows` into a batch.
 
         Returns:
             input_ids, attention_mask, labels, (rows, tokens), padded on the right; pixel_values where there are
@@ -97,28 +112,23 @@ class ConversationCollator:
                 item["instruction"] for item, row in zip(encoded, rows, strict=True) for _ in row["images"]
             ]
             read = reader(instructions, padding=True, return_tensors="pt")
-            self._check_instructions(read["attention_mask"], [row["id"] for row in rows for _ in row["images"]])
             batch |= {f"qformer_{name}": read[name] for name in ("input_ids", "attention_mask")}
         return batch
-
-    def _check_instructions(self, mask: torch.Tensor, names: list[str]) -> None:
-        for name, length in zip(names, mask.sum(dim=1).tolist(), strict=True):
-            if self.max_instruction_length is not None and length > self.max_instruction_length:
-                raise ValueError(
-                    f"Row {name!r}: the instruction has {length} tokens, and the Q-Former reads "
-                    f"{self.max_instruction_length}. Shorten it, or take the row out."
-                )
 
     def encode(self, row: dict[str, Any]) -> dict[str, Any]:
         """One row's input_ids, labels and the instruction for a Q-Former; no picture is opened.
 
+        Returns:
+            Also "length", the number of tokens before a cut.
         Raises:
-            ValueError: the last turn is no answer, a decoder cannot hold it, a cut would leave no answer or part of an
-                image, or the chat template hides where an answer begins.
+            RowError: the last turn is no answer, a decoder cannot hold it, a Q-Former cannot read the instruction, a
+                cut would leave no answer or part of an image, the text holds image tokens of its own, or the chat
+                template hides where an answer begins.
         """
+        name = row["id"]
         messages = list(row["messages"])
         if messages[-1]["role"] != "assistant":
-            raise ValueError(f"Row {row['id']!r}: the last turn is no answer. Take that turn out.")
+            raise _error(name, "order", "the last turn is no answer. Take that turn out.")
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": [{"type": "text", "text": self.system}]}, *messages]
         asked = [
@@ -129,7 +139,32 @@ class ConversationCollator:
             if part["type"] == "text"
         ]
         encode = self._encoder_decoder if self.is_encoder_decoder else self._decoder_only
-        return {**encode(messages, row["id"]), "instruction": " ".join(asked)}
+        encoded = {**encode(messages, name), "instruction": " ".join(asked)}
+        tokens = encoded["input_ids"].count(self.processor.image_token_id)
+        if tokens != len(row["images"]) * self.processor.image_seq_length:
+            raise _error(
+                name,
+                "placeholder",
+                f"{tokens} image tokens for {len(row['images'])} images of {self.processor.image_seq_length}. Take "
+                f"{self.processor.image_token!r} out of the text.",
+            )
+        if self.max_positions is not None and len(encoded["input_ids"]) > self.max_positions:
+            raise _error(
+                name,
+                "long",
+                f"{len(encoded['input_ids'])} tokens, and the language model takes {self.max_positions}. Write "
+                f"max_length: {self.max_positions} to cut such rows, or take it out.",
+            )
+        if row["images"] and self.max_instruction_length is not None and self.processor.qformer_tokenizer is not None:
+            read = len(self.processor.qformer_tokenizer(encoded["instruction"])["input_ids"])
+            if read > self.max_instruction_length:
+                raise _error(
+                    name,
+                    "long",
+                    f"the instruction has {read} tokens, and the Q-Former reads {self.max_instruction_length}. "
+                    "Shorten it, or take the row out.",
+                )
+        return encoded
 
     def _decoder_only(self, messages: list[dict[str, Any]], name: str) -> dict[str, list[int]]:
         text = self._render(messages)
@@ -143,21 +178,24 @@ class ConversationCollator:
             for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True)
         ]
         if all(label == IGNORE for label in labels):
-            raise ValueError(
-                f"Row {name!r}: no token is learnt; the answer is empty, or the chat template leaves it out."
+            raise _error(
+                name, "answer", "no token is learnt; the answer is empty, or the chat template leaves it out."
             )
-        if self.max_length is not None and len(ids) > self.max_length:
+        length = len(ids)
+        if self.max_length is not None and length > self.max_length:
             ids, labels = self._cut(ids, labels, name)
-        return {"input_ids": ids, "labels": labels}
+        return {"input_ids": ids, "labels": labels, "length": length}
 
     def _span(self, messages: list[dict[str, Any]], end: int, text: str, name: str) -> tuple[int, int]:
         """Where the answer messages[end] stands in the text, from the end of what generation would be given."""
         prompt = self._render(messages[:end], prompt=True)
         said = self._render(messages[: end + 1]).rstrip()
         if not (text.startswith(prompt) and text.startswith(said)):
-            raise ValueError(
-                f"Row {name!r}: the chat template writes the prompt {prompt[-40:]!r} in another way once the answer "
-                "follows, so what is to be learnt cannot be told. Write another chat_template in the recipe."
+            raise _error(
+                name,
+                "answer",
+                f"the chat template writes the prompt {prompt[-40:]!r} in another way once the answer follows, so "
+                "what is to be learnt cannot be told. Write another chat_template in the recipe.",
             )
         return len(prompt), len(said)
 
@@ -165,9 +203,11 @@ class ConversationCollator:
         image = self.processor.image_token_id
         kept = ids[: self.max_length]
         if kept.count(image) != ids.count(image) or all(label == IGNORE for label in labels[: self.max_length]):
-            raise ValueError(
-                f"Row {name!r} has {len(ids)} tokens, {ids.count(image)} of them image tokens; the first "
-                f"{self.max_length} hold no whole image and answer. Raise max_length, or take the row out."
+            raise _error(
+                name,
+                "long",
+                f"{len(ids)} tokens, {ids.count(image)} of them image tokens; the first {self.max_length} hold no "
+                "whole image and answer. Raise max_length, or take the row out.",
             )
         return kept, labels[: self.max_length]
 
@@ -176,11 +216,14 @@ class ConversationCollator:
         prompt = self._render(messages[:-1], prompt=True)
         target = tokenizer(text_target="".join(part["text"] for part in messages[-1]["content"]))["input_ids"]
         if self.max_target_length is not None and len(target) > self.max_target_length:
-            raise ValueError(
-                f"Row {name!r}: the answer has {len(target)} tokens, and the decoder takes {self.max_target_length}. "
-                "Shorten the answer, or take the row out."
+            raise _error(
+                name,
+                "long",
+                f"the answer has {len(target)} tokens, and the decoder takes {self.max_target_length}. Shorten the "
+                "answer, or take the row out.",
             )
-        return {"input_ids": tokenizer(prompt, add_special_tokens=False)["input_ids"], "labels": target}
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return {"input_ids": ids, "labels": target, "length": len(ids)}
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
         if not messages:
@@ -194,25 +237,8 @@ class ConversationCollator:
             yield self.augmentation(picture) if self.augmentation is not None else picture
 
 
-def open_image(path: str | Path, name: str) -> Image.Image:
-    """Read a picture as RGB.
-
-    Raises:
-        ValueError: there is no such file, or it is no picture; the message begins with `name`.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(
-            f"{name}: cannot read the image {path} ({error}). Replace the file or drop the row."
-        ) from error
-
-
-def until_last_answer(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without what comes after its last answer, and without the pictures shown there."""
-    last = max(number for number, message in enumerate(row["messages"]) if message["role"] == "assistant")
-    return _first_turns(row, last + 1)
+def _error(name: str, kind: str, message: str) -> RowError:
+    return RowError(f"Row {name!r}", [Fault(kind, message)])
 
 
 def _first_turns(row: dict[str, Any], count: int) -> dict[str, Any]:

@@ -1,11 +1,15 @@
-"""Augmentation of training pictures as the paper has it; resizing and normalising are the image processor's."""
+"""Pictures as RGB, and the paper's augmentation; resizing and normalising are the image processor's."""
 
 from __future__ import annotations
 
+import io
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 AREA = (0.5, 1.0)  # of a random crop; reconstructed: the paper says "random crop", LAVIS's recipes keep 50% or more
@@ -41,3 +45,41 @@ def _box(width: int, height: int) -> tuple[int, int, int, int]:
     crop_height = min(height, max(1, round(math.sqrt(area / ratio))))
     left, top = random.randint(0, width - crop_width), random.randint(0, height - crop_height)
     return left, top, left + crop_width, top + crop_height
+
+
+def open_image(image: Any, name: str) -> Image.Image:
+    """Read a picture as RGB, turned as its EXIF data say; of an animation the first frame.
+
+    Args:
+        image: a path, {"path", "bytes"} as `datasets` keeps pictures, or PIL's.
+        name: what the message of an error begins with.
+    Raises:
+        ValueError: there is no such file, it is no picture, or it is damaged or larger than Pillow's limit against
+            decompression bombs.
+    """
+    data = image.get("bytes") if isinstance(image, Mapping) else None
+    path = image.get("path") if isinstance(image, Mapping) else image
+    try:
+        if isinstance(image, Image.Image):
+            return _rgb(image)
+        with Image.open(io.BytesIO(data) if data is not None else str(path)) as opened:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and opened.width * opened.height > limit:
+                raise ValueError(f"{opened.width} x {opened.height} pixels; Pillow takes {limit:,}")
+            return _rgb(opened)
+    except Exception as error:  # each format's decoder has errors of its own
+        cause = str(error) or type(error).__name__
+        raise ValueError(
+            f"{name}: cannot read the image {path} ({cause}). Replace the file or drop the row."
+        ) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, and nobody knows what is white; save it with 8 bits")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        values = np.asarray(image).astype(np.float32)
+        if values.max(initial=0) > 255:
+            image = Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
+    return image.convert("RGB")

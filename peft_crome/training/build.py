@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, InstructBlipQFormerConfig
 
 from ..data import CHAT_TEMPLATES
 from ..tuner import CromeConfig
@@ -30,11 +31,7 @@ def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] 
     stage = STAGES[recipe.stage]
     if recipe.previous is None:
         assert recipe.backbones is not None  # recipe.py has seen to it
-        try:
-            composite, processor = _from_backbones(recipe.backbones)
-        except OSError as error:
-            names = recipe.backbones.model_dump(include={"vision", "instructblip", "language", "qformer_tokenizer"})
-            raise StageError(f"backbones: one of {names} cannot be loaded: {error}") from error
+        composite, processor = _from_backbones(recipe.backbones)
         adapter = recipe.adapter if recipe.adapter is not None else Adapter()
         config = CromeConfig(**adapter.model_dump(), modules_to_save=modules_to_save(stage, composite) or None)
         previous = None
@@ -89,7 +86,7 @@ def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) 
         different += [
             f"backbones.{key}: {value!r} in the recipe, {stored.get(key)!r} there"
             for key, value in given.items()
-            if key != "qformer_tokenizer" and value != stored.get(key)
+            if key != "qformer_tokenizer" and _located(value) != stored.get(key)
         ]
     if recipe.adapter is not None:
         for key in sorted(recipe.adapter.model_fields_set - {"dropout", "init_weights"}):
@@ -138,10 +135,46 @@ def quantization_config(name: str | None, dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
+def _located(name: Any) -> Any:
+    """A folder's whole path, under which it is found from everywhere on this machine; a Hub name as it is."""
+    return str(Path(name).resolve()) if isinstance(name, str) and Path(name).is_dir() else name
+
+
+def _check_names(said: Backbones) -> None:
+    """See that each name leads somewhere, before anything is loaded."""
+    revisions = {"vision": said.vision_revision, "instructblip": said.vision_revision, "language": said.text_revision}
+    for key, revision in revisions.items():
+        name = getattr(said, key)
+        if name is not None:
+            try:
+                AutoConfig.from_pretrained(name, revision=revision)
+            except (OSError, ValueError) as error:
+                raise StageError(f"backbones.{key}: {name!r} cannot be loaded: {error}") from error
+    if said.qformer_tokenizer is not None:
+        try:
+            size = len(AutoTokenizer.from_pretrained(said.qformer_tokenizer))
+        except (OSError, ValueError) as error:
+            raise StageError(
+                f"backbones.qformer_tokenizer: {said.qformer_tokenizer!r} cannot be loaded: {error}"
+            ) from error
+        known = InstructBlipQFormerConfig(**said.qformer).vocab_size if said.qformer else size
+        if known < size:
+            raise StageError(
+                f"backbones.qformer.vocab_size: {known} words, and {said.qformer_tokenizer!r} has {size}. Write "
+                f"vocab_size: {size}."
+            )
+    if said.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise StageError(
+            f"backbones.quantization: {said.quantization!r} needs bitsandbytes. Write: "
+            'pip install "peft-crome[quantization]"'
+        )
+
+
 def _from_backbones(said: Backbones) -> tuple[Any, CromeVLMProcessor]:
+    _check_names(said)
     dtype = getattr(torch, said.dtype)
     arguments: dict[str, Any] = {
-        "language": said.language,
+        "language": _located(said.language),
         "dtype": dtype,
         "quantization_config": quantization_config(said.quantization, dtype),
         "image_size": said.image_size,
@@ -152,14 +185,19 @@ def _from_backbones(said: Backbones) -> tuple[Any, CromeVLMProcessor]:
         "text_revision": said.text_revision,
     }
     if said.instructblip is not None:
-        composite = CromeVLMForConditionalGeneration.from_instructblip(said.instructblip, **arguments)
+        composite = CromeVLMForConditionalGeneration.from_instructblip(_located(said.instructblip), **arguments)
     else:
         qformer = None
         if said.qformer is not None:
             qformer = {"encoder_hidden_size": _tower_width(said)} | said.qformer
             arguments |= {"num_query_tokens": said.num_query_tokens}
-        composite = CromeVLMForConditionalGeneration.from_backbones(vision=said.vision, qformer=qformer, **arguments)
-    processor = CromeVLMProcessor.from_backbones(config=composite.config, qformer_tokenizer=said.qformer_tokenizer)
+        composite = CromeVLMForConditionalGeneration.from_backbones(
+            vision=_located(said.vision), qformer=qformer, **arguments
+        )
+    try:
+        processor = CromeVLMProcessor.from_backbones(config=composite.config, qformer_tokenizer=said.qformer_tokenizer)
+    except (OSError, ValueError) as error:
+        raise StageError(f"backbones: the processor of {said.language!r} cannot be loaded: {error}") from error
     return composite, processor
 
 

@@ -28,7 +28,7 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
         "base_model": [base for base in dict.fromkeys(bases) if base and not Path(base).exists()],
     }
     read = "" if composite.is_encoder_decoder else ', inputs["input_ids"].shape[1] :'
-    quantised = composite.text_quantization_config is not None
+    quantised = ", quantised when loaded" if composite.text_quantization_config is not None else ""
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False).strip(),
@@ -39,8 +39,8 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
         "A frozen vision tower and a frozen language model, joined by what [CROME](https://arxiv.org/abs/2408.06610) "
         "trains. This repository holds all of it; the backbones come by their names:",
         "",
-        f"- vision tower: `{bases[0] or 'stored here'}`",
-        f"- language model: `{bases[1] or 'stored here'}`{', quantised when loaded' if quantised else ''}",
+        f"- vision tower: `{bases[0] or 'stored here'}`{_local(bases[0])}",
+        f"- language model: `{bases[1] or 'stored here'}`{_local(bases[1])}{quantised}",
         "",
         "## Use it",
         "",
@@ -71,7 +71,7 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
     ]
     for stage in record["stages"]:
         trained = "<br>".join(f"{part}: {count:,}" for part, count in stage["trained"].items())
-        data = "<br>".join(f"{item['path']} ({item['rows']:,})" for item in stage["data"])
+        data = "<br>".join(f"{item['path']} ({_rows(item['rows'])})" for item in stage["data"])
         training = stage["recipe"]["training"]
         loss = "-" if stage["losses"] == [] else f"{stage['losses'][-1][1]:.4f}"
         peak = f"{training['initial_learning_rate']:g} to {training['learning_rate']:g}"
@@ -87,3 +87,11 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _rows(count: int | None) -> str:
+    return "streamed" if count is None else f"{count:,}"
+
+
+def _local(base: str | None) -> str:
+    return ", a folder of the machine that trained it" if base and Path(base).exists() else ""

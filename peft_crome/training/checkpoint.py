@@ -7,17 +7,28 @@ import logging
 import os
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-RECIPE = "recipe.json"  # in the folder of a run's checkpoints: what they belong to
-RECORD = "crome_stage.json"  # written last: a directory without it is not complete
+from ..vlm.checkpoint import STAGE_RECORD
 
+RECORD = STAGE_RECORD  # written last: a directory without it is not complete
+RECIPE = "recipe.json"  # in the folder of a run's checkpoints: what they belong to
+# Keys of a recipe that may change between interruption and restart: the weights do not depend on them.
+WITHOUT_EFFECT = (
+    "training.logging_steps",
+    "training.save_steps",
+    "training.arguments.dataloader_num_workers",
+    "training.arguments.disable_tqdm",
+    "training.arguments.report_to",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +85,14 @@ def check_free(directory: str | Path) -> None:
     """Refuse to write over something.
 
     Raises:
-        StageError: the directory holds files, or is a file.
+        StageError: the directory holds files, is a file, or cannot be made.
     """
     directory = Path(directory)
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise StageError(f"{directory} is there already and is not overwritten. Name another output, or move it away.")
+    parent = next(folder for folder in directory.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise StageError(f"{directory} cannot be written: {parent} is no folder that you may write to.")
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:
@@ -97,8 +111,8 @@ def read_record(directory: str | Path) -> dict[str, Any]:
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        files, _ = record["files"], record["stages"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        files, _ = record["files"], record["stages"][-1]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise StageError(f"{path} cannot be read ({error!r}). Copy the directory again.") from error
     faulty = [
         f"{name} ({'missing' if not (directory / name).is_file() else 'of another size'})"
@@ -110,40 +124,57 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     return record
 
 
-def open_run(checkpoints: Path, recipe: dict[str, Any], is_main: bool = True) -> str | None:
+def open_run(checkpoints: Path, run: dict[str, Any], is_main: bool = True) -> str | None:
     """Find the checkpoint that a run goes on from, or begin its folder.
 
     Args:
         checkpoints: the folder.
-        recipe: of the run, JSON values.
+        run: the recipe, and what tells the data; JSON values.
         is_main: whether this process writes.
     Returns:
         The last checkpoint that was written in full; None: there is none.
     Raises:
-        StageError: the folder belongs to another recipe.
+        StageError: the folder's checkpoints belong to another run.
     """
     path = checkpoints / RECIPE
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(_differences(before, recipe))
+    found = {
+        int(p.name.split("-")[-1]): p for p in checkpoints.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()
+    }
+    whole = [step for step, folder in found.items() if _is_whole(folder)]
+    if found and (not whole or max(whole) < max(found)):
+        logger.warning("%s was not written in full and is left aside.", found[max(found)])
+    if whole:
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StageError(
+                f"{path} cannot be read ({error}), so nobody knows what its checkpoints belong to. Remove that folder "
+                "to begin anew."
+            ) from error
+        different = sorted(d for d in _differences(before, run) if not d.startswith(WITHOUT_EFFECT))
         if different:
             raise StageError(
-                f"{checkpoints} holds checkpoints of another recipe: {'; '.join(different)}. Remove that folder to "
-                "begin anew, or put the recipe back to go on."
+                f"{checkpoints} holds checkpoints of another run: {'; '.join(different)}. Remove that folder to "
+                "begin anew, or put it back as it was to go on."
             )
     elif is_main:
         checkpoints.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
+        temporary.write_text(json.dumps(run, indent=2), encoding="utf-8")
         temporary.replace(path)
-    found = {
-        int(p.name.split("-")[-1]): p for p in checkpoints.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()
-    }
-    # The Trainer writes its state last: a checkpoint without it was cut off.
-    whole = [step for step, folder in found.items() if (folder / "trainer_state.json").is_file()]
-    if found and (not whole or max(whole) < max(found)):
-        logger.warning("%s was not written in full and is left aside.", found[max(found)])
     return str(found[max(whole)]) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether every file can be read; the Trainer writes its state last, and a kill may cut any of them off."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        for file in checkpoint.rglob("*.safetensors"):
+            with safe_open(file, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(file) for file in checkpoint.rglob("*.pt"))
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from ..data.collator import open_image
+from ..data import open_image
 
 
 @torch.inference_mode()
@@ -29,7 +29,7 @@ def generate_answers(
     Args:
         model: a composite, adapted or not.
         processor: the composite's.
-        rows: of `read_llava`; the last turn is the reference, which the model does not see.
+        rows: of `read_rows` or `load_rows`; the last turn is the reference, which the model does not see.
         batch_size: rows at a time.
         max_new_tokens: of an answer.
         system: a system message for conversations without one.
@@ -42,7 +42,7 @@ def generate_answers(
     composite = model.get_base_model() if isinstance(model, PeftModel) else model
     answers: list[str] = []
     for first in tqdm(range(0, len(rows), batch_size), desc="answering", disable=not progress):
-        chosen = rows[first : first + batch_size]
+        chosen = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
         prompts, pictures = [], []
         for row in chosen:
             messages = list(row["messages"])

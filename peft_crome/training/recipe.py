@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import InstructBlipQFormerConfig
 
+from ..data.sources import check_columns
 from ..data.templates import CHAT_TEMPLATES
 from .stages import STAGES
 
@@ -85,6 +86,12 @@ class Backbones(_Section):
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 raise ValueError(f"qformer.{key}: no such key" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if self.qformer is not None and self.qformer_tokenizer is None:
+            raise ValueError(
+                "the Q-Former reads instructions; name its tokenizer, qformer_tokenizer: bert-base-uncased"
+            )
+        if self.qformer_tokenizer is not None and self.qformer is None and self.instructblip is None:
+            raise ValueError("there is no Q-Former that qformer_tokenizer would be for; take it out")
         return self
 
 
@@ -110,10 +117,38 @@ class Images(_Section):
 
 
 class Data(_Section):
-    """One data set in the LLaVA format."""
+    """One data set, as `peft_crome.data.load_rows` takes it."""
 
-    path: str = Field(description="JSON (a list) or JSONL (a row per line).")
-    images: str | None = Field(default=None, description="Folder that the rows' image paths start from.")
+    path: str = Field(description="JSON, JSONL or parquet file, a folder of `datasets`, or a data set of the Hub.")
+    images: str | dict[str, str] | None = Field(
+        default=None, description="Folder that image paths start from, or a folder per beginning of them."
+    )
+    columns: dict[Literal["question", "answer", "image", "id"], str] | None = Field(
+        default=None, description="Of a table instead of conversations: what its columns are called."
+    )
+    prompt: str | None = Field(default=None, description="The question, for a table without questions (captions).")
+    name: str | None = Field(default=None, description="Configuration of a data set of the Hub.")
+    split: str = Field(default="train", description="Of a folder or a data set of the Hub.")
+    streaming: bool = Field(default=False, description="Read while training; keep nothing on disk.")
+    faulty: Literal["stop", "drop"] = Field(
+        default="stop", description="What to do at rows that cannot be read; `peft-crome doctor` shows them all."
+    )
+    weight: float | None = Field(
+        default=None, gt=0, description="How often this set is drawn from, relative to the others'."
+    )
+
+    @model_validator(mode="after")
+    def _columns(self) -> Data:
+        check_columns(self.columns, self.prompt)  # type: ignore[arg-type]
+        return self
+
+
+class Mixture(_Section):
+    """How often each data set is drawn from; without it, and without weights, every row comes once an epoch."""
+
+    temperature: float = Field(
+        default=2.0, gt=0, description="p proportional to rows ** (1 / temperature): 2 is the paper's square root."
+    )
 
 
 class Training(_Section):
@@ -172,6 +207,7 @@ class Recipe(_Section):
     adapter: Adapter | None = None
     images: Images = Images()
     data: list[Data] = Field(min_length=1)
+    mixture: Mixture | None = None
     training: Training
     chat_template: str | None = Field(
         default=None, description="'vicuna', 'plain', 't5' or a Jinja template; None: the language model's own."
@@ -180,6 +216,8 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _where_from(self) -> Recipe:
+        if self.previous is None and self.stage == "finetune":
+            raise ValueError("`finetune` trains the adapter alone; give `previous`, whose projections are trained")
         if self.previous is None and self.backbones is None:
             raise ValueError("give `previous`, the directory of the stage before, or `backbones`")
         template = self.chat_template
@@ -187,8 +225,18 @@ class Recipe(_Section):
             raise ValueError(
                 f"chat_template={template!r} is neither one of {list(CHAT_TEMPLATES)} nor Jinja, which has {{{{ }}}}"
             )
-        if self.previous is None and STAGES[self.stage].previous and self.stage == "finetune":
-            raise ValueError("`finetune` trains the adapter alone; give `previous`, whose projections are trained")
+        return self
+
+    @model_validator(mode="after")
+    def _mixed(self) -> Recipe:
+        weighted = [data.weight is not None for data in self.data]
+        if any(weighted) and (self.mixture is not None or not all(weighted)):
+            raise ValueError("give a `weight` to every data set and no `mixture`, or a `mixture` and no `weight`")
+        streamed = any(data.streaming for data in self.data)
+        if streamed and self.training.max_steps is None:
+            raise ValueError("nobody knows how long an epoch of streamed data is; give training.max_steps")
+        if streamed and len(self.data) > 1 and not all(weighted):
+            raise ValueError("nobody knows how many rows streamed data have; give every data set a `weight`")
         return self
 
 
@@ -255,7 +303,11 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if str(source) in PRESETS and not path.is_file():
         text, name = preset_text(str(source)), f"preset {source!r}"
     elif path.is_file():
-        text, name = path.read_text(encoding="utf-8"), str(path)
+        name = str(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{name} is no text in UTF-8 ({error}); expected a recipe in YAML.") from error
     else:
         raise FileNotFoundError(f"{source} is neither a file nor a preset; presets are {list(PRESETS)}.")
     try:
@@ -316,7 +368,8 @@ def _explain(detail: Any) -> str:
 
 def _keys(location: tuple[Any, ...]) -> list[str]:
     sections = {
-        "backbones": Backbones, "adapter": Adapter, "images": Images, "data": Data, "training": Training
+        "backbones": Backbones, "adapter": Adapter, "images": Images, "data": Data, "mixture": Mixture,
+        "training": Training,
     }  # fmt: skip
     section = next((sections[part] for part in location if part in sections), Recipe)
     return list(section.model_fields)  # type: ignore[attr-defined]

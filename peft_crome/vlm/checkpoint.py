@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
@@ -30,6 +31,7 @@ from .vision import vision_class
 
 Composite = TypeVar("Composite", bound=PreTrainedModel)
 Weights = dict[str, torch.Tensor]
+STAGE_RECORD = "crome_stage.json"  # of a directory that a training stage wrote, which has an adapter
 FILE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 
 
@@ -370,7 +372,18 @@ def _load_adapter(
 ) -> None:
     """Attach the PEFT adapter that is stored beside the composite, where there is one."""
     path = adapter_kwargs.pop("_adapter_model_path", None)
+    folder = Path(name_or_path)
     if path is None and find_adapter_config_file(name_or_path, **files) is not None:
         path = name_or_path
+    elif path is None and any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, STAGE_RECORD)):
+        raise OSError(
+            f"{folder} has no adapter_config.json, and should: {STAGE_RECORD} or an adapter's weights are there. "
+            "Copy the directory again, or pass adapter='ignore' to load the composite alone."
+        )
     if path is not None:
-        model.load_adapter(path, adapter_kwargs=adapter_kwargs)
+        try:
+            model.load_adapter(path, adapter_kwargs=adapter_kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The adapter in {path} is truncated or not a safetensors file ({error}). Copy the directory again."
+            ) from error

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from peft_crome import CromeVLMProcessor
-from peft_crome.data import CHAT_TEMPLATES, Augmentation, ConversationCollator, split_turns
-from peft_crome.data.collator import until_last_answer
+from peft_crome.data import CHAT_TEMPLATES, Augmentation, ConversationCollator, RowError, split_turns
 from tests.vlm.conftest import CHAT_TEMPLATE, backbones, composite, make_tokenizer, processor  # noqa: F401  # fixtures
 
 
@@ -129,14 +128,6 @@ def test_rows_in_which_nothing_is_learnt_are_refused(processor: Any) -> None:  #
         ConversationCollator(processor).encode({"id": "q", "images": [], "messages": [question]})
 
 
-def test_what_comes_after_the_last_answer_is_left_out() -> None:
-    one = row(("w1", "w2"), images=["a.png"])
-    one["messages"].append({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w3"}]})
-    one["images"].append("b.png")
-    kept = until_last_answer(one)
-    assert (len(kept["messages"]), kept["images"]) == (2, ["a.png"])
-
-
 def test_prompt_is_the_one_of_generation(processor: Any, picture: str) -> None:  # noqa: F811
     """What precedes the answer in training is what apply_chat_template gives for answering."""
     from tokenizers.processors import TemplateProcessing
@@ -172,8 +163,25 @@ def test_long_rows_are_cut_or_refused(processor: Any, picture: str) -> None:  # 
     whole = ConversationCollator(processor).encode(one)["input_ids"]
     cut = ConversationCollator(processor, max_length=len(whole) - 2).encode(one)
     assert cut["input_ids"] == whole[:-2]
-    with pytest.raises(ValueError, match=r"Row 'r' has \d+ tokens, 9 of them image tokens; the first 8 hold no whole"):
+    with pytest.raises(ValueError, match=r"Row 'r': \d+ tokens, 9 of them image tokens; the first 8 hold no whole"):
         ConversationCollator(processor, max_length=8).encode(one)
+
+
+def test_rows_longer_than_the_language_model_takes_are_refused(processor: Any, picture: str) -> None:  # noqa: F811
+    one = row(("w1", "w2"), ("w3", "w4"), images=[picture])
+    length = ConversationCollator(processor).encode(one)["length"]
+    assert ConversationCollator(processor, max_positions=length).encode(one)["length"] == length
+    with pytest.raises(RowError, match=rf"Row 'r': {length} tokens, and the language model takes {length - 1}. Write"):
+        ConversationCollator(processor, max_positions=length - 1).encode(one)
+    cut = ConversationCollator(processor, max_positions=length - 1, max_length=length - 1).encode(one)
+    assert (len(cut["input_ids"]), cut["length"]) == (length - 1, length)
+
+
+def test_image_tokens_of_the_text_itself_are_refused(processor: Any, picture: str) -> None:  # noqa: F811
+    """Else the model would look for the features of pictures that are not there, in the middle of a run."""
+    sly = row((f"w1 {processor.image_token} w2", "w3"), images=[picture])
+    with pytest.raises(RowError, match=r"Row 'r': 18 image tokens for 1 images of 9. Take .* out of the text"):
+        ConversationCollator(processor).encode(sly)
 
 
 def test_unreadable_pictures_name_the_row(processor: Any, tmp_path: Path) -> None:  # noqa: F811

@@ -62,7 +62,17 @@ def test_every_key_that_does_not_explain_itself_has_a_description() -> None:
         "warmup_steps",
         "backbones",
     }
-    plain |= {"bottleneck_dim", "gate_activation", "dropout", "init_weights", "adapter", "images", "data", "training"}
+    plain |= {
+        "bottleneck_dim",
+        "gate_activation",
+        "dropout",
+        "init_weights",
+        "adapter",
+        "images",
+        "data",
+        "mixture",
+        "training",
+    }
     plain |= {"gradient_checkpointing", "logging_steps"}
     silent = {line.split("`")[1].split(".")[-1] for line in rows() if line.endswith("|  |")}
     assert silent <= plain

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
-from peft_crome.data import read_llava
+from peft_crome.data import read_rows
 from peft_crome.training import StageError, generate_answers, load_recipe, read_record, train
 
 
@@ -89,12 +89,12 @@ def test_stages_on_a_quantised_language_model(quantization: str, values: dict[st
 LOAD = """
 import json, sys, torch
 from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
-from peft_crome.data import read_llava
+from peft_crome.data import read_rows
 from peft_crome.training import generate_answers
 directory, data = sys.argv[1:]
 model = CromeVLMForConditionalGeneration.from_pretrained(directory)
 processor = CromeVLMProcessor.from_pretrained(directory)
-rows = list(read_llava(data))
+rows = list(read_rows(data))
 print(json.dumps(generate_answers(model, processor, rows, max_new_tokens=3, progress=False)))
 """
 
@@ -102,7 +102,7 @@ print(json.dumps(generate_answers(model, processor, rows, max_new_tokens=3, prog
 def test_last_directory_alone_answers_in_a_fresh_process(
     stages: dict[str, Path], dataset: Path, tmp_path: Path
 ) -> None:
-    rows = list(read_llava(dataset))
+    rows = list(read_rows(dataset))
     model = CromeVLMForConditionalGeneration.from_pretrained(stages["finetune"])
     processor = CromeVLMProcessor.from_pretrained(stages["finetune"])
     here = generate_answers(model, processor, rows, max_new_tokens=3, progress=False)
@@ -129,7 +129,7 @@ def test_loaded_model_is_the_trained_one(values: dict[str, Any], monkeypatch: py
         return original(model, processor, *args)
 
     def collate(processor: Any) -> dict[str, torch.Tensor]:
-        rows = list(read_llava(values["data"][0]["path"]))[:3]
+        rows = list(read_rows(values["data"][0]["path"]))[:3]
         return run.ConversationCollator(processor)(rows)
 
     original = run.save_stage
@@ -227,6 +227,126 @@ def test_checkpoints_of_another_recipe_are_refused(values: dict[str, Any], monke
     assert not Path(values["output"]).exists()
 
 
+def test_run_that_failed_before_a_checkpoint_does_not_lock_its_folder(values: dict[str, Any]) -> None:
+    values["training"] |= {"max_steps": None, "epochs": 1, "warmup_steps": 10}
+    with pytest.raises(ValueError, match=r"training.warmup_steps: 10 leaves nothing of 3 steps"):
+        train(load_recipe(values))
+    values["training"]["warmup_steps"] = 1
+    assert train(load_recipe(values))["stages"][0]["steps"] == 3
+
+
+def test_harmless_keys_may_change_and_data_may_not(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = json.loads(Path(values["data"][0]["path"]).read_text())
+    images = str(Path(values["data"][0]["path"]).parent)
+    values["data"] = [{"path": str(tmp_path / "rows.json"), "images": images}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    checkpoints = interrupt(values, monkeypatch)
+    (checkpoints / "checkpoint-6" / "trainer_state.json").unlink()
+    values["training"] |= {"logging_steps": 2, "save_steps": 100}
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:5]))
+    with pytest.raises(StageError, match=r"holds checkpoints of another run: content of data.*rows.json was"):
+        train(load_recipe(values))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert train(load_recipe(values))["stages"][0]["resumed"]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "adapter_model.safetensors"])
+def test_checkpoint_with_a_truncated_file_is_left_aside(
+    name: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = interrupt(values, monkeypatch) / "checkpoint-6" / name
+    file.write_bytes(file.read_bytes()[:-20])
+    assert train(load_recipe(values))["stages"][0]["resumed"]
+    assert "checkpoint-6 was not written in full and is left aside" in caplog.text
+
+
+def test_recipe_of_checkpoints_that_cannot_be_read(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    (interrupt(values, monkeypatch) / "recipe.json").write_text("{")
+    with pytest.raises(StageError, match=r"nobody knows what its checkpoints belong to. Remove that folder"):
+        train(load_recipe(values))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rates": {"qformer": 0.5}}, r"training.learning_rates: \['qformer'\] do not train here"),
+        ({"arguments": {"report_to": "dvclive"}}, "training.arguments: .*dvclive"),
+    ],
+)
+def test_keys_that_cannot_do_anything_are_refused(
+    changes: dict[str, Any], message: str, values: dict[str, Any]
+) -> None:
+    values["training"] |= changes
+    with pytest.raises(ValueError, match=message):
+        train(load_recipe(values))
+    assert not Path(values["output"]).exists()
+
+
+@pytest.mark.parametrize("key", ["vision", "language", "qformer_tokenizer"])
+def test_backbone_that_is_nowhere_is_named(key: str, values: dict[str, Any]) -> None:
+    values["backbones"][key] = "nobody/nothing"
+    with pytest.raises(StageError, match=f"backbones.{key}: 'nobody/nothing' cannot be loaded"):
+        train(load_recipe(values))
+
+
+def test_words_that_the_qformer_does_not_know(values: dict[str, Any]) -> None:
+    values["backbones"]["qformer"] = {**values["backbones"]["qformer"], "vocab_size": 20}
+    with pytest.raises(
+        StageError, match=r"backbones.qformer.vocab_size: 20 words, and .* has \d+. Write vocab_size: "
+    ):
+        train(load_recipe(values))
+
+
+def test_folders_are_found_from_everywhere(values: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    """Backbones named by a relative path."""
+    for key in ("vision", "language"):
+        (tmp_path / key).symlink_to(values["backbones"][key])
+        values["backbones"][key] = key
+    with monkeypatch.context() as patched:
+        patched.chdir(tmp_path)
+        train(load_recipe(values))
+    config = json.loads((Path(values["output"]) / "config.json").read_text())
+    assert Path(config["text_model_name_or_path"]).is_absolute()
+    CromeVLMForConditionalGeneration.from_pretrained(values["output"])
+    assert "a folder of the machine that trained it" in (Path(values["output"]) / "README.md").read_text()
+
+
+def test_adapter_that_is_missing_or_damaged_is_no_silence(values: dict[str, Any], tmp_path: Path) -> None:
+    train(load_recipe(values))
+    adapter = Path(values["output"]) / "adapter_model.safetensors"
+    whole = adapter.read_bytes()
+    adapter.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="is truncated or not a safetensors file"):
+        CromeVLMForConditionalGeneration.from_pretrained(values["output"])
+    adapter.write_bytes(whole)
+    (adapter.parent / "adapter_config.json").unlink()
+    with pytest.raises(OSError, match=r"has no adapter_config.json, and should: .* Copy the directory again"):
+        CromeVLMForConditionalGeneration.from_pretrained(values["output"])
+    CromeVLMForConditionalGeneration.from_pretrained(values["output"], adapter="ignore")
+
+
+@pytest.mark.parametrize("how", ["mixture", "weights", "streaming", "without a Q-Former"])
+def test_mixtures_train(how: str, values: dict[str, Any], tmp_path: Path) -> None:
+    """Two sets, one of them a table without pictures."""
+    (tmp_path / "table.jsonl").write_text("\n".join(json.dumps({"q": f"w{i}", "a": "w9"}) for i in range(40)))
+    columns = {"question": "q", "answer": "a"}
+    values["data"] = [*values["data"], {"path": str(tmp_path / "table.jsonl"), "columns": columns}]
+    if how == "mixture":
+        values["mixture"] = {"temperature": 2}
+    elif how in ("weights", "streaming"):
+        for number, data in enumerate(values["data"]):
+            data |= {"weight": number + 1, "streaming": how == "streaming"}
+    else:
+        for key in ("qformer", "qformer_tokenizer", "num_query_tokens"):
+            del values["backbones"][key]
+    record = train(load_recipe(values))["stages"][0]
+    assert record["steps"] == 6
+    assert [item["rows"] for item in record["data"]] == ([None, None] if how == "streaming" else [12, 40])
+    assert "(streamed)" in (Path(values["output"]) / "README.md").read_text() or how != "streaming"
+
+
 def test_batches_without_pictures_train_too(values: dict[str, Any]) -> None:
     """Behind a Q-Former nothing that trains sees such a row."""
     values["training"] |= {"rows_per_device": 1, "batch_size": 1, "max_steps": 14, "save_steps": 100}
@@ -279,7 +399,7 @@ def test_seq2seq_and_no_qformer(values: dict[str, Any], seq2seq_backbone: str, t
     train(load_recipe(following(values, "finetune", tmp_path / "finetune")))
     model = CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "finetune")
     processor = CromeVLMProcessor.from_pretrained(tmp_path / "finetune")
-    rows = list(read_llava(dataset))
+    rows = list(read_rows(dataset))
     assert len(generate_answers(model, processor, rows, max_new_tokens=3, progress=False)) == len(rows)
 
 

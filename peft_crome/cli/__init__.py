@@ -1,0 +1,20 @@
+"""peft-crome: a command per task, each in a file of its own. Imported by nothing else."""
+
+from __future__ import annotations
+
+import sys
+
+EXTRA = 'pip install "peft-crome[train]"'
+
+try:
+    from .app import app
+    from .doctor import doctor
+    from .evaluate import evaluate
+    from .train import preset, train
+except ImportError as error:  # typer, rich, pydantic, datasets: none is needed by the method itself
+    sys.exit(f"peft-crome needs {error.name!r}, which is not installed. Write: {EXTRA}")
+
+for command in (train, preset, evaluate, doctor):
+    app.command()(command)
+
+__all__ = ["app"]

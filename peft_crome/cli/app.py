@@ -1,0 +1,34 @@
+"""The command line's frame, and how it says what is wrong."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from .. import __version__
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"peft-crome {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """CROME: look through data, train, evaluate and describe adapters of vision-language models."""
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Print what is wrong and end with status 1."""
+    Console(stderr=True).print(f"[red]{type(error).__name__}[/red]", end=" ")
+    print(error, file=sys.stderr)
+    raise typer.Exit(1)

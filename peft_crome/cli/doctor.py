@@ -1,0 +1,157 @@
+"""peft-crome doctor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from .app import console, fail
+
+BAR = 40  # characters of a histogram's longest bar
+EXAMPLES = 3
+
+
+def doctor(
+    data: Annotated[Path, typer.Argument(help="JSON, JSONL or parquet: LLaVA's conversations, or messages.")],
+    images: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder that image paths start from; or beginning=folder, several times."),
+    ] = None,
+    open_images: Annotated[bool, typer.Option(help="Decode every picture, or only look for its file.")] = True,
+    model: Annotated[
+        str | None, typer.Option(help="A stage's directory: measure rows by its tokenizer and template.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens at which training will cut rows.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message for rows without one.")] = None,
+    show: Annotated[
+        int, typer.Option(min=0, help="Print the first rows token by token, what is learnt in green; needs --model.")
+    ] = 0,
+    fix: Annotated[Path | None, typer.Option(help="Write a copy without what is wrong; DATA is not touched.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="Of a table: question=, answer=, image=, id=NAME.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question, for a table without questions.")] = None,
+) -> None:
+    """Look through a data set: each faulty row by its id, then counts. Ends with status 1 if something is wrong."""
+    from ..data import FAULTS, read_rows
+    from ..data.doctor import Patient, examine, write_fixed
+
+    try:
+        folders = _pairs(images, "--images") if images else None
+        columns = _pairs(column, "--column") if column else None
+        if fix is not None and fix.exists():
+            raise FileExistsError(f"--fix {fix}: it is there already, and nothing is overwritten. Name another file.")
+        if (show or max_length) and model is None:
+            raise ValueError("--show and --max-length need --model, whose tokenizer and template they go by.")
+        collator = _collator(model, max_length, system) if model is not None else None
+        progress = Progress(
+            SpinnerColumn(), TextColumn("{task.fields[rows]:,} rows"), TimeElapsedColumn(), console=console
+        )
+        with progress:
+            task = progress.add_task("rows", rows=0)
+
+            def told(patient: Patient) -> None:
+                for fault in patient.faults:
+                    progress.console.print(f"row {patient.name!r}: {fault.message}", markup=False, soft_wrap=True)
+
+            findings = examine(
+                data,
+                folders,
+                columns=columns,
+                prompt=prompt,
+                open_images=open_images,
+                encode=collator.encode if collator is not None else None,
+                on_fault=told,
+                on_row=lambda rows: progress.update(task, rows=rows),
+            )
+        if show and collator is not None:
+            for row in islice(read_rows(data, folders, columns=columns, prompt=prompt, faulty="drop"), show):
+                _show(row, collator)
+        _report(findings, FAULTS)
+        if fix is not None:
+            written, mended = write_fixed(data, fix, findings, folders)
+            console.print(f"{fix}: {written:,} rows, {mended:,} of them mended; {data} is as it was.", soft_wrap=True)
+    except (OSError, ValueError) as error:
+        fail(error)
+    if findings.patients or findings.rows == 0:
+        raise typer.Exit(1)
+
+
+def _pairs(given: list[str], option: str) -> dict[str, str]:
+    pairs = {}
+    for item in given:
+        begin, equals, rest = item.partition("=")
+        pairs[begin if equals else ""] = rest if equals else item
+    if option == "--column" and "" in pairs:
+        raise ValueError(f"--column {pairs['']!r}: expected question=NAME, answer=NAME, image=NAME or id=NAME.")
+    return pairs
+
+
+def _collator(model: str, max_length: int | None, system: str | None) -> Any:
+    from ..data import ConversationCollator
+    from ..vlm import CromeVLMConfig, CromeVLMProcessor
+
+    config = CromeVLMConfig.from_pretrained(model)
+    return ConversationCollator(
+        CromeVLMProcessor.from_pretrained(model),
+        max_length=max_length,
+        system=system,
+        **ConversationCollator.limits(config),
+    )
+
+
+def _show(row: dict[str, Any], collator: Any) -> None:
+    """One row's tokens: those that are learnt in green, images in blue, the rest as it is."""
+    encoded = collator.encode(row)
+    processor = collator.processor
+    line = Text(f"row {row['id']!r}: ", style="bold")
+    labels = encoded["labels"] if not collator.is_encoder_decoder else [-100] * len(encoded["input_ids"])
+    run = 0
+    for token, label in zip(encoded["input_ids"], labels, strict=True):
+        if token == processor.image_token_id:
+            run += 1
+            continue
+        if run:
+            line.append(f"[{run} image tokens]", style="blue")
+            run = 0
+        line.append(processor.tokenizer.decode([token]), style="green" if label != -100 else "")
+        line.append("|", style="dim")
+    if collator.is_encoder_decoder:
+        line.append(" -> ", style="bold")
+        for token in encoded["labels"]:
+            line.append(processor.tokenizer.decode([token]), style="green")
+            line.append("|", style="dim")
+    console.print(line, soft_wrap=True)
+
+
+def _report(findings: Any, names: dict[str, str]) -> None:
+    text = f", {findings.text_rows:,} of them without an image" if findings.text_rows else ""
+    console.print(f"{findings.rows:,} rows{text}; something is wrong with {len(findings.patients):,}.")
+    kinds = findings.by_kind()
+    if kinds:
+        table = Table()
+        for heading, justify in (("what", "left"), ("rows", "right"), ("the first", "left")):
+            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        for kind, name in names.items():
+            rows = list(dict.fromkeys(patient for patient, _ in kinds.get(kind, [])))
+            if rows:
+                mended = " (read without that part)" if all(fault.mended for _, fault in kinds[kind]) else ""
+                table.add_row(name + mended, f"{len(kinds[kind]):,}", escape(", ".join(rows[:EXAMPLES])))
+        console.print(table)
+    for name, counts in findings.histograms.items():
+        _histogram(name, counts)
+
+
+def _histogram(name: str, counts: Counter[int]) -> None:
+    rounded = name not in ("images in a row", "turns in a row")
+    console.print(f"{name}{', up to' if rounded else ''}")
+    most = max(counts.values())
+    for value in sorted(counts):
+        bar = "█" * max(1, round(BAR * counts[value] / most))
+        console.print(f"{value:>10,} {bar} {counts[value]:,}", highlight=False)

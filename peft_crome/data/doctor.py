@@ -1,0 +1,247 @@
+"""Look through a data set before a run does: every row, every picture, and how long rows are."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from .files import stream
+from .formats import parse, row_name
+from .image_paths import ImageFolders
+from .images import open_image
+from .rows import Fault, RowError
+from .sources import Images, check_columns
+
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A faulty row.
+
+    Args:
+        number: of the row in the file, from 0.
+        name: its id.
+        faults: all that is wrong with it.
+    """
+
+    number: int
+    name: str
+    faults: tuple[Fault, ...]
+
+
+@dataclass
+class Findings:
+    """What `examine` saw.
+
+    Args:
+        rows: of the file.
+        text_rows: rows without an image, of those that can be read.
+        histograms: "images in a row", "turns in a row", "longer side of images", "characters in a row" and, where a
+            model is known, "tokens in a row": value -> how many. Lengths and sizes are rounded up to powers of two.
+    """
+
+    rows: int = 0
+    text_rows: int = 0
+    patients: list[Patient] = field(default_factory=list)
+    histograms: dict[str, Counter[int]] = field(default_factory=dict)
+
+    def count(self, kind: str, value: int, rounded: bool = False) -> None:
+        """Add one to a histogram."""
+        self.histograms.setdefault(kind, Counter())[1 << max(0, value - 1).bit_length() if rounded else value] += 1
+
+    def by_kind(self) -> dict[str, list[tuple[str, Fault]]]:
+        """Fault kind -> the ids and faults of its rows."""
+        kinds: dict[str, list[tuple[str, Fault]]] = {}
+        for patient in self.patients:
+            for fault in patient.faults:
+                kinds.setdefault(fault.kind, []).append((patient.name, fault))
+        return kinds
+
+
+def examine(
+    path: str | Path,
+    images: Images = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    prompt: str | None = None,
+    open_images: bool = True,
+    encode: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    on_fault: Callable[[Patient], None] | None = None,
+    on_row: Callable[[int], None] | None = None,
+) -> Findings:
+    """Look at every row of a file; nothing is changed.
+
+    Args:
+        path, images, columns, prompt: as in `read_rows`.
+        open_images: decode every picture, not only look for its file.
+        encode: `ConversationCollator.encode`, by which rows are measured in tokens.
+        on_fault: told of each faulty row as it is found.
+        on_row: told how many rows have been seen.
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is neither JSON nor parquet.
+    """
+    path = Path(path)
+    check_columns(columns, prompt)
+    folders = ImageFolders(images if images is not None else path.parent)
+    findings = Findings()
+    seen: set[bytes] = set()
+    pictures: dict[str, Fault | int] = {}
+    numbered = enumerate(stream(path))
+    with _without_old_garbage(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        while chunk := list(islice(numbered, CHUNK)):
+            parsed = [(number, given, *parse(given, number, folders, columns, prompt)) for number, given in chunk]
+            files = {image for *_, row, _ in parsed if row for image in row["images"] if isinstance(image, str)}
+            new = sorted(files - pictures.keys())
+            pictures.update(zip(new, pool.map(_size, new) if open_images else map(_find, new), strict=True))
+            for number, given, row, faults in parsed:
+                if row is not None:
+                    faults = [*faults, *_of_images(row, pictures, findings), *_twice(row, seen)]
+                    faults += _measure(row, encode, findings)
+                if faults:
+                    patient = Patient(number, row_name(given, number), tuple(faults))
+                    findings.patients.append(patient)
+                    if on_fault is not None:
+                        on_fault(patient)
+            findings.rows += len(chunk)
+            if on_row is not None:
+                on_row(findings.rows)
+    return findings
+
+
+@contextmanager
+def _without_old_garbage() -> Iterator[None]:
+    """Keep Python's garbage collector from what is there already: PyTorch's objects took half of the time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _find(path: str) -> Fault | int:
+    return 0 if os.path.isfile(path) else Fault("missing", f"the image {path} is missing.")
+
+
+def _size(image: Any) -> Fault | int:
+    """A picture's longer side."""
+    if isinstance(image, str) and not os.path.isfile(image):
+        return _find(image)
+    try:
+        return max(open_image(image, "").size)
+    except ValueError as error:
+        return Fault("unreadable", str(error).removeprefix(": "))
+
+
+def _of_images(row: dict[str, Any], pictures: dict[str, Fault | int], findings: Findings) -> Iterator[Fault]:
+    findings.count("images in a row", len(row["images"]))
+    findings.text_rows += not row["images"]
+    for image in row["images"]:
+        found = pictures[image] if isinstance(image, str) else _size(image)
+        if isinstance(found, Fault):
+            yield found
+        elif found:
+            findings.count("longer side of images", found, rounded=True)
+
+
+def _twice(row: dict[str, Any], seen: set[bytes]) -> Iterator[Fault]:
+    content = [row["messages"], [image if isinstance(image, str) else str(image) for image in row["images"]]]
+    digest = blake2b(json.dumps(content).encode(), digest_size=8).digest()
+    if digest in seen:
+        yield Fault("duplicate", "the same conversation about the same images stands in an earlier row.")
+    seen.add(digest)
+
+
+def _measure(
+    row: dict[str, Any], encode: Callable[[dict[str, Any]], dict[str, Any]] | None, findings: Findings
+) -> Iterator[Fault]:
+    findings.count("turns in a row", len(row["messages"]))
+    texts = [part["text"] for message in row["messages"] for part in message["content"] if part["type"] == "text"]
+    findings.count("characters in a row", sum(map(len, texts)), rounded=True)
+    if encode is None:
+        return
+    try:
+        encoded = encode(row)
+    except RowError as error:
+        yield from error.faults
+        return
+    findings.count("tokens in a row", encoded["length"], rounded=True)
+    cut = encoded["length"] - len(encoded["input_ids"])
+    if cut > 0:
+        yield Fault("cut", f"{encoded['length']} tokens, of which the last {cut} are cut off.")
+
+
+def write_fixed(
+    path: str | Path,
+    output: str | Path,
+    findings: Findings,
+    images: Images = None,
+) -> tuple[int, int]:
+    """Write a copy without the faulty rows; rows that can be mended are written mended, all others as they are.
+
+    Args:
+        path: the file that was examined, JSON or JSONL.
+        output: the copy, a JSON list, or JSONL where it ends so. It must not exist.
+        findings: of `examine`.
+        images: as there.
+    Returns:
+        Rows written, and how many of them were mended.
+    Raises:
+        FileExistsError: there is such a file; nothing is ever overwritten.
+        ValueError: the file is parquet.
+    """
+    path, output = Path(path), Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output} is there already. Name another file for the copy.")
+    if path.suffix.lower() == ".parquet" or output.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"{path} -> {output}: only JSON and JSONL are written, to a file ending in .json or .jsonl.")
+    folders = ImageFolders(images if images is not None else path.parent)
+    patients = {patient.number: patient for patient in findings.patients}
+    temporary = output.with_name(f"{output.name}.tmp")
+    lines = output.suffix == ".jsonl"
+    written = mended = 0
+    with temporary.open("w", encoding="utf-8") as file:
+        for number, row in enumerate(stream(path)):
+            patient = patients.get(number)
+            if patient is not None:
+                if not all(fault.mended for fault in patient.faults) or "prompt" in row:
+                    continue
+                row = _mend(row, number, folders)
+                mended += 1
+            file.write("" if lines else "[\n" if written == 0 else ",\n")
+            file.write(json.dumps(row, ensure_ascii=False, default=float))
+            file.write("\n" if lines else "")
+            written += 1
+        file.write("" if lines else "\n]\n" if written else "[]\n")
+    os.replace(temporary, output)
+    return written, mended
+
+
+def _mend(row: dict[str, Any], number: int, folders: ImageFolders) -> dict[str, Any]:
+    """The row without turns before its first question and after its last answer; its other fields as they are."""
+    parsed, _ = parse(row, number, folders)
+    assert parsed is not None  # its faults are mended ones alone
+    key = "conversations" if row.get("conversations") is not None else "messages"
+    turns = row[key]
+    roles = [turn.get("from", turn.get("role")) for turn in turns]
+    first = 1 if roles[0] == "system" else 0
+    start = first + (roles[first] in ("gpt", "assistant"))
+    kept = [*turns[:first], *turns[start : start + len(parsed["messages"]) - first]]
+    shown = len(parsed["images"])
+    fixed = {**row, key: kept}
+    for name in ("image", "images"):
+        if isinstance(row.get(name), list) and len(row[name]) > shown:
+            fixed[name] = row[name][:shown]
+        elif isinstance(row.get(name), str) and shown == 0:
+            fixed.pop(name)
+    return fixed

@@ -1,0 +1,46 @@
+"""Where image files are: a folder, or a folder per sub-folder that rows name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from .rows import Fault
+
+
+class ImageFolders:
+    """Turn the image paths of rows into paths of files.
+
+    A path is refused by its words, without looking at the disk: a link inside a folder may lead wherever its owner
+    wants, a row of a data set may not.
+
+    Args:
+        folders: one folder, or what rows' paths begin with -> folder: {"coco": "/data/coco", "": "/data/others"}; the
+            longest beginning counts, and it is not repeated in the folder.
+    """
+
+    def __init__(self, folders: str | Path | Mapping[str, str | Path]) -> None:
+        given = folders if isinstance(folders, Mapping) else {"": folders}
+        self.folders = sorted(
+            ((begin.strip("/"), os.path.abspath(folder)) for begin, folder in given.items()),
+            key=lambda item: -len(item[0]),
+        )
+
+    def find(self, path: str) -> str | Fault:
+        """The absolute path of a row's image, or why there is none."""
+        if "://" in path:
+            return Fault("path", f"the image {path!r} is an address. Download it, and name its file.")
+        if "\0" in path:
+            return Fault("path", f"the image path {path!r} holds a zero byte.")
+        for begin, folder in self.folders:
+            if begin == "" or path == begin or path.startswith(f"{begin}/"):
+                rest = path[len(begin) :].lstrip("/") if begin else path
+                full = os.path.normpath(os.path.join(folder, rest))
+                if full.startswith(os.path.join(folder, "")):
+                    return full
+                return Fault(
+                    "path", f"the image path {path!r} leaves {folder}. Name the folder that holds all images."
+                )
+        known = ", ".join(repr(begin) for begin, _ in self.folders)
+        return Fault("path", f"the image path {path!r} begins with none of {known}. Name a folder for it in `images`.")

@@ -1,0 +1,49 @@
+"""A row of training data, whatever format it came in, and what can be wrong with one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FAULTS = {
+    "json": "not JSON",
+    "row": "not a row with a conversation",
+    "turn": "a turn that cannot be read",
+    "order": "roles out of order",
+    "empty": "an empty turn",
+    "answer": "no answer to learn from",
+    "placeholder": "wrong number of <image>",
+    "path": "an image path that is none, or leaves the image folder",
+    "missing": "a missing image",
+    "unreadable": "an unreadable image",
+    "duplicate": "the same conversation about the same images once more",
+    "long": "longer than the model takes, so that no image or no answer is whole",
+    "cut": "an answer that is cut off at the end",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with a row.
+
+    Args:
+        kind: a key of `FAULTS`.
+        message: what was given, and what to write.
+        mended: whether the row is read all the same, without the part that is wrong.
+    """
+
+    kind: str
+    message: str
+    mended: bool = False
+
+
+class RowError(ValueError):
+    """A row cannot be read; the message names the file and the row.
+
+    Args:
+        where: the file and the row's id.
+        faults: all that is wrong with it.
+    """
+
+    def __init__(self, where: str, faults: list[Fault]) -> None:
+        super().__init__(f"{where}: {' Also: '.join(fault.message for fault in faults)}")
+        self.faults = faults

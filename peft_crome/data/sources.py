@@ -1,0 +1,254 @@
+"""Data sets by name or file -> `datasets` of rows, converted once and kept on disk; memory does not grow with them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from .. import __version__
+from .files import stream
+from .formats import COLUMNS, parse, row_name
+from .image_paths import ImageFolders
+from .rows import RowError
+
+logger = logging.getLogger(__name__)
+
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "images": List({"path": Value("string"), "bytes": Value("binary")}),
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
+    }
+)
+Images = str | Path | Mapping[str, str | Path] | None
+Faulty = Literal["stop", "drop"]
+
+
+def read_rows(
+    path: str | Path,
+    images: Images = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    prompt: str | None = None,
+    faulty: Faulty = "stop",
+) -> Iterator[dict[str, Any]]:
+    """Read a file's rows, one at a time.
+
+    Args:
+        path: JSON list, JSONL or parquet of {"id", "image": path or list of paths, "conversations": [{"from",
+            "value"}]} (LLaVA), {"images", "messages": [{"role", "content"}]}, or records that `columns` describes. A
+            row without an image is text alone; pictures that no `<image>` stands for come before the first question.
+        images: folder that image paths start from, or a folder per beginning of them, {"coco": "/data/coco"}; None:
+            the folder of `path`.
+        columns: {"question", "answer", "image", "id"} -> names of a table's columns.
+        prompt: the question, where a table has none.
+        faulty: "stop" raises at the first row that cannot be read, "drop" leaves such rows out and logs how many.
+    Yields:
+        id: text; images: list of absolute paths, or {"bytes", "path"} where a file holds the pictures; messages:
+        [{"role", "content"}], where content is a list of {"type": "image"} and {"type": "text", "text"}.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file, or a row of it, cannot be read; the message names the row's id and what to write.
+    """
+    path = Path(path)
+    check_columns(columns, prompt)
+    folders = ImageFolders(images if images is not None else path.parent)
+    dropped = []
+    for number, given in enumerate(stream(path)):
+        row, faults = parse(given, number, folders, columns, prompt)
+        if row is not None:
+            yield row
+            continue
+        error = RowError(f"{path}, row {row_name(given, number)!r}", faults)
+        if faulty == "stop":
+            raise error
+        dropped.append(str(error))
+    if dropped:
+        logger.warning("%s: %d faulty rows were left out. The first: %s", path, len(dropped), dropped[0])
+
+
+def check_columns(columns: Mapping[str, str] | None, prompt: str | None) -> None:
+    """See that a table's columns are told.
+
+    Raises:
+        ValueError: names what is missing.
+    """
+    if columns is None:
+        if prompt is not None:
+            raise ValueError(f"prompt={prompt!r} needs columns: {{image: ..., answer: ...}} beside it.")
+        return
+    unknown = [key for key in columns if key not in COLUMNS]
+    if unknown or "answer" not in columns or ("question" in columns) == (prompt is not None):
+        raise ValueError(
+            f"columns={dict(columns)}, prompt={prompt!r}: expected the names of `answer` and `question` (or a fixed "
+            f"`prompt` instead of the latter), and of {COLUMNS[2:]} where there are such."
+        )
+
+
+def load_rows(
+    path: str | Path,
+    images: Images = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    prompt: str | None = None,
+    name: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    faulty: Faulty = "stop",
+) -> Dataset | IterableDataset:
+    """A data set in which each row has the form of `read_rows`.
+
+    A file is converted when it is read first, and again when it has changed; `datasets` keeps the rows in its cache.
+
+    Args:
+        path: a file as `read_rows` takes it, a folder that `datasets` saved or can load, or a data set of the Hub.
+        images, columns, prompt, faulty: as in `read_rows`.
+        name: configuration of a data set of the Hub.
+        split: of a folder or a data set of the Hub.
+        streaming: read while training, and keep nothing on disk.
+    Returns:
+        Rows with `id`, `images` ({"path", "bytes"} each) and `messages`.
+    Raises:
+        FileNotFoundError, ValueError: as `read_rows`, or there is no such data set, or no row in it.
+    """
+    check_columns(columns, prompt)
+    local = Path(path)
+    settings: dict[str, Any] = {"columns": dict(columns) if columns else None, "prompt": prompt, "faulty": faulty}
+    if not local.is_file() and local.suffix.lower() in (".json", ".jsonl", ".parquet"):
+        raise FileNotFoundError(f"{path} is missing; expected a JSON list, JSONL or parquet.")
+    if not local.is_file():
+        return _load_table(str(path), images, name, split, streaming, settings)
+    if local.suffix.lower() not in (".json", ".jsonl", ".parquet"):
+        raise ValueError(
+            f"{path}: expected a file ending in .json, .jsonl or .parquet, a folder, or a name of the Hub."
+        )
+    folder = images if images is not None else local.parent
+    each = {key: str(value) for key, value in folder.items()} if isinstance(folder, Mapping) else None
+    settings["images"] = each if each is not None else os.path.abspath(folder)  # type: ignore[arg-type]
+    if next(read_rows(path, **settings), None) is None:  # `datasets` has no words for that
+        raise ValueError(f"{path} holds no rows that can be read.")
+    with local.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    arguments = {
+        "path": str(local.absolute()),
+        "version": f"{__version__} {digest}",  # so that nothing stale is served
+        **settings,
+    }
+    if streaming:
+        return IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments)
+    try:
+        return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments)
+    except DatasetGenerationError as error:
+        raise _cause(error) from None
+
+
+def _generate(path: str, version: str, **arguments: Any) -> Iterator[dict[str, Any]]:
+    for row in read_rows(path, **arguments):
+        yield {**row, "images": [_stored(image) for image in row["images"]]}
+
+
+def _stored(image: Any) -> dict[str, Any]:
+    if isinstance(image, str):
+        return {"path": image, "bytes": None}
+    return image if isinstance(image, dict) else datasets.Image().encode_example(image)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the generator raised; `datasets` wraps it."""
+    while error.__cause__ is not None and not isinstance(error, RowError):
+        error = error.__cause__
+    return error
+
+
+def _load_table(
+    path: str, images: Images, name: str | None, split: str, streaming: bool, settings: dict[str, Any]
+) -> Dataset | IterableDataset:
+    folder = Path(path)
+    saved = folder.is_dir() and any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    try:
+        table = load_from_disk(path) if saved else load_dataset(path, name, split=split, streaming=streaming)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path!r} is no file, and not to be had as a data set with name={name!r}, split={split!r}: {error}"
+        ) from error
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise ValueError(f"{path} has the splits {list(table)}, and no {split!r}. Write split: one of them.")
+        table = table[split]
+    if saved and streaming:
+        table = table.to_iterable_dataset()
+    labels = {}
+    for column, feature in (table.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, datasets.Image):
+            table = table.cast_column(column, List(datasets.Image(decode=False)))
+        elif isinstance(feature, datasets.ClassLabel):
+            labels[column] = feature.names
+    arguments = {"source": path, "images": images, "labels": labels, "version": __version__, **settings}
+    return table.map(
+        _convert,
+        batched=True,
+        with_indices=True,
+        remove_columns=table.column_names,
+        features=FEATURES,
+        fn_kwargs=arguments,
+    )
+
+
+def _convert(
+    batch: Mapping[str, list[Any]],
+    numbers: list[int],
+    source: str,
+    images: Images,
+    labels: Mapping[str, list[str]],
+    version: str,
+    columns: Mapping[str, str] | None,
+    prompt: str | None,
+    faulty: Faulty,
+) -> dict[str, list[Any]]:
+    folders = ImageFolders(images if images is not None else ".")
+    made: dict[str, list[Any]] = {"id": [], "images": [], "messages": []}
+    for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
+        given = dict(zip(batch, values, strict=True))
+        for column, names in labels.items():
+            given[column] = None if given[column] is None else names[given[column]]
+        row, faults = parse(given, number, folders, columns, prompt)
+        if row is not None:
+            row["images"] = [_stored(image) for image in row["images"]]
+            for key, value in row.items():
+                made[key].append(value)
+        elif faulty == "stop":
+            raise RowError(f"{source}, row {row_name(given, number)!r}", faults)
+        else:
+            logger.warning("%s, row %r was left out: %s", source, row_name(given, number), faults[0].message)
+    return made
+
+
+def check_images(rows: Iterable[dict[str, Any]]) -> None:
+    """See that every image file is there, before a run begins; none is opened.
+
+    Raises:
+        ValueError: names the first row whose file is missing, and how many there are.
+    """
+    first, count = None, 0
+    for row in rows:
+        for image in row["images"]:
+            path = image if isinstance(image, str) else image["path"] if image.get("bytes") is None else None
+            if path is not None and not os.path.isfile(path):
+                first, count = first or (row["id"], path), count + 1
+    if first is not None:
+        raise ValueError(
+            f"Row {first[0]!r}: the image {first[1]} is missing ({count} such files in all). Name the folder that "
+            "image paths start from, or take these rows out: peft-crome doctor shows them all."
+        )

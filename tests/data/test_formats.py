@@ -1,0 +1,198 @@
+"""The formats that rows come in: what is read, and what is said of rows that cannot be."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from peft_crome.data import RowError, read_rows
+
+TURNS = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]
+QUESTION = {"from": "human", "value": "Hi"}
+ANSWER = {"from": "gpt", "value": "Hello"}
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    return path
+
+
+def text(value: str) -> dict[str, str]:
+    return {"type": "text", "text": value}
+
+
+IMAGE = {"type": "image"}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_llava_as_published(suffix: str, tmp_path: Path) -> None:
+    rows = [
+        {"id": "004539375", "image": "00453/004539375.jpg", "conversations": [  # LCS-558K: the image comes last
+            {"from": "human", "value": "Render a clear and concise summary of the photo.\n<image>"}, ANSWER]},
+        {"id": "a/1", "image": "one.png", "conversations": TURNS, "model": ""},
+        {"id": 7, "model": "", "conversations": [QUESTION, ANSWER]},  # of the 665K mix: text alone
+        {"id": 8, "image": ["one.png", "two/b.png"],
+         "conversations": [{"from": "human", "value": "<image> or <image>?"}, ANSWER]},
+        {"id": 9, "image": "one.png", "task_type": "conversation", "src_dataset": "coco",  # LAMM: nowhere
+         "conversations": [{"from": "human", "value": "LAMM"}, ANSWER]},
+        {"image": "", "conversations": [{"from": "system", "value": "Be brief."}, QUESTION, ANSWER]},
+        {"id": None, "images": ["one.png"], "conversations": [QUESTION, ANSWER, QUESTION, ANSWER]},
+    ]  # fmt: skip
+    read = list(read_rows(write(tmp_path / f"rows{suffix}", rows), tmp_path / "images"))
+    assert [row["id"] for row in read] == ["004539375", "a/1", "7", "8", "9", "5", "6"]
+    assert read[0]["messages"][0]["content"] == [text("Render a clear and concise summary of the photo."), IMAGE]
+    assert read[1]["messages"] == [
+        {"role": "user", "content": [IMAGE, text("What is this?")]},
+        {"role": "assistant", "content": [text("A cat.")]},
+    ]
+    assert read[1]["images"] == [str(tmp_path / "images" / "one.png")]
+    assert read[2]["images"] == []
+    assert [part["type"] for part in read[3]["messages"][0]["content"]] == ["image", "text", "image", "text"]
+    assert read[4]["messages"][0]["content"] == [IMAGE, text("LAMM")]
+    assert [message["role"] for message in read[5]["messages"]] == ["system", "user", "assistant"]
+    assert read[6]["messages"][0]["content"] == [IMAGE, text("Hi")]
+
+
+def test_messages_as_trl_and_chat_templates_have_them(tmp_path: Path) -> None:
+    user = {"role": "user", "content": [IMAGE, text("What?")]}
+    answer = {"role": "assistant", "content": "red"}
+    rows = [
+        {"messages": [user, answer], "images": ["a.png"]},
+        {"messages": [{"role": "user", "content": "What?"}, answer], "images": ["a.png"]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, text("What?")]}, answer]},
+        {"prompt": [user], "completion": [{"role": "assistant", "content": [text("red")]}], "images": ["a.png"]},
+    ]
+    read = list(read_rows(write(tmp_path / "rows.json", rows)))
+    for row in read:
+        assert row["images"] == [str(tmp_path / "a.png")]
+        assert row["messages"] == [user, {"role": "assistant", "content": [text("red")]}]
+
+
+def test_tables_with_named_columns(tmp_path: Path) -> None:
+    table = {
+        "q": ["What?", "How many?"],
+        "people": [["red", "blue", "red"], ["2", "3", "3"]],
+        "picture": [{"bytes": b"png", "path": None}, {"bytes": b"jpg", "path": "x.jpg"}],
+    }
+    pa.parquet.write_table(pa.table(table), tmp_path / "rows.parquet")
+    columns = {"question": "q", "answer": "people", "image": "picture"}
+    read = list(read_rows(tmp_path / "rows.parquet", columns=columns))
+    assert [row["messages"][1]["content"][0]["text"] for row in read] == ["red", "3"]
+    assert read[0]["messages"][0]["content"] == [IMAGE, text("What?")]
+    assert read[1]["images"] == [{"bytes": b"jpg", "path": "x.jpg"}]
+    rows = [{"image": "a.png", "label": 3}]
+    settings: dict[str, Any] = {"columns": {"answer": "label", "image": "image"}, "prompt": "Which digit?"}
+    [row] = read_rows(write(tmp_path / "captions.json", rows), **settings)
+    assert [message["content"][-1]["text"] for message in row["messages"]] == ["Which digit?", "3"]
+    with pytest.raises(ValueError, match=r"no column \['text'\]; there are \['image', 'label'\]"):
+        list(read_rows(tmp_path / "captions.json", columns={"answer": "text"}, prompt="Which digit?"))
+    with pytest.raises(ValueError, match=r"expected the names of `answer` and `question`"):
+        list(read_rows(tmp_path / "captions.json", columns={"answer": "label"}))
+    with pytest.raises(ValueError, match="needs columns"):
+        list(read_rows(tmp_path / "captions.json", prompt="What?"))
+
+
+def test_what_stands_outside_question_and_answer_is_left_out(tmp_path: Path) -> None:
+    """LLaVA's own code drops a first answer; what follows the last one teaches nothing."""
+    rows = [
+        {"conversations": [ANSWER, QUESTION, ANSWER]},
+        {"conversations": [*TURNS, {"from": "human", "value": "<image> And this?"}], "image": ["a.png", "b.png"]},
+    ]
+    first, second = read_rows(write(tmp_path / "rows.json", rows))
+    assert [message["role"] for message in first["messages"]] == ["user", "assistant"]
+    assert [message["role"] for message in second["messages"]] == ["user", "assistant"]
+    assert second["images"] == [str(tmp_path / "a.png")]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        ("text", "row", "row '0': str instead of an object"),
+        ({"id": 3}, "row", r"row '3': 'conversations' is None; expected \[\{'from'"),
+        ({"id": 3, "conversations": []}, "row", r"row '3': 'conversations' is \[\]"),
+        ({"id": 3, "conversations": TURNS, "video": "a.mp4"}, "row", r"row '3': \['video'\] cannot be read"),
+        ({"id": 3, "conversations": [{"from": "robot", "value": "x"}]}, "turn", "row '3': .*robot.* is no turn"),
+        ({"id": 3, "conversations": [{"from": ["gpt"], "value": "x"}]}, "turn", "row '3': .* is no turn; expected"),
+        ({"id": 3, "conversations": [QUESTION, {"from": "gpt", "value": 5}]}, "turn", "row '3': .* is no turn"),
+        ({"id": 3, "messages": [{"role": "user", "content": [{"type": "video"}]}]}, "turn", "is no part of a turn"),
+        ({"id": 3, "conversations": TURNS[:1], "image": "a.png"}, "answer", "row '3': no turn is from 'gpt'"),
+        ({"id": 3, "conversations": [ANSWER]}, "answer", "row '3': the only answer has no question before it"),
+        ({"id": 3, "conversations": TURNS}, "placeholder", "row '3': 1 <image> and 0 images. Write one <image> per"),
+        ({"id": 3, "conversations": TURNS, "image": ["a", "b"]}, "placeholder", "row '3': 1 <image> and 2 images"),
+        (
+            {"id": 3, "conversations": [TURNS[0], {"from": "gpt", "value": "<image>"}], "image": "a"},
+            "placeholder",
+            "row '3': an image stands in a turn from 'gpt'. Only the user's turns",
+        ),
+        ({"id": 3, "conversations": TURNS, "image": 5}, "path", "row '3': the image '5' is none; expected a path"),
+        ({"id": 3, "conversations": TURNS, "image": "../a.png"}, "path", r"row '3': the image path '../a.png' leaves"),
+        (
+            {"id": 3, "conversations": TURNS, "image": "b/../../a"},
+            "path",
+            "row '3': the image path 'b/../../a' leaves",
+        ),
+        ({"id": 3, "conversations": TURNS, "image": "/etc/passwd"}, "path", "the image path '/etc/passwd' leaves"),
+        ({"id": 3, "conversations": TURNS, "image": "http://x/a.png"}, "path", "is an address. Download it"),
+        ({"id": 3, "conversations": TURNS, "image": "a\0.png"}, "path", "holds a zero byte"),
+        ({"id": 3, "conversations": [QUESTION, {"from": "gpt", "value": " "}]}, "empty", "from 'assistant' is empty"),
+        ({"id": 3, "conversations": [QUESTION, QUESTION, ANSWER]}, "order", "roles out of order: user, user, assist"),
+    ],
+)
+def test_faulty_row_is_named(row: Any, kind: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RowError, match=message) as error:
+        list(read_rows(write(tmp_path / "rows.json", [row])))
+    assert kind in [fault.kind for fault in error.value.faults]
+    sound = {"id": 4, "conversations": [QUESTION, ANSWER]}
+    kept = read_rows(write(tmp_path / "rows.json", [row, sound]), faulty="drop")
+    assert [one["id"] for one in kept] == ["4"]
+
+
+def test_dropped_rows_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"id": "bad"}, {"conversations": [QUESTION, ANSWER]}, {"id": "worse"}]
+    list(read_rows(write(tmp_path / "rows.json", rows), faulty="drop"))
+    assert "2 faulty rows were left out. The first: " in caplog.text
+    assert "row 'bad'" in caplog.text
+
+
+def test_a_folder_per_beginning(tmp_path: Path) -> None:
+    rows = [{"id": name, "image": name, "conversations": TURNS} for name in ("coco/train/1.jpg", "gqa/2.jpg", "3.jpg")]
+    path = write(tmp_path / "rows.json", rows)
+    folders = {"coco": "/data/coco2017", "": str(tmp_path)}
+    found = [row["images"][0] for row in read_rows(path, folders)]
+    assert found == ["/data/coco2017/train/1.jpg", str(tmp_path / "gqa" / "2.jpg"), str(tmp_path / "3.jpg")]
+    with pytest.raises(ValueError, match=r"'gqa/2.jpg' begins with none of 'coco'. Name a folder for it in `images`"):
+        list(read_rows(path, {"coco": "/data"}))
+    rows[0]["image"] = "coco/../../secret.jpg"
+    with pytest.raises(ValueError, match="leaves /data/coco2017"):
+        list(read_rows(write(path, rows), folders))
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected a JSON list, JSONL or parquet"):
+        list(read_rows(tmp_path / "missing.json"))
+    sound = json.dumps({"conversations": [QUESTION, ANSWER]})
+    (tmp_path / "cut.json").write_text(f'[{sound}, {{"id": 1')
+    rows = read_rows(tmp_path / "cut.json")
+    assert next(rows)["id"] == "0"
+    with pytest.raises(
+        ValueError, match=r"cut.json, row '1': the file is not JSON after row 1 .* nothing that follows"
+    ):
+        next(rows)
+    (tmp_path / "cut.jsonl").write_text(f'{{"id": 1, "conversations": []\n\n{sound}\n')
+    with pytest.raises(ValueError, match=r"cut\.jsonl, row '0': line 1 is not JSON"):
+        list(read_rows(tmp_path / "cut.jsonl"))
+    assert len(list(read_rows(tmp_path / "cut.jsonl", faulty="drop"))) == 1
+    (tmp_path / "object.json").write_text('{\n"rows": []\n}')
+    with pytest.raises(ValueError, match="holds one object; expected a list of rows"):
+        list(read_rows(tmp_path / "object.json"))
+    (tmp_path / "picture.json").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"picture.json begins with .*; expected a JSON list"):
+        list(read_rows(tmp_path / "picture.json"))
+    (tmp_path / "latin.jsonl").write_bytes('{"id": "é"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"row '0': line 1 is not JSON .*utf-8"):
+        list(read_rows(tmp_path / "latin.jsonl"))
+    (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf[" + sound.encode() + b"]")
+    assert len(list(read_rows(tmp_path / "bom.json"))) == 1

@@ -1,0 +1,132 @@
+"""Data sets by file, folder and name: converted once, again when they change, alike in all forms."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from peft_crome.data import check_images, load_rows, open_image, read_rows, sources
+
+
+def llava(number: int) -> dict[str, Any]:
+    turns = [{"from": "human", "value": f"<image>\nq{number}"}, {"from": "gpt", "value": f"a{number}"}]
+    return {"id": number, "image": f"{number}.png", "conversations": turns}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "rows.json").write_text(json.dumps([llava(number) for number in range(5)]))
+    return tmp_path / "rows.json"
+
+
+def answers(rows: Any) -> list[str]:
+    return [row["messages"][-1]["content"][0]["text"] for row in rows]
+
+
+def test_file_becomes_rows_and_is_converted_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = load_rows(path)
+    assert (len(rows), answers(rows)) == (5, [f"a{number}" for number in range(5)])
+    assert rows[3]["images"] == [{"path": str(path.parent / "3.png"), "bytes": None}]
+    assert rows[3]["id"] == "3"
+    assert rows._fingerprint == load_rows(path)._fingerprint
+
+    read = []
+
+    def parse(row: Any, number: int, *args: Any) -> Any:
+        read.append(number)
+        return original(row, number, *args)
+
+    original = sources.parse
+    with monkeypatch.context() as patched:
+        patched.setattr(sources, "parse", parse)
+        assert answers(load_rows(path)) == answers(rows)
+    assert read == [0], "the first row is looked at, to say that there is one"
+    path.touch()
+    assert rows._fingerprint == load_rows(path)._fingerprint, "the content tells, not the date"
+
+
+def test_changed_file_is_converted_again(path: Path) -> None:
+    before = load_rows(path)
+    path.write_text(path.read_text().replace('"a4"', '"b4"'))
+    after = load_rows(path)
+    assert (answers(before)[4], answers(after)[4]) == ("a4", "b4")
+    assert before._fingerprint != after._fingerprint
+
+
+def test_streaming_gives_the_same_rows(path: Path) -> None:
+    assert list(load_rows(path, streaming=True)) == list(load_rows(path))
+
+
+def test_error_is_the_rows_own(path: Path) -> None:
+    path.write_text(json.dumps([llava(0), {"id": "bad"}]))
+    with pytest.raises(ValueError, match=r"rows.json, row 'bad': 'conversations' is None"):
+        load_rows(path)
+    assert len(load_rows(path, faulty="drop")) == 1
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"rows.json holds no rows that can be read"):
+        load_rows(path)
+    with pytest.raises(ValueError, match=r"expected a file ending in .json, .jsonl or .parquet, a folder, or a name"):
+        load_rows(Image.new("L", (1, 1)).save(path.with_suffix(".png")) or path.with_suffix(".png"))
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Dataset:
+    """Pictures in the table itself, labels as numbers."""
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["zero", "one"]),
+         "question": datasets.Value("string")}
+    )  # fmt: skip
+    pictures = [Image.new("L", (4, 4), 100 * number) for number in range(3)]
+    values = {"image": pictures, "label": [0, 1, 1], "question": ["Which digit?"] * 3}
+    return Dataset.from_dict(values, features=features)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folder_of_datasets_with_pictures_in_it(streaming: bool, table: Dataset, tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(tmp_path / "saved")
+    columns = {"image": "image", "answer": "label", "question": "question"}
+    rows = list(load_rows(tmp_path / "saved", columns=columns, streaming=streaming))
+    assert answers(rows) == ["zero", "one", "one"]
+    assert open_image(rows[1]["images"][0], "x").getpixel((0, 0)) == (100, 100, 100)
+    assert len(list(load_rows(tmp_path / "saved", columns=columns, split="test", streaming=streaming))) == 1
+    with pytest.raises(ValueError, match=r"has the splits \['train', 'test'\], and no 'dev'"):
+        load_rows(tmp_path / "saved", columns=columns, split="dev")
+
+
+def test_parquet_by_file_and_by_folder(table: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    table.to_parquet(tmp_path / "folder" / "train.parquet")
+    settings: dict[str, Any] = {"columns": {"image": "image", "answer": "label"}, "prompt": "What?"}
+    by_file = load_rows(tmp_path / "folder" / "train.parquet", **settings)
+    assert answers(by_file) == ["0", "1", "1"], "a file alone has no names for its labels"
+    by_folder = load_rows(str(tmp_path / "folder"), **settings)
+    assert answers(by_folder) == ["zero", "one", "one"]
+    for rows in (by_file, by_folder):
+        assert open_image(rows[2]["images"][0], "x").getpixel((0, 0)) == (200, 200, 200)
+    check_images(by_folder)
+
+
+def test_table_with_faulty_rows(tmp_path: Path) -> None:
+    Dataset.from_dict({"q": ["What?", ""], "a": ["red", "blue"]}).save_to_disk(tmp_path / "saved")
+    columns = {"question": "q", "answer": "a"}
+    with pytest.raises(ValueError, match=r"saved, row '1': a turn from 'user' is empty"):
+        load_rows(tmp_path / "saved", columns=columns)
+    assert answers(load_rows(tmp_path / "saved", columns=columns, faulty="drop")) == ["red"]
+
+
+def test_name_that_leads_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"'nobody/nothing' is no file, and not to be had as a data set with name=None"
+    ):
+        load_rows("nobody/nothing")
+
+
+def test_missing_pictures_are_counted(path: Path) -> None:
+    Image.new("L", (2, 2)).save(path.parent / "0.png")
+    for rows in (list(read_rows(path)), load_rows(path)):
+        with pytest.raises(ValueError, match=r"Row '1': the image .*1.png is missing \(4 such files in all\)"):
+            check_images(rows)
