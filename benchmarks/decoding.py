@@ -1,0 +1,134 @@
+"""Greedy decoding: with the text branch folded into the embedding table, unfolded, and with LoRA, against the base.
+
+    python -m benchmarks.decoding
+
+Frozen DINOv2-small and SmolLM2-135M in bf16, one row with a picture. Seconds are those between tokens, the prompt's
+pass left out. Adapters are random and not zero. CROME folded and unfolded must give the same tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import typer
+from peft import get_peft_model
+from transformers.generation.streamers import BaseStreamer
+
+from benchmarks.interleaved import markdown, middle, plot_ratios, ratios
+from benchmarks.methods import CONFIGS, backbone, base_of, batch_of
+from examples.easy_vqa.training import write_json
+from peft_crome import CromeConfig
+
+RESULTS = Path(__file__).parent / "results" / "speed"
+BASE, FOLDED, UNFOLDED = "base model", "CROME, folded", "CROME, not folded"
+LORAS = [name for name in CONFIGS if name.startswith("LoRA")]
+
+
+class Watch(BaseStreamer):
+    """When each token came; `generate` hands them on."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, first, and then a token at a time."""
+        self.times.append(time.perf_counter())
+        if len(self.times) > 1:
+            self.tokens.append(int(value))
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def with_random_weights(name: str, make: Any) -> Any:
+    """A model with an adapter that acts."""
+    torch.manual_seed(0)
+    if name == BASE:
+        return make().eval()
+    if name in LORAS:
+        model = get_peft_model(make(), CONFIGS[name])
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.02)
+        return model.eval()
+    model = get_peft_model(make(), CromeConfig(bottleneck_dim=256, init_weights=False)).eval()
+    if name == FOLDED:
+        model.merge_adapter()
+    return model
+
+
+def decode(model: Any, batch: dict[str, torch.Tensor], tokens: int) -> tuple[float, list[int]]:
+    """Median seconds from token to token, and the tokens."""
+    watch = Watch()
+    with torch.inference_mode():
+        model.generate(
+            **batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, streamer=watch
+        )
+    between = [after - before for before, after in zip(watch.times[1:], watch.times[2:], strict=False)]
+    return statistics.median(between), watch.tokens
+
+
+def measure(repeats: int, tokens: int, prompt: int, make: Any = backbone) -> dict[str, Any]:
+    """Seconds per token of each way, one value per repeat; all ways in turn.
+
+    Args:
+        tokens: that are generated.
+        prompt: tokens of the prompt.
+    """
+    models = {name: with_random_weights(name, make) for name in (BASE, FOLDED, UNFOLDED, *LORAS)}
+    batch = batch_of(base_of(models[BASE]), 1, prompt)
+    del batch["labels"]
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    said: dict[str, list[int]] = {}
+    names = list(models)
+    for repeat in range(repeats + 1):
+        turn = repeat % len(names)
+        for name in [*names[turn:], *names[:turn]]:
+            passed, said[name] = decode(models[name], batch, tokens)
+            if repeat:
+                seconds[name].append(passed)
+    same = said[FOLDED] == said[UNFOLDED]
+    return {"tokens": tokens, "prompt": prompt, "seconds": seconds, "folded_says_the_same": same}
+
+
+def to_base(record: dict[str, Any]) -> dict[str, list[float]]:
+    """Each way's ratios to the base model."""
+    seconds = record["seconds"]
+    return {name: ratios(seconds[name], seconds[BASE]) for name in seconds if name != BASE}
+
+
+def table(record: dict[str, Any]) -> str:
+    """A line per way."""
+    found = to_base(record)
+    rows = [
+        [name, middle([1000 * value for value in values], 1), middle(found[name]) if name in found else "1"]
+        for name, values in record["seconds"].items()
+    ]
+    return markdown(["", "a token, ms", "to the base model"], rows)
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Generations of each way.")] = 15,
+    tokens: Annotated[int, typer.Option(help="In each.")] = 48,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 64,
+) -> None:
+    """Measure, write and print. Numbers are medians with the middle half."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    record = {**measure(repeats, tokens, prompt), "torch": torch.__version__}
+    write_json(RESULTS / "decoding.json", record)
+    (RESULTS / "decoding.md").write_text(table(record))
+    plot_ratios({"greedy decoding": to_base(record)}, RESULTS / "decoding.png", "time of a token / base model")
+    print(table(record))
+    print(f"CROME folded and not folded say the same {tokens} tokens: {record['folded_says_the_same']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

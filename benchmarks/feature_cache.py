@@ -1,0 +1,116 @@
+"""A training step with and without kept features of the vision tower, on the quick start's parts.
+
+    python -m benchmarks.feature_cache
+
+Frozen DINOv2-small and SmolLM2-135M in bf16, the adapter trains. The same rows of easy-VQA, a question per picture, in
+one process: a step that computes the features, one that computes and writes them (the first epoch), one that reads
+them (every later one), in turn, so that what else the machine does falls on all alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import typer
+from peft import get_peft_model
+
+from examples.easy_vqa import data
+from examples.easy_vqa.parts import cache_dir, dinov2_small, easy_vqa_dir, smollm2
+from examples.easy_vqa.training import write_json
+from peft_crome import CromeConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor, cache_features
+from peft_crome.data import ConversationCollator
+
+RESULTS = Path(__file__).parent / "results" / "feature_cache"
+WAYS = ("computed", "computed and written", "read")
+
+
+def batches(processor: Any, composite: Any, rows: int, count: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of one question per picture."""
+    pictures: dict[int, dict[str, Any]] = {}
+    for row in data.load_questions("train"):
+        pictures.setdefault(row["image_id"], row)
+    folder = easy_vqa_dir() / "train" / "images"
+    collator = ConversationCollator(processor, **ConversationCollator.limits(composite.config))
+    made = []
+    for start in range(0, rows * count, rows):
+        chosen = list(pictures.values())[start : start + rows]
+        made.append(collator([_row(row, folder) for row in chosen]))
+    return made
+
+
+def _row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    asked = [{"type": "image", "text": None}, {"type": "text", "text": row["question"]}]
+    said = [{"type": "text", "text": row["answer"]}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return {"id": str(row["image_id"]), "images": [str(folder / f"{row['image_id']}.png")], "messages": messages}
+
+
+def measure(rows: int, steps: int, image_size: int) -> dict[str, Any]:
+    """Seconds of each way, one value per batch."""
+    composite = CromeVLMForConditionalGeneration.from_backbones(
+        vision=str(dinov2_small()), language=str(smollm2()), dtype=torch.bfloat16, vision_pool_size=2,
+        image_size=image_size,
+    )  # fmt: skip
+    processor = CromeVLMProcessor.from_backbones(config=composite.config)
+    composite.language_model.set_attn_implementation("eager")  # as in the quick start
+    model = get_peft_model(composite, CromeConfig()).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    folder = Path(tempfile.mkdtemp(dir=cache_dir(), prefix="features-"))
+    try:
+        for number, batch in enumerate(batches(processor, composite, rows, steps + 1)):
+            for way in WAYS:
+                cache = None if way == "computed" else cache_features(model, folder)
+                start = time.perf_counter()
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                passed = time.perf_counter() - start
+                if cache is not None:
+                    expected = (rows, 0) if way == "read" else (0, rows)
+                    assert (cache.hits, cache.misses) == expected, (way, cache.hits, cache.misses)
+                    cache.detach()
+                if number:  # the first batch warms up
+                    seconds[way].append(passed)
+        size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / (rows * (steps + 1))
+    finally:
+        shutil.rmtree(folder)
+    return {"rows": rows, "image_size": image_size, "bytes_per_picture": round(size), "seconds": seconds}
+
+
+def table(measured: list[dict[str, Any]]) -> str:
+    """Medians, with the range of the middle half."""
+    lines = ["| pixels | rows | features | a step, s (middle half) | to computed |", "| --- | --- | --- | --- | --- |"]
+    for case in measured:
+        base = case["seconds"]["computed"]
+        for way in WAYS:
+            values = case["seconds"][way]
+            low, middle, high = statistics.quantiles(values, n=4)
+            ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
+            cells = [case["image_size"], case["rows"], way, f"{middle:.3f} ({low:.3f} to {high:.3f})", f"{ratio:.2f}"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(rows: Annotated[int, typer.Option()] = 16, steps: Annotated[int, typer.Option()] = 15) -> None:
+    """Measure, write and print."""
+    measured = [measure(rows, steps, image_size) for image_size in (112, 224)]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(RESULTS / "seconds.json", [{**m, "torch": torch.__version__} for m in measured])
+    (RESULTS / "table.md").write_text(table(measured))
+    print(table(json.loads((RESULTS / "seconds.json").read_text())))
+
+
+if __name__ == "__main__":
+    typer.run(main)

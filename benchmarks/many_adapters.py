@@ -1,0 +1,118 @@
+"""A batch of 64 rows with 1, 8 and 64 adapters, against one adapter for all rows and against PEFT's LoRA.
+
+    python -m benchmarks.many_adapters
+
+Frozen DINOv2-small and SmolLM2-135M in bf16. Each row has a picture and an adapter of its own (`adapter_names`):
+a pass over the prompts, and greedy decoding of some tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import typer
+from peft import LoraConfig, PeftConfig, get_peft_model
+
+from benchmarks.interleaved import markdown, middle, plot_ratios, ratios, seconds_in_turn
+from benchmarks.methods import LANGUAGE, backbone, batch_of
+from examples.easy_vqa.training import write_json
+from peft_crome import CromeConfig
+
+RESULTS = Path(__file__).parent / "results" / "speed"
+BASE = "no adapter"
+WORK = ("a pass", "decoding")
+
+
+def configurations() -> dict[str, PeftConfig]:
+    """Both methods, with weights that act."""
+    return {
+        "CROME": CromeConfig(bottleneck_dim=256, init_weights=False),
+        "LoRA r=8 on q, v": LoraConfig(
+            r=8, target_modules=f"{LANGUAGE}(q_proj|v_proj)", init_lora_weights=False
+        ),
+    }  # fmt: skip
+
+
+def measure(rows: int, counts: list[int], repeats: int, prompt: int, tokens: int, make: Any = backbone) -> Any:
+    """Seconds of each way and kind of work, one value per repeat.
+
+    Args:
+        counts: of different adapters in the batch.
+        prompt, tokens: of each row: read, and decoded.
+    """
+    base = make().eval()
+    batch = batch_of(base, rows, prompt)
+    del batch["labels"]
+    models: dict[str, tuple[Any, dict[str, Any]]] = {BASE: (base, {})}
+    for method, config in configurations().items():
+        model = get_peft_model(make(), config, adapter_name="0")
+        for number in range(1, max(counts)):
+            model.add_adapter(str(number), config)
+        model.eval()
+        models[f"{method}, the active one"] = model, {}
+        for count in counts:
+            names = [str(row % count) for row in range(rows)]
+            models[f"{method}, {count} of adapter_names"] = model, {"adapter_names": names}
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for work in WORK:
+        ways = {name: _do(work, *model, batch, tokens) for name, model in models.items()}
+        seconds[work] = seconds_in_turn(ways, repeats)
+    return {"rows": rows, "prompt": prompt, "tokens": tokens, "seconds": seconds}
+
+
+def _do(work: str, model: Any, extra: dict[str, Any], batch: dict[str, torch.Tensor], tokens: int) -> Any:
+    def call() -> None:
+        with torch.inference_mode():
+            if work == "a pass":
+                model(**batch, **extra, use_cache=False, logits_to_keep=1)
+            else:
+                options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+                model.generate(**batch, **extra, **options)
+
+    return call
+
+
+def to_base(record: Any) -> dict[str, dict[str, list[float]]]:
+    """Work -> way -> ratios to the model without an adapter."""
+    return {
+        f"{work}, {record['rows']} rows": {
+            name: ratios(values, seconds[BASE]) for name, values in seconds.items() if name != BASE
+        }
+        for work, seconds in record["seconds"].items()
+    }
+
+
+def table(record: Any) -> str:
+    """A line per way; both kinds of work."""
+    found = list(to_base(record).values())
+    rows = []
+    for name in record["seconds"][WORK[0]]:
+        cells = [middle(record["seconds"][work][name], 2) for work in WORK]
+        shares = [middle(each[name]) if name in each else "1" for each in found]
+        rows.append([name, cells[0], shares[0], cells[1], shares[1]])
+    decoded = f"prompt and {record['tokens']} tokens, s"
+    return markdown(["adapters", "a pass, s", "to none", decoded, "to none"], rows)
+
+
+def main(
+    rows: Annotated[int, typer.Option(help="Of the batch.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Of each way.")] = 7,
+    prompt: Annotated[int, typer.Option(help="Tokens of each row.")] = 32,
+    tokens: Annotated[int, typer.Option(help="That are decoded.")] = 8,
+) -> None:
+    """Measure, write and print. Numbers are medians with the middle half."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    record = {**measure(rows, [1, 8, 64], repeats, prompt, tokens), "torch": torch.__version__}
+    write_json(RESULTS / "many_adapters.json", record)
+    (RESULTS / "many_adapters.md").write_text(table(record))
+    plot_ratios(to_base(record), RESULTS / "many_adapters.png", "time / model without an adapter")
+    print(table(record))
+
+
+if __name__ == "__main__":
+    typer.run(main)

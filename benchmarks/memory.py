@@ -1,0 +1,218 @@
+"""The memory of a training step: what `peft_crome.training.predict_step` says, and what the process then takes.
+
+    python -m benchmarks.memory
+
+Each case is a fresh process: frozen DINOv2-small and SmolLM2-135M as `peft-crome train` builds them, two steps of
+AdamW on a batch with a padded row. Measured is the highest resident memory during the steps, above what the process
+held before the model was built (with a tiny model trained for two steps, so that libraries are loaded). Needs Linux.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import typer
+from peft import get_peft_model
+from rich.console import Console
+from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
+
+from examples.easy_vqa.parts import dinov2_small, smollm2
+from examples.easy_vqa.training import write_json
+from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
+from peft_crome.training import StepSize, build, load_recipe, predict_step, recipe_skeleton
+
+RESULTS = Path(__file__).parent / "results" / "memory"
+IMAGE_SIZE, POOL = 112, 2  # 16 tokens per picture
+QFORMER = {
+    "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536,
+    "vocab_size": 49152,
+}  # fmt: skip
+TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+WITHIN = 0.15
+
+CASES: list[dict[str, Any]] = [
+    {"dtype": "float32", "rows": 4, "tokens": 64},
+    {"dtype": "float32", "rows": 4, "tokens": 256},
+    {"dtype": "float32", "rows": 4, "tokens": 256, "checkpointing": True},
+    {"dtype": "bfloat16", "rows": 4, "tokens": 64},
+    {"dtype": "bfloat16", "rows": 16, "tokens": 64},
+    {"dtype": "bfloat16", "rows": 4, "tokens": 256},
+    {"dtype": "bfloat16", "rows": 16, "tokens": 256},
+    {"dtype": "bfloat16", "rows": 4, "tokens": 512},
+    {"dtype": "bfloat16", "rows": 4, "tokens": 512, "checkpointing": True},
+    {"dtype": "bfloat16", "rows": 4, "tokens": 256, "quantization": "4bit"},
+    {"dtype": "bfloat16", "rows": 4, "tokens": 256, "quantization": "4bit", "checkpointing": True},
+    {"dtype": "bfloat16", "rows": 4, "tokens": 256, "quantization": "8bit"},
+    {"dtype": "bfloat16", "rows": 4, "tokens": 256, "qformer": True},
+    {"dtype": "float32", "rows": 4, "tokens": 256, "checkpointing": True, "malloc": "default"},
+    {"dtype": "bfloat16", "rows": 4, "tokens": 256, "malloc": "default"},
+    {"dtype": "bfloat16", "rows": 4, "tokens": 256, "quantization": "4bit", "malloc": "default"},
+]
+# glibc keeps freed blocks of up to 32 MB and cannot use all of them again. Given back at once, memory is the tensors'.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+def recipe_of(case: dict[str, Any]) -> Any:
+    """The first stage, or with a Q-Former the second, which trains that too."""
+    reader = {"qformer": QFORMER, "qformer_tokenizer": str(smollm2())} if case.get("qformer") else {}
+    return load_recipe(
+        {
+            "stage": "instruct" if reader else "pretrain",
+            "output": "unused",
+            "data": [{"path": "unused"}],
+            "backbones": {
+                "vision": str(dinov2_small()), "language": str(smollm2()), "dtype": case["dtype"],
+                "quantization": case.get("quantization"), "image_size": IMAGE_SIZE, "vision_pool_size": POOL, **reader,
+            },
+            "training": {"max_steps": 2, "warmup_steps": 1},
+        }
+    )  # fmt: skip
+
+
+def batch_of(composite: Any, rows: int, tokens: int) -> dict[str, torch.Tensor]:
+    """Rows of one picture and random words; the last is shorter."""
+    ids = torch.randint(1000, 2000, (rows, tokens))
+    ids[:, 4 : 4 + composite.image_seq_length] = composite.config.image_token_id
+    attention_mask = torch.ones_like(ids)
+    attention_mask[-1, -4:] = 0
+    labels = ids.masked_fill(attention_mask == 0, -100)
+    batch = {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}
+    batch["pixel_values"] = torch.randn(rows, 3, *composite.config.image_height_width)
+    if composite.qformer is not None:
+        read = torch.randint(1000, 2000, (rows, 32))
+        batch |= {"qformer_input_ids": read, "qformer_attention_mask": torch.ones_like(read)}
+    return batch
+
+
+def train_two_steps(model: Any, rows: int, tokens: int, checkpointing: bool) -> float:
+    """Two steps as the Trainer makes them; the seconds of the second."""
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    model.train()
+    batch = batch_of(model.get_base_model(), rows, tokens)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    for _ in range(2):
+        start = time.perf_counter()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.perf_counter() - start
+
+
+def status(key: str) -> int:
+    """Bytes that Linux gives for this process: VmRSS now, VmHWM at the highest."""
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{key}:\s+(\d+) kB", text, re.M)[1]) * 1024  # type: ignore[index]
+
+
+def settle() -> None:
+    """Give back what is free, and begin the highest value anew."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def warm_up() -> None:
+    """Load what a step loads: a tiny composite of the same kinds."""
+    tower = Dinov2Model(Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28))
+    language = LlamaForCausalLM(LlamaConfig(vocab_size=3000, **TINY))
+    composite = CromeVLMForConditionalGeneration.from_backbones(
+        vision=tower, language=language, image_token_id=2999, image_size=28
+    )
+    train_two_steps(get_peft_model(composite.bfloat16(), CromeConfig(bottleneck_dim=8)), 2, 64, checkpointing=True)
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """Build and train; to be called in a fresh process."""
+    torch.manual_seed(0)
+    warm_up()
+    if case.get("quantization"):
+        import bitsandbytes  # noqa: F401
+    settle()
+    before = status("VmRSS")
+    model, _, _ = build(recipe_of(case))
+    for parameter in model.parameters():
+        if type(parameter) is torch.nn.Parameter:  # out of the checkpoint's mapped file, as moving to a device does
+            parameter.data = parameter.data.clone()
+    settle()
+    loaded = status("VmRSS") - before
+    seconds = train_two_steps(model, case["rows"], case["tokens"], case.get("checkpointing", False))
+    return {"loaded": loaded, "peak": status("VmHWM") - before, "seconds": round(seconds, 2)}
+
+
+def predict(case: dict[str, Any]) -> dict[str, Any]:
+    """The same from the configurations."""
+    recipe = recipe_of(case)
+    start = time.perf_counter()
+    model = recipe_skeleton(recipe)
+    size = StepSize(case["rows"], case["tokens"], images=case["rows"])
+    cost = predict_step(model, size, gradient_checkpointing=case.get("checkpointing", False))
+    weights = sum(cost.weights.values())
+    return {
+        "weights": weights, "kept": cost.kept, "peak": cost.peak, "flops": cost.flops,
+        "seconds": round(time.perf_counter() - start, 2),
+    }  # fmt: skip
+
+
+def ratio(record: dict[str, Any]) -> float:
+    """Predicted to measured."""
+    return record["predicted"]["peak"] / record["measured"]["peak"]
+
+
+def is_near(record: dict[str, Any]) -> bool:
+    """Within 15%; what malloc loses by default is shown, and is no part of the prediction."""
+    return "malloc" in record["case"] or abs(ratio(record) - 1) < WITHIN
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A line per case."""
+    lines = [
+        "| frozen in | rows | tokens | weights, MB | kept, MB | predicted, MB | measured, MB | ratio | a step, s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for record in records:
+        case, said, found = record["case"], record["predicted"], record["measured"]
+        words = [case.get("quantization") or case["dtype"]]
+        words += ["checkpointing"] * bool(case.get("checkpointing")) + ["Q-Former"] * bool(case.get("qformer"))
+        words += ["malloc's defaults"] * ("malloc" in case)
+        sizes = [f"{size / 1e6:,.0f}" for size in (said["weights"], said["kept"], said["peak"], found["peak"])]
+        cells = [", ".join(words), case["rows"], case["tokens"], *sizes, f"{ratio(record):.2f}", found["seconds"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(case: Annotated[str | None, typer.Option(help="One case, as JSON: measure it here.")] = None) -> None:
+    """Predict and measure each case, write and print. Ends with status 1 where a case is 15% off or more."""
+    if case is not None:
+        print(json.dumps(measure(json.loads(case))))
+        return
+    records = []
+    for number, chosen in enumerate(CASES, 1):
+        command = [sys.executable, "-m", "benchmarks.memory", "--case", json.dumps(chosen)]
+        environment = os.environ | ({} if "malloc" in chosen else GIVE_BACK)
+        output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        record = {"case": chosen, "predicted": predict(chosen), "measured": json.loads(output.splitlines()[-1])}
+        records.append(record)
+        Console(stderr=True).print(f"{number} of {len(CASES)}: {chosen}, {ratio(record):.3f}", soft_wrap=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(RESULTS / "records.json", [{**r, "torch": torch.__version__} for r in records])
+    (RESULTS / "table.md").write_text(table(records))
+    print(table(records))
+    sys.exit(not all(map(is_near, records)))
+
+
+if __name__ == "__main__":
+    typer.run(main)

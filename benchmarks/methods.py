@@ -1,0 +1,102 @@
+"""What the benchmarks of speed compare: the frozen model alone, the adapter, and PEFT's other methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from benchmarks.variants import ALL_LINEAR, IA3, LANGUAGE, PROMPT, SOFT_TOKENS
+from examples.easy_vqa.parts import dinov2_small, smollm2
+from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
+
+FLOOR = "frozen model alone"
+CROME = "CROME"
+POOL_SIZE = 2  # 16 image tokens
+FIRST_WORD, LAST_WORD = 20, 2000  # random text of ordinary tokens
+
+CONFIGS: dict[str, PeftConfig | None] = {
+    FLOOR: None,
+    CROME: CromeConfig(bottleneck_dim=256),
+    "LoRA r=8 on q, v": LoraConfig(r=8, target_modules=f"{LANGUAGE}(q_proj|v_proj)"),
+    "LoRA r=16 on all linear layers": LoraConfig(r=16, target_modules=f"{LANGUAGE}({ALL_LINEAR})"),
+    "prompt tuning, 15 tokens": PROMPT,
+    "IA3": IA3,
+}
+QUANTIZATION = {
+    "bfloat16": None,
+    "nf4": BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ),
+}
+
+
+def backbone(frozen_in: str = "bfloat16") -> CromeVLMForConditionalGeneration:
+    """Frozen DINOv2-small and SmolLM2-135M, joined; the tower has 16 tokens per picture.
+
+    Args:
+        frozen_in: "bfloat16", or "nf4" for the language model.
+    """
+    composite = CromeVLMForConditionalGeneration.from_backbones(
+        vision=str(dinov2_small()),
+        language=str(smollm2()),
+        quantization_config=QUANTIZATION[frozen_in],
+        dtype=torch.bfloat16,
+        vision_pool_size=POOL_SIZE,
+    )
+    composite.language_model.set_attn_implementation("eager")  # faster on a CPU, as in the quick start
+    return composite
+
+
+def attach(composite: nn.Module, method: str) -> nn.Module:
+    """Attach a method to a composite of its own. Of the frozen model alone the gradient goes to the embeddings."""
+    config = CONFIGS[method]
+    if config is not None:
+        return get_peft_model(composite, config)
+    composite.requires_grad_(False)
+    for site in (composite.get_input_embeddings(), composite.vision_fusion):
+        site.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_(True))
+    return composite
+
+
+def batch_of(composite: Any, rows: int, tokens: int, prompt: bool = False) -> dict[str, torch.Tensor]:
+    """Rows of one picture and random words, all of them learnt.
+
+    Args:
+        tokens: of each row, the picture's among them.
+        prompt: whether soft tokens come before them.
+    """
+    last = min(LAST_WORD, composite.config.image_token_id)  # a tiny vocabulary ends there
+    ids = torch.randint(FIRST_WORD, last, (rows, tokens))
+    ids[:, 4 : 4 + composite.image_seq_length] = composite.config.image_token_id
+    if prompt:
+        ids = torch.cat([torch.tensor(SOFT_TOKENS).expand(rows, -1), ids], dim=1)
+    pixel_values = torch.randn(rows, 3, *composite.config.image_height_width)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "pixel_values": pixel_values}
+
+
+def training_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """A function that does one step: forward, backward, and AdamW on what trains."""
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def base_of(model: nn.Module) -> Any:
+    """The composite, whatever is attached to it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

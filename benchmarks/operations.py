@@ -1,0 +1,113 @@
+"""Attaching, saving, loading and swapping an adapter, against LoRA of equal size; a thousand adapters on one model.
+
+    python -m benchmarks.operations
+
+Frozen DINOv2-small and SmolLM2-135M in bf16; 737,280 weights of CROME, 748,800 of LoRA. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import typer
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter as hotswap_lora
+
+from benchmarks.interleaved import markdown, middle, ratios, seconds_in_turn
+from benchmarks.memory import settle, status
+from benchmarks.methods import LANGUAGE, backbone
+from examples.easy_vqa.training import write_json
+from peft_crome import CromeConfig
+from peft_crome.hotswap import hotswap_adapter
+
+RESULTS = Path(__file__).parent / "results" / "speed"
+CONFIGS: dict[str, PeftConfig] = {
+    "CROME": CromeConfig(bottleneck_dim=256, init_weights=False),
+    "LoRA": LoraConfig(r=13, target_modules=f"{LANGUAGE}(q_proj|v_proj)", init_lora_weights=False),
+}
+OPERATIONS = ("attach", "save", "load", "load a second", "hot-swap")
+
+
+def operations(method: str, folder: Path, make: Any) -> dict[str, Callable[[], object]]:
+    """Each operation on a model of this method, to be called again and again."""
+    config = CONFIGS[method]
+    bare = make()
+    saved = folder / method
+    model = get_peft_model(make(), config)
+    model.save_pretrained(saved)
+
+    def attach() -> None:
+        get_peft_model(bare, config).unload()
+
+    def load() -> None:
+        PeftModel.from_pretrained(bare, saved).unload()
+
+    def load_second() -> None:
+        model.load_adapter(saved, adapter_name="second")
+        model.delete_adapter("second")
+
+    swap = hotswap_adapter if method == "CROME" else hotswap_lora
+    return {
+        "attach": attach,
+        "save": lambda: model.save_pretrained(saved),
+        "load": load,
+        "load a second": load_second,
+        "hot-swap": lambda: swap(model, str(saved), "default"),
+    }
+
+
+def thousand(count: int, make: Any) -> dict[str, int]:
+    """Bytes that `count` adapters add to the process, and those of their weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = get_peft_model(make(), CONFIGS["CROME"])
+        model.save_pretrained(folder)
+        own = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "crome_" in name)
+        model.load_adapter(folder, adapter_name="first")  # libraries are loaded then
+        settle()
+        before = status("VmRSS")
+        for number in range(count):
+            model.load_adapter(folder, adapter_name=f"adapter{number}")
+        settle()
+        return {"adapters": count, "grown": status("VmRSS") - before, "weights": own * count}
+
+
+def table(record: dict[str, Any]) -> str:
+    """A line per operation."""
+    rows = []
+    for name in OPERATIONS:
+        crome, lora = (record["seconds"][f"{method}, {name}"] for method in CONFIGS)
+        cells = [middle([1000 * value for value in values], 0) for values in (crome, lora)]
+        rows.append([name, *cells, middle(ratios(crome, lora), 2)])
+    return markdown(["", "CROME, ms", "LoRA, ms", "ratio"], rows)
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Of each operation.")] = 15,
+    adapters: Annotated[int, typer.Option(help="On one model, for their memory.")] = 1000,
+) -> None:
+    """Measure, write and print. Numbers are medians with the middle half."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        ways = {
+            f"{method}, {name}": call
+            for method in CONFIGS
+            for name, call in operations(method, Path(folder), backbone).items()
+        }
+        seconds = seconds_in_turn(ways, repeats)
+    record = {"seconds": seconds, "many": thousand(adapters, backbone), "torch": torch.__version__}
+    write_json(RESULTS / "operations.json", record)
+    (RESULTS / "operations.md").write_text(table(record))
+    print(table(record))
+    many = record["many"]
+    print(f"{many['adapters']} adapters: {many['grown'] / 1e6:,.0f} MB for {many['weights'] / 1e6:,.0f} MB of weights")
+
+
+if __name__ == "__main__":
+    typer.run(main)

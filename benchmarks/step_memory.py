@@ -1,0 +1,97 @@
+"""The memory of a training step of each method against the frozen model alone.
+
+    python -m benchmarks.step_memory
+
+Each method is a fresh process, measured as in `benchmarks.memory`. CROME may take what its weights, their gradients
+and AdamW's states do, 5·d·m·(4+4+8) bytes, and 5% of the floor. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.interleaved import markdown
+from benchmarks.memory import GIVE_BACK, settle, status, warm_up
+from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, backbone, base_of, batch_of, training_step
+from examples.easy_vqa.training import write_json
+
+RESULTS = Path(__file__).parent / "results" / "speed"
+CASES = [{"frozen_in": frozen_in, "rows": 2, "tokens": 512} for frozen_in in ("bfloat16", "nf4")]
+ALLOWED = 1.05
+
+
+def measure(case: dict[str, Any]) -> dict[str, int]:
+    """The highest memory of two steps above what the process held before; to be called in a fresh process."""
+    torch.manual_seed(0)
+    warm_up()
+    import bitsandbytes  # noqa: F401
+
+    settle()
+    before = status("VmRSS")
+    model = attach(backbone(case["frozen_in"]), case["method"])
+    for parameter in model.parameters():
+        if type(parameter) is torch.nn.Parameter:  # out of the checkpoint's mapped file, as moving to a device does
+            parameter.data = parameter.data.clone()
+    settle()
+    step = training_step(model, batch_of(base_of(model), case["rows"], case["tokens"], "prompt" in case["method"]))
+    for _ in range(2):
+        step()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"peak": status("VmHWM") - before, "trained": trained}
+
+
+def goal(records: list[dict[str, Any]]) -> float:
+    """Bytes that CROME may take in this case."""
+    floor, crome = (next(r for r in records if r["method"] == name) for name in (FLOOR, CROME))
+    return floor["peak"] * ALLOWED + crome["trained"] * (4 + 4 + 8)
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A line per case and method."""
+    rows = []
+    for frozen_in in dict.fromkeys(record["frozen_in"] for record in records):
+        chosen = [record for record in records if record["frozen_in"] == frozen_in]
+        floor = next(record["peak"] for record in chosen if record["method"] == FLOOR)
+        for record in chosen:
+            allowed = f"{goal(chosen) / 1e6:,.0f}" if record["method"] == CROME else ""
+            cells = [
+                f"{record['trained']:,}",
+                f"{record['peak'] / 1e6:,.0f}",
+                f"{record['peak'] / floor:.3f}",
+                allowed,
+            ]
+            rows.append([f"{frozen_in}, {record['rows']} x {record['tokens']} tokens", record["method"], *cells])
+    header = ["frozen in", "method", "weights that train", "peak, MB", "to the frozen model alone", "goal, MB"]
+    return markdown(header, rows)
+
+
+def main(case: Annotated[str | None, typer.Option(help="One case, as JSON: measure it here.")] = None) -> None:
+    """Measure each method in a process of its own, write and print."""
+    if case is not None:
+        print(json.dumps(measure(json.loads(case))))
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    records = []
+    for chosen in [{**case, "method": method} for case in CASES for method in CONFIGS]:
+        command = [sys.executable, "-m", "benchmarks.step_memory", "--case", json.dumps(chosen)]
+        done = subprocess.run(command, env=os.environ | GIVE_BACK, stdout=subprocess.PIPE, text=True, check=True)
+        records.append({**chosen, **json.loads(done.stdout.splitlines()[-1])})
+        Console(stderr=True).print(f"{chosen}: {records[-1]['peak'] / 1e6:,.0f} MB", markup=False)
+    write_json(RESULTS / "step_memory.json", records)
+    (RESULTS / "step_memory.md").write_text(table(records))
+    print(table(records))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,94 @@
+"""A training step of each method against the frozen model alone.
+
+    python -m benchmarks.step_time
+
+Frozen DINOv2-small and SmolLM2-135M. The floor is what no method that changes the input can do without: forward, and
+backward to the embeddings. All methods train in one process, a step of each in turn, on the same picture and words.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.interleaved import markdown, middle, plot_ratios, ratios, seconds_in_turn
+from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, backbone, batch_of, training_step
+from examples.easy_vqa.training import write_json
+
+RESULTS = Path(__file__).parent / "results" / "speed"
+GOAL = 1.02
+# frozen in, rows, tokens, compiled, methods
+CASES: list[dict[str, Any]] = [
+    {"frozen_in": "bfloat16", "rows": 2, "tokens": 512, "compiled": False, "methods": list(CONFIGS)},
+    {"frozen_in": "bfloat16", "rows": 1, "tokens": 1024, "compiled": False, "methods": list(CONFIGS)},
+    {"frozen_in": "nf4", "rows": 2, "tokens": 512, "compiled": False, "methods": list(CONFIGS)},
+    {"frozen_in": "bfloat16", "rows": 2, "tokens": 512, "compiled": True, "methods": [FLOOR, CROME]},
+]
+
+
+def measure(case: dict[str, Any], repeats: int, make: Any = backbone) -> dict[str, Any]:
+    """Seconds of each method's step, one value per repeat.
+
+    Args:
+        make: builds the frozen composite; tests give a tiny one.
+    """
+    ways, trained = {}, {}
+    for method in case["methods"]:
+        torch.manual_seed(0)
+        model = attach(make(case["frozen_in"]), method)
+        trained[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        composite = model if method == FLOOR else model.get_base_model()
+        batch = batch_of(composite, case["rows"], case["tokens"], prompt="prompt" in method)
+        if case["compiled"]:
+            composite.language_model.forward = torch.compile(composite.language_model.forward)
+        ways[method] = training_step(model, batch)
+    return {"case": case, "trained": trained, "seconds": seconds_in_turn(ways, repeats), "torch": torch.__version__}
+
+
+def title(case: dict[str, Any]) -> str:
+    """A case in words."""
+    compiled = ", torch.compile" if case["compiled"] else ""
+    return f"{case['frozen_in']}, {case['rows']} x {case['tokens']} tokens{compiled}"
+
+
+def to_floor(record: dict[str, Any]) -> dict[str, list[float]]:
+    """Each method's ratios to the floor."""
+    seconds = record["seconds"]
+    return {name: ratios(seconds[name], seconds[FLOOR]) for name in seconds if name != FLOOR}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A line per case and method."""
+    rows = []
+    for record in records:
+        found = to_floor(record)
+        for name, seconds in record["seconds"].items():
+            ratio = middle(found[name]) if name in found else "1"
+            rows.append([title(record["case"]), name, f"{record['trained'][name]:,}", middle(seconds), ratio])
+    return markdown(["frozen in", "method", "weights that train", "a step, s", "to the frozen model alone"], rows)
+
+
+def main(repeats: Annotated[int, typer.Option(help="Steps of each method.")] = 15) -> None:
+    """Measure, write and print. Numbers are medians with the middle half."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    records = []
+    for case in CASES:
+        Console(stderr=True).print(title(case), markup=False)
+        records.append(measure(case, repeats))
+    write_json(RESULTS / "step_time.json", records)
+    (RESULTS / "step_time.md").write_text(table(records))
+    panels = {title(record["case"]): to_floor(record) for record in records}
+    plot_ratios(panels, RESULTS / "step_time.png", "time of a training step / frozen model alone")
+    print(table(records))
+
+
+if __name__ == "__main__":
+    sys.exit(typer.run(main))
