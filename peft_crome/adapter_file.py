@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import stat
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +15,188 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 KEY_PREFIX = "base_model.model.crome."
+HOST_PREFIX = "base_model.model."
+DTYPES = ("F32", "F16", "BF16")  # what an adapter is trained in; safetensors' names
+TRAINABLE_TOKENS = "trainable_tokens_"  # rows of trainable_token_indices are saved with any method
+HEADER_LIMIT = 16 << 20  # bytes; the header of a thousand tensors has 200 kB
+EMBEDDINGS = tuple(f"{name}.weight" for name in EMBEDDING_LAYER_NAMES)
+# What PEFT puts into a module's path, between the host's own parts.
+WRAPPERS = ("base_layer", "original_module", "token_adapter")
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def read_adapter_shapes(model_id: str, subfolder: str | None = None, **hub_kwargs: Any) -> Shapes | None:
-    """Read names and shapes of the CROME tensors in an adapter directory or Hub repository.
+@dataclass
+class AdapterFile:
+    """The header of a weight file.
 
+    Attributes:
+        crome: name without the prefix ("crome_up.weight") -> shape.
+        host: whole key of every other tensor -> shape: trained copies of the host's modules.
+        modules_to_save: what the configuration beside the file says; the model's may be changed before it is used.
+    """
+
+    path: Path
+    crome: Shapes = field(default_factory=dict)
+    host: Shapes = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+
+    def check_fits(self, model: nn.Module, expected: Shapes, source: str) -> None:
+        """Compare the file with the model that it is loaded onto, and read its values.
+
+        Args:
+            expected: names and shapes of this model's CROME tensors.
+            source: the model, in words.
+        Raises:
+            ValueError: see `check_shapes`, `check_host_shapes` and `check_values`.
+        """
+        check_shapes(self.crome, expected, source)
+        self.check_host_shapes(model)
+        self.check_values()
+
+    def check_host(self, modules_to_save: Iterable[str] | None, indices: Any = None) -> None:
+        """Refuse weights for modules of the host that the configuration does not name: PEFT would overwrite them.
+
+        A table of embeddings, which PEFT saves when a vocabulary has grown, is announced by a warning.
+
+        Args:
+            modules_to_save, indices: of the configuration beside the file, `trainable_token_indices` the latter.
+        Raises:
+            ValueError: lists them, or the file's trained tokens are others than the configuration's.
+        """
+        self.modules_to_save = tuple(modules_to_save or ())
+        lists = list(indices.values()) if isinstance(indices, dict) else [indices] if indices else []
+        rows = {shape[0] if shape else 0 for key, shape in self.host.items() if TRAINABLE_TOKENS in key}
+        if rows != {len(ids) for ids in lists}:
+            raise ValueError(
+                f"{self.path} holds rows of {sorted(rows)} trained tokens, trainable_token_indices in the "
+                f"adapter_config.json beside it {sorted(len(ids) for ids in lists)}. Download or save both again."
+            )
+        named = [f".{_host_path(name)}." for name in self.modules_to_save]
+        others = sorted(
+            key
+            for key in self.host
+            if TRAINABLE_TOKENS not in key and not any(part in f".{_host_path(key)}." for part in named)
+        )
+        tables = [key for key in others if _host_path(key).endswith(EMBEDDINGS)]
+        strange = [key for key in others if key not in tables]
+        if strange:
+            raise ValueError(
+                f"{self.path} holds weights that are neither CROME's nor of a module in modules_to_save="
+                f"{modules_to_save}, and would overwrite the model's own: {strange[:3]} ({len(strange)} in all). Ask "
+                "its author for a file that holds the adapter alone."
+            )
+        if tables:
+            warnings.warn(
+                f"{self.path} holds the model's own {tables}, and loading it replaces them. Save the adapter with "
+                "save_embedding_layers=False if its vocabulary is the model's.",
+                stacklevel=4,
+            )
+
+    def check_host_shapes(self, model: nn.Module) -> None:
+        """Compare the trained copies of the host's modules with the modules; `check_host` comes first.
+
+        Raises:
+            ValueError: lists missing tensors and tensors of another shape.
+        """
+        if not self.host and not self.modules_to_save:
+            return
+        state = {name: tensor for name, tensor in model.state_dict().items() if ".modules_to_save." not in f".{name}"}
+        own = {_host_path(name): tuple(tensor.shape) for name, tensor in state.items()}
+        named = [f".{_host_path(name)}." for name in self.modules_to_save]
+        missing = {path for path in own if any(part in f".{path}." for part in named)} - set(
+            map(_host_path, self.host)
+        )
+        if missing:
+            raise ValueError(
+                f"{self.path} lacks {sorted(missing)[:5]}, which modules_to_save={list(self.modules_to_save)} names. "
+                "Download or save the adapter again."
+            )
+        wrong = [
+            f"{key} has shape {shape}, the model's is {own[path]}"
+            for key, shape in self.host.items()
+            if (path := _host_path(key)) in own and own[path] != shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"{self.path} does not fit {type(model).__name__}: {'; '.join(wrong[:5])}. Load it onto the backbone "
+                "it was trained on."
+            )
+
+    def check_values(self) -> None:
+        """Read the weights, one tensor at a time, and refuse those that are not finite.
+
+        Raises:
+            ValueError: lists their keys.
+        """
+        keys = [*(KEY_PREFIX + key for key in self.crome), *self.host]
+        wrong = [key for key, tensor in _read_tensors(self.path, keys) if not torch.isfinite(tensor).all()]
+        if wrong:
+            raise ValueError(
+                f"{self.path} holds values that are NaN or infinite, in {sorted(wrong)[:5]}: every output would be. "
+                "The training that wrote it diverged, or the file is damaged; take an earlier checkpoint."
+            )
+
+
+def read_adapter_file(
+    model_id: str, subfolder: str | None = None, allow_pickle: bool = False, **hub_kwargs: Any
+) -> AdapterFile | None:
+    """Read the header of the weights in an adapter directory or Hub repository.
+
+    Args:
+        allow_pickle: also take adapter_model.bin where there is no safetensors file.
     Returns:
-        name without the prefix ("crome_up.weight") -> shape; None if there is a configuration on its own.
+        What the file holds; None if there is a configuration on its own.
     Raises:
-        ValueError: the file is truncated, not safetensors, holds no CROME weights, or another method's too.
+        ValueError: the file is truncated, a pickle, no regular file, holds no CROME weights, another method's too, or
+            weights in a dtype that adapters do not have.
     """
     path = _find(model_id, subfolder, hub_kwargs)
     if path is None:
         return None
+    if path.name == WEIGHTS_NAME and not allow_pickle:
+        raise ValueError(
+            f"{path} is a pickle, which may hold code; expected {SAFETENSORS_WEIGHTS_NAME}. If you trust who wrote "
+            f"it, convert it once: safetensors.torch.save_file(torch.load({str(path)!r}, weights_only=True), "
+            f"{str(path.with_name(SAFETENSORS_WEIGHTS_NAME))!r}), or pass use_safetensors=False to from_pretrained."
+        )
     try:
-        shapes = _read_shapes(path)
+        header = _read_header(path)
     except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} is truncated or not a safetensors file ({error}). Download or save the adapter again."
         ) from error
-    own = ("crome_", "trainable_tokens_")  # rows of trainable_token_indices are saved with any method
+    own = ("crome_", TRAINABLE_TOKENS)
     others = tuple(f".{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix not in own)
-    foreign = sorted(key for key in shapes if any(prefix in key for prefix in others))
-    crome = {key.removeprefix(KEY_PREFIX): shape for key, shape in shapes.items() if key.startswith(KEY_PREFIX)}
-    if not crome:
+    foreign = sorted(key for key in header if any(prefix in key for prefix in others))
+    found = AdapterFile(path)
+    for key, (shape, _) in header.items():
+        if key.startswith(KEY_PREFIX):
+            found.crome[key.removeprefix(KEY_PREFIX)] = shape
+        else:
+            found.host[key] = shape
+    if not found.crome:
         raise ValueError(
             f"{path} holds no CROME weights: expected keys that start with {KEY_PREFIX!r}, found "
-            f"{sorted(shapes)[:3]}. Load it with the PEFT method that wrote it."
+            f"{sorted(header)[:3]}. Load it with the PEFT method that wrote it."
         )
     if foreign:
         raise ValueError(
             f"{path} holds unexpected keys of another PEFT method beside CROME's: {foreign[:3]}. Save each adapter in "
             "a directory of its own."
         )
-    return crome
+    odd = sorted(f"{key} is {dtype}" for key, (_, dtype) in header.items() if dtype not in DTYPES)
+    if odd:
+        raise ValueError(
+            f"{path} holds weights in another dtype than {DTYPES}: {odd[:3]}. Save it again after "
+            "model.to(torch.float32), or torch.bfloat16."
+        )
+    return found
 
 
 def check_shapes(found: Shapes, expected: Shapes, source: str) -> None:
@@ -62,7 +209,7 @@ def check_shapes(found: Shapes, expected: Shapes, source: str) -> None:
     if missing := sorted(set(expected) - set(found)):
         problems.append(f"missing keys {missing}")
     if unexpected := sorted(set(found) - set(expected)):
-        problems.append(f"unexpected keys {unexpected}")
+        problems.append(f"unexpected keys {unexpected[:8]}{_and_more(unexpected[8:])}")
     for key in sorted(set(found) & set(expected)):
         if tuple(found[key]) != tuple(expected[key]):
             problems.append(f"{key} has shape {tuple(found[key])}, this model needs {tuple(expected[key])}")
@@ -73,19 +220,50 @@ def check_shapes(found: Shapes, expected: Shapes, source: str) -> None:
         )
 
 
-def _read_shapes(path: Path) -> Shapes:
+def _and_more(rest: list[str]) -> str:
+    return f" and {len(rest)} more" if rest else ""
+
+
+def _host_path(key: str) -> str:
+    """A module's or tensor's path in the host, without what PEFT puts into it."""
+    return ".".join(part for part in key.removeprefix(HOST_PREFIX).split(".") if part not in WRAPPERS)
+
+
+def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Key -> shape and safetensors' name of the dtype.
+
+    safetensors itself refuses offsets that overlap, leave gaps or pass the file's end, and sizes that overflow.
+    """
     if path.name == WEIGHTS_NAME:  # a pickle that a user asked PEFT for by name
-        return {key: tuple(t.shape) for key, t in torch.load(path, map_location="meta", weights_only=True).items()}
+        names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        tensors = torch.load(path, map_location="meta", weights_only=True)
+        return {key: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for key, t in tensors.items()}
+    with path.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+    if length > HEADER_LIMIT:
+        raise SafetensorError(f"its header would be {length} bytes, more than {HEADER_LIMIT}")
     with safe_open(path, framework="pt") as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no dict)
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+        return {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+
+
+def _read_tensors(path: Path, keys: list[str]) -> Iterable[tuple[str, torch.Tensor]]:
+    if path.name == WEIGHTS_NAME:
+        yield from torch.load(path, map_location="cpu", weights_only=True).items()
+        return
+    with safe_open(path, framework="pt") as file:
+        for key in keys:
+            yield key, file.get_tensor(key)
 
 
 def _find(model_id: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> Path | None:
     folder = Path(model_id) / (subfolder or "")
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if folder.is_dir():
-            if (folder / name).is_file():
-                return folder / name
+            if (path := folder / name).exists():  # through a link too: a Hub snapshot is links to blobs
+                if not stat.S_ISREG(path.stat().st_mode):
+                    raise ValueError(f"{path} is not a regular file. Download or save the adapter again.")
+                return path
             continue
         try:
             return Path(hf_hub_download(str(model_id), name, subfolder=subfolder, **hub_kwargs))

@@ -7,8 +7,19 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+KNOWN_ROWS = (
+    307,
+    409,
+    503,
+    601,
+    701,
+    809,
+    907,
+    1009,
+)  # beyond bytes and special tokens, within every vocabulary that is trained
 PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
 
 
@@ -19,9 +30,12 @@ def text_config(model: nn.Module) -> Any:
 
 
 def text_hidden_size(model: nn.Module) -> int | None:
-    """The language model's embedding width: its configuration's, else its table's; None for a model without one."""
-    width = getattr(text_config(model), "hidden_size", None)
-    return width or getattr(input_embeddings(model), "embedding_dim", None)
+    """The language model's embedding width: its table's, else its configuration's; None for a model without one.
+
+    Where they differ, as in OPT-350m, embeddings have the table's width and the model projects them.
+    """
+    width = getattr(input_embeddings(model), "embedding_dim", None)
+    return width if isinstance(width, int) else getattr(text_config(model), "hidden_size", None)
 
 
 def possible_widths(module: nn.Module) -> set[int]:
@@ -47,6 +61,11 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
         return model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
+
+
+def original_module(module: nn.Module) -> nn.Module:
+    """What PEFT keeps of a module beside a copy that trains; the module itself where there is no copy."""
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
 def placeholder_ids(model: nn.Module) -> tuple[int, ...]:
@@ -80,17 +99,23 @@ def embed_scale(module: nn.Embedding) -> torch.Tensor:
 
 
 def embedding_rows(model: nn.Module) -> torch.Tensor | None:
-    """About 1,000 rows, evenly spread, of what the text branch reads, in fp32; None where there are no values."""
+    """About 1,000 rows, evenly spread, of what the text branch reads, in fp32; None where there are no values.
+
+    The first eight are fixed tokens, so that they stay when a vocabulary grows.
+    """
     embeddings = input_embeddings(model)
     table = embeddings.get_base_layer() if isinstance(embeddings, BaseTunerLayer) else embeddings
-    weight = getattr(table, "weight", None)
+    weight = getattr(embeddings, "unmerged_table", None)
+    weight = weight if weight is not None else getattr(table, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
         return None
-    return (weight.detach()[:: max(1, weight.shape[0] // 1024)] * embed_scale(table)).float()
+    fixed = [number % weight.shape[0] for number in KNOWN_ROWS]
+    rows = torch.cat([weight.detach()[fixed], weight.detach()[:: max(1, weight.shape[0] // 1024)]])
+    return (rows * embed_scale(table)).float()
 
 
 def embedding_rms(model: nn.Module) -> float:
     """Root mean square of the language model's own embeddings; 1 where there are no values."""
     rows = embedding_rows(model)
     # The median, since rows of tokens that no training met may be zero or far off.
-    return 1.0 if rows is None else float(rows.square().mean(-1).sqrt().median()) or 1.0
+    return 1.0 if rows is None else float(rows[len(KNOWN_ROWS) :].square().mean(-1).sqrt().median()) or 1.0

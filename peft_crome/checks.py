@@ -86,20 +86,23 @@ def check_names(model: nn.Module, child: str, own: type, adapter_name: str, shap
     if not isinstance(getattr(model, child, None), (own, type(None))):
         raise ValueError(f"{type(model).__name__} has an attribute {child!r} of its own, where CROME's weights go.")
     taken = {part for key in shapes for part in f"base_model.model.{child}.{key}".split(".")}
-    if "." in adapter_name or adapter_name in taken or hasattr(nn.ModuleDict(), adapter_name):
+    no_folder = not adapter_name.strip() or re.search(r"[/\\\x00]", adapter_name)  # PEFT saves to a folder of its name
+    if "." in adapter_name or no_folder or adapter_name in taken or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
-            f"adapter_name={adapter_name!r} has a dot, or is part of the weights' own names: a file could not tell "
-            "adapters apart. Write adapter_name='default', or another word."
+            f"adapter_name={adapter_name!r} has a dot or a slash, or is part of the weights' own names: a file could "
+            "not tell adapters apart. Write adapter_name='default', or another word."
         )
 
 
 def redirect_into_sites(
-    names: list[str] | None, field: str, branches: Branches, paths: Iterable[str]
+    names: list[str] | None, field: str, branches: Branches, paths: Iterable[str], heads: tuple[str, ...] = ()
 ) -> dict[str, str]:
     """Where PEFT is to wrap the modules of `modules_to_save` and the like: inside a site, not around it.
 
     A wrapper around a site would train a copy of it that holds a copy of the adapter.
 
+    Args:
+        heads: names that may be missing, which PEFT adds for a task.
     Returns:
         each name that PEFT would match -> the name to give PEFT instead.
     Raises:
@@ -124,6 +127,8 @@ def redirect_into_sites(
                 f"Write {field}=[{within[0]!r}]."
             )
         if not inside and not any(path.endswith(name) for path in known):
+            if name in heads:
+                continue
             near = difflib.get_close_matches(name, {path.rsplit(".", 1)[-1] for path in known}, n=1) or ["lm_head"]
             raise ValueError(f"{field}={names}: {name!r} matches no module of the model. Write {field}=[{near[0]!r}].")
         redirected.update(dict.fromkeys(inside or [name], given))
@@ -131,14 +136,28 @@ def redirect_into_sites(
 
 
 def redirect_token_indices(
-    indices: list[int] | dict[str, list[int]] | None, embeddings: str | None, branches: Branches, paths: Iterable[str]
+    indices: list[int] | dict[str, list[int]] | None,
+    embeddings: str | None,
+    branches: Branches,
+    paths: Iterable[str],
+    rows: int | None = None,
 ) -> list[int] | dict[str, list[int]] | None:
-    """The same as `redirect_into_sites`, for `trainable_token_indices`; a list is meant for the input embeddings."""
+    """The same as `redirect_into_sites`, for `trainable_token_indices`; a list is meant for the input embeddings.
+
+    Args:
+        rows: of the embedding table, where it is known.
+    """
     if isinstance(indices, list) and embeddings is not None:
         indices = {embeddings: indices}
     if not isinstance(indices, dict):
         return indices
     redirected = redirect_into_sites(list(indices), "trainable_token_indices", branches, paths)
+    if rows is not None and any(index >= rows for ids in indices.values() for index in ids):
+        largest = max(index for ids in indices.values() for index in ids)
+        raise ValueError(
+            f"trainable_token_indices: {largest} is beyond the model's {rows} embeddings. Resize them first, "
+            f"model.resize_token_embeddings({largest + 1}), or leave it out."
+        )
     return {path: indices[name] for path, name in redirected.items()}
 
 

@@ -49,6 +49,8 @@ def hotswap_adapter(
     present = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     found, expected = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (weights, present))
     check_shapes(found, expected, f"adapter {adapter_name!r}")
+    if new._file is not None:
+        new._file.check_values()
     if new.trained_on and old.trained_on:
         record_backbone(new, old.trained_on)
     set_peft_model_state_dict(model, weights, adapter_name=adapter_name)

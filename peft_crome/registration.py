@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import peft.auto
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 NAME = "CROME"
+COMPOSITE = f"{__package__}.vlm.modeling_crome_vlm"
 
 
 def extend_peft_type() -> None:
@@ -30,9 +36,43 @@ def extend_peft_type() -> None:
         hashable_values.append(NAME)
 
 
+def allow_import() -> None:
+    """Let `AutoPeftModel` import the composite's class, as it imports transformers' own; idempotent.
+
+    The list keeps an adapter's file from importing a package that nobody asked for. This one module has been
+    imported; a file that names another of this package's, `__main__` for one, would run it.
+    """
+    listed = getattr(peft.auto, "get_default_import_allowlist", None)  # PEFT before 0.21.2 has no such list
+    if listed is not None and COMPOSITE not in listed():
+        peft.auto.get_default_import_allowlist = lambda: [*listed(), COMPOSITE]
+
+
+def keep_card() -> None:
+    """Let `push_to_hub` upload the adapter's own model card; idempotent.
+
+    transformers' `push_to_hub`, which PEFT inherits, saves the model and then writes a card of its own over the one
+    that was saved. What it calls next uploads the folder.
+    """
+    upload = PeftModel._upload_modified_files
+    if getattr(upload, "keeps_card", False):
+        return
+
+    @functools.wraps(upload)
+    def upload_with_card(self: PeftModel, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        from .card import card_of_upload
+
+        card_of_upload(working_dir, repo_id, self.peft_config)
+        return upload(self, working_dir, repo_id, *args, **kwargs)
+
+    upload_with_card.keeps_card = True  # type: ignore[attr-defined]
+    PeftModel._upload_modified_files = upload_with_card
+
+
 def register() -> None:
     """Register the method with PEFT; idempotent."""
     extend_peft_type()
+    allow_import()
+    keep_card()
     if PeftType.CROME in PEFT_TYPE_TO_TUNER_MAPPING:  # type: ignore[attr-defined]
         return
     from .tuner import CromeConfig, CromeModel

@@ -10,11 +10,13 @@ try:
     from .app import app
     from .doctor import doctor
     from .evaluate import evaluate
+    from .inspect import inspect
+    from .plan import plan
     from .train import preset, train
 except ImportError as error:  # typer, rich, pydantic, datasets: none is needed by the method itself
     sys.exit(f"peft-crome needs {error.name!r}, which is not installed. Write: {EXTRA}")
 
-for command in (train, preset, evaluate, doctor):
+for command in (train, preset, evaluate, doctor, plan, inspect):
     app.command()(command)
 
 __all__ = ["app"]

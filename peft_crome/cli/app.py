@@ -32,3 +32,17 @@ def fail(error: BaseException) -> NoReturn:
     Console(stderr=True).print(f"[red]{type(error).__name__}[/red]", end=" ")
     print(error, file=sys.stderr)
     raise typer.Exit(1)
+
+
+def place(device: str | None) -> str | None:
+    """Where a model goes: what `--device` says, else the accelerator, where there is one.
+
+    Raises:
+        ValueError: this PyTorch has no such device.
+    """
+    import torch
+
+    there = torch.accelerator.is_available()
+    if device is not None and torch.device(device).type != "cpu" and not there:
+        raise ValueError(f"--device {device}: this PyTorch sees no accelerator. Leave the option out.")
+    return device or (str(torch.accelerator.current_accelerator()) if there else None)

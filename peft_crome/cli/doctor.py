@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .app import console, fail
+from .options import COLUMN, IMAGES, pairs
 
 BAR = 40  # characters of a histogram's longest bar
 EXAMPLES = 3
@@ -23,7 +24,7 @@ def doctor(
     data: Annotated[Path, typer.Argument(help="JSON, JSONL or parquet: LLaVA's conversations, or messages.")],
     images: Annotated[
         list[str] | None,
-        typer.Option(help="Folder that image paths start from; or beginning=folder, several times."),
+        typer.Option(help=IMAGES),
     ] = None,
     open_images: Annotated[bool, typer.Option(help="Decode every picture, or only look for its file.")] = True,
     model: Annotated[
@@ -35,18 +36,18 @@ def doctor(
         int, typer.Option(min=0, help="Print the first rows token by token, what is learnt in green; needs --model.")
     ] = 0,
     fix: Annotated[Path | None, typer.Option(help="Write a copy without what is wrong; DATA is not touched.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help="Of a table: question=, answer=, image=, id=NAME.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help=COLUMN)] = None,
     prompt: Annotated[str | None, typer.Option(help="The question, for a table without questions.")] = None,
 ) -> None:
     """Look through a data set: each faulty row by its id, then counts. Ends with status 1 if something is wrong."""
     from ..data import FAULTS, read_rows
-    from ..data.doctor import Patient, examine, write_fixed
+    from ..data.doctor import Patient, check_copy, examine, write_fixed
 
     try:
-        folders = _pairs(images, "--images") if images else None
-        columns = _pairs(column, "--column") if column else None
-        if fix is not None and fix.exists():
-            raise FileExistsError(f"--fix {fix}: it is there already, and nothing is overwritten. Name another file.")
+        folders = pairs(images, "--images") if images else None
+        columns = pairs(column, "--column") if column else None
+        if fix is not None:
+            check_copy(data, fix)
         if (show or max_length) and model is None:
             raise ValueError("--show and --max-length need --model, whose tokenizer and template they go by.")
         collator = _collator(model, max_length, system) if model is not None else None
@@ -81,16 +82,6 @@ def doctor(
         fail(error)
     if findings.patients or findings.rows == 0:
         raise typer.Exit(1)
-
-
-def _pairs(given: list[str], option: str) -> dict[str, str]:
-    pairs = {}
-    for item in given:
-        begin, equals, rest = item.partition("=")
-        pairs[begin if equals else ""] = rest if equals else item
-    if option == "--column" and "" in pairs:
-        raise ValueError(f"--column {pairs['']!r}: expected question=NAME, answer=NAME, image=NAME or id=NAME.")
-    return pairs
 
 
 def _collator(model: str, max_length: int | None, system: str | None) -> Any:

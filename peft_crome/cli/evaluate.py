@@ -3,71 +3,101 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
-from .app import console, fail
+from .app import console, fail, place
+from .options import COLUMN, IMAGES, pairs
 
 
 def evaluate(
     directory: Annotated[str, typer.Argument(help="A stage's directory, or a Hub repository of one.")],
-    data: Annotated[Path, typer.Argument(help="JSON, JSONL or parquet; a row's last answer is the expected one.")],
-    images: Annotated[Path | None, typer.Option(help="Folder that image paths start from.")] = None,
+    data: Annotated[str, typer.Argument(help="JSON, JSONL or parquet, a folder of `datasets`, or a name of the Hub.")],
+    images: Annotated[list[str] | None, typer.Option(help=IMAGES)] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="exact_match, vqa_accuracy, multiple_choice, cider, rouge_l, bleu, chrf; several times."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first rows alone.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
     system: Annotated[str | None, typer.Option(help="A system message; by default the one of training.")] = None,
     device: Annotated[str | None, typer.Option(help="By default the accelerator, where there is one.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write the answers, JSONL.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help=COLUMN)] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question, for a table without questions.")] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration of a data set of the Hub.")] = None,
+    split: Annotated[str, typer.Option(help="Of a folder or a data set of the Hub.")] = "validation",
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the answers, JSONL; the scores go to NAME.scores.json.")
+    ] = None,
 ) -> None:
-    """Answer a data set by free generation and report exact matches."""
+    """Answer a data set by free generation and score the answers."""
     from ..data import check_images, read_rows
-    from ..training import evaluation
+    from ..training import evaluation, metrics
 
+    wanted = list(dict.fromkeys(metric or ["exact_match"]))
     try:
         if output is not None and not output.absolute().parent.is_dir():
             raise FileNotFoundError(f"--output {output}: there is no folder {output.absolute().parent}.")
-        rows = list(islice(read_rows(data, images), limit))
+        source: dict[str, Any] = {
+            "images": pairs(images, "--images") if images else None,
+            "columns": pairs(column, "--column") if column else None,
+            "prompt": prompt,
+            "name": name,
+            "split": split,
+        }
+        rows = list(islice(read_rows(data, **source), limit))
         if not rows:
             raise ValueError(f"{data} holds no rows.")
-        expected = evaluation.references(rows)
+        metrics.check_metrics(rows, wanted)
         check_images(rows)
         model, processor = _load(directory, device)
-        system = system if system is not None else _system_of(directory)
+        system = system if system is not None else system_of(directory)
         answers = evaluation.generate_answers(
             model, processor, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, system=system
         )
-    except (ValueError, OSError) as error:
+        scores = metrics.score(answers, rows, wanted)
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
-    score = evaluation.exact_match(answers, expected)
-    console.print(f"exact match: {score['accuracy']:.1%} ± {score['stderr']:.1%} of {score['n']:,} rows")
+    table = Table()
+    for heading in ("metric", "score", "± standard error", "rows"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for key, found in scores.items():
+        table.add_row(key, f"{found['score']:.1%}", f"{found['stderr']:.1%}", f"{found['n']:,}")
+    console.print(table)
     if output is not None:
-        lines = [
-            json.dumps({"id": row["id"], "answer": said, "expected": wanted}, ensure_ascii=False)
-            for row, said, wanted in zip(rows, answers, expected, strict=True)
-        ]
-        temporary = output.with_name(f"{output.name}.tmp")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        temporary.replace(output)
+        _write(output, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in _lines(rows, answers)))
+        record = {"directory": directory, "data": data, "max_new_tokens": max_new_tokens, "scores": scores}
+        _write(output.with_name(f"{output.stem}.scores.json"), json.dumps(record, indent=2) + "\n")
+
+
+def _lines(rows: list[dict[str, Any]], answers: list[str]) -> Iterator[dict[str, Any]]:
+    from ..training.metrics import references
+
+    for row, said, expected in zip(rows, answers, references(rows), strict=True):
+        more: dict[str, Any] = {key: row[key] for key in ("answers", "options") if key in row}
+        yield {"id": row["id"], "answer": said, "expected": expected, **more}
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _load(directory: str, device: str | None) -> tuple[Any, Any]:
-    import torch
-
     from ..training.checkpoint import RECORD, read_record
     from ..vlm import CromeVLMForConditionalGeneration, CromeVLMProcessor
 
     if (Path(directory) / RECORD).is_file():
         read_record(directory)
-    there = torch.accelerator.is_available()
-    if device is not None and torch.device(device).type != "cpu" and not there:
-        raise ValueError(f"--device {device}: this PyTorch sees no accelerator. Leave the option out.")
-    place = device or (str(torch.accelerator.current_accelerator()) if there else None)
     try:
-        model = CromeVLMForConditionalGeneration.from_pretrained(directory, device_map=place)
+        model = CromeVLMForConditionalGeneration.from_pretrained(directory, device_map=place(device))
         return model, CromeVLMProcessor.from_pretrained(directory)
     except OSError as error:
         if Path(directory).exists():
@@ -75,7 +105,7 @@ def _load(directory: str, device: str | None) -> tuple[Any, Any]:
         raise OSError(f"{directory} is no folder, and cannot be had from the Hub: {error}") from error
 
 
-def _system_of(directory: str) -> str | None:
+def system_of(directory: str) -> str | None:
     """The system message that a stage was trained with."""
     from transformers.utils import cached_file
 

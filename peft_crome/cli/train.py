@@ -6,10 +6,9 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from ..training import recipe as recipes
-from ..training.stages import STAGES
+from .announce import announce
 from .app import console, fail
 
 Settings = Annotated[
@@ -26,7 +25,7 @@ def train(
 
     try:
         parsed = recipes.load_recipe(recipe, recipes.parse_overrides(settings or []))
-        record = run(parsed, lambda trained, rows: _announce(parsed.stage, trained, rows))
+        record = run(parsed, lambda report: announce(parsed, report))
     except (OSError, ValueError) as error:
         fail(error)
     except KeyboardInterrupt:
@@ -48,14 +47,3 @@ def preset(name: Annotated[str, typer.Argument(help="pretrain, instruct or finet
     if name not in recipes.PRESETS:
         fail(ValueError(f"No preset {name!r}; expected one of {list(recipes.PRESETS)}."))
     print(recipes.preset_text(name), end="")
-
-
-def _announce(stage: str, trained: dict[str, int], rows: int | None) -> None:
-    count = "streamed rows" if rows is None else f"{rows:,} rows"
-    console.print(f"{stage}: what trains, on {count}, to {STAGES[stage].purpose}", soft_wrap=True)
-    table = Table()
-    table.add_column("part")
-    table.add_column("weights", justify="right")
-    for part, weights in trained.items():
-        table.add_row(part, f"{weights:,}")
-    console.print(table)

@@ -1,5 +1,13 @@
 """Data sets as conversations: read them, prepare pictures, make batches with labels on the answers alone."""
 
+from ..extras import missing
+
+try:
+    import datasets  # noqa: F401
+    import ijson  # noqa: F401
+except ImportError as error:
+    raise missing("train", error.name, "peft_crome.data") from error
+
 from .collator import ConversationCollator, split_turns
 from .images import Augmentation, open_image
 from .mixture import mix, mixture_probabilities

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from .images import Augmentation, open_image
-from .rows import Fault, RowError
+from .rows import COUNTS, DRAW, DRAWN, Fault, RowError
 
 IGNORE = -100
 
@@ -31,6 +32,8 @@ class ConversationCollator:
         max_target_length: tokens that an encoder-decoder's decoder takes; None: it has no limit.
         max_instruction_length: tokens that a Q-Former reads; None: it has no limit.
         system: a system message for conversations without one.
+        seed: of the augmentation, which depends on it and on a row's "draw" alone (see `draws`), whatever was drawn
+            before and by whichever worker.
     Raises:
         ValueError: the tokenizer cannot tell where tokens come from, or there is no chat template.
     """
@@ -46,6 +49,7 @@ class ConversationCollator:
         max_target_length: int | None = None,
         max_instruction_length: int | None = None,
         system: str | None = None,
+        seed: int = 0,
     ) -> None:
         if not getattr(processor.tokenizer, "is_fast", False):
             raise ValueError(
@@ -65,6 +69,7 @@ class ConversationCollator:
         self.max_target_length = max_target_length
         self.max_instruction_length = max_instruction_length
         self.system = system
+        self.seed = seed
         self.needs_split = (
             is_encoder_decoder or processor.qformer_tokenizer is not None or not self._keeps_earlier_turns()
         )
@@ -96,7 +101,12 @@ class ConversationCollator:
             ValueError: a picture cannot be read, an instruction is too long for the Q-Former, or as in `encode`; the
                 message names the row.
         """
+        if DRAWN in rows[0]:
+            return {}  # of a stream that goes on: the Trainer throws these away
         encoded = [self.encode(row) for row in rows]
+        for row, item in zip(rows, encoded, strict=True):
+            if not row.get(COUNTS, True):
+                item["labels"] = [IGNORE] * len(item["labels"])
         batch = {
             "input_ids": _pad([item["input_ids"] for item in encoded], self.processor.tokenizer.pad_token_id),
             "attention_mask": _pad([[1] * len(item["input_ids"]) for item in encoded], 0),
@@ -232,9 +242,10 @@ class ConversationCollator:
         return text.replace(self.processor.image_token, self.processor.image_token * self.processor.image_seq_length)
 
     def _pictures(self, row: dict[str, Any]) -> Iterator[Image.Image]:
+        chance = random.Random(f"{self.seed} {row[DRAW]}") if DRAW in row else None
         for path in row["images"]:
             picture = open_image(path, f"Row {row['id']!r}")
-            yield self.augmentation(picture) if self.augmentation is not None else picture
+            yield self.augmentation(picture, chance) if self.augmentation is not None else picture
 
 
 def _error(name: str, kind: str, message: str) -> RowError:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import stream
-from .formats import parse, row_name
+from .formats import ROLES, kept_turns, parse, row_name, turns_key
 from .image_paths import ImageFolders
 from .images import open_image
 from .rows import Fault, RowError
@@ -181,6 +181,22 @@ def _measure(
         yield Fault("cut", f"{encoded['length']} tokens, of which the last {cut} are cut off.")
 
 
+def check_copy(path: Path, output: Path) -> None:
+    """See that a copy can be written, before a long look through the original.
+
+    Raises:
+        FileExistsError: there is such a file; nothing is ever overwritten.
+        FileNotFoundError: there is no such folder.
+        ValueError: the file is parquet, or the copy is to be something else than JSON.
+    """
+    if output.exists():
+        raise FileExistsError(f"{output} is there already, and nothing is overwritten. Name another file.")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{output}: there is no folder {output.absolute().parent}.")
+    if path.suffix.lower() == ".parquet" or output.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"{path} -> {output}: only JSON and JSONL are written, to a file ending in .json or .jsonl.")
+
+
 def write_fixed(
     path: str | Path,
     output: str | Path,
@@ -190,31 +206,28 @@ def write_fixed(
     """Write a copy without the faulty rows; rows that can be mended are written mended, all others as they are.
 
     Args:
-        path: the file that was examined, JSON or JSONL.
+        path: the file that was examined, JSON or JSONL; faulty rows of prompt and completion are left out, not mended.
         output: the copy, a JSON list, or JSONL where it ends so. It must not exist.
         findings: of `examine`.
         images: as there.
     Returns:
         Rows written, and how many of them were mended.
     Raises:
-        FileExistsError: there is such a file; nothing is ever overwritten.
-        ValueError: the file is parquet.
+        FileExistsError, ValueError: as `check_copy`.
     """
     path, output = Path(path), Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output} is there already. Name another file for the copy.")
-    if path.suffix.lower() == ".parquet" or output.suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{path} -> {output}: only JSON and JSONL are written, to a file ending in .json or .jsonl.")
+    check_copy(path, output)
     folders = ImageFolders(images if images is not None else path.parent)
     patients = {patient.number: patient for patient in findings.patients}
     temporary = output.with_name(f"{output.name}.tmp")
     lines = output.suffix == ".jsonl"
     written = mended = 0
-    with temporary.open("w", encoding="utf-8") as file:
+    # What UTF-8 cannot hold is written as the escape that it is in JSON.
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for number, row in enumerate(stream(path)):
             patient = patients.get(number)
             if patient is not None:
-                if not all(fault.mended for fault in patient.faults) or "prompt" in row:
+                if not all(fault.mended for fault in patient.faults) or turns_key(row) == "prompt":
                     continue
                 row = _mend(row, number, folders)
                 mended += 1
@@ -228,19 +241,15 @@ def write_fixed(
 
 
 def _mend(row: dict[str, Any], number: int, folders: ImageFolders) -> dict[str, Any]:
-    """The row without turns before its first question and after its last answer; its other fields as they are."""
+    """The row without the turns that are not read, and without their images; its other fields as they are."""
     parsed, _ = parse(row, number, folders)
-    assert parsed is not None  # its faults are mended ones alone
-    key = "conversations" if row.get("conversations") is not None else "messages"
-    turns = row[key]
-    roles = [turn.get("from", turn.get("role")) for turn in turns]
-    first = 1 if roles[0] == "system" else 0
-    start = first + (roles[first] in ("gpt", "assistant"))
-    kept = [*turns[:first], *turns[start : start + len(parsed["messages"]) - first]]
+    key = turns_key(row)
+    assert parsed is not None and key is not None  # noqa: PT018  # its faults are mended ones alone
+    roles = [ROLES[turn.get("from", turn.get("role"))] for turn in row[key]]
+    fixed = {**row, key: [row[key][turn] for turn in kept_turns(roles)]}
     shown = len(parsed["images"])
-    fixed = {**row, key: kept}
     for name in ("image", "images"):
-        if isinstance(row.get(name), list) and len(row[name]) > shown:
+        if isinstance(row.get(name), list):
             fixed[name] = row[name][:shown]
         elif isinstance(row.get(name), str) and shown == 0:
             fixed.pop(name)

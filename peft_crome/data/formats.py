@@ -7,12 +7,13 @@ from numbers import Number
 from typing import Any
 
 from .image_paths import ImageFolders
-from .rows import Fault
+from .references import as_choice, as_texts, with_options
+from .rows import Fault, is_unicode
 
 PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 NOT_READ = ("video", "videos", "audio", "audios")  # nothing is trained without what its row is about
-COLUMNS = ("question", "answer", "image", "id")
+COLUMNS = ("question", "answer", "image", "id", "options")
 
 
 def parse(
@@ -29,11 +30,12 @@ def parse(
             {"prompt": messages, "completion": messages}, or a record whose fields `columns` names.
         number: of the row, its id where it has none.
         folders: that image paths start from.
-        columns: {"question", "answer", "image", "id"} -> the record's fields.
+        columns: {"question", "answer", "image", "id", "options"} -> the record's fields.
         prompt: the question of records without one, as of captions.
     Returns:
         The row, {"id": text, "images": [path or {"bytes", "path"}], "messages": [{"role", "content": [{"type":
-        "image"} or {"type": "text", "text"}]}]}, or None where a fault is not mended; and the faults.
+        "image"} or {"type": "text", "text"}]}]}, or None where a fault is not mended; and the faults. A row that says
+        them also has "answers", of several people, and "options", of a multiple choice: lists of text.
     """
     if isinstance(row, Fault):
         return None, [row]
@@ -69,17 +71,24 @@ def parse(
     faults += wrong
     if any(not fault.mended for fault in faults):
         return None, faults
-    return {"id": row_name(row, number), "images": images[:shown], "messages": messages}, faults
+    said = {"answers": as_texts(row.get("answers")), "options": as_texts(row.get("options", row.get("choices")))}
+    parsed = {"id": row_name(row, number), "images": images[:shown], "messages": messages}
+    return parsed | {key: texts for key, texts in said.items() if texts}, faults
 
 
 def row_name(row: Any, number: int) -> str:
     """A row's id as text; its number where it has none."""
     name = row.get("id") if isinstance(row, Mapping) else None
-    return str(number if name is None else name)
+    return str(number if name is None else name).encode(errors="backslashreplace").decode()
+
+
+def turns_key(row: Mapping[str, Any]) -> str | None:
+    """Where a row's turns are; None: it has none."""
+    return next((key for key in ("conversations", "messages", "prompt") if row.get(key) is not None), None)
 
 
 def _turns(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
-    key = next((key for key in ("conversations", "messages", "prompt") if row.get(key) is not None), None)
+    key = turns_key(row)
     turns = row.get(key) if key is not None else None
     if key == "prompt" and isinstance(turns, list) and isinstance(row.get("completion"), list):
         turns = [*turns, *row["completion"]]
@@ -100,13 +109,23 @@ def _from_columns(
         return {}, [Fault("row", f"no column {absent}; there are {sorted(map(str, row))}.")]
     question = row[columns["question"]] if "question" in columns else prompt
     answer = row[columns["answer"]]
+    said: dict[str, Any] = {}
     if isinstance(answer, list) and answer:  # VQA's ten people, captions' five
+        said["answers"] = answer
         answer = _most_frequent(answer)
+    if "options" in columns:
+        options = as_texts(row[columns["options"]])
+        letter = as_choice(answer, options)
+        if letter is None or not isinstance(question, str):
+            wrong = f"the answer {answer!r} is none of the options {row[columns['options']]!r}"
+            return {}, [Fault("answer", f"{wrong}; expected its number from 0, its letter, or its text.")]
+        said["options"] = options
+        question, answer = with_options(question, options), letter
     if isinstance(answer, Number) and not isinstance(answer, bool):
         answer = str(answer)
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     image = row[columns["image"]] if "image" in columns else None
-    made = {"turns": turns, "image": image}
+    made = {"turns": turns, "image": image, **said}
     return made | ({"id": row[columns["id"]]} if "id" in columns else {}), []
 
 
@@ -147,6 +166,13 @@ def _message(turn: Any) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
         return None, [], [Fault("turn", f"{str(turn)[:120]} is no turn; expected {expected}.")]
     content: list[dict[str, Any]] = []
     images: list[Any] = []
+    texts = [value] if isinstance(value, str) else [part.get("text") for part in value if isinstance(part, dict)]
+    if not all(is_unicode(text) for text in texts if isinstance(text, str)):
+        return (
+            None,
+            [],
+            [Fault("turn", f"{str(turn)[:120]!a} holds half a character (a lone surrogate). Mend the text.")],
+        )
     if isinstance(value, str):
         shows = PLACEHOLDER in value
         content = _split(value) if role == "user" else [{"type": "text", "text": value}]
@@ -204,26 +230,29 @@ def _empty(role: str) -> Fault:
     return Fault("empty", f"a turn from {role!r} is empty. Write what is said, or take the row out.")
 
 
+def kept_turns(roles: list[str]) -> list[int]:
+    """Which turns are read: a system turn, then from the first question to the last answer; none without an answer."""
+    first = 1 if roles[:1] == ["system"] else 0
+    start = first + (roles[first : first + 1] == ["assistant"])
+    answers = [number for number in range(start, len(roles)) if roles[number] == "assistant"]
+    return [*range(first), *range(start, answers[-1] + 1)] if answers else []
+
+
 def _ordered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Fault]]:
-    """System, then user and assistant in turn, up to an answer; what stands before or after is left out."""
+    roles = [message["role"] for message in messages]
+    kept = kept_turns(roles)
+    if not kept:
+        alone = "the only answer has no question before it."
+        none = "no turn is from 'gpt' (an assistant), so there is nothing to learn."
+        return messages, [Fault("answer", alone if "assistant" in roles else none)]
     faults = []
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    rest = messages[len(system) :]
-    if all(message["role"] != "assistant" for message in rest):
-        return messages, [Fault("answer", "no turn is from 'gpt' (an assistant), so there is nothing to learn.")]
-    if rest[0]["role"] == "assistant":
+    if len(kept) <= kept[-1]:
         faults.append(Fault("order", "the first turn is an answer; it is left out.", mended=True))
-        rest = rest[1:]
-        if not any(message["role"] == "assistant" for message in rest):
-            return messages, [Fault("answer", "the only answer has no question before it.")]
-    if rest[-1]["role"] != "assistant":
-        faults.append(
-            Fault("order", "the last turn is no answer; what follows the last one is left out.", mended=True)
-        )
-        rest = rest[: max(i for i, message in enumerate(rest) if message["role"] == "assistant") + 1]
-    roles = [message["role"] for message in rest]
-    if roles != ["user", "assistant"] * (len(roles) // 2):
-        faults.append(
-            Fault("order", f"roles out of order: {', '.join(roles[:12])}. Expected user, assistant, in turn.")
-        )
-    return [*system, *rest], faults
+    if kept[-1] + 1 < len(roles):
+        wrong = "the last turn is no answer; what follows the last one is left out."
+        faults.append(Fault("order", wrong, mended=True))
+    said = [roles[number] for number in kept if roles[number] != "system" or number > 0]
+    if said != ["user", "assistant"] * (len(said) // 2):
+        wrong = f"roles out of order: {', '.join(said[:12])}. Expected user, assistant, in turn."
+        faults.append(Fault("order", wrong))
+    return [messages[number] for number in kept], faults

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from .rows import Fault
+from .rows import Fault, is_unicode
 
 
 class ImageFolders:
@@ -31,8 +31,8 @@ class ImageFolders:
         """The absolute path of a row's image, or why there is none."""
         if "://" in path:
             return Fault("path", f"the image {path!r} is an address. Download it, and name its file.")
-        if "\0" in path:
-            return Fault("path", f"the image path {path!r} holds a zero byte.")
+        if "\0" in path or not is_unicode(path):
+            return Fault("path", f"the image path {path!a} is none: it holds a zero byte or half a character.")
         for begin, folder in self.folders:
             if begin == "" or path == begin or path.startswith(f"{begin}/"):
                 rest = path[len(begin) :].lstrip("/") if begin else path

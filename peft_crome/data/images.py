@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import random
@@ -18,32 +19,48 @@ RATIO = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random crop and a random mirror image, drawn from Python's `random`, whose state Trainer's checkpoints keep.
+    """A random crop and a random mirror image.
 
     Args:
         random_crop: keep 50% to 100% of the area at a ratio of 3:4 to 4:3.
         horizontal_flip: mirror every second picture.
+        views: how many ways of cropping and mirroring a picture has, which are its own and always the same, so that a
+            feature cache can keep them; one of them is drawn each time. None: each time another one.
     Source: CROME, arXiv 2408.06610 ("random crop, horizontal flip"); the crop's bounds are reconstructed.
     """
 
     random_crop: bool = False
     horizontal_flip: bool = False
+    views: int | None = None
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """One picture in, one out, of the size of the crop."""
+    def __call__(self, image: Image.Image, draw: random.Random | None = None) -> Image.Image:
+        """One picture in, one out, of the size of the crop.
+
+        Args:
+            draw: where chance comes from; None: Python's own `random`.
+        """
+        if not (self.random_crop or self.horizontal_flip):
+            return image
+        draw = draw if draw is not None else random.Random(random.getrandbits(64))
+        if self.views is not None:
+            draw = self._view(image, draw.randrange(self.views))
         if self.random_crop:
-            image = image.crop(_box(*image.size))
-        if self.horizontal_flip and random.random() < 0.5:
+            image = image.crop(_box(draw, *image.size))
+        if self.horizontal_flip and draw.random() < 0.5:
             image = ImageOps.mirror(image)
         return image
 
+    def _view(self, image: Image.Image, number: int) -> random.Random:
+        digest = hashlib.blake2b(image.tobytes(), digest_size=8)
+        return random.Random(f"{digest.hexdigest()} {number}")
 
-def _box(width: int, height: int) -> tuple[int, int, int, int]:
-    area = width * height * random.uniform(*AREA)
-    ratio = math.exp(random.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+
+def _box(draw: random.Random, width: int, height: int) -> tuple[int, int, int, int]:
+    area = width * height * draw.uniform(*AREA)
+    ratio = math.exp(draw.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
     crop_width = min(width, max(1, round(math.sqrt(area * ratio))))
     crop_height = min(height, max(1, round(math.sqrt(area / ratio))))
-    left, top = random.randint(0, width - crop_width), random.randint(0, height - crop_height)
+    left, top = draw.randint(0, width - crop_width), draw.randint(0, height - crop_height)
     return left, top, left + crop_width, top + crop_height
 
 

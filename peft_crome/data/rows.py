@@ -21,6 +21,12 @@ FAULTS = {
 }
 
 
+# What `draws` adds to a row.
+DRAW = "draw"  # its number among all that a run draws: what its crops and mirror images depend on
+COUNTS = "counts"  # whether it counts in the loss
+DRAWN = "drawn"  # stands for a row that the run had before it was interrupted
+
+
 @dataclass(frozen=True)
 class Fault:
     """One thing that is wrong with a row.
@@ -34,6 +40,15 @@ class Fault:
     kind: str
     message: str
     mended: bool = False
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be stored; JSON's escapes can write half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class RowError(ValueError):

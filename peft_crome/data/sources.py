@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
@@ -30,6 +31,8 @@ FEATURES = Features(
         ),
     }
 )
+ROWS_PER_GROUP = 2000
+SUFFIXES = (".json", ".jsonl", ".parquet")
 Images = str | Path | Mapping[str, str | Path] | None
 Faulty = Literal["stop", "drop"]
 
@@ -40,9 +43,11 @@ def read_rows(
     *,
     columns: Mapping[str, str] | None = None,
     prompt: str | None = None,
+    name: str | None = None,
+    split: str = "train",
     faulty: Faulty = "stop",
 ) -> Iterator[dict[str, Any]]:
-    """Read a file's rows, one at a time.
+    """Read the rows of a file, or of a data set as `load_rows` takes it, one at a time.
 
     Args:
         path: JSON list, JSONL or parquet of {"id", "image": path or list of paths, "conversations": [{"from",
@@ -50,21 +55,23 @@ def read_rows(
             row without an image is text alone; pictures that no `<image>` stands for come before the first question.
         images: folder that image paths start from, or a folder per beginning of them, {"coco": "/data/coco"}; None:
             the folder of `path`.
-        columns: {"question", "answer", "image", "id"} -> names of a table's columns.
+        columns: {"question", "answer", "image", "id", "options"} -> names of a table's columns.
         prompt: the question, where a table has none.
+        name, split: as in `load_rows`.
         faulty: "stop" raises at the first row that cannot be read, "drop" leaves such rows out and logs how many.
     Yields:
         id: text; images: list of absolute paths, or {"bytes", "path"} where a file holds the pictures; messages:
-        [{"role", "content"}], where content is a list of {"type": "image"} and {"type": "text", "text"}.
+        [{"role", "content"}], where content is a list of {"type": "image"} and {"type": "text", "text"}. Rows that say
+        them: answers, of several people, and options, of a multiple choice; lists of text.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file, or a row of it, cannot be read; the message names the row's id and what to write.
     """
-    path = Path(path)
     check_columns(columns, prompt)
-    folders = ImageFolders(images if images is not None else path.parent)
+    table = not Path(path).is_file() and Path(path).suffix.lower() not in SUFFIXES
+    folders = ImageFolders(images if images is not None else "." if table else Path(path).parent)
     dropped = []
-    for number, given in enumerate(stream(path)):
+    for number, given in enumerate(_records(str(path), name, split) if table else stream(Path(path))):
         row, faults = parse(given, number, folders, columns, prompt)
         if row is not None:
             yield row
@@ -124,11 +131,11 @@ def load_rows(
     check_columns(columns, prompt)
     local = Path(path)
     settings: dict[str, Any] = {"columns": dict(columns) if columns else None, "prompt": prompt, "faulty": faulty}
-    if not local.is_file() and local.suffix.lower() in (".json", ".jsonl", ".parquet"):
+    if not local.is_file() and local.suffix.lower() in SUFFIXES:
         raise FileNotFoundError(f"{path} is missing; expected a JSON list, JSONL or parquet.")
     if not local.is_file():
         return _load_table(str(path), images, name, split, streaming, settings)
-    if local.suffix.lower() not in (".json", ".jsonl", ".parquet"):
+    if local.suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"{path}: expected a file ending in .json, .jsonl or .parquet, a folder, or a name of the Hub."
         )
@@ -137,8 +144,7 @@ def load_rows(
     settings["images"] = each if each is not None else os.path.abspath(folder)  # type: ignore[arg-type]
     if next(read_rows(path, **settings), None) is None:  # `datasets` has no words for that
         raise ValueError(f"{path} holds no rows that can be read.")
-    with local.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = "" if streaming else file_digest(local)
     arguments = {
         "path": str(local.absolute()),
         "version": f"{__version__} {digest}",  # so that nothing stale is served
@@ -146,15 +152,24 @@ def load_rows(
     }
     if streaming:
         return IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments)
+    # Each group of rows costs memory as long as the table is open: few and large ones, but where they hold pictures.
+    group = None if local.suffix.lower() == ".parquet" else ROWS_PER_GROUP
     try:
-        return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments)
+        return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, writer_batch_size=group)
     except DatasetGenerationError as error:
         raise _cause(error) from None
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _generate(path: str, version: str, **arguments: Any) -> Iterator[dict[str, Any]]:
     for row in read_rows(path, **arguments):
-        yield {**row, "images": [_stored(image) for image in row["images"]]}
+        # What a row is scored by is not kept for training.
+        yield {"id": row["id"], "images": [_stored(image) for image in row["images"]], "messages": row["messages"]}
 
 
 def _stored(image: Any) -> dict[str, Any]:
@@ -170,9 +185,8 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _load_table(
-    path: str, images: Images, name: str | None, split: str, streaming: bool, settings: dict[str, Any]
-) -> Dataset | IterableDataset:
+def _open_table(path: str, name: str | None, split: str, streaming: bool) -> tuple[Any, dict[str, list[str]]]:
+    """A data set as it is, with its pictures undecoded, and the names of its classes by column."""
     folder = Path(path)
     saved = folder.is_dir() and any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
@@ -195,6 +209,24 @@ def _load_table(
             table = table.cast_column(column, List(datasets.Image(decode=False)))
         elif isinstance(feature, datasets.ClassLabel):
             labels[column] = feature.names
+    return table, labels
+
+
+def _records(path: str, name: str | None, split: str) -> Iterator[dict[str, Any]]:
+    table, labels = _open_table(path, name, split, streaming=False)
+    for given in table:
+        yield _with_names(given, labels)
+
+
+def _with_names(given: dict[str, Any], labels: Mapping[str, list[str]]) -> dict[str, Any]:
+    known = {column: names[given[column]] for column, names in labels.items() if given[column] is not None}
+    return given | known
+
+
+def _load_table(
+    path: str, images: Images, name: str | None, split: str, streaming: bool, settings: dict[str, Any]
+) -> Dataset | IterableDataset:
+    table, labels = _open_table(path, name, split, streaming)
     arguments = {"source": path, "images": images, "labels": labels, "version": __version__, **settings}
     return table.map(
         _convert,
@@ -220,14 +252,12 @@ def _convert(
     folders = ImageFolders(images if images is not None else ".")
     made: dict[str, list[Any]] = {"id": [], "images": [], "messages": []}
     for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
-        given = dict(zip(batch, values, strict=True))
-        for column, names in labels.items():
-            given[column] = None if given[column] is None else names[given[column]]
+        given = _with_names(dict(zip(batch, values, strict=True)), labels)
         row, faults = parse(given, number, folders, columns, prompt)
         if row is not None:
             row["images"] = [_stored(image) for image in row["images"]]
-            for key, value in row.items():
-                made[key].append(value)
+            for key, kept in made.items():
+                kept.append(row[key])
         elif faulty == "stop":
             raise RowError(f"{source}, row {row_name(given, number)!r}", faults)
         else:
@@ -241,14 +271,27 @@ def check_images(rows: Iterable[dict[str, Any]]) -> None:
     Raises:
         ValueError: names the first row whose file is missing, and how many there are.
     """
-    first, count = None, 0
+    missing = [(name, path) for name, path in _image_files(rows) if not os.path.isfile(path)]
+    if missing:
+        raise ValueError(
+            f"Row {missing[0][0]!r}: the image {missing[0][1]} is missing ({len(missing)} such files in all). Name "
+            "the folder that image paths start from, or take these rows out: peft-crome doctor shows them all."
+        )
+
+
+def _image_files(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    if isinstance(rows, Dataset):  # by column: pictures that are in the table itself are not read
+        for batch in rows.select_columns(["id", "images"]).with_format("arrow").iter(batch_size=1000):
+            images, ids = batch["images"].combine_chunks(), batch["id"]
+            flat = pc.list_flatten(images)
+            paths = pc.if_else(pc.is_null(pc.struct_field(flat, "bytes")), pc.struct_field(flat, "path"), None)
+            for row, path in zip(pc.list_parent_indices(images).to_pylist(), paths.to_pylist(), strict=True):
+                if path is not None:
+                    yield ids[row].as_py(), path
+        return
     for row in rows:
         for image in row["images"]:
-            path = image if isinstance(image, str) else image["path"] if image.get("bytes") is None else None
-            if path is not None and not os.path.isfile(path):
-                first, count = first or (row["id"], path), count + 1
-    if first is not None:
-        raise ValueError(
-            f"Row {first[0]!r}: the image {first[1]} is missing ({count} such files in all). Name the folder that "
-            "image paths start from, or take these rows out: peft-crome doctor shows them all."
-        )
+            if isinstance(image, str):
+                yield row["id"], image
+            elif image.get("bytes") is None:
+                yield row["id"], image["path"]

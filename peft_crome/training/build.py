@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, InstructBlipQFormerConfig
+from transformers.utils import is_bitsandbytes_available
 
 from ..data import CHAT_TEMPLATES
 from ..tuner import CromeConfig
@@ -163,7 +163,7 @@ def _check_names(said: Backbones) -> None:
                 f"backbones.qformer.vocab_size: {known} words, and {said.qformer_tokenizer!r} has {size}. Write "
                 f"vocab_size: {size}."
             )
-    if said.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+    if said.quantization is not None and not is_bitsandbytes_available():
         raise StageError(
             f"backbones.quantization: {said.quantization!r} needs bitsandbytes. Write: "
             'pip install "peft-crome[quantization]"'

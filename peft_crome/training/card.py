@@ -6,7 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
+import transformers
 import yaml
+
+from .. import __version__
+from ..card_text import hub_name
+from ..stage_table import stage_table
+
+DATA_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow")
 
 
 def stage_card(record: dict[str, Any], composite: Any) -> str:
@@ -24,9 +32,13 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
         "library_name": "peft",
         "pipeline_tag": "image-text-to-text",
         "tags": ["crome", "peft", "vision-language"],
-        # Folders are nothing to the Hub.
-        "base_model": [base for base in dict.fromkeys(bases) if base and not Path(base).exists()],
+        # Folders and files are nothing to the Hub.
+        "base_model": [base for base in dict.fromkeys(bases) if base and hub_name(base)],
+        "base_model_relation": "adapter",
     }
+    data = dict.fromkeys(item["path"] for stage in record["stages"] for item in stage["data"])
+    if named := [path for path in data if hub_name(path) and Path(path).suffix not in DATA_FILES]:
+        header["datasets"] = named
     read = "" if composite.is_encoder_decoder else ', inputs["input_ids"].shape[1] :'
     quantised = ", quantised when loaded" if composite.text_quantization_config is not None else ""
     lines = [
@@ -39,8 +51,10 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
         "A frozen vision tower and a frozen language model, joined by what [CROME](https://arxiv.org/abs/2408.06610) "
         "trains. This repository holds all of it; the backbones come by their names:",
         "",
-        f"- vision tower: `{bases[0] or 'stored here'}`{_local(bases[0])}",
-        f"- language model: `{bases[1] or 'stored here'}`{_local(bases[1])}{quantised}",
+        f"- vision tower: `{bases[0] or 'stored here'}`{_revision(composite.vision_revision)}{_local(bases[0])}, "
+        f"pictures of {' x '.join(map(str, composite.image_height_width))}",
+        f"- language model: `{bases[1] or 'stored here'}`{_revision(composite.text_revision)}{_local(bases[1])}"
+        f"{quantised}",
         "",
         "## Use it",
         "",
@@ -66,21 +80,12 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
         "",
         "## What was trained",
         "",
-        "| stage | trained weights | data (rows) | rows per step | steps | learning rate | final loss |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        *stage_table(record),
     ]
-    for stage in record["stages"]:
-        trained = "<br>".join(f"{part}: {count:,}" for part, count in stage["trained"].items())
-        data = "<br>".join(f"{item['path']} ({_rows(item['rows'])})" for item in stage["data"])
-        training = stage["recipe"]["training"]
-        loss = "-" if stage["losses"] == [] else f"{stage['losses'][-1][1]:.4f}"
-        peak = f"{training['initial_learning_rate']:g} to {training['learning_rate']:g}"
-        peak += "".join(f"<br>{part}: {value:g}" for part, value in training["learning_rates"].items())
-        rate = f"{peak} in {training['warmup_steps']} steps, cosine to 0"
-        cells = [stage["stage"], trained, data, training["batch_size"], stage["steps"], rate, loss]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += _scores(record["stages"])
     lines += [
         "",
+        f"Trained with peft_crome {__version__}, peft {peft.__version__} and transformers {transformers.__version__}. "
         f"AdamW with betas {tuple(last['recipe']['training']['betas'])} and weight decay "
         f"{last['recipe']['training']['weight_decay']}. The recipes are in "
         "`crome_stage.json`. Not affiliated with the paper's authors.",
@@ -89,8 +94,27 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
     return "\n".join(lines)
 
 
-def _rows(count: int | None) -> str:
-    return "streamed" if count is None else f"{count:,}"
+def _scores(stages: list[dict[str, Any]]) -> list[str]:
+    """The last evaluation of each stage on each of its data sets."""
+    rows = []
+    for stage in stages:
+        scores = stage.get("scores", [])  # a stage of an older release has none
+        for found in [score for score in scores if score["step"] == scores[-1]["step"]]:
+            value = f"{found['score']:.1%} ± {found['stderr']:.1%}"
+            cells = [stage["stage"], found["data"], found["metric"], value, f"{found['n']:,}", found["step"]]
+            rows.append(f"| {' | '.join(map(str, cells))} |")
+    heading = [
+        "",
+        "Answers by free generation (± standard error):",
+        "",
+        "| stage | data | metric | score | rows | step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    return [*heading, *rows] if rows else []
+
+
+def _revision(revision: str | None) -> str:
+    return f", revision `{revision}`" if revision else ""
 
 
 def _local(base: str | None) -> str:

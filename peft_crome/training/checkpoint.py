@@ -6,23 +6,23 @@ import json
 import logging
 import os
 import shutil
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..vlm.checkpoint import STAGE_RECORD
 
 RECORD = STAGE_RECORD  # written last: a directory without it is not complete
 RECIPE = "recipe.json"  # in the folder of a run's checkpoints: what they belong to
+COMPLETE = "complete.json"  # of a checkpoint, written last: its files and their sizes
 # Keys of a recipe that may change between interruption and restart: the weights do not depend on them.
 WITHOUT_EFFECT = (
+    "feature_cache",
+    "evaluation",
     "training.logging_steps",
     "training.save_steps",
     "training.arguments.dataloader_num_workers",
@@ -58,27 +58,25 @@ def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: 
     adapter = {key: value for key, value in get_peft_model_state_dict(model).items() if ".crome_" in key}
     config = model.peft_config[name]
     composite = model.unload()
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as temporary:
-        target = Path(temporary) / "stage"
-        composite.save_pretrained(target)
-        processor.save_pretrained(target)
-        save_file(
-            {key: value.detach().contiguous() for key, value in adapter.items()}, target / SAFETENSORS_WEIGHTS_NAME
-        )
-        values = config.to_dict() | {
-            "modules_to_save": None,  # the composite beside it holds them
-            "base_model_name_or_path": None,
-            "inference_mode": True,
-            "trained_on": (config.trained_on or {}) | {"name_or_path": composite.config.text_model_name_or_path},
-        }
-        (target / ADAPTER_CONFIG_NAME).write_text(json.dumps(_plain(values), indent=2, sort_keys=True) + "\n")
-        (target / "README.md").write_text(card, encoding="utf-8")
-        files = {path.relative_to(target).as_posix(): path.stat().st_size for path in sorted(target.rglob("*"))
-                 if path.is_file()}  # fmt: skip
-        (target / RECORD).write_text(json.dumps({**record, "files": files}, indent=2) + "\n", encoding="utf-8")
-        if directory.exists():
-            directory.rmdir()
-        os.replace(target, directory)
+    target = directory.with_name(f".{directory.name}.writing")
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was interrupted here
+    target.mkdir()
+    composite.save_pretrained(target)
+    processor.save_pretrained(target)
+    save_file({key: value.detach().contiguous() for key, value in adapter.items()}, target / SAFETENSORS_WEIGHTS_NAME)
+    values = config.to_dict() | {
+        "modules_to_save": None,  # the composite beside it holds them
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "trained_on": (config.trained_on or {}) | {"name_or_path": composite.config.text_model_name_or_path},
+    }
+    (target / ADAPTER_CONFIG_NAME).write_text(json.dumps(_plain(values), indent=2, sort_keys=True) + "\n")
+    (target / "README.md").write_text(card, encoding="utf-8")
+    text = json.dumps({**record, "files": _sizes(target)}, indent=2)
+    (target / RECORD).write_text(f"{text}\n", encoding="utf-8")
+    if directory.exists():
+        directory.rmdir()
+    os.replace(target, directory)
 
 
 def check_free(directory: str | Path) -> None:
@@ -93,6 +91,13 @@ def check_free(directory: str | Path) -> None:
     parent = next(folder for folder in directory.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise StageError(f"{directory} cannot be written: {parent} is no folder that you may write to.")
+
+
+def is_finished(directory: Path, checkpoints: Path, recipe: dict[str, Any]) -> bool:
+    """Whether a run of this recipe wrote its directory and was interrupted before it removed its checkpoints."""
+    if not (directory / RECORD).is_file() or not checkpoints.is_dir():
+        return False
+    return read_record(directory)["stages"][-1]["recipe"] == recipe
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:
@@ -114,10 +119,11 @@ def read_record(directory: str | Path) -> dict[str, Any]:
         files, _ = record["files"], record["stages"][-1]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise StageError(f"{path} cannot be read ({error!r}). Copy the directory again.") from error
+    sizes = _sizes(directory)
     faulty = [
-        f"{name} ({'missing' if not (directory / name).is_file() else 'of another size'})"
+        f"{name} ({'missing' if name not in sizes else 'of another size'})"
         for name, size in files.items()
-        if name != "README.md" and (not (directory / name).is_file() or (directory / name).stat().st_size != size)
+        if name != "README.md" and sizes.get(name) != size
     ]
     if faulty:
         raise StageError(f"{directory} is incomplete: {', '.join(faulty)}. Copy the directory again.")
@@ -132,7 +138,7 @@ def open_run(checkpoints: Path, run: dict[str, Any], is_main: bool = True) -> st
         run: the recipe, and what tells the data; JSON values.
         is_main: whether this process writes.
     Returns:
-        The last checkpoint that was written in full; None: there is none.
+        The last checkpoint that was written in full; None: there is none. Others are removed.
     Raises:
         StageError: the folder's checkpoints belong to another run.
     """
@@ -141,8 +147,9 @@ def open_run(checkpoints: Path, run: dict[str, Any], is_main: bool = True) -> st
         int(p.name.split("-")[-1]): p for p in checkpoints.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()
     }
     whole = [step for step, folder in found.items() if _is_whole(folder)]
-    if found and (not whole or max(whole) < max(found)):
-        logger.warning("%s was not written in full and is left aside.", found[max(found)])
+    for folder in (folder for step, folder in found.items() if step not in whole and is_main):
+        logger.warning("%s was not written in full; it is removed.", folder)
+        shutil.rmtree(folder, ignore_errors=True)
     if whole:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -159,22 +166,33 @@ def open_run(checkpoints: Path, run: dict[str, Any], is_main: bool = True) -> st
             )
     elif is_main:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(run, indent=2), encoding="utf-8")
-        temporary.replace(path)
+        _replace(path, run)
     return str(found[max(whole)]) if whole else None
 
 
+def complete_checkpoint(checkpoint: Path) -> None:
+    """Say that all files of a checkpoint are written."""
+    _replace(checkpoint / COMPLETE, _sizes(checkpoint))
+
+
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether every file can be read; the Trainer writes its state last, and a kill may cut any of them off."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        for file in checkpoint.rglob("*.safetensors"):
-            with safe_open(file, framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
+        files = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
-    return all(zipfile.is_zipfile(file) for file in checkpoint.rglob("*.pt"))
+    return files.items() <= _sizes(checkpoint).items()
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+
+
+def _replace(path: Path, value: Any) -> None:
+    """Write JSON beside its place and move it there."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:
@@ -185,7 +203,7 @@ def _differences(before: Any, now: Any, key: str = "") -> list[str]:
 
 
 def clear(directory: Path) -> None:
-    """Remove the Trainer's checkpoints of a finished stage."""
+    """Remove the checkpoints of a finished stage."""
     if directory.is_dir():
         shutil.rmtree(directory)
 

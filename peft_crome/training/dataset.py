@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from ..data import check_images, load_rows, mix, mixture_probabilities, split_turns
 from ..data.mixture import normalised
-from ..data.sources import FEATURES
-from .recipe import Recipe
+from ..data.sources import FEATURES, file_digest
+from .recipe import Data, Recipe
 
 
 def load_sources(recipe: Recipe) -> list[Any]:
@@ -23,6 +24,20 @@ def load_sources(recipe: Recipe) -> list[Any]:
         if isinstance(source, Dataset):
             check_images(source)
     return sources
+
+
+def content_of(said: Data, source: Any) -> str | None:
+    """What tells whether a data set is still the one that a run began with.
+
+    Returns:
+        A digest of a file's bytes, or of a table; None: nobody can tell, as of a stream from the Hub.
+    """
+    if isinstance(source, Dataset):
+        return source._fingerprint
+    if Path(said.path).is_file():
+        return file_digest(Path(said.path))
+    files = sorted(path for path in Path(said.path).rglob("*") if path.is_file())  # none, of a name of the Hub
+    return "".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns} " for path in files) or None
 
 
 def training_rows(recipe: Recipe, sources: list[Any], split: bool) -> Any:

@@ -1,8 +1,7 @@
-"""Answer conversations by free generation, and score the answers."""
+"""Answer conversations by free generation; `metrics` scores the answers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from tqdm.auto import tqdm
 from ..data import open_image
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a layer keeps is trained with afterwards
 def generate_answers(
     model: Any,
     processor: Any,
@@ -35,13 +34,29 @@ def generate_answers(
         system: a system message for conversations without one.
         progress: show a bar.
     Returns:
-        One text per row, in their order.
+        One text per row, in their order. The model is left in the mode it was in, module by module.
     """
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
+    try:
+        return _generate(model, processor, rows, batch_size, max_new_tokens, system, progress)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _generate(
+    model: Any,
+    processor: Any,
+    rows: Sequence[dict[str, Any]],
+    batch_size: int,
+    max_new_tokens: int,
+    system: str | None,
+    progress: bool,
+) -> list[str]:
     composite = model.get_base_model() if isinstance(model, PeftModel) else model
     answers: list[str] = []
-    for first in tqdm(range(0, len(rows), batch_size), desc="answering", disable=not progress):
+    for first in tqdm(range(0, len(rows), batch_size), desc="answering", leave=False, disable=not progress):
         chosen = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
         prompts, pictures = [], []
         for row in chosen:
@@ -65,39 +80,4 @@ def generate_answers(
         read = 0 if composite.config.is_encoder_decoder else batch["input_ids"].shape[1]
         texts = processor.tokenizer.batch_decode(output[:, read:], skip_special_tokens=True)
         answers += [text.strip() for text in texts]
-    model.train(was_training)
     return answers
-
-
-def references(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The text of each row's last turn.
-
-    Raises:
-        ValueError: a row's last turn is no answer.
-    """
-    unanswered = [row["id"] for row in rows if row["messages"][-1]["role"] != "assistant"]
-    if unanswered:
-        raise ValueError(
-            f"{len(unanswered)} rows end without an answer to compare with, the first is {unanswered[0]!r}. Take them "
-            "out."
-        )
-    return ["".join(part["text"] for part in row["messages"][-1]["content"]).strip() for row in rows]
-
-
-def exact_match(answers: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
-    """Share of answers that are the expected ones, but for case and a final full stop.
-
-    Returns:
-        accuracy, its standard error, n.
-
-    Example:
-        >>> exact_match(["Red.", "two"], ["red", "three"])
-        {'accuracy': 0.5, 'stderr': 0.3536, 'n': 2}
-    """
-    if not expected:
-        return {"accuracy": math.nan, "stderr": math.nan, "n": 0}
-    pairs = zip(answers, expected, strict=True)
-    hits = [said.strip().lower().rstrip(".") == wanted.strip().lower().rstrip(".") for said, wanted in pairs]
-    accuracy = sum(hits) / len(hits)
-    stderr = math.sqrt(accuracy * (1 - accuracy) / len(hits))
-    return {"accuracy": round(accuracy, 4), "stderr": round(stderr, 4), "n": len(hits)}

@@ -18,12 +18,15 @@ from ..data.templates import CHAT_TEMPLATES
 from .stages import STAGES
 
 PRESETS = tuple(STAGES)
+Metric = Literal["exact_match", "vqa_accuracy", "multiple_choice", "cider", "rouge_l", "bleu", "chrf"]
 # Of TrainingArguments, what a recipe says in words of its own.
 OWNED = (
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "adam_beta1", "adam_beta2",
     "weight_decay", "max_grad_norm", "gradient_checkpointing", "activation_checkpointing", "logging_steps",
-    "save_steps", "seed", "remove_unused_columns", "label_names",
+    "save_steps", "seed", "data_seed", "remove_unused_columns", "label_names", "train_sampling_strategy",
+    "length_column_name", "accelerator_config", "ddp_find_unused_parameters", "ignore_data_skip",
+    "average_tokens_across_devices",
 )  # fmt: skip
 
 
@@ -111,24 +114,39 @@ class Images(_Section):
     horizontal_flip: bool = Field(
         default=False, description="Mirror every second picture; not where left and right matter."
     )
+    views: int | None = Field(
+        default=None,
+        ge=1,
+        description="Crops and mirror images that a picture has, always the same; None: each time another one.",
+    )
     resample: Literal["bicubic", "bilinear"] | None = Field(default=None, description="None: the tower's processor's.")
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
 
-class Data(_Section):
-    """One data set, as `peft_crome.data.load_rows` takes it."""
+class Source(_Section):
+    """Where rows come from, as `peft_crome.data.read_rows` takes it."""
 
     path: str = Field(description="JSON, JSONL or parquet file, a folder of `datasets`, or a data set of the Hub.")
     images: str | dict[str, str] | None = Field(
         default=None, description="Folder that image paths start from, or a folder per beginning of them."
     )
-    columns: dict[Literal["question", "answer", "image", "id"], str] | None = Field(
+    columns: dict[Literal["question", "answer", "image", "id", "options"], str] | None = Field(
         default=None, description="Of a table instead of conversations: what its columns are called."
     )
     prompt: str | None = Field(default=None, description="The question, for a table without questions (captions).")
     name: str | None = Field(default=None, description="Configuration of a data set of the Hub.")
     split: str = Field(default="train", description="Of a folder or a data set of the Hub.")
+
+    @model_validator(mode="after")
+    def _columns(self) -> Source:
+        check_columns(self.columns, self.prompt)  # type: ignore[arg-type]
+        return self
+
+
+class Data(Source):
+    """One data set to train on, as `peft_crome.data.load_rows` takes it."""
+
     streaming: bool = Field(default=False, description="Read while training; keep nothing on disk.")
     faulty: Literal["stop", "drop"] = Field(
         default="stop", description="What to do at rows that cannot be read; `peft-crome doctor` shows them all."
@@ -137,10 +155,49 @@ class Data(_Section):
         default=None, gt=0, description="How often this set is drawn from, relative to the others'."
     )
 
+
+class Questions(Source):
+    """One data set to be answered while training; what it is scored by must be in its rows."""
+
+    split: str = Field(default="validation", description="Of a folder or a data set of the Hub.")
+    label: str | None = Field(
+        default=None, description="What its scores are called, eval_LABEL_METRIC; None: the file's name."
+    )
+    metrics: list[Metric] = Field(default=["exact_match"], min_length=1, description="docs/evaluation.md has them.")
+
+    @property
+    def called(self) -> str:
+        """Its label."""
+        return self.label if self.label is not None else Path(self.path).stem
+
+
+class Evaluation(_Section):
+    """Data sets that are answered by free generation every so many steps, and after the last one."""
+
+    data: list[Questions] = Field(min_length=1)
+    steps: int = Field(default=500, ge=1, description="Optimiser steps from one evaluation to the next.")
+    max_rows: int | None = Field(
+        default=1000, ge=1, description="The first rows of each set; they are kept in memory. None: all."
+    )
+    batch_size: int = Field(default=16, ge=1, description="Rows at a time, on each device.")
+    max_new_tokens: int = Field(default=32, ge=1, description="Of an answer.")
+
     @model_validator(mode="after")
-    def _columns(self) -> Data:
-        check_columns(self.columns, self.prompt)  # type: ignore[arg-type]
+    def _labels(self) -> Evaluation:
+        labels = [questions.called for questions in self.data]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"{twice} are the labels of several sets; give each a `label` of its own")
         return self
+
+
+class FeatureCache(_Section):
+    """Keep the frozen tower's features, so that each picture goes through it once, in all epochs and runs."""
+
+    directory: str = Field(description="Folder; runs and machines may share it.")
+    max_gigabytes: float = Field(
+        default=50.0, gt=0, description="Pictures that come when it is full are computed each time."
+    )
 
 
 class Mixture(_Section):
@@ -171,6 +228,7 @@ class Training(_Section):
     max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping.")
     max_length: int | None = Field(default=None, ge=1, description="Tokens per row, longer ones are cut at the end.")
     gradient_checkpointing: bool = False
+    group_by_length: bool = Field(default=False, description="Rows of about one length come in one batch.")
     logging_steps: int = Field(default=10, ge=1)
     save_steps: int = Field(
         default=500, ge=1, description="A run that is started again continues from its last checkpoint."
@@ -208,6 +266,8 @@ class Recipe(_Section):
     images: Images = Images()
     data: list[Data] = Field(min_length=1)
     mixture: Mixture | None = None
+    feature_cache: FeatureCache | None = None
+    evaluation: Evaluation | None = None
     training: Training
     chat_template: str | None = Field(
         default=None, description="'vicuna', 'plain', 't5' or a Jinja template; None: the language model's own."
@@ -228,13 +288,27 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _cached(self) -> Recipe:
+        augmented = self.images.random_crop or self.images.horizontal_flip
+        if self.images.views is not None and not augmented:
+            raise ValueError("images.views counts crops and mirror images, and there are none; take it out")
+        if self.feature_cache is not None and augmented and self.images.views is None:
+            raise ValueError(
+                "feature_cache: each time another crop or mirror image is another picture, which is never found "
+                "again; write images.views: 4, or take the augmentation out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _mixed(self) -> Recipe:
         weighted = [data.weight is not None for data in self.data]
         if any(weighted) and (self.mixture is not None or not all(weighted)):
-            raise ValueError("give a `weight` to every data set and no `mixture`, or a `mixture` and no `weight`")
+            raise ValueError("give a `weight` to every data set and write mixture: null, or no `weight`")
         streamed = any(data.streaming for data in self.data)
         if streamed and self.training.max_steps is None:
             raise ValueError("nobody knows how long an epoch of streamed data is; give training.max_steps")
+        if streamed and self.training.group_by_length:
+            raise ValueError("nobody knows how long streamed rows are; take training.group_by_length out")
         if streamed and len(self.data) > 1 and not all(weighted):
             raise ValueError("nobody knows how many rows streamed data have; give every data set a `weight`")
         return self
@@ -369,7 +443,8 @@ def _explain(detail: Any) -> str:
 def _keys(location: tuple[Any, ...]) -> list[str]:
     sections = {
         "backbones": Backbones, "adapter": Adapter, "images": Images, "data": Data, "mixture": Mixture,
+        "feature_cache": FeatureCache, "evaluation": Evaluation, "evaluation.data": Questions,
         "training": Training,
     }  # fmt: skip
-    section = next((sections[part] for part in location if part in sections), Recipe)
+    section = sections.get(".".join(part for part in location if isinstance(part, str)), Recipe)
     return list(section.model_fields)  # type: ignore[attr-defined]

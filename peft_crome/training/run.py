@@ -11,81 +11,125 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from accelerate import PartialState
 from datasets import Dataset
 
 from ..data import Augmentation, ConversationCollator
+from ..feature_cache import cache_features
 from .build import build
 from .card import stage_card
-from .checkpoint import check_free, clear, open_run, save_stage
-from .dataset import load_sources, training_rows
+from .checkpoint import check_free, clear, is_finished, open_run, read_record, save_stage
+from .dataset import content_of, load_sources, training_rows
+from .finite import NamedRows, NotFiniteError, paths_of
+from .preflight import Preflight, preflight
 from .recipe import Recipe, RecipeError
+from .reports import keep_reports
+from .sharding import check_storage, gather_trained, is_sharded, put_trained
 from .stages import count_trained
 from .trainer import CromeTrainer, training_arguments
+from .validation import EvaluationCallback, load_questions, scores_of
 
 
-def train(recipe: Recipe, on_ready: Callable[[dict[str, int], int | None], None] | None = None) -> dict[str, Any]:
+def train(recipe: Recipe, on_ready: Callable[[Preflight], None] | None = None) -> dict[str, Any]:
     """Train one stage and write `recipe.output`.
 
     Args:
         recipe: what to do.
-        on_ready: told, before the first step, the trained weights per part and the number of rows (None: streamed).
+        on_ready: told, before the first step, what will train and what it will take.
     Returns:
         The record that is written to `crome_stage.json`; the last of its "stages" is this one.
     Raises:
         RecipeError, StageError, ValueError: recipe, previous directory or data are not sound; nothing was written.
+        NotFiniteError: a loss or a gradient is NaN or infinite; the checkpoints stay.
     """
     output = Path(recipe.output)
+    checkpoints = output.with_name(f"{output.name}.checkpoints")
+    if is_finished(output, checkpoints, recipe.model_dump(mode="json")):
+        return _finish(output, checkpoints)
     check_free(output)
     sources = load_sources(recipe)
     counts = [len(source) if isinstance(source, Dataset) else None for source in sources]
-    checkpoints = output.with_name(f"{output.name}.checkpoints")
+    questions = load_questions(recipe.evaluation) if recipe.evaluation is not None else []
     arguments = training_arguments(recipe, str(checkpoints), int(os.environ.get("WORLD_SIZE", "1")))
     transformers.set_seed(recipe.training.seed)  # before the projections are drawn
     model, processor, previous = build(recipe)
     config = model.get_base_model().config
     collator = ConversationCollator(
         processor,
-        augmentation=Augmentation(recipe.images.random_crop, recipe.images.horizontal_flip),
+        augmentation=Augmentation(recipe.images.random_crop, recipe.images.horizontal_flip, recipe.images.views),
         max_length=recipe.training.max_length,
         system=recipe.system,
+        seed=recipe.training.seed,
         **ConversationCollator.limits(config),
     )
     trained = count_trained(model)
-    if on_ready is not None:
-        on_ready(trained, None if None in counts else sum(counts))  # type: ignore[arg-type]
     _check_reach(recipe, trained, config.is_encoder_decoder)
+    if recipe.feature_cache is not None:
+        cache_features(model, recipe.feature_cache.directory, recipe.feature_cache.max_gigabytes)
     rows = training_rows(recipe, sources, collator.needs_split)
     try:
         trainer = CromeTrainer(
-            model=model, args=arguments, settings=recipe.training, train_dataset=rows, data_collator=collator
+            model=model,
+            args=arguments,
+            settings=recipe.training,
+            train_dataset=rows,
+            data_collator=NamedRows(collator),
         )
     except (RuntimeError, ImportError) as error:  # a report_to or an optimiser whose package is not there
         raise RecipeError(f"training.arguments: {error}") from error
+    if trainer.is_fsdp_enabled:
+        check_storage(model, config.text_config.dtype)
+    report = preflight(trainer, recipe, rows, collator, None if None in counts else sum(counts))  # type: ignore[arg-type]
+    if on_ready is not None:
+        on_ready(report)
+    keep_reports(trainer, output)
+    if recipe.evaluation is not None:
+        trainer.add_callback(EvaluationCallback(trainer, processor, questions, recipe.evaluation, recipe.system))
     start = time.perf_counter()
-    content = [getattr(source, "_fingerprint", None) for source in sources]
+    content = {data.path: content_of(data, source) for data, source in zip(recipe.data, sources, strict=True)}
     run = {
         **recipe.model_dump(mode="json"),
-        "content of data": dict(zip([data.path for data in recipe.data], content, strict=True)),
+        "content of data": content,
         "content of previous": hashlib.sha256(json.dumps(previous).encode()).hexdigest(),
     }
     last = open_run(checkpoints, run, trainer.is_world_process_zero())
-    trainer.train(resume_from_checkpoint=last)
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except NotFiniteError as error:
+        named = dict(zip([data.path for data in recipe.data], sources, strict=True))
+        raise error.of(paths_of(error.rows, named)) from None
     record = {
         "stage": recipe.stage,
         "trained": trained,
         "data": [{"path": data.path, "rows": rows} for data, rows in zip(recipe.data, counts, strict=True)],
         "steps": trainer.state.global_step,
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
+        "scores": scores_of(trainer.state.log_history, questions),
         "seconds": round(time.perf_counter() - start, 1),
         "resumed": last is not None,  # then the seconds are those of the last part
         "recipe": recipe.model_dump(mode="json"),
     }
     whole = {"stages": [*(previous["stages"] if previous else []), record]}
+    if is_sharded(model):
+        weights = gather_trained(model)
+        if trainer.is_world_process_zero():
+            transformers.set_seed(recipe.training.seed)  # as the first time: a new Q-Former, frozen, is drawn again
+            model, processor, _ = build(recipe)
+            put_trained(model, weights)
     if trainer.is_world_process_zero():
         save_stage(model, processor, output, whole, stage_card(whole, config))
         clear(checkpoints)
     trainer.accelerator.wait_for_everyone()  # a script's next stage starts from what the first process writes
     return whole
+
+
+def _finish(output: Path, checkpoints: Path) -> dict[str, Any]:
+    """Do what a run has left undone that was interrupted after its directory was complete."""
+    processes = PartialState()
+    processes.wait_for_everyone()  # all of them have come here before the checkpoints are gone
+    if processes.is_main_process:
+        clear(checkpoints)
+    return read_record(output)
 
 
 def _check_reach(recipe: Recipe, trained: dict[str, int], is_encoder_decoder: bool) -> None:

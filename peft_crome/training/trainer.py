@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import has_length, rotate_checkpoints
 
+from ..data.draws import DrawOrder, Draws, DrawStream
+from ..data.lengths import row_lengths
+from .checkpoint import complete_checkpoint
+from .finite import ROW_IDS, FiniteCheck
+from .progress import ProgressLine
 from .recipe import Recipe, RecipeError, Training
 from .schedule import warmup_then_cosine
 from .stages import trained_parameters
@@ -47,7 +56,10 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
         "seed": settings.seed,
         "remove_unused_columns": False,  # the rows are the collator's, not the model's
         "label_names": ["labels"],  # the Trainer does not look for them through a PeftModel
+        "accelerator_config": {"dispatch_batches": False},  # a batch's pictures are not one to a row
+        "ddp_find_unused_parameters": False,  # all have a gradient: see `embed_inputs` of the composite
         "report_to": "none",
+        "use_cpu": not torch.accelerator.is_available(),  # bf16 is refused otherwise
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     known = TrainingArguments.__dataclass_fields__
@@ -64,7 +76,13 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
 
 
 class CromeTrainer(Trainer):
-    """`Trainer` with a learning rate per part and a warm-up that starts above zero.
+    """`Trainer` with a learning rate per part, a warm-up that starts above zero, and restarts that are exact.
+
+    What is random in a row depends on the seed and the number of its draw (see `draws`), so a run that goes on, with
+    any number of processes or workers, has the rows, crops and mirror images of one that was not interrupted.
+
+    It stops at a loss or a gradient that is NaN or infinite, before the weights are changed, and names the rows where
+    the collator does (`NamedRows`).
 
     Args:
         settings: the recipe's section `training`.
@@ -75,19 +93,92 @@ class CromeTrainer(Trainer):
         self.settings = settings
         self.optimizer: torch.optim.Optimizer | None
         self.lr_scheduler: Any
+        self.finite = FiniteCheck()
+        self.progress = ProgressLine()
+        self.train_dataset: Any
+        self._order: DrawOrder | None = None
         super().__init__(*args, **kwargs)
+        composite = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        composite.blank_picture = True
+        if self.train_dataset is not None and has_length(self.train_dataset):
+            self.train_dataset = Draws(self.train_dataset)
+        elif self.train_dataset is not None:
+            self.train_dataset = DrawStream(self.train_dataset, block=self._rows_at_a_time())
+        if self.pop_callback(ProgressCallback) is not None:  # unless `disable_tqdm`, or in a notebook
+            self.add_callback(self.progress)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's loss, which depends on all that trains, if only by zero.
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`.
 
-        Behind a Q-Former only image tokens are adapted: a batch without pictures has no gradient otherwise, and
-        processes that have pictures would wait for it.
+        Raises:
+            NotFiniteError: a loss or a gradient is NaN or infinite; on all processes.
         """
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        loss, *rest = result if isinstance(result, tuple) else (result,)
-        if torch.is_grad_enabled() and inputs.get("pixel_values") is None:
-            loss = loss + 0.0 * sum(parameter.sum() for _, _, parameter in trained_parameters(model))
-        return (loss, *rest) if isinstance(result, tuple) else loss
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.progress.close()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A batch's loss and gradient; what the batch was is kept for the check of the step."""
+        given = {name: value for name, value in inputs.items() if name != ROW_IDS}
+        loss = super().training_step(model, given, *args, **kwargs)
+        self.finite.see(loss, inputs.get(ROW_IDS))
+        self.progress.count(loss, inputs["attention_mask"].sum())
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The Trainer asks for it right before the optimiser's step: no callback is told the norm there."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.finite.check(norm, self.accelerator, self.state.global_step + 1, self.args.output_dir)
+        return norm
+
+    # ---- rows ----
+
+    def _rows_at_a_time(self) -> int:
+        return self.args.per_device_train_batch_size * self.accelerator.num_processes
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> DrawOrder:
+        rows = self.train_dataset.rows
+        lengths = None
+        if self.settings.group_by_length:
+            lengths = row_lengths(rows, self.model.get_base_model().config.image_seq_length)
+        self._order = DrawOrder(
+            len(rows),
+            seed=self.args.seed,
+            multiple=self._rows_at_a_time(),
+            batch_size=self.settings.batch_size,
+            lengths=lengths,
+        )
+        return self._order
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(*args)
+        if isinstance(self.train_dataset, DrawStream):
+            self.train_dataset.done = batches * self._rows_at_a_time()
+        return epochs, batches
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # With several processes, the epoch does not get through accelerate's samplers where batches are skipped.
+        if self._order is not None:
+            self._order.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    # ---- checkpoints ----
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint, then, when all processes have, that it is complete; older ones are removed last."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            complete_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(self.args.output_dir, save_total_limit=limit, best_model_checkpoint=best)
+
+    # ---- optimiser ----
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over groups: each part, weights with decay and without (biases, norms)."""

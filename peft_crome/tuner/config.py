@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from ..adapter_file import read_adapter_shapes
-from ..card import add_usage
-
-GATE_ACTIVATIONS = ("silu", "sigmoid")
-INIT_SCHEMES = ("scaled", "normal")
+from ..adapter_file import AdapterFile, read_adapter_file
+from ..card import write_card
+from ..card_details import CardDetails
+from ..config_checks import check_config
 
 
 @dataclass
@@ -56,62 +55,31 @@ class CromeConfig(PeftConfig):
         default=None, metadata={"help": "Filled in at attachment: the backbone, to warn when it is another one."}
     )
 
-    _file_shapes = None  # no annotation, so no field: what the file beside this configuration holds, never saved
+    # Not fields, so never saved: what the file beside this configuration holds, and what its card is to say.
+    _file: ClassVar[AdapterFile | None] = None
+    _card: ClassVar[CardDetails | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.CROME  # type: ignore[attr-defined]  # added by registration.py
-        if isinstance(self.bottleneck_dim, bool) or not isinstance(self.bottleneck_dim, int):
-            raise TypeError(f"bottleneck_dim={self.bottleneck_dim!r} is not an int. Write bottleneck_dim=256.")
-        if self.bottleneck_dim < 1:
-            raise ValueError(f"bottleneck_dim={self.bottleneck_dim} is not positive. Write bottleneck_dim=256.")
-        if self.gate_activation not in GATE_ACTIVATIONS:
-            raise ValueError(
-                f"gate_activation={self.gate_activation!r} is unknown; expected one of {GATE_ACTIVATIONS}. "
-                "Write gate_activation='silu'."
-            )
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r} is not a probability in [0, 1). Write dropout=0.0.")
-        if not isinstance(self.init_weights, bool) and self.init_weights not in INIT_SCHEMES:
-            raise ValueError(
-                f"init_weights={self.init_weights!r} is unknown; expected True, False or one of {INIT_SCHEMES}. "
-                "Write init_weights=True."
-            )
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save is a string. Write modules_to_save=[{self.modules_to_save!r}].")
-        if self.target_modules is not None:
-            raise ValueError(
-                f"target_modules={self.target_modules!r}: CROME's modules are named by branch. "
-                f"Write branches={{'vision': {self.target_modules!r}}}."
-            )
-        self._check_branches()
-
-    def _check_branches(self) -> None:
-        example = "branches={'text': ['embed_tokens'], 'vision': ['multi_modal_projector']}"
-        if self.branches is None:
-            return
-        if not isinstance(self.branches, dict) or not self.branches:
-            raise TypeError(f"branches={self.branches!r} is not a dict with an entry per branch. Write {example}.")
-        for name, modules in self.branches.items():
-            if not isinstance(name, str) or not name.isidentifier():
-                raise ValueError(f"branches: the name {name!r} is not an identifier. Write {example}.")
-            names = [modules] if isinstance(modules, str) else modules
-            if not isinstance(names, (list, tuple)) or not names or not all(n and isinstance(n, str) for n in names):
-                raise TypeError(f"branches[{name!r}]={modules!r} is no list of names and no regex. Write {example}.")
+        check_config(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Load a configuration and read the header of the weights beside it, before any model is touched.
 
         Raises:
-            ValueError: the weight file is truncated, not safetensors, or holds no CROME weights.
+            ValueError: a field is wrong, or `read_adapter_file` refuses the weight file.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         hub_kwargs, _, _ = cls._split_kwargs(kwargs)
-        config._file_shapes = read_adapter_shapes(pretrained_model_name_or_path, subfolder, **hub_kwargs)
+        allow_pickle = kwargs.get("use_safetensors") is False
+        config._file = read_adapter_file(pretrained_model_name_or_path, subfolder, allow_pickle, **hub_kwargs)
+        if config._file is not None:
+            config._file.check_host(config.modules_to_save, config.trainable_token_indices)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration, and say in the model card that loading needs `import peft_crome`."""
+        """Save the configuration, and write the model card."""
         super().save_pretrained(save_directory, **kwargs)
-        add_usage(save_directory, self)
+        write_card(save_directory, self)

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..containers import map_embeddings
+from ..merging import Mergeable
 from .config import CromeConfig
-from .fold import folded_table, install_table, why_not_foldable
 
 ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
@@ -68,6 +67,7 @@ class CromeWeights(nn.Module, BaseTunerLayer):
             self.add_module(name, nn.ModuleDict())
         self.settings: dict[str, tuple[str, float]] = {}  # adapter name -> gate activation, dropout
         self.watch: Any = None  # guard.py looks on through this
+        self.rows: Any = None  # mixed_batch.py: each row of the running call has its own adapter
         self.guard: tuple[Any, ...] = ()
         self.unproven: set[str] = set()
         self._disable_adapters = False
@@ -115,7 +115,7 @@ class CromeWeights(nn.Module, BaseTunerLayer):
     merge = unmerge = _move_adapter_to_device_of_base_layer = _nothing_to_do
 
 
-class CromeLayer(nn.Module, BaseTunerLayer):
+class CromeLayer(Mergeable):
     """Wraps one site: a module that produces embeddings of the language model's width.
 
     The site may return a tensor, a list or tuple of tensors, or a ModelOutput; the container is kept. Unknown public
@@ -147,7 +147,7 @@ class CromeLayer(nn.Module, BaseTunerLayer):
         self.adapter_layer_names = tuple(f"crome_{kind}_{branch}" for branch in branches for kind in ("gate", "down"))
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged_table: nn.Parameter | None = None
+        self._unmerged: list[nn.Parameter] = []  # in a list: a merged model's state_dict has one table
         self._merge_names: list[str] = []  # what a site that cannot fold goes on with while the others are merged
 
     def __getattr__(self, name: str) -> Any:
@@ -164,10 +164,12 @@ class CromeLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and (self.merged or self._merge_names):
             self.unmerge()
         output = self.base_layer(*args, **kwargs)
+        input_ids = next(iter([*args, *kwargs.values()]), None)
+        if self._weights[0].rows is not None:
+            return self._weights[0].rows.adapt(self, output, input_ids)
         names = self._own(self._merge_names or self.active_adapters)
         if self.disable_adapters or self.merged or not names:
             return output
-        input_ids = next(iter([*args, *kwargs.values()]), None)
         adapted = self.adapt(output, names, input_ids)
         if self._weights[0].watch is not None:
             self._weights[0].watch.see(self, input_ids, adapted)
@@ -194,61 +196,6 @@ class CromeLayer(nn.Module, BaseTunerLayer):
             kept = in_ranges(input_ids, [(token, token + 1) for token in self.placeholders])
             y = torch.where(kept[..., None], x, y)
         return y
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold a text branch into its embedding table; another branch is not linear and goes on as a module.
-
-        Raises:
-            ValueError: safe_merge is set and the new table has values that are not finite.
-        """
-        names = self._own(check_adapters_to_merge(self, adapter_names))
-        table = self.get_base_layer()
-        if not names:
-            return
-        if why_not_foldable(table):
-            self._merge_names = list(dict.fromkeys([*self._merge_names, *names]))
-            return
-        merged, weights = table.weight, self._weights[0]
-        training = weights.training
-        table.weight = merged if self._unmerged_table is None else self._unmerged_table
-        try:
-            weights.eval()  # dropout must not be folded in
-            folded = folded_table(table, lambda rows, ids: self.adapt(rows, [*self.merged_adapters, *names], ids))
-        finally:
-            table.weight = merged
-            weights.train(training)
-        if safe_merge and not torch.isfinite(folded).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken.")
-        self._unmerged_table = self._unmerged_table if self._unmerged_table is not None else table.weight
-        install_table(table, folded)
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Put the table back that was there before the first merge: exact, since it was kept."""
-        if self._unmerged_table is not None:
-            self.get_base_layer().weight = self._unmerged_table
-        self._unmerged_table = None
-        self._merge_names = []
-        self.merged_adapters = []
-        for config in self.__dict__.pop("_untied_configs", []):
-            config.tie_word_embeddings = True
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Return what takes this layer's place in a model without PEFT."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
-            self.unmerge()
-        base, names = self.base_layer, self._own(adapter_names or self.active_adapters)
-        if isinstance(base, AuxiliaryTrainingWrapper):
-            base = base.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        if not merge or self.merged or not names:
-            return base
-        from ..unloaded import UnloadedSite  # which needs this file
-
-        return UnloadedSite(base, self._weights[0], next(iter(self.branches)), names)
 
     def _own(self, adapter_names: list[str]) -> list[str]:
         return [name for name in adapter_names if name in getattr(self, self.adapter_layer_names[0])]

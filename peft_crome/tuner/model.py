@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .. import checks
+from .. import checks, merging
 from ..adapter_file import check_shapes
 from ..backbone import (
     device_and_dtype,
@@ -21,22 +20,17 @@ from ..backbone import (
     input_embeddings,
     placeholder_ids,
     replace_everywhere,
-    text_config,
 )
 from ..guard import arm, disarm
+from ..mixed_batch import rows_with_adapters
 from ..provenance import backbone_name, describe_backbone, record_backbone
 from .config import CromeConfig
-from .fold import why_not_foldable
 from .layer import CromeLayer, CromeWeights, TokenRanges
 from .sites import find_branches
 
-logger = logging.getLogger(__name__)
-
-# model_type -> why a folded table would not give the adapted model's output
-NOT_MERGEABLE = {
-    "udop": "scales its output where config.tie_word_embeddings is set, and a merge unties the head",
-    "diffusion_gemma": "also averages its table's rows, for self-conditioning, which the adapter leaves as they are",
-}
+# task_type -> what PEFT adds to modules_to_save: names of a head, of which a model has one
+CLASSIFIER = ("classifier", "score")
+HEADS = {"SEQ_CLS": CLASSIFIER, "TOKEN_CLS": CLASSIFIER, "QUESTION_ANS": ("qa_outputs",)}
 WEIGHTS_NAME = "crome"  # the child of the wrapped model that holds every adapter's weights
 
 
@@ -72,12 +66,15 @@ class CromeModel(BaseTuner):
         checks.check_same_branches(present, branches, adapter_name)
         expected = checks.expected_shapes(branches, hidden_size, config.bottleneck_dim)
         checks.check_names(model, WEIGHTS_NAME, CromeWeights, adapter_name, expected)
-        if config._file_shapes is not None:
-            check_shapes(config._file_shapes, expected, f"{backbone_name(model)} (hidden_size {hidden_size})")
+        if config._file is not None:
+            config._file.check_fits(model, expected, f"{backbone_name(model)} (hidden_size {hidden_size})")
         paths = {path: module for path, module in model.named_modules() if path}
         table = next((path for path, module in paths.items() if module is input_embeddings(model)), None)
-        modules_to_save = checks.redirect_into_sites(config.modules_to_save, "modules_to_save", branches, paths)
-        indices = checks.redirect_token_indices(config.trainable_token_indices, table, branches, paths)
+        heads = HEADS.get(str(config.task_type), ())
+        named = [*(config.modules_to_save or ()), *heads]  # PEFT adds them to the one it was given, later
+        modules_to_save = checks.redirect_into_sites(named, "modules_to_save", branches, paths, heads)
+        rows = getattr(input_embeddings(model), "num_embeddings", None)
+        indices = checks.redirect_token_indices(config.trainable_token_indices, table, branches, paths, rows)
         config.trained_on = record_backbone(config, describe_backbone(model, hidden_size, embedding_rows(model)))
         config.modules_to_save = list(modules_to_save) or config.modules_to_save
         config.trainable_token_indices = indices
@@ -152,64 +149,35 @@ class CromeModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # Without this method PeftModel would drop adapter_names without a word.
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                "adapter_names is not supported by CROME yet. Run one batch per adapter: model.set_adapter(name)."
-            )
-        yield
+        names = kwargs.get("adapter_names")
+        rows = nullcontext() if names is None else rows_with_adapters(self.model, names, args, kwargs)
+        with rows:
+            yield
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         # PEFT's own raises where a model does not name its input embeddings (PP-FormulaNet).
         return super()._get_module_names_tied_with_embedding() if input_embeddings(self.model) is not None else []
 
     def _check_merge_allowed(self) -> None:
-        config: Any = getattr(self.model, "config", None)
-        because = NOT_MERGEABLE.get(getattr(config, "model_type", ""))
-        if because:
-            raise ValueError(
-                f"Nothing can be merged: {type(self.model).__name__} {because}. Keep the adapter attached, or "
-                "unload() it."
-            )
-        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, CromeLayer)}
-        reasons = {name: why_not_foldable(layer.get_base_layer()) for name, layer in layers.items()}
-        if all(reasons.values()):
-            raise ValueError(
-                f"Nothing can be merged: {'; '.join(f'{name}: {reason}' for name, reason in reasons.items())}. Only a "
-                "branch on an embedding table folds into weights. Keep the adapter attached, or unload() it."
-            )
-        folded = [name for name, reason in reasons.items() if not reason]
-        kept = [name for name, reason in reasons.items() if reason]
-        message = "CROME merge: folded into the embedding table: %s; kept as a small module, not being linear: %s. "
-        logger.warning(
-            message + "Only an adapter's files carry the latter: save it, not the merged model.", folded, kept
-        )
+        merging.check_allowed(self.model, self._sites())
+
+    def _sites(self) -> list[CromeLayer]:
+        return [module for module in self.model.modules() if isinstance(module, CromeLayer)]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the text branch into the embedding table; the others stay active. `unmerge_adapter` undoes it."""
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        _share([layer for layer in self.model.modules() if isinstance(layer, CromeLayer) and layer.merged])
-        self._untie()
-
-    def _untie(self) -> None:
-        # The head keeps the old table; a save or a resize would tie it to the new one again.
-        config = getattr(self.model, "config", None)
-        configs = [config, text_config(self.model)]
-        tied = [c for c in configs if getattr(c, "tie_word_embeddings", False)]
-        for layer in self.model.modules():
-            if isinstance(layer, CromeLayer) and layer.merged and tied:
-                layer._untied_configs = tied
-        for config in tied:
-            config.tie_word_embeddings = False
+        merging.share_and_untie(self.model, self._sites())
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        layers = [layer for layer in self.model.modules() if isinstance(layer, CromeLayer)]
+        layers = self._sites()
         if merge:
-            self._check_merge_allowed()
+            merging.check_allowed(self.model, layers, unload=True)
+            for layer in layers:
+                layer.unload_trained_copy(*args[1:], **{k: v for k, v in kwargs.items() if k != "progressbar"})
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if merge:
-            _share([layer for layer in layers if layer.merged])
-            self._untie()
+            merging.share_and_untie(model, layers)
         disarm(getattr(model, WEIGHTS_NAME))
         delattr(model, WEIGHTS_NAME)
         return model
@@ -229,12 +197,3 @@ class CromeModel(BaseTuner):
         expected = {f"{name}.weight": tuple(linear.weight.shape) for name, linear in layers.items()}
         check_shapes(found, expected, f"adapter {adapter_name!r} on {backbone_name(model)}")
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def _share(layers: list[CromeLayer]) -> None:
-    """Tables that were one parameter before they were folded are one again: each fold gave the same values."""
-    first: dict[int, nn.Parameter] = {}
-    for layer in layers:
-        table = layer.get_base_layer()
-        if layer._unmerged_table is not None:
-            table.weight = first.setdefault(id(layer._unmerged_table), table.weight)

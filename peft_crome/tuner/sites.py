@@ -1,24 +1,15 @@
-"""Where embeddings of the language model's width are produced: a few rules, and a table for what they miss."""
+"""Where embeddings of the language model's width are produced: rules (`site_rules.py`), and a table for the rest."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Iterable
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..backbone import input_embeddings, possible_widths, text_hidden_size
 from ..checks import Branches, check_not_nested, no_regex, no_such_module, no_vision_site, site_path
-
-# What the module between a tower and a language model is called, as the last part of its path.
-PROJECTOR = re.compile(
-    r"((multi_?modal|mm|vision|visual|image|image_to_text|language|audio|speech)_)?"
-    r"(projector|projection|connector|aligner|adapter|adaptor|merger|resampler|patch_merger)(_model)?"
-    r"|embed_(vision|image|audio|speech)|(vision|image)_embed_tokens"
-)
-AUDIO = re.compile(r"audio|speech|sound")
+from ..site_rules import by_token_id, projectors, text_sites
 
 # model_type -> branch -> last parts of the paths of its sites, for architectures that the rules miss. Adding one is a
 # line. Branches that a line does not name are found by the rules.
@@ -41,6 +32,8 @@ HOSTS: dict[str, dict[str, list[str]]] = {
     "granite4_vision": {"vision": ["out_linear"]},
     "evolla": {"protein": ["sequence_compressor_resampler"]},
 }
+
+ONE_BRANCH = ("crome_vlm",)  # its Q-Former's tokens may be all that it sees, and their branch is called text
 
 
 def find_branches(model: nn.Module, branches: dict[str, list[str] | str] | None) -> Branches:
@@ -79,73 +72,13 @@ def _find_by_rules(model: nn.Module, paths: dict[str, nn.Module]) -> Branches:
         branch: [path for path in paths for suffix in suffixes if f".{path}".endswith("." + suffix)]
         for branch, suffixes in table.items()
     }
-    text = named.get("text") or _text_sites(model, paths)
+    text = named.get("text") or text_sites(model, paths)
     found: Branches = {"text": text} if text else {}
-    found |= _by_token_id(model, text) or _projectors(model, paths, text)
+    found |= by_token_id(model, text) or projectors(model, paths, text)
     found |= {branch: sites for branch, sites in named.items() if sites}
-    if not text or len(found) == 1:
+    if not text or (len(found) == 1 and model_type not in ONE_BRANCH):
         raise no_vision_site(model, paths, text, [suffix for suffixes in table.values() for suffix in suffixes])
     return found
-
-
-def _text_sites(model: nn.Module, paths: dict[str, nn.Module]) -> list[str]:
-    """The input embeddings, and the modules that share their table: an encoder-decoder has one for each half."""
-    embeddings = input_embeddings(model)
-    table = getattr(embeddings, "weight", None)
-    return [
-        path
-        for path, module in paths.items()
-        if module is embeddings
-        or (
-            table is not None
-            and isinstance(module, (nn.Embedding, BaseTunerLayer))
-            and getattr(module, "weight", None) is table
-        )
-    ]
-
-
-def _projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) -> Branches:
-    """Modules named like a projector that have the language model's width: the shallowest of each modality."""
-    hidden_size = text_hidden_size(model)
-    modalities = getattr(model, "input_modalities", None) or ()
-    takes = {modalities} if isinstance(modalities, str) else set(modalities)
-    takes |= {key.split("_")[0] for key in getattr(getattr(model, "config", None), "sub_configs", {})}
-    neutral = "audio" if "audio" in takes and not takes & {"vision", "image"} else "vision"
-    language_model = tuple(path.rsplit(".", 1)[0] + "." for path in text if path.count(".") > 1)
-    found: Branches = {}
-    ranks: dict[str, tuple[int, bool]] = {}
-    for path in sorted(paths, key=lambda path: path.count(".")):
-        *parents, name = path.split(".")
-        if not PROJECTOR.fullmatch(name) or path.startswith(language_model):
-            continue
-        widths = possible_widths(paths[path])
-        inside = any(parent.isdigit() or parent.startswith("patch_embed") for parent in parents)
-        if inside or (widths and hidden_size not in widths):
-            continue  # a projection inside a layer or where a tower begins, or into another width
-        branch = "audio" if AUDIO.search(path) else neutral
-        rank = (path.count("."), not widths)  # a module that states no width is a pooling beside the projector
-        if rank == ranks.setdefault(branch, rank):
-            found.setdefault(branch, []).append(path)
-        elif rank < ranks[branch]:
-            ranks[branch], found[branch] = rank, [path]
-    return found
-
-
-def _by_token_id(model: nn.Module, text: list[str]) -> Branches:
-    """Hosts whose images are tokens of the vocabulary (Chameleon, Emu3): their rows of the table are vision."""
-    for module in model.modules():
-        ids = getattr(getattr(module, "vocabulary_mapping", None), "image_tokens", None)
-        if text and isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids):
-            return {"vision": [f"{path}[{start}:{stop}]" for path in text for start, stop in _ranges(ids)]}
-    return {}
-
-
-def _ranges(ids: list[int]) -> Iterator[tuple[int, int]]:
-    """Half-open ranges that hold exactly these numbers."""
-    ids = sorted(set(ids))
-    breaks = [i for i, (a, b) in enumerate(pairwise(ids), start=1) if b != a + 1]
-    for start, stop in pairwise([0, *breaks, len(ids)]):
-        yield ids[start], ids[stop - 1] + 1
 
 
 def _match(branch: str, wanted: list[str] | str, paths: dict[str, nn.Module]) -> list[str]:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -13,8 +14,15 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, find_adapter_config_file
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    find_adapter_config_file,
+)
 
+from ..adapter_file import read_adapter_file
 from .configuration_crome_vlm import CromeVLMConfig, quantization_to_dict
 from .convert import (
     PARTS,
@@ -26,8 +34,11 @@ from .convert import (
     load_qformer,
     load_vision_tower,
 )
+from .fingerprint import changed
 from .qformer import QFormer
 from .vision import vision_class
+
+logger = logging.getLogger(__name__)
 
 Composite = TypeVar("Composite", bound=PreTrainedModel)
 Weights = dict[str, torch.Tensor]
@@ -42,16 +53,24 @@ def select_weights(model: Any, state_dict: Weights) -> Weights:
         model: the composite.
         state_dict: of the whole composite.
     Returns:
-        The projection; each backbone parameter that trains, has trained under `train()` or was loaded from a
-        composite's checkpoint; the whole of a backbone that has no name.
+        The projection; each backbone weight that trains, has trained under `train()`, is another one than when the
+        composite was put together, or was loaded from a composite's checkpoint; the whole of a backbone without a
+        name.
     Raises:
-        ValueError: a backbone without a name is quantised, or adapters are attached.
+        ValueError: a backbone without a name is quantised, a quantised one changed, or adapters are attached or
+            merged.
     """
     wrapped = [name for name, module in model.named_modules() if _is_peft_layer(module)]
     if wrapped:
         raise ValueError(
             f"The model holds PEFT layers ({wrapped[:3]}). Save the adapter with peft_model.save_pretrained(...), and "
             "the composite before get_peft_model or after peft_model.unload()."
+        )
+    merged = [key for key in state_dict if key.split(".", 1)[0].endswith("_fusion")]
+    if merged:
+        raise ValueError(
+            f"The model holds what a merged adapter leaves ({merged[:3]}), which a composite's checkpoint does not. "
+            "Save the adapter, with peft_model.save_pretrained(...), and merge after loading."
         )
     names = _names(model.config)
     unnamed = [part for part, name in names.items() if name is None]
@@ -61,12 +80,27 @@ def select_weights(model: Any, state_dict: Weights) -> Weights:
                 f"{part} is quantised and has no name, so its weights would have to be stored quantised. Load it by "
                 "name: from_backbones(vision='...', language='...', quantization_config=...)."
             )
-    stored = model._stored_keys | model.trained_backbone_keys()
+    different = changed(state_dict, model._samples)
+    quantised = [key for key in different if (part := key.split(".", 1)[0]) in names and _is_packed(model, part, key)]
+    if quantised:
+        raise ValueError(
+            f"Quantised weights have changed since they were loaded ({sorted(quantised)[:3]}), which no name gives "
+            "and a composite's checkpoint does not hold. Load the backbone without quantization_config to change it."
+        )
+    stored = model._stored_keys | model.trained_backbone_keys() | different
     return {
         key: tensor
         for key, tensor in state_dict.items()
         if (part := key.split(".", 1)[0]) not in names or part in unnamed or key in stored
     }
+
+
+def _is_packed(model: Any, part: str, key: str) -> bool:
+    if getattr(getattr(model, part), "hf_quantizer", None) is None:
+        return False
+    weight = dict(model.named_parameters()).get(key)
+    # A class of its own where the packed values stand in a float, as they do for FSDP.
+    return weight is not None and (type(weight) is not torch.nn.Parameter or not weight.is_floating_point())
 
 
 def _names(config: CromeVLMConfig) -> dict[str, str | None]:
@@ -106,6 +140,7 @@ def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLik
         ):
             if part is not None:
                 config.dtype = part.dtype
+        _tell_what_is_stored_whole(model)
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", directory.name)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
@@ -118,6 +153,47 @@ def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLik
         for old in directory.glob("model*.safetensors*"):
             if old.name not in new:  # shards, or the single file, of an earlier save would be read instead
                 old.unlink()
+
+
+def _is_adapter_alone(name_or_path: str | os.PathLike, files: dict[str, Any]) -> bool:
+    optional = {"_raise_exceptions_for_missing_entries": False, **files}
+    has_config = cached_file(name_or_path, CONFIG_NAME, **optional) is not None
+    return not has_config and find_adapter_config_file(name_or_path, **files) is not None
+
+
+def _base_of(adapter: str | os.PathLike, files: dict[str, Any]) -> str:
+    """The composite that an adapter says it belongs to.
+
+    Raises:
+        ValueError: it names none.
+    """
+    path = find_adapter_config_file(adapter, **files)
+    name = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise ValueError(
+            f"{adapter} has an adapter and names no composite to put it on. Load that first, then "
+            "PeftModel.from_pretrained(composite, adapter)."
+        )
+    return str(name)
+
+
+def _tell_what_is_stored_whole(model: Any) -> None:
+    config = model.config
+    for part, part_config, name in (
+        ("vision_tower", config.vision_config, "vision_model_name_or_path"),
+        ("language_model", config.text_config, "text_model_name_or_path"),
+    ):
+        if getattr(config, name) is None and part_config.name_or_path:
+            size = sum(p.numel() * p.element_size() for p in getattr(model, part).parameters()) / 1e6
+            logger.warning(
+                "%s was handed over as an object, so it is stored whole, %.0f MB. If its weights are still those of "
+                "%r: model.config.%s = %r, and save again.",
+                part,
+                size,
+                part_config.name_or_path,
+                name,
+                part_config.name_or_path,
+            )
 
 
 def load(
@@ -171,6 +247,9 @@ def load(
             raise ValueError("state_dict= is not supported; call model.load_state_dict(state_dict) after loading.")
     files = {name: kwargs[name] for name in FILE_ARGUMENTS if name in kwargs}
     kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+    if config is None and _is_adapter_alone(name_or_path, files):
+        adapter_kwargs.setdefault("_adapter_model_path", name_or_path)
+        name_or_path = _base_of(name_or_path, files)
     config, kwargs = _load_config(name_or_path, config, files, kwargs)
     stored = read_weights(name_or_path, files)
     check_names(stored, config, name_or_path)
@@ -343,7 +422,8 @@ def _load_part(
     model, info = model_class.from_pretrained(
         None, config=own, state_dict=weights, output_loading_info=True, **arguments
     )
-    missing = [f"{part}.{key}" for key in sorted(info["missing_keys"])]
+    # A tower that lost its ...ForImageClassification head has no pooler, which its class makes and nothing reads.
+    missing = [f"{part}.{key}" for key in sorted(info["missing_keys"]) if not (vision and key.startswith("pooler."))]
     _report(name_or_path, missing, [f"{part}.{key}" for key in sorted(info["unexpected_keys"])], [])
     return model
 
@@ -381,9 +461,26 @@ def _load_adapter(
             "Copy the directory again, or pass adapter='ignore' to load the composite alone."
         )
     if path is not None:
+        _check_adapter(path, files)
         try:
             model.load_adapter(path, adapter_kwargs=adapter_kwargs)
         except SafetensorError as error:
             raise ValueError(
                 f"The adapter in {path} is truncated or not a safetensors file ({error}). Copy the directory again."
             ) from error
+
+
+def _check_adapter(path: str | os.PathLike, files: dict[str, Any]) -> None:
+    """Look at a CROME adapter's file first: transformers loads it without a look.
+
+    Raises:
+        ValueError: see `read_adapter_file`.
+    """
+    config = json.loads(Path(find_adapter_config_file(path, **files)).read_text(encoding="utf-8"))
+    if config.get("peft_type") != "CROME":
+        return
+    hub_kwargs = {name: value for name, value in files.items() if name not in ("proxies", "subfolder")}
+    found = read_adapter_file(str(path), files.get("subfolder"), **hub_kwargs)
+    if found is not None:
+        found.check_host(config.get("modules_to_save"), config.get("trainable_token_indices"))
+        found.check_values()

@@ -107,6 +107,11 @@ class CromeVLMConfig(PreTrainedConfig):
                 f"image_token_order={self.image_token_order} must name each of {kinds} once at most"
                 f"{', as there is no qformer_config' if len(kinds) == 1 else ''}; write image_token_order={kinds}."
             )
+        if self.qformer_config is not None and "query" not in self.image_token_order:
+            raise ValueError(
+                f"image_token_order={self.image_token_order} leaves the Q-Former without use. Leave qformer_config "
+                "out (from_backbones without qformer=), or write image_token_order=['query', 'patch']."
+            )
         if self.num_query_tokens < 1:
             raise ValueError(f"num_query_tokens={self.num_query_tokens} must be 1 or more; the paper has 32.")
         if self.vision_pool_size < 1:

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .blip_parts import PARTS_CLASSES, load_parts, qformer_of
 from .configuration_crome_vlm import HUB_ARGUMENTS, CromeVLMConfig, quantization_to_dict
+from .fingerprint import take_samples
 from .image_size import fixed_image_size
 from .image_token import ensure_image_token
 from .qformer import QFormer
@@ -100,8 +101,10 @@ def from_backbones(
 
     Args:
         cls: the composite's class.
-        vision: name of a tower (or of a dual model such as CLIP), or a model object, which is used as it is.
-        language: name of a causal or encoder-decoder language model, or a model object, which is used as it is.
+        vision: name of a tower (or of a dual model such as CLIP), or a model object, which is used as it is, and is
+            stored with the composite: its weights may be other ones than where it came from.
+        language: name of a causal or encoder-decoder language model, or a model object, in the same way. Only a
+            quantised object goes by the name that it was loaded by.
         vision_revision: branch, tag or commit of the tower's repository.
         text_revision: branch, tag or commit of the language model's repository.
         quantization_config: quantises the language model while it is loaded.
@@ -124,7 +127,7 @@ def from_backbones(
         ValueError: a part is not what it should be, or the image token cannot be worked out.
     """
     loading = Loading(dtype, device_map, attn_implementation, kwargs)
-    vision_name, text_name = _name_of(vision), _name_of(language)
+    vision_source, text_source = _source_of(vision), _source_of(language)
     if isinstance(language, PreTrainedModel) and not language.can_generate():
         raise ValueError(
             f"{type(language).__name__} has no language head; expected a ...ForCausalLM or "
@@ -135,9 +138,9 @@ def from_backbones(
     else:
         vision_tower = load_vision_tower(vision, vision_revision, None, vision_quantization_config, loading)
     if image_token_id is None:
-        image_token_id = _find_image_token_id(text_name, text_revision, loading)
-    if image_size is None and vision_name is not None:
-        image_size = _processor_image_size(vision_name, vision_revision, loading)
+        image_token_id = _find_image_token_id(text_source, text_revision, loading)
+    if image_size is None and vision_source is not None:
+        image_size = processor_image_size(vision_source, vision_revision, loading)
     if isinstance(language, PreTrainedModel):
         language_model = language
     else:
@@ -145,9 +148,9 @@ def from_backbones(
     config = CromeVLMConfig(
         vision_config=vision_tower.config,
         text_config=language_model.config,
-        vision_model_name_or_path=vision_name,
+        vision_model_name_or_path=_name_of(vision),
         vision_revision=vision_revision,
-        text_model_name_or_path=text_name,
+        text_model_name_or_path=_name_of(language),
         text_revision=text_revision,
         vision_quantization_config=_quantized_on_load(vision_tower),
         text_quantization_config=_quantized_on_load(language_model),
@@ -158,8 +161,6 @@ def from_backbones(
         vision_pool_size=vision_pool_size,
         image_projection_bias=image_projection_bias,
         qformer_config=qformer.config if isinstance(qformer, QFormer) else qformer,
-        qformer_model_name_or_path=(qformer.config.name_or_path or None) if isinstance(qformer, QFormer) else None,
-        qformer_revision=_revision_of(qformer, vision_name, vision_revision),
         num_query_tokens=qformer.query_tokens.shape[1] if isinstance(qformer, QFormer) else num_query_tokens,
         image_token_order=image_token_order,
     )
@@ -187,6 +188,8 @@ def assemble(
             part.to(next(language_model.get_input_embeddings().parameters()).device)
         if isinstance(loading.dtype, torch.dtype) and name != "qformer":
             part.to(loading.dtype)
+    backbones = (*PARTS, "qformer")
+    model._samples = take_samples({k: v for k, v in model.state_dict().items() if k.split(".", 1)[0] in backbones})
     maps = {part: getattr(getattr(model, part), "hf_device_map", None) for part in PARTS}
     if all(maps.values()):
         placed = {f"{part}.{k}".rstrip("."): device for part, places in maps.items() for k, device in places.items()}
@@ -251,10 +254,19 @@ def load_language_model(
         ValueError: the named model is neither.
     """
     arguments = _arguments("language_model", revision, quantization_config, loading)
-    stored = config or AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
-    auto_class = language_class(stored)
-    config_argument = {"config": _clean(config, quantization_config)} if config is not None else {}
-    return auto_class.from_pretrained(name, **config_argument, **arguments)
+    stored = AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+    auto_class = language_class(config or stored)
+    if config is None:
+        return auto_class.from_pretrained(name, **arguments)
+    config = _clean(config, quantization_config)
+    ours, theirs = config.get_text_config(), stored.get_text_config()
+    vocab_size = getattr(ours, "vocab_size", None)
+    if vocab_size == getattr(theirs, "vocab_size", None):
+        return auto_class.from_pretrained(name, config=config, **arguments)
+    ours.vocab_size = theirs.vocab_size  # the table was resized after loading
+    model = auto_class.from_pretrained(name, config=config, **arguments)
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    return model
 
 
 def language_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
@@ -299,16 +311,17 @@ def _quantized_on_load(model: PreTrainedModel) -> dict[str, Any] | None:
     return quantization_to_dict(quantizer.quantization_config)
 
 
-def _name_of(backbone: str | PreTrainedModel) -> str | None:
-    """Where a backbone can be loaded from again; None for a model object that came from nowhere."""
+def _source_of(backbone: str | PreTrainedModel) -> str | None:
+    """Where a backbone came from; None for a model object that came from nowhere."""
     if isinstance(backbone, PreTrainedModel):
         return backbone.config.name_or_path or None
     return str(backbone)
 
 
-def _revision_of(qformer: Any, vision_name: str | None, vision_revision: str | None) -> str | None:
-    """The tower's revision for a Q-Former out of the same checkpoint; None for any other."""
-    return vision_revision if isinstance(qformer, QFormer) and qformer.config.name_or_path == vision_name else None
+def _name_of(backbone: str | PreTrainedModel) -> str | None:
+    """Where a backbone's weights can be loaded from again; None for an object, which may have changed since."""
+    is_object = isinstance(backbone, PreTrainedModel)
+    return None if is_object and getattr(backbone, "hf_quantizer", None) is None else _source_of(backbone)
 
 
 def _find_image_token_id(name: str | None, revision: str | None, loading: Loading) -> int:
@@ -321,7 +334,7 @@ def _find_image_token_id(name: str | None, revision: str | None, loading: Loadin
     return ensure_image_token(tokenizer)[1]
 
 
-def _processor_image_size(name: str, revision: str | None, loading: Loading) -> tuple[int, int] | None:
+def processor_image_size(name: str, revision: str | None, loading: Loading) -> tuple[int, int] | None:
     """What the tower's image processor makes of a picture; None: it has none, or keeps the picture's shape."""
     try:
         processor = AutoImageProcessor.from_pretrained(name, **_revision(revision), **loading.hub_arguments)

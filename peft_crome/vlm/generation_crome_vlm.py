@@ -38,7 +38,7 @@ class CromeVLMGenerationMixin(GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.LongTensor | ModelOutput:
-        """Generate text with the language model's own `generate`: greedy, beams, sampling, assisted, any cache.
+        """Generate text with the language model's own `generate`: greedy, beams, sampling, any cache.
 
         Args:
             inputs: same as input_ids, for callers that pass it first.
@@ -55,8 +55,10 @@ class CromeVLMGenerationMixin(GenerationMixin):
         Returns:
             What the language model returns; for decoder-only models the prompt, with its image ids, comes first.
         Raises:
-            ValueError: as in `forward`.
+            ValueError: as in `forward`, or tokens are to be guessed ahead (`assistant_model`,
+                `prompt_lookup_num_tokens`, `assistant_early_exit`).
         """
+        _refuse_guessing(generation_config or self.language_model.generation_config, kwargs)
         if inputs is not None and input_ids is not None:
             raise ValueError("Got both inputs and input_ids; pass input_ids alone.")
         input_ids = input_ids if input_ids is not None else inputs
@@ -102,3 +104,14 @@ class CromeVLMGenerationMixin(GenerationMixin):
         if pad is None or pad in ends:
             return torch.ones_like(input_ids)
         return input_ids.ne(pad).long()
+
+
+def _refuse_guessing(generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    # transformers checks guesses that follow `inputs_embeds` against the wrong logits, and writes other text.
+    named = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+    given = [name for name in named if kwargs.get(name, getattr(generation_config, name, None)) is not None]
+    if given:
+        raise ValueError(
+            f"{given[0]} does not work here: transformers guesses wrongly after inputs_embeds, as which images enter. "
+            "Leave it out."
+        )

@@ -39,10 +39,15 @@ def from_instructblip(
                 f"{list(PARTS_CLASSES)}. Pass an InstructBLIP or BLIP-2 model or the name of one."
             )
     else:
-        parts, name = load_parts(checkpoint, **parts_arguments(kwargs)), str(checkpoint)
+        checkpoint = name = str(checkpoint)
+        parts = load_parts(name, **parts_arguments(kwargs))
     qformer = qformer_of(parts)
     parts.vision_model.config.name_or_path = qformer.config.name_or_path = name
     model = from_backbones(cls, parts.vision_model, language, qformer=qformer, **kwargs)
+    if isinstance(checkpoint, str):  # loaded here, so the name gives these weights
+        config = model.config
+        config.vision_model_name_or_path = config.qformer_model_name_or_path = name
+        config.qformer_revision = config.vision_revision
     projection, own = parts.language_projection, model.text_projection
     if projection.weight.shape == own.weight.shape:
         with torch.no_grad():

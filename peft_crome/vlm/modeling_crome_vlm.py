@@ -11,10 +11,12 @@ from transformers import (
     Cache,
     PreTrainedModel,
 )
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_crome_vlm import CromeVLMConfig
+from .fingerprint import Samples
 from .generation_crome_vlm import CromeVLMGenerationMixin
 from .image_token import check_image_tokens, move_padding, neutral_token_id
 from .outputs import OUTPUT_FIELDS, CromeVLMOutput
@@ -111,10 +113,15 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         self._language_arguments = frozenset(inspect.signature(self.language_model.forward).parameters)
         self._tower_arguments = size_arguments(self.vision_tower, *config.image_height_width)
         self._stored_keys: set[str] = set()  # backbone weights that differ from the named backbones'
+        self._samples: Samples = {}  # of the weights as they were put together
+        self.feature_cache: Any = None  # see `peft_crome.cache_features`
+        self.blank_picture = False  # see `embed_inputs`
         for part in given:
             for module in part.modules():
                 module._is_hf_initialized = True  # post_init must not draw the given weights anew
         self.post_init()
+        # accelerate's FSDP looks for each of them, and towers name layers that they have beside text alone.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def _check_qformer_config(self, config: CromeVLMConfig) -> None:
         reads, given = config.qformer_config.encoder_hidden_size, self.vision_layout.hidden_size
@@ -145,15 +152,19 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the language model's loss takes `num_items_in_batch`; `Trainer` asks.
+        """The loss takes `num_items_in_batch`; `Trainer` asks."""
+        return True
+
+    def _averages_by_itself(self) -> bool:
+        """Whether the language model's loss is a batch's mean, whatever `num_items_in_batch` says.
 
         Encoder-decoder models take it among their keyword arguments and average over the batch all the same.
         """
         if self.config.is_encoder_decoder:
-            return False
+            return True
         own = getattr(self.language_model, "accepts_loss_kwargs", None)
         parameters = inspect.signature(self.language_model.forward).parameters.values()
-        return own if own is not None else any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        return not (own if own is not None else any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters))
 
     def train(self, mode: bool = True) -> "CromeVLMForConditionalGeneration":
         """Set training mode; a frozen tower stays in evaluation mode (no dropout, fixed statistics)."""
@@ -199,9 +210,16 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         trains = pixel_values.requires_grad or any(parameter.requires_grad for parameter in tower.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             pixel_values = pixel_values.to(device=tower.device, dtype=tower.dtype)
-            features = run_tower(tower, pixel_values, self.config.vision_feature_layer, **self._tower_arguments)
-            features = self.vision_layout.to_tokens(features)
-            return features if self.qformer is not None else self._select(features)
+            if self.feature_cache is not None and not pixel_values.requires_grad:
+                return self.feature_cache.of_composite(pixel_values, self._compute_features)
+            return self._compute_features(pixel_values)
+
+    def _compute_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        features = run_tower(
+            self.vision_tower, pixel_values, self.config.vision_feature_layer, **self._tower_arguments
+        )
+        features = self.vision_layout.to_tokens(features)
+        return features if self.qformer is not None else self._select(features)
 
     def _select(self, features: torch.Tensor) -> torch.Tensor:
         strategy, pool_size = self.config.vision_feature_select_strategy, self.config.vision_pool_size
@@ -293,6 +311,10 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     ) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor | None]:
         """Embed text and images into one sequence; each token's embedding is looked up once.
 
+        With `blank_picture`, a batch without images looks at one black picture, whose embeddings go nowhere: all that
+        trains has a gradient then, if only zero, and every process of a distributed run calls the same modules. DDP
+        waits for gradients, FSDP and ZeRO-3 for modules, that others have.
+
         Args:
             input_ids: (batch, tokens), each image as image_seq_length placeholders.
             pixel_values: (images, channels, height, width), in reading order over the batch.
@@ -315,12 +337,22 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         valid_ids = input_ids.masked_fill(is_image, neutral)
         inputs_embeds = self.get_input_embeddings()(valid_ids)
         if images is None or images.shape[0] == 0:
+            if self.blank_picture and torch.is_grad_enabled():
+                blank = self._blank_features(inputs_embeds)
+                inputs_embeds = inputs_embeds.masked_scatter(torch.zeros_like(is_image).unsqueeze(-1), blank)
             return valid_ids, inputs_embeds, None
         instructions = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
         image_features = self.get_image_features(pixel_values, vision_features, **instructions).pooler_output
         image_features = image_features.to(device=inputs_embeds.device, dtype=inputs_embeds.dtype)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
         return valid_ids, inputs_embeds.masked_scatter(mask, image_features), image_features
+
+    def _blank_features(self, like: torch.Tensor) -> torch.Tensor:
+        """Embeddings of a black picture and an instruction of one token, (1, image_seq_length, hidden)."""
+        pixel_values = like.new_zeros(1, 3, *self.config.image_height_width)
+        word = torch.zeros(1, 1, dtype=torch.long, device=like.device)
+        instruction = {"qformer_input_ids": word, "qformer_attention_mask": torch.ones_like(word)}
+        return self.get_image_features(pixel_values, **instruction).pooler_output.to(like)
 
     # ---- forward ----
 
@@ -406,7 +438,12 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             "encoder_outputs": encoder_outputs,
         }
         arguments = {name: value for name, value in arguments.items() if value is not None}
+        num_items = kwargs.pop("num_items_in_batch", None) if self._averages_by_itself() else None
         outputs = self.language_model(**arguments, **kwargs, return_dict=True)
+        if num_items is not None and labels is not None:
+            shifted = {"shift_labels": labels} if self.config.is_encoder_decoder else {}
+            logits = outputs.logits
+            outputs["loss"] = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items, **shifted)
         result = CromeVLMOutput(
             **{k: v for k, v in outputs.items() if k in OUTPUT_FIELDS}, image_hidden_states=image_features
         )

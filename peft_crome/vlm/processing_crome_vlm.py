@@ -91,8 +91,8 @@ class CromeVLMProcessor(ProcessorMixin):
         """Make the processor that fits a model made by `from_backbones`.
 
         Args:
-            vision: name of an image processor, or the object; None: the tower's name in the configuration.
-            language: name of a tokenizer, or the object, which is copied; None: the language model's name.
+            vision: name of an image processor, or the object; None: from where the tower came.
+            language: name of a tokenizer, or the object, which is copied; None: from where the language model came.
             config: the model's, which says the image size, the tokens per image and the image token.
             qformer_tokenizer: name of the Q-Former's tokenizer, or the object; None: of the checkpoint that the
                 Q-Former came from.
@@ -102,8 +102,8 @@ class CromeVLMProcessor(ProcessorMixin):
         Raises:
             ValueError: a part is unknown, or the tokenizer's image token is not the model's.
         """
-        vision = vision if vision is not None else config.vision_model_name_or_path
-        language = language if language is not None else config.text_model_name_or_path
+        vision = vision if vision is not None else _source(config, "vision")
+        language = language if language is not None else _source(config, "text")
         if vision is None or language is None or config.image_seq_length is None:
             raise ValueError(
                 f"The image processor ({vision}), the tokenizer ({language}) or image_seq_length "
@@ -288,6 +288,12 @@ class CromeVLMProcessor(ProcessorMixin):
         return {"content": text}
 
 
+def _source(config: CromeVLMConfig, part: str) -> str | None:
+    """Where "vision", "text" or "qformer" came from, which also has what belongs to it; None: not known."""
+    name = getattr(config, f"{part}_model_name_or_path")
+    return name if name is not None else getattr(config, f"{part}_config").name_or_path or None
+
+
 def _qformer_tokenizer(given: Any, config: CromeVLMConfig, kwargs: dict[str, Any]) -> Any:
     """The tokenizer of a Q-Former that reads instructions; None where there is no such Q-Former."""
     if getattr(config.qformer_config, "model_type", None) != "instructblip_qformer":
@@ -296,7 +302,7 @@ def _qformer_tokenizer(given: Any, config: CromeVLMConfig, kwargs: dict[str, Any
         return AutoTokenizer.from_pretrained(given, **kwargs)
     if given is not None:
         return given
-    name = config.qformer_model_name_or_path
+    name = _source(config, "qformer")
     if name is None:
         raise ValueError(
             "The Q-Former reads instructions, and its tokenizer is unknown. Write CromeVLMProcessor.from_backbones("

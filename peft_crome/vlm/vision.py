@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
 
@@ -88,10 +89,10 @@ class VisionLayout:
 
 
 def find_vision_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The part that reads pixels: a tower itself, or the vision half of a dual model such as CLIP.
+    """The part that reads pixels: a tower itself, without a head, or the vision half of a dual model such as CLIP.
 
     Raises:
-        ValueError: the model has no part that takes `pixel_values` alone.
+        ValueError: the model has no part that takes `pixel_values` alone and gives features of every patch.
     """
     vision_config = getattr(model.config, "vision_config", None)
     if vision_config is not None:
@@ -104,7 +105,24 @@ def find_vision_model(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} is not a vision tower: its forward takes {inputs[:6]}, expected "
             "pixel_values without input_ids. Pass the tower's name or model object as vision=."
         )
-    return model
+    tower = model.base_model  # without the head of a ...ForImageClassification or ...WithProjection
+    why_not = _why_no_features(tower)
+    if why_not:
+        raise ValueError(f"{type(tower).__name__} {why_not}. Pass another tower as vision=.")
+    return tower
+
+
+def _why_no_features(tower: PreTrainedModel) -> str | None:
+    """Why a tower does not give the features of every patch of a picture; None: it does."""
+    parameters = inspect.signature(tower.forward).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if isinstance(tower, BackboneMixin):
+        return "gives feature maps for detection; load the same checkpoint with AutoModel"
+    if "noise" in _inputs(tower):
+        return "hides most patches at random, for its own training; load the same checkpoint with ViTModel"
+    if set(needed) > {"pixel_values"}:
+        return f"reads {needed}, so pictures are cut up before it; expected a tower that reads pixel_values alone"
+    return None
 
 
 def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..backbone import embed_scale
+from .backbone import embed_scale
 
 ROWS_PER_STEP = 8192  # bounds the memory of the hidden features: 8192 x m floats
 

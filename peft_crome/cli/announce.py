@@ -1,0 +1,54 @@
+"""What `peft-crome train` says before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from ..training.recipe import Recipe
+from ..training.stages import STAGES
+from .app import console
+
+GB = 1e9
+
+
+def announce(recipe: Recipe, report: Any) -> None:
+    """Print a pre-flight report: parts, memory, time, rows that are cut. Warnings are logged where they arise."""
+    count = "streamed rows" if report.rows is None else f"{report.rows:,} rows"
+    say(f"{recipe.stage}: what trains, on {count}, to {STAGES[recipe.stage].purpose}")
+    console.print(parts_table(report.trained, report.cost))
+    if report.cost is not None:
+        say(
+            f"memory: {report.cost.peak / GB:.2f} GB predicted for {report.size.rows} rows of {report.size.tokens} "
+            f"tokens, of {report.device.memory / GB:.1f} GB on {report.device.name}"
+        )
+    if report.seconds is not None:
+        low, high = report.seconds
+        say(f"time: {low:.2g} to {high:.2g} s a step, an estimate from how fast this device multiplies")
+    sample = report.sample
+    if sample.max_length is not None:
+        share = sample.cut / len(sample.lengths)
+        say(f"rows: {share:.1%} of {len(sample.lengths)} looked at are cut at {sample.max_length} tokens; "
+            f"the longest has {max(sample.lengths)}")  # fmt: skip
+
+
+def parts_table(trained: dict[str, int], cost: Any) -> Table:
+    """Parts of the model: weights that train, and what all its weights take."""
+    table = Table()
+    table.add_column("part")
+    table.add_column("weights that train", justify="right")
+    table.add_column("GB", justify="right")
+    sizes = cost.weights if cost is not None else {}
+    for part in dict.fromkeys([*sizes, *trained]):
+        size = f"{sizes[part] / GB:.3f}" if part in sizes else ""
+        table.add_row(part, f"{trained[part]:,}" if part in trained else "frozen", size)
+    if cost is not None:
+        table.add_row("AdamW's states", "", f"{cost.optimizer / GB:.3f}")
+        table.add_row("activations and gradients", "", f"{cost.activations / GB:.3f}")
+    return table
+
+
+def say(line: str) -> None:
+    """One line, unbroken, so that it can be searched."""
+    console.print(line, soft_wrap=True, highlight=False)

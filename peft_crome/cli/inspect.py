@@ -1,0 +1,91 @@
+"""peft-crome inspect."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .app import console, fail, place
+from .evaluate import system_of
+
+
+def inspect(
+    adapter: Annotated[str, typer.Argument(help="An adapter's or a stage's directory, or a Hub repository of one.")],
+    other: Annotated[str | None, typer.Argument(help="A second adapter, to be shown beside it.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Run the backbone on this, and show what the adapter does.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture before the prompt; several times for more.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The backbone; by default the one that the adapter names.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message; by default the one of training.")] = None,
+    device: Annotated[str | None, typer.Option(help="By default the accelerator, where there is one.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write NAME.html and NAME.png.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace these two files.")] = False,
+) -> None:
+    """Show singular values and dead units of an adapter, and what its gates do on a prompt with pictures."""
+    from ..data import open_image
+    from ..inspection import look, write_inspection
+    from ..inspection.files import check_output
+
+    try:
+        if prompt is None and (image or model or system):
+            raise ValueError("--image, --model and --system need --prompt, which the backbone is run on.")
+        if output is not None:
+            check_output(output, overwrite)
+        pictures = [open_image(path, f"--image {path}") for path in image or []]
+        names = [adapter] if other is None else [adapter, other]
+        views = []
+        for name, short in zip(names, _short(names), strict=True):
+            told = system if system is not None or prompt is None else system_of(name)
+            view = look(name, prompt=prompt, pictures=pictures, model=model, system=told, device=place(device))
+            views.append(dataclasses.replace(view, name=short))
+        _report(views)
+        if output is not None:
+            page, figure = write_inspection(views, output, overwrite=overwrite)
+            console.print(f"{page} and {figure} are written.", markup=False, soft_wrap=True)
+    except (OSError, ValueError, ImportError) as error:
+        fail(error)
+
+
+def _short(names: list[str]) -> list[str]:
+    """The last part of each path, without the parts in which both end alike; numbered where none differs."""
+    parts = [list(Path(name).absolute().parts) for name in names]
+    if len(parts) == 1:
+        return [parts[0][-1]]
+    while min(map(len, parts)) > 1 and parts[0][-1] == parts[1][-1]:
+        for path in parts:
+            path.pop()
+    ends = [path[-1] for path in parts]
+    return ends if len(set(ends)) == len(ends) else [f"{end} ({number})" for number, end in enumerate(ends, start=1)]
+
+
+def _report(views: list[Any]) -> None:
+    from ..inspection.tables import ACTIVITY_HEADINGS, MATRIX_HEADINGS, activity_rows, facts, matrix_rows
+
+    table = Table(show_header=len(views) > 1)
+    for heading in ("", *(view.name for view in views)):
+        table.add_column(escape(heading), overflow="fold")
+    for name, cells in facts(views):
+        table.add_row(name, *map(escape, cells))
+    console.print(table)
+    _print(MATRIX_HEADINGS, matrix_rows(views), left=2)
+    for view in views:
+        if view.branches is not None:
+            console.print(f"{view.name} on this input, means over tokens:", markup=False, soft_wrap=True)
+            _print(ACTIVITY_HEADINGS, activity_rows(view), left=1)
+
+
+def _print(headings: tuple[str, ...], rows: list[list[str]], left: int) -> None:
+    table = Table()
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)

@@ -1,0 +1,21 @@
+"""Options of several commands, as they are read."""
+
+from __future__ import annotations
+
+IMAGES = "Folder that image paths start from; or beginning=folder, several times."
+COLUMN = "Of a table: question=, answer=, image=, id=, options=NAME."
+
+
+def pairs(given: list[str], option: str) -> dict[str, str]:
+    """beginning=folder, or a folder for all the rest, under the key "".
+
+    Raises:
+        ValueError: `option` is --column, which has no rest.
+    """
+    found = {}
+    for item in given:
+        begin, equals, rest = item.partition("=")
+        found[begin if equals else ""] = rest if equals else item
+    if option == "--column" and "" in found:
+        raise ValueError(f"--column {found['']!r}: expected question=NAME, answer=NAME, image=NAME or id=NAME.")
+    return found

@@ -1,0 +1,118 @@
+"""peft-crome plan."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from ..training import recipe as recipes
+from .announce import say
+from .app import console, fail
+from .train import Settings
+
+GB = 1e9
+UNREAD: dict[str, Any] = {"output": "planned", "data": [{"path": "planned"}]}  # a plan looks at neither
+
+
+def plan(
+    recipe: Annotated[str | None, typer.Argument(help="A YAML file, or a preset; or --backbone instead.")] = None,
+    settings: Settings = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Language model to join to --vision; alone, or a model that sees already.")
+    ] = None,
+    vision: Annotated[str | None, typer.Option(help="Vision tower.")] = None,
+    qformer: Annotated[bool, typer.Option("--qformer", help="With a new Q-Former of InstructBLIP's size.")] = False,
+    stage: Annotated[
+        Literal["pretrain", "instruct"], typer.Option(help="What trains; `finetune` with a recipe.")
+    ] = "pretrain",
+    quantization: Annotated[Literal["4bit", "8bit"] | None, typer.Option(help="Of the language model.")] = None,
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of what is frozen.")] = "bfloat16",
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    gpu: Annotated[
+        str, typer.Option(help="h100, a100-80, a100-40, l40s, rtx4090, rtx3090, t4, or a size: 48gb.")
+    ] = "h100",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of an epoch.")] = 100_000,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row, a picture's among them; by default those and 128.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
+    ] = False,
+) -> None:
+    """What a stage takes on a GPU: memory by part, which batches fit, hours of an epoch. No weights are loaded."""
+    from ..training import devices, planning
+    from ..training.memory import NotPredictable
+
+    said: dict[str, Any] = {"vision": vision, "quantization": quantization, "dtype": dtype, "image_size": image_size}
+    if qformer:
+        said |= {"qformer": {}, "qformer_tokenizer": backbone}
+    try:
+        device = devices.find_gpu(gpu)
+        if recipe is not None:
+            if backbone or vision or qformer or quantization or image_size or stage != "pretrain":
+                raise recipes.RecipeError(
+                    "A recipe says what its model is. Change its keys: --set backbones.quantization=4bit."
+                )
+            parsed = recipes.load_recipe(recipe, recipes.parse_overrides(settings or []) | UNREAD)
+            gradient_checkpointing = gradient_checkpointing or parsed.training.gradient_checkpointing
+            length = length or parsed.training.max_length
+            model = planning.recipe_skeleton(parsed)
+        elif backbone is None:
+            raise recipes.RecipeError("Name a recipe, or models: peft-crome plan --backbone NAME --vision NAME.")
+        elif vision is not None:
+            values = {"preset": stage, "backbones": {"language": backbone, **said}, **UNREAD}
+            model = planning.recipe_skeleton(recipes.load_recipe(values))
+        elif qformer or image_size or stage != "pretrain":
+            raise recipes.RecipeError("--qformer, --stage and --image-size are for a tower. Name it: --vision NAME.")
+        else:
+            model = planning.model_skeleton(backbone, dtype, quantization)
+        picture = planning.tokens_per_picture(model)
+        tokens = length or picture + planning.TEXT_TOKENS
+        if tokens <= picture:
+            raise recipes.RecipeError(f"--length {tokens}: a picture alone takes {picture} tokens. Write more.")
+        found = list(planning.costs(model, device, tokens, gradient_checkpointing=gradient_checkpointing))
+    except (OSError, ValueError, NotPredictable) as error:
+        fail(error)
+    _parts(found[0][1])
+    pictures = f", {picture} of them a picture's" if picture else ""
+    say(f"{device.name}: {device.memory / GB:.1f} GB for a step; rows of {tokens} tokens{pictures}.")
+    computed = planning.frozen_dtype(model)
+    _batches(found, device, computed, rows)
+    known = device.seconds(1, computed) is not None
+    say(_assumption(device.name, str(computed).removeprefix("torch."), known, devices.SHARE))
+
+
+def _parts(cost: Any) -> None:
+    table = Table()
+    table.add_column("part")
+    table.add_column("GB", justify="right")
+    for part, size in cost.weights.items():
+        table.add_row(part, f"{size / GB:.3f}")
+    table.add_row("AdamW's states", f"{cost.optimizer / GB:.3f}")
+    table.add_row("gradients", f"{cost.gradients / GB:.3f}")
+    console.print(table)
+
+
+def _batches(found: list[tuple[int, Any]], device: Any, dtype: Any, rows: int) -> None:
+    table = Table()
+    for heading in ("rows at a time", "kept, GB", "peak, GB", "fits", "rows/s", f"hours for {rows:,} rows"):
+        table.add_column(heading, justify="right")
+    for count, cost in found:
+        seconds = device.seconds(cost.flops, dtype)
+        fits = cost.peak <= device.memory
+        speed = ("", "")
+        if seconds is not None and fits:
+            speed = (f"{count / seconds[1]:.1f}", f"{rows * seconds[1] / count / 3600:.1f}")
+        table.add_row(str(count), f"{cost.kept / GB:.2f}", f"{cost.peak / GB:.2f}", "yes" if fits else "no", *speed)
+    console.print(table)
+
+
+def _assumption(name: str, dtype: str, known: bool, share: float) -> str:
+    if not known:
+        return f"How fast {name} computes in {dtype} is not known here, so no times are given."
+    return (
+        f"Times are an estimate: they assume {share:.0%} of the data sheet's dense rate in {dtype}, and that reading "
+        "data keeps up."
+    )

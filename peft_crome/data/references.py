@@ -1,0 +1,50 @@
+"""What an answer is compared with, where a row says more: several people's answers, or the options of a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Number
+from string import ascii_uppercase
+from typing import Any
+
+INSTRUCTION = "Answer with the option's letter from the given choices directly."  # LLaVA-1.5's words
+
+
+def as_texts(given: Any) -> list[str]:
+    """A list of text, from text, numbers, VQA's {"answer": text}, or {"A": text}; empty where it is something else.
+
+    Example:
+        >>> as_texts([{"answer": "red", "answer_id": 1}, "dark red", 2])
+        ['red', 'dark red', '2']
+    """
+    items = list(given.values()) if isinstance(given, Mapping) else given
+    if not isinstance(items, Sequence) or isinstance(items, str | bytes):
+        return []
+    given = [item.get("answer") if isinstance(item, Mapping) else item for item in items]
+    if not all(isinstance(item, str | Number) and not isinstance(item, bool) for item in given):
+        return []  # a field of another meaning
+    return [str(item) for item in given]
+
+
+def as_choice(answer: Any, options: Sequence[str]) -> str | None:
+    """The letter of the right option, given as its number from 0 (ScienceQA, AI2D), its text or its letter.
+
+    Example:
+        >>> as_choice(1, ["a cell", "a leaf"]), as_choice("a cell", ["a cell", "a leaf"])
+        ('B', 'A')
+    """
+    letters = ascii_uppercase[: len(options)]
+    if isinstance(answer, str) and answer.strip() in options:
+        return letters[list(options).index(answer.strip())]
+    if isinstance(answer, str) and answer.strip().isdecimal():
+        answer = int(answer)
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return letters[answer] if 0 <= answer < len(letters) else None
+    letter = answer.strip().strip("().").upper() if isinstance(answer, str) else ""
+    return letter if len(letter) == 1 and letter in letters else None
+
+
+def with_options(question: str, options: Sequence[str]) -> str:
+    """The question, a line per option, and LLaVA-1.5's request for a letter."""
+    lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+    return "\n".join([question.strip(), *lines, INSTRUCTION])

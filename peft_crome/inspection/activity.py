@@ -1,0 +1,222 @@
+"""What an adapter does on one input: gates, how far it moves each embedding, units that add nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbone import placeholder_ids
+from ..containers import embeddings_in
+from ..guard import crome_layers
+from ..tuner.layer import ACTIVATIONS, CromeLayer, in_ranges
+
+SILENT = 1e-2  # of the root mean square over units and tokens
+
+
+@dataclass(frozen=True, eq=False)
+class BranchActivity:
+    """What one branch did at one site; a number per token, in the order in which the site gave them.
+
+    Attributes:
+        branch: the branch's name.
+        site: full path of the wrapped module.
+        gate: (tokens,), mean over the hidden units of |act(x W_g)|.
+        embedding_norm: (tokens,), norm of what the site gave.
+        change_norm: (tokens,), norm of what the branch added to it.
+        unit_peaks: (m,), the largest norm that each hidden unit added to a token.
+        unit_rms: root mean square over units and tokens of what a unit adds.
+        token_ids: (tokens,), of a table; None: the site reads no ids.
+        positions: (tokens,), each token's place among all that the site gave; placeholders of images leave gaps.
+    """
+
+    branch: str
+    site: str
+    gate: torch.Tensor
+    embedding_norm: torch.Tensor
+    change_norm: torch.Tensor
+    unit_peaks: torch.Tensor
+    unit_rms: float
+    token_ids: torch.Tensor | None
+    positions: torch.Tensor
+
+    @property
+    def relative_change(self) -> torch.Tensor:
+        """(tokens,), the change's norm as a share of the embedding's; 0 where that is 0."""
+        return torch.where(self.embedding_norm > 0, self.change_norm / self.embedding_norm, 0.0)
+
+    @property
+    def silent_units(self) -> tuple[int, ...]:
+        """The hidden units that on no token added more than `SILENT` of `unit_rms`."""
+        return tuple((self.unit_peaks <= SILENT * self.unit_rms).nonzero().flatten().tolist())
+
+
+@torch.no_grad()
+def inspect_activity(model: nn.Module, batch: dict[str, Any]) -> list[BranchActivity]:
+    """Run one batch forward and look at what the active adapter adds; changes nothing.
+
+    Padding, and the placeholders in whose place a model puts images, are left out.
+
+    Args:
+        model: a model with one active CROME adapter, not merged.
+        batch: what `model(**batch)` takes.
+    Returns:
+        A row for each branch and site that anything went through.
+    Raises:
+        ValueError: no adapter is active, or several are, or one is merged.
+    """
+    layers = [(path, layer) for path, layer in crome_layers(model) if layer.acts()]
+    if not layers:
+        merged = any(layer.merged for _, layer in crome_layers(model))
+        remedy = "Unmerge it: model.unmerge_adapter()." if merged else "Activate it: model.set_adapter('default')."
+        raise ValueError(f"{type(model).__name__} has no active CROME adapter. {remedy}")
+    names = list(layers[0][1].active_adapters)
+    if len(names) > 1 or any(layer.merged for _, layer in crome_layers(model)):
+        raise ValueError(
+            f"The adapters {names} are active, or some are merged; expected one, not merged. Write "
+            f"model.set_adapter({names[0]!r}), and model.unmerge_adapter() where one is merged."
+        )
+    modes = [(module, module.training) for module in model.modules()]
+    records: dict[tuple[str, str], _Record] = {}
+    model.eval()
+    try:
+        with _recording(model, layers, names[0], batch, records), torch.random.fork_rng(devices=[]):
+            model(**batch)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return [record.report(branch, site) for (branch, site), record in records.items() if record.tokens]
+
+
+@contextmanager
+def _recording(
+    model: nn.Module,
+    layers: list[tuple[str, CromeLayer]],
+    adapter_name: str,
+    batch: dict[str, Any],
+    records: dict[tuple[str, str], _Record],
+) -> Iterator[None]:
+    """Hooks on the sites and on what they wrap, for the time of a forward pass."""
+    given: dict[str, Any] = {}  # site -> what the wrapped module returned
+    handles = []
+    held = placeholder_ids(model)
+
+    def keep(site: str) -> Any:
+        return lambda module, args, output: given.__setitem__(site, output)
+
+    def see(site: str) -> Any:
+        def hook(layer: CromeLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            first = next(iter([*args, *kwargs.values()]), None)
+            for x in embeddings_in(given.pop(site), layer.out_features):
+                ids = first if _is_ids(first, x) else None
+                for branch in layer.branches:
+                    record = records.setdefault((branch, site), _Record())
+                    record.add(layer, branch, adapter_name, x, ids, _counts(layer, branch, x, ids, batch, held))
+
+        return hook
+
+    for site, layer in layers:
+        handles.append(layer.base_layer.register_forward_hook(keep(site)))
+        handles.append(layer.register_forward_hook(see(site), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_ids(value: Any, x: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_floating_point() and value.shape == x.shape[:-1]
+
+
+def _counts(
+    layer: CromeLayer,
+    branch: str,
+    x: torch.Tensor,
+    ids: torch.Tensor | None,
+    batch: dict[str, Any],
+    held: tuple[int, ...],
+) -> torch.Tensor:
+    """Which of the embeddings are the branch's own and stay in the sequence; bool, of the shape of x without d."""
+    counts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    if ids is None:
+        return counts
+    ranges = layer.branches[branch]
+    others = [r for other, own in layer.branches.items() if other != branch for r in own]
+    if ranges:
+        counts &= in_ranges(ids, ranges)
+    elif others:
+        counts &= ~in_ranges(ids, others)
+    mask, asked = batch.get("attention_mask"), batch.get("input_ids")
+    if mask is not None and mask.shape == ids.shape and asked is not None and asked.shape == ids.shape:
+        counts &= mask.to(counts.device).bool()
+    # A model may look up another token where an image will stand, so what it was asked with counts as well.
+    for tokens in (ids, asked):
+        if held and not ranges and tokens is not None and tokens.shape == ids.shape:
+            counts &= ~torch.isin(tokens.to(counts.device), torch.tensor(held, device=counts.device))
+    return counts
+
+
+@dataclass
+class _Record:
+    """Collects one branch's tokens at one site over the calls of a forward pass."""
+
+    gates: list[torch.Tensor] = field(default_factory=list)
+    embeddings: list[torch.Tensor] = field(default_factory=list)
+    changes: list[torch.Tensor] = field(default_factory=list)
+    ids: list[torch.Tensor] = field(default_factory=list)
+    positions: list[torch.Tensor] = field(default_factory=list)
+    peaks: torch.Tensor | None = None
+    squares: float = 0.0
+    tokens: int = 0
+    passed: int = 0  # with those that do not count
+
+    def add(
+        self,
+        layer: CromeLayer,
+        branch: str,
+        adapter_name: str,
+        x: torch.Tensor,
+        ids: torch.Tensor | None,
+        counts: torch.Tensor,
+    ) -> None:
+        """Note one call: x is (..., d), ids and counts its shape without d."""
+        kept = x[counts].float()
+        gate_map, down_map = getattr(layer, f"crome_gate_{branch}"), getattr(layer, f"crome_down_{branch}")
+        up = layer.crome_up[adapter_name].weight.to(x.device).float()
+        activation, _ = layer._weights[0].settings[adapter_name]
+        gate = ACTIVATIONS[activation](kept @ gate_map[adapter_name].weight.to(x.device).float().T)
+        hidden = gate * (kept @ down_map[adapter_name].weight.to(x.device).float().T)
+        added = hidden.abs() * up.norm(dim=0)  # (tokens, m): what each unit alone adds
+        self.positions.append((counts.flatten().nonzero().flatten() + self.passed).cpu())
+        self.passed += counts.numel()
+        if not len(kept):
+            return
+        self.gates.append(gate.abs().mean(-1).cpu())
+        self.embeddings.append(kept.norm(dim=-1).cpu())
+        self.changes.append((hidden @ up.T).norm(dim=-1).cpu())
+        if ids is not None:
+            self.ids.append(ids[counts.to(ids.device)].cpu())
+        peaks = added.amax(0).cpu()
+        self.peaks = peaks if self.peaks is None else torch.maximum(self.peaks, peaks)
+        self.squares += float(added.square().sum())
+        self.tokens += len(kept)
+
+    def report(self, branch: str, site: str) -> BranchActivity:
+        """What was collected."""
+        assert self.peaks is not None
+        return BranchActivity(
+            branch=branch,
+            site=site,
+            gate=torch.cat(self.gates),
+            embedding_norm=torch.cat(self.embeddings),
+            change_norm=torch.cat(self.changes),
+            unit_peaks=self.peaks,
+            unit_rms=(self.squares / (self.tokens * self.peaks.numel())) ** 0.5,
+            token_ids=torch.cat(self.ids) if self.ids else None,
+            positions=torch.cat(self.positions),
+        )

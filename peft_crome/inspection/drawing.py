@@ -1,0 +1,223 @@
+"""Panels by matplotlib: singular values, heat maps over pictures, a bar for each token."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps, rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import MaxNLocator
+from PIL import ImageOps
+
+from .look import BranchView, View
+
+COLOURS = "viridis"  # grows evenly in lightness, for every kind of colour vision
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
+DASHES = ("-", "--")  # of the first and the second adapter
+PANEL = (4.4, 3.1)  # inches
+DOTS = 150  # per inch
+COLUMNS = 3  # panels side by side in the figure
+MOST_BARS = 48  # tokens with a label below their bar
+
+# What is drawn of a token: title, label with unit, and the numbers.
+Measure = tuple[str, str, Callable[[BranchView], torch.Tensor]]
+
+
+def measures(gate_activation: str) -> tuple[Measure, Measure]:
+    """Gate activity, and the change relative to the embedding."""
+    act = {"silu": "SiLU", "sigmoid": "σ"}[gate_activation]
+    return (
+        ("gate activity", f"mean over units of |{act}(x W_g)|", lambda view: view.activity.gate),
+        ("change", "‖change‖ / ‖embedding‖", lambda view: view.activity.relative_change),
+    )
+
+
+def draw_singular_values(axes: Any, views: Sequence[View]) -> None:
+    """All singular values of each matrix, on a logarithmic axis; the second adapter is dashed."""
+    for view, dash in zip(views, DASHES, strict=False):
+        report = view.report
+        lines = [("W_u", report.up)]
+        lines += [(f"{name} {branch.branch}", matrix) for branch in report.branches
+                  for name, matrix in (("W_g", branch.gate), ("W_d", branch.down))]  # fmt: skip
+        for number, (name, matrix) in enumerate(lines):
+            values = matrix.singular_values.numpy()
+            values = np.where(values > 0, values, np.nan)  # a logarithm has no zero
+            places = np.arange(1, len(values) + 1)
+            axes.plot(
+                places,
+                values,
+                dash,
+                color=LINES[number % len(LINES)],
+                linewidth=1.4,
+                label=name if view is views[0] else None,
+            )
+    axes.set(title="Singular values", xlabel="rank (the largest is 1)", ylabel="singular value")
+    if not all(view.report.is_identity for view in views):
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for view, dash in zip(views, DASHES, strict=False):
+        if len(views) > 1:
+            axes.plot([], [], dash, color="grey", linewidth=1.4, label=view.name)
+    axes.legend(fontsize=7, frameon=False, ncols=len(views))
+
+
+def draw_picture(axes: Any, view: BranchView, number: int) -> None:
+    """One picture, as the tower saw it."""
+    picture = view.maps[number].picture
+    axes.imshow(np.asarray(picture))
+    axes.set(title=f"picture {number + 1}, as the tower reads it", xticks=[], yticks=[])
+
+
+def draw_map(axes: Any, view: BranchView, number: int, measure: Measure, top: float) -> None:
+    """A heat map over the picture in grey; each square is one token.
+
+    Args:
+        number: of the picture.
+        measure: what is drawn.
+        top: where the colours end, so that maps can be compared.
+    """
+    title, label, values = measure
+    chosen = view.maps[number]
+    cells = chosen.values(values(view))
+    rows, columns = cells.shape
+    extent = (0, columns, rows, 0)
+    grey = np.asarray(ImageOps.grayscale(chosen.picture))
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=extent, aspect=_aspect(chosen.picture, rows, columns))
+    image = axes.imshow(
+        cells, cmap=COLOURS, norm=Normalize(0, top or 1), alpha=0.68, interpolation="nearest", extent=extent,
+        aspect=_aspect(chosen.picture, rows, columns),
+    )  # fmt: skip
+    axes.set(title=f"{view.activity.branch}: {title}", xlabel=f"column of {columns} tokens", ylabel=f"row of {rows}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03).set_label(label, fontsize=8)
+
+
+def draw_tokens(axes: Any, view: BranchView, measure: Measure, top: float) -> None:
+    """A bar for each token, with its text where there is room."""
+    title, label, values = measure
+    numbers = values(view).numpy()
+    axes.bar(np.arange(len(numbers)), numbers, width=0.8, color=colormaps[COLOURS](numbers / (top or 1)))
+    axes.set(
+        title=f"{view.activity.branch}: {title}",
+        ylabel=label,
+        ylim=(0, (top or 1) * 1.05),
+        xlim=(-0.6, len(numbers) - 0.4),
+    )
+    texts = [text for text, number in view.words if number is not None]
+    if view.activity.token_ids is None or len(texts) > MOST_BARS:
+        axes.set_xlabel("token, in the order in which they come")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return
+    axes.set_xticks(np.arange(len(texts)), [_drawable(text) for text in texts], rotation=90, fontsize=7)
+    for tick in axes.get_xticklabels():
+        tick.set_parse_math(False)  # a dollar sign is a dollar sign
+
+
+def scale(views: Sequence[View], branch: str, measure: Measure) -> float:
+    """The largest number of a branch over all adapters: where its colours end."""
+    _, _, values = measure
+    found = [float(values(shown).max()) for view in views for shown in view.branches or [] if
+             shown.activity.branch == branch]  # fmt: skip
+    return max(found, default=1.0)
+
+
+Panel = tuple[str, Callable[[Any], None]]  # alternative text, and what draws it
+
+
+def rank_panel(views: Sequence[View]) -> Panel:
+    """The singular values of all adapters."""
+    ranks = "; ".join(f"{view.name}: effective rank of W_u {view.report.up.effective_rank:.0f}" for view in views)
+    return f"Singular values of all matrices. {ranks}", partial(draw_singular_values, views=views)
+
+
+def branch_panels(views: Sequence[View], view: View, shown: BranchView) -> list[Panel]:
+    """The pictures and heat maps of one branch of one of the views, or bars where its tokens are no cells."""
+    found: list[Panel] = [
+        (f"Picture {number + 1}", partial(draw_picture, view=shown, number=number))
+        for number in range(len(shown.maps))
+    ]
+    for measure in measures(view.report.gate_activation):
+        top = scale(views, shown.activity.branch, measure)
+        what = f"{shown.activity.branch}: {measure[0]}, {_range(measure[2](shown))}"
+        if not shown.maps:
+            bars = partial(draw_tokens, view=shown, measure=measure, top=top)
+            found.append((f"Bars, one for each token. {what}", bars))
+        for number in range(len(shown.maps)):
+            heat = partial(draw_map, view=shown, number=number, measure=measure, top=top)
+            found.append((f"Heat map over picture {number + 1}. {what}", heat))
+    return found
+
+
+def _range(values: torch.Tensor) -> str:
+    return f"from {values.min():.3g} to {values.max():.3g}"
+
+
+def panel_png(draw: Callable[[Any], None], dark: bool) -> bytes:
+    """One panel as PNG, its ground transparent, for a light or a dark page."""
+    with rc_context(_style("#e6e6e6" if dark else "#1f1f1f")):
+        figure = Figure(figsize=PANEL, dpi=DOTS, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure.subplots())
+        file = io.BytesIO()
+        figure.savefig(file, format="png", transparent=True)
+    return file.getvalue()
+
+
+def draw_figure(views: Sequence[View], path: Path) -> None:
+    """All panels as one PNG: singular values above, then a row of panels for each adapter and kind.
+
+    Args:
+        views: one adapter, or two with the same prompt and pictures.
+        path: the file to write.
+    """
+    rows: list[tuple[str, list[Panel]]] = [("", [rank_panel(views)])]
+    for view in views:
+        for shown in view.branches or []:
+            own = branch_panels(views, view, shown)
+            rows += [
+                (f"{view.name}: {shown.activity.branch}", own[first : first + COLUMNS])
+                for first in range(0, len(own), COLUMNS)
+            ]
+    columns = max(len(row) for _, row in rows)
+    with rc_context(_style("#1f1f1f")):
+        size = (PANEL[0] * columns, (PANEL[1] + 0.25) * len(rows))
+        figure = Figure(figsize=size, dpi=DOTS, layout="constrained")
+        FigureCanvasAgg(figure)
+        for band, (head, row) in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+            band.suptitle(head, fontsize=9, fontweight="bold", parse_math=False)
+            for axes, (_, draw) in zip(
+                band.subplots(1, columns, squeeze=False)[0], _filled(row, columns), strict=True
+            ):
+                draw(axes)
+        figure.savefig(path, format="png", facecolor="white")
+
+
+def _filled(row: list[Panel], columns: int) -> list[Panel]:
+    return row + [("", lambda axes: axes.set_axis_off())] * (columns - len(row))
+
+
+def _style(ink: str) -> dict[str, Any]:
+    inked = ("text.color", "axes.labelcolor", "axes.titlecolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    quiet = {"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
+    return quiet | dict.fromkeys(inked, ink)
+
+
+def _aspect(picture: Any, rows: int, columns: int) -> float:
+    """Height of a cell by its width, so that the grid has the picture's shape."""
+    return (picture.height / rows) / (picture.width / columns)
+
+
+def _drawable(text: str) -> str:
+    """Text with what matplotlib's own font lacks written out."""
+    font = get_font(findfont(FontProperties()))
+    return "".join(c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode("ascii") for c in text)

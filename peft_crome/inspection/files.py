@@ -1,0 +1,66 @@
+"""The two files of an inspection, written complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .look import View
+
+EXTRA = 'pip install "peft-crome[plots]"'
+
+
+def output_files(output: str | Path) -> tuple[Path, Path]:
+    """The page and the figure that belong to one name: `runs/look` or `runs/look.html` gives both."""
+    output = Path(output)
+    stem = output.with_suffix("") if output.suffix in (".html", ".png") else output
+    return stem.with_name(f"{stem.name}.html"), stem.with_name(f"{stem.name}.png")
+
+
+def check_output(output: str | Path, overwrite: bool = False) -> None:
+    """Refuse, before anything is computed, what `write_inspection` could not write.
+
+    Raises:
+        ValueError: a file is there already, or there is no such folder.
+    """
+    files = output_files(output)
+    folder = files[0].absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{output}: there is no folder {folder}. Make it, or name another output.")
+    for file in files:
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder. Name another output.")
+        if file.exists() and not overwrite:
+            raise ValueError(f"{file} is there already and is not overwritten. Name another output, or overwrite it.")
+
+
+def write_inspection(views: Sequence[View], output: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:
+    """Write one HTML page with everything in it, and one PNG figure of its panels.
+
+    Args:
+        views: from `look`: one adapter, or two with the same prompt and pictures.
+        output: name of both files; ".html" and ".png" are put behind it.
+        overwrite: replace files of these names.
+    Returns:
+        The page, and the figure.
+    Raises:
+        ValueError: see `check_output`.
+        ImportError: matplotlib or Jinja is not installed.
+    """
+    check_output(output, overwrite)
+    try:
+        from .drawing import draw_figure
+        from .page import write_html
+    except ImportError as error:
+        raise ImportError(f"Pictures need {error.name!r}, which is not installed. Write: {EXTRA}") from error
+
+    page, figure = output_files(output)
+    with tempfile.TemporaryDirectory(dir=page.absolute().parent, prefix=f".{page.stem}-") as temporary:
+        made = Path(temporary) / page.name, Path(temporary) / figure.name
+        made[0].write_text(write_html(views), encoding="utf-8")
+        draw_figure(views, made[1])
+        for file, target in zip(made, (page, figure), strict=True):
+            os.replace(file, target)
+    return page, figure

@@ -1,0 +1,188 @@
+"""Everything that is shown of one adapter: its files, and what it does on a prompt with pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+)
+from transformers.utils import cached_file
+
+from ..guard import crome_layers, from_pictures
+from ..vlm import CromeVLMConfig, CromeVLMProcessor
+from .activity import BranchActivity, inspect_activity
+from .places import PictureMap, map_pictures, words
+from .weights import AdapterReport, inspect_adapter
+
+
+@dataclass(frozen=True, eq=False)
+class BranchView:
+    """One branch's activity, with its tokens in their places.
+
+    Attributes:
+        activity: the numbers.
+        maps: pictures with the tokens over them; empty where the tokens are no cells of a picture.
+        words: the tokens as text, each with its number among the activity's; None: what stands in a gap.
+    """
+
+    activity: BranchActivity
+    maps: list[PictureMap]
+    words: list[tuple[str, int | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One adapter, with its backbone or without.
+
+    Attributes:
+        name: what tells it from another one beside it.
+        report: what its files say.
+        branches: what it does on the input; None without a prompt.
+        prompt: the question.
+        pictures: how many there were.
+    """
+
+    name: str
+    report: AdapterReport
+    branches: list[BranchView] | None = None
+    prompt: str | None = None
+    pictures: int = 0
+
+
+def look(
+    adapter: str | Path,
+    *,
+    prompt: str | None = None,
+    pictures: Sequence[Image.Image] = (),
+    model: str | None = None,
+    system: str | None = None,
+    device: str | None = None,
+) -> View:
+    """Read an adapter's files, and with a prompt load its backbone and run it once.
+
+    Args:
+        adapter: a directory, or a Hub repository.
+        prompt: what the user says; None: files alone, no backbone is loaded.
+        pictures: before the prompt, in their order.
+        model: the backbone's directory or name; None: the adapter's own directory where it holds one (a stage's
+            does), else the base model that the adapter names.
+        system: a system message.
+        device: where it runs; None: where the model's loading puts it.
+    Raises:
+        ValueError: the adapter cannot be read (see `inspect_adapter`), its backbone cannot be found, or there are
+            pictures and no branch that reads them.
+    """
+    report = inspect_adapter(adapter)
+    if prompt is None:
+        return View(str(adapter), report)
+    network, processor = load_with_backbone(report, model, device)
+    sees = ({branch for _, layer in crome_layers(network) for branch in layer.branches} - {"text"}) | from_pictures(
+        network
+    )
+    if pictures and not sees:
+        raise ValueError(
+            f"{adapter} has no branch that reads pictures, only {[b.branch for b in report.branches]}. Leave the "
+            "picture out, or give an adapter of a model that sees."
+        )
+    batch = encode(processor, network, prompt, pictures, system)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    base = network.get_base_model() if isinstance(network, PeftModel) else network
+    branches = [
+        BranchView(activity, map_pictures(base, batch, activity, pictures, processor), words(activity, tokenizer))
+        for activity in inspect_activity(network, batch)
+    ]
+    return View(str(adapter), report, branches, prompt, len(pictures))
+
+
+def load_with_backbone(report: AdapterReport, model: str | None = None, device: str | None = None) -> tuple[Any, Any]:
+    """The backbone with the adapter on it, in evaluation mode, and its processor (a tokenizer, where it sees nothing).
+
+    Raises:
+        ValueError: the backbone is not named, or cannot be loaded.
+    """
+    own = cached_file(report.source, "config.json", _raise_exceptions_for_missing_entries=False)
+    name = model or (report.source if own else report.base_model)
+    if name is None:
+        raise ValueError(f"{report.source} names no base model. Write --model and the backbone's directory or name.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        arguments: dict[str, Any] = {"device_map": device}
+        if isinstance(config, CromeVLMConfig):
+            arguments["adapter"] = "ignore"
+        network = _auto_class(config).from_pretrained(name, **arguments)
+        processor = _processor(name, network)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The backbone {name} of {report.source} cannot be loaded ({error}). Write --model and its directory or "
+            "name."
+        ) from error
+    if not any(crome_layers(network)):  # transformers loads an adapter that lies beside a model
+        network = PeftModel.from_pretrained(network, report.source)
+    return network.eval(), processor
+
+
+def encode(
+    processor: Any, model: Any, prompt: str, pictures: Sequence[Image.Image] = (), system: str | None = None
+) -> dict[str, Any]:
+    """A prompt as the model's inputs, by the chat template where there is one.
+
+    Args:
+        processor: a processor, or a tokenizer where there are no pictures.
+        model: for its device, and where its decoder starts.
+        prompt: what the user says.
+        pictures: before the prompt.
+        system: a system message.
+    Raises:
+        ValueError: there are pictures, and only a tokenizer to read them.
+    """
+    if pictures and getattr(processor, "image_processor", None) is None:
+        raise ValueError(
+            f"{type(processor).__name__} reads no pictures. Leave --image out, or name a model that sees."
+        )
+    if getattr(processor, "chat_template", None):
+        plain = getattr(processor, "image_processor", None) is None
+        content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": prompt}]
+        said: list[tuple[str, Any]] = [("user", prompt if plain else content)]
+        if system is not None:
+            said.insert(0, ("system", system if plain else [{"type": "text", "text": system}]))
+        messages = [{"role": role, "content": what} for role, what in said]
+        batch = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        marks = "".join(f"{processor.image_token}\n" for _ in pictures)
+        text = marks + (f"{system}\n" if system is not None else "") + prompt
+        batch = processor(text=text, return_tensors="pt", **({"images": list(pictures)} if pictures else {}))
+    inputs = dict(batch.to(model.device))
+    text_config = model.config.get_text_config()
+    if model.config.is_encoder_decoder or text_config.is_encoder_decoder:
+        start = model.generation_config.decoder_start_token_id
+        start = text_config.decoder_start_token_id if start is None else start
+        inputs["decoder_input_ids"] = torch.tensor([[start]], device=model.device)
+    return inputs
+
+
+def _auto_class(config: Any) -> Any:
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+
+
+def _processor(name: str, model: Any) -> Any:
+    if not isinstance(model.config, CromeVLMConfig):
+        return AutoProcessor.from_pretrained(name)
+    try:
+        return CromeVLMProcessor.from_pretrained(name)
+    except (OSError, ValueError):  # saved without one: the backbones' own
+        return CromeVLMProcessor.from_backbones(config=model.config)

@@ -1,0 +1,106 @@
+"""One HTML file that needs nothing beside it: tables, panels as data URIs, tokens in colour."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
+from .. import __version__
+from .activity import SILENT
+from .drawing import COLOURS, Panel, branch_panels, measures, panel_png, rank_panel, scale
+from .look import BranchView, View
+from .tables import ACTIVITY_HEADINGS, MATRIX_HEADINGS, activity_rows, facts, matrix_rows
+from .weights import DEAD
+
+NO_GRID = (
+    "How this host lays the tokens of a picture out is not known to peft-crome, so they stand in the order in which "
+    "they come, and not over the picture."
+)
+
+
+def write_html(views: Sequence[View]) -> str:
+    """The page about one adapter, or about two side by side.
+
+    Args:
+        views: from `look`; of two, both with the same prompt and pictures.
+    """
+    environment = Environment(
+        loader=PackageLoader("peft_crome", "inspection"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    template = environment.get_template("page.html")
+    shown = [view for view in views if view.branches is not None]
+    return template.render(
+        title="CROME adapter " + " and ".join(view.name for view in views),
+        version=__version__,
+        prompt=views[0].prompt,
+        pictures=views[0].pictures,
+        views=views,
+        facts=facts(views),
+        matrix_headings=MATRIX_HEADINGS,
+        matrices=matrix_rows(views),
+        dead=f"{DEAD:g}",
+        silent=f"{SILENT:.0%}",
+        shared=[rank_panel(views)],
+        activity_headings=ACTIVITY_HEADINGS,
+        shown=[_view(views, view) for view in shown],
+        gradient=", ".join(to_hex(colormaps[COLOURS](step / 8)) for step in range(9)),
+        show=_picture,
+    )
+
+
+def _view(views: Sequence[View], view: View) -> dict[str, Any]:
+    return {
+        "name": view.name,
+        "rows": activity_rows(view),
+        "branches": [_branch(views, view, shown) for shown in view.branches or []],
+    }
+
+
+def _branch(views: Sequence[View], view: View, shown: BranchView) -> dict[str, Any]:
+    activity = shown.activity
+    is_text = activity.token_ids is not None
+    return {
+        "title": f"{activity.branch}, at {activity.site}",
+        "note": "" if shown.maps or is_text else NO_GRID,
+        "panels": [] if is_text else branch_panels(views, view, shown),
+        "texts": [] if shown.maps else [_text(views, view, shown, measure) for measure in (0, 1)],
+    }
+
+
+def _text(views: Sequence[View], view: View, shown: BranchView, which: int) -> dict[str, Any]:
+    measure = measures(view.report.gate_activation)[which]
+    title, label, values = measure
+    numbers, top = values(shown), scale(views, shown.activity.branch, measure)
+    tokens = []
+    for text, number in shown.words:
+        if number is None:
+            tokens.append({"text": text, "colour": None, "ink": None, "value": None})
+            continue
+        value = float(numbers[number])
+        red, green, blue, _ = colormaps[COLOURS](value / (top or 1))
+        light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2  # WCAG's luminance, about
+        ink = "#000" if light > 0.18 else "#fff"
+        tokens.append(
+            {"text": text, "colour": to_hex((red, green, blue)), "ink": ink, "value": f"{title}: {value:.3g}"}
+        )
+    return {"label": f"{title}, {label}", "top": f"{top:.3g}", "tokens": tokens}
+
+
+def _picture(panel: Panel) -> Markup:
+    """A panel as an image for a light page and one for a dark page."""
+    text, draw = panel
+    light, dark = (
+        "data:image/png;base64," + base64.b64encode(panel_png(draw, dark=dark)).decode("ascii")
+        for dark in (False, True)
+    )
+    return Markup(  # the parts are base64, or escaped
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{escape(text)}"></picture>'
+    )

@@ -1,0 +1,165 @@
+"""Where a branch's tokens belong: cells of a picture, or words of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers.vision_utils import get_vision_window_index
+
+from ..guard import AUDIO_INPUTS
+from .activity import BranchActivity
+
+# model_type of hosts whose image tokens are a square grid of each of `pixel_values`, row by row; each of them, and of
+# the next two lists, is proven by tests/inspection/test_places.py.
+SQUARE = ("llava", "vipllava", "paligemma", "gemma3", "internvl", "aya_vision", "cohere2_vision")
+# Hosts that say rows and columns of patches in `image_grid_thw`, and merge squares of them to one token.
+GRID_THW = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
+WINDOWS = ("qwen2_5_vl",)  # of these, those whose merger reads window by window
+
+
+@dataclass(frozen=True, eq=False)
+class PictureMap:
+    """One picture, or the piece of it that the tower read, and which token belongs to which cell of its grid.
+
+    Attributes:
+        picture: as the tower saw it where that can be told, else as it was given.
+        cells: (rows, columns), the number of the token among those of the branch's activity.
+    """
+
+    picture: Image.Image
+    cells: torch.Tensor
+
+    def values(self, of_tokens: torch.Tensor) -> np.ndarray:
+        """Numbers of the activity's tokens, laid out as the picture: (rows, columns)."""
+        return of_tokens[self.cells].numpy()
+
+
+def map_pictures(
+    model: nn.Module,
+    batch: dict[str, Any],
+    activity: BranchActivity,
+    pictures: Sequence[Image.Image],
+    processor: Any = None,
+) -> list[PictureMap]:
+    """Lay a branch's tokens over the pictures of a batch.
+
+    Args:
+        model: what `inspect_activity` ran.
+        batch: what it ran on.
+        activity: of the branch.
+        pictures: as they were given, in their order.
+        processor: the model's; with it, pictures are drawn as the tower saw them.
+    Returns:
+        One for each picture or piece; empty where this host's tokens are not known to lie on a grid.
+    """
+    if activity.token_ids is not None or AUDIO_INPUTS.fullmatch(activity.branch):
+        return []
+    grids = _grids(model, batch, activity)
+    count = sum(int(cells.numel()) for cells in grids)
+    seen = _as_seen(batch.get("pixel_values"), processor)
+    if len(seen) != len(grids):
+        seen = list(pictures)
+    if not grids or len(seen) != len(grids) or count > len(activity.gate):
+        return []
+    return [PictureMap(picture, cells) for picture, cells in zip(seen, grids, strict=True)]
+
+
+def words(activity: BranchActivity, tokenizer: Any) -> list[tuple[str, int | None]]:
+    """A branch's tokens as text, each with its number; gaps between them as "[16 image tokens]", without a number.
+
+    Args:
+        tokenizer: decodes the ids of a table; tokens of a site that reads no ids are called by their numbers.
+    """
+    texts: list[tuple[str, int | None]] = []
+    last = -1 if activity.token_ids is None else 0
+    for number, position in enumerate(activity.positions.tolist()):
+        if activity.token_ids is None:
+            texts.append((str(number + 1), number))
+            continue
+        if position > last:
+            texts.append((f"[{position - last} image tokens]", None))
+        texts.append((printable(tokenizer.decode([int(activity.token_ids[number])])), number))
+        last = position + 1
+    return texts
+
+
+def printable(text: str) -> str:
+    r"""Text with what cannot be seen written out: a space as "·", a line's end as "↵", others as "\x00".
+
+    Example:
+        >>> printable(" a\n\u202e")
+        '·a↵\\u202e'
+    """
+    shown = {" ": "·", "\n": "↵", "\t": "⇥"}
+    return "".join(
+        shown.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode("ascii")) for c in text
+    )
+
+
+def _grids(model: Any, batch: dict[str, Any], activity: BranchActivity) -> list[torch.Tensor]:
+    """The token of each cell, (rows, columns) for each picture."""
+    config = model.config
+    model_type, total = config.model_type, len(activity.gate)
+    if model_type == "crome_vlm" and activity.site.endswith("vision_fusion"):
+        return _composite(model, total)
+    if model_type in GRID_THW and batch.get("image_grid_thw") is not None:
+        return _merged(config.vision_config, batch["image_grid_thw"].cpu(), model_type in WINDOWS, total)
+    pixels = batch.get("pixel_values")
+    if model_type in SQUARE and isinstance(pixels, torch.Tensor) and pixels.ndim == 4:
+        side = isqrt(total // len(pixels))
+        return _rows([(side, side)] * len(pixels)) if side**2 * len(pixels) == total else []
+    return []
+
+
+def _rows(sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """Row by row, one picture after another."""
+    grids, start = [], 0
+    for rows, columns in sizes:
+        grids.append(torch.arange(start, start + rows * columns).view(rows, columns))
+        start += rows * columns
+    return grids
+
+
+def _composite(model: Any, total: int) -> list[torch.Tensor]:
+    layout, pool = model.vision_layout, model.config.vision_pool_size
+    rows, columns = layout.height // pool, layout.width // pool
+    each = model.num_patch_tokens
+    if total % each:
+        return []
+    prefix = each - rows * columns
+    cells = torch.arange(rows * columns).view(rows, columns)
+    return [cells + picture * each + prefix for picture in range(total // each)]
+
+
+def _merged(vision: Any, sizes: torch.Tensor, windows: bool, total: int) -> list[torch.Tensor]:
+    merge = vision.spatial_merge_size
+    if (sizes[:, 0] != 1).any() or int(sizes.prod(-1).sum()) != total * merge**2:
+        return []
+    grids = _rows([(int(rows) // merge, int(columns) // merge) for _, rows, columns in sizes])
+    if windows:
+        index, _ = get_vision_window_index(sizes, merge, vision.window_size, vision.patch_size)
+        place = torch.argsort(index)
+        grids = [place[cells] for cells in grids]
+    return grids
+
+
+def _as_seen(pixels: Any, processor: Any) -> list[Image.Image]:
+    """The pictures that a tower read, from what the processor made of them; empty where that is no picture."""
+    image_processor = getattr(processor, "image_processor", None)
+    if image_processor is None or not isinstance(pixels, torch.Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
+        return []
+    values = pixels.float().cpu()
+    if getattr(image_processor, "do_normalize", False):
+        mean, std = (
+            torch.tensor(getattr(image_processor, name)).view(1, -1, 1, 1) for name in ("image_mean", "image_std")
+        )
+        values = values * std + mean
+    values = (values.clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1)
+    return [Image.fromarray(value.numpy()) for value in values]

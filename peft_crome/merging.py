@@ -1,0 +1,161 @@
+"""Merging: the text branch folds into its table, the others go on as small modules. `fold.py` has the arithmetic."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .backbone import original_module, text_config
+from .fold import folded_table, install_table, why_not_foldable
+
+logger = logging.getLogger(__name__)
+
+# model_type -> why a folded table would not give the adapted model's output
+SCALES = "scales its output where config.tie_word_embeddings is set, and a merge unties the head"
+NOT_MERGEABLE = {
+    "switch_transformers": SCALES,
+    "udop": SCALES,
+    "umt5": SCALES,
+    "diffusion_gemma": "also averages its table's rows, for self-conditioning, which the adapter leaves as they are",
+}
+
+
+class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the class of a layer, and Python checks it
+    """What PEFT asks of a layer to merge, unmerge and unload it; `CromeLayer` has the rest."""
+
+    base_layer: nn.Module
+    branches: dict[str, Any]
+    _weights: tuple[Any]
+    _unmerged: list[nn.Parameter]  # in a list: a merged model's state_dict has one table
+    _merge_names: list[str]  # what a site that cannot fold goes on with while the others are merged
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold a text branch into its embedding table; another branch is not linear and goes on as a module.
+
+        Raises:
+            ValueError: safe_merge is set and the new table has values that are not finite.
+        """
+        names = self._own(check_adapters_to_merge(self, adapter_names))
+        table = self.get_base_layer()
+        if not names:
+            return
+        if why_not_foldable(table):
+            self._merge_names = list(dict.fromkeys([*self._merge_names, *names]))
+            return
+        merged, weights = table.weight, self._weights[0]
+        training = weights.training
+        table.weight = merged if self.unmerged_table is None else self.unmerged_table
+        try:
+            weights.eval()  # dropout must not be folded in
+            folded = folded_table(table, lambda rows, ids: self.adapt(rows, [*self.merged_adapters, *names], ids))
+        finally:
+            table.weight = merged
+            weights.train(training)
+        if safe_merge and not torch.isfinite(folded).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken.")
+        self._unmerged = self._unmerged or [table.weight]
+        install_table(table, folded)
+        self.merged_adapters.extend(names)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Switch adapters. PEFT unmerges the layers that say they are merged; a site that cannot fold says no."""
+        if self._merge_names:
+            self.unmerge()
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def unmerge(self) -> None:
+        """Put the table back that was there before the first merge: exact, since it was kept."""
+        if self.unmerged_table is not None:
+            now = self.get_base_layer().weight
+            self.unmerged_table.data = self.unmerged_table.data.to(device=now.device, dtype=now.dtype)
+            self.get_base_layer().weight = self.unmerged_table
+        self._unmerged = []
+        self._merge_names = []
+        self.merged_adapters: list[str] = []
+        for config in self.__dict__.pop("_untied_configs", []):
+            config.tie_word_embeddings = True
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return what takes this layer's place in a model without PEFT."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            self.unmerge()
+            self.unload_trained_copy(merge=False)
+        base, names = self.base_layer, self._own(adapter_names or self.active_adapters)
+        if not merge or self.merged or not names:
+            return base
+        from .unloaded import UnloadedSite  # which needs this file
+
+        return UnloadedSite(base, self._weights[0], next(iter(self.branches)), names)
+
+    def unload_trained_copy(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, merge: bool = True
+    ) -> None:
+        """Put the module that `modules_to_save` or `trainable_token_indices` trained in the wrapped one's place."""
+        if isinstance(self.base_layer, AuxiliaryTrainingWrapper):
+            self.base_layer = self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+
+    @property
+    def unmerged_table(self) -> nn.Parameter | None:
+        """The table as it was before adapters were folded into it; None: none is."""
+        return self._unmerged[0] if self._unmerged else None
+
+
+def check_allowed(model: nn.Module, sites: list[Any], unload: bool = False) -> None:
+    """Refuse a merge that would give another model, before anything is changed; say in the log what is kept.
+
+    Args:
+        sites: the model's `CromeLayer`s.
+        unload: whether PEFT's layers go, so that modules that train beside the adapter are settled.
+    Raises:
+        ValueError: nothing can be folded, or a folded table would mean something else; says why.
+    """
+    parts = [m for m in model.modules() if getattr(getattr(m, "config", None), "model_type", "") in NOT_MERGEABLE]
+    if parts:
+        because = NOT_MERGEABLE[parts[0].config.model_type]  # type: ignore[union-attr]
+        raise ValueError(
+            f"Nothing can be merged: {type(parts[0]).__name__} {because}. Keep the adapter attached, or unload() it."
+        )
+    layers = {name: m for name, m in model.named_modules() if any(m is site for site in sites)}
+    tables = {name: original_module(layer.get_base_layer()) for name, layer in layers.items()}
+    reasons = {name: why_not_foldable(table) for name, table in tables.items()}
+    folded = [name for name, reason in reasons.items() if not reason]
+    kept = [name for name, reason in reasons.items() if reason]
+    trained = [name for name in folded if isinstance(layers[name].base_layer, AuxiliaryTrainingWrapper)]
+    if trained and not unload:
+        raise ValueError(
+            f"{trained} trains as well (modules_to_save or trainable_token_indices), and an adapter cannot be "
+            "folded into two copies of a table. Write merge_and_unload(), which keeps the trained one."
+        )
+    if not folded:
+        raise ValueError(
+            f"Nothing can be merged: {'; '.join(f'{name}: {reason}' for name, reason in reasons.items())}. Only a "
+            "branch on an embedding table folds into weights. Keep the adapter attached, or unload() it."
+        )
+    message = "CROME merge: folded into the embedding table: %s; kept as a small module, not being linear: %s. "
+    logger.warning(message + "Only an adapter's files carry the latter: save it, not the merged model.", folded, kept)
+
+
+def share_and_untie(model: nn.Module, sites: list[Any]) -> None:
+    """After a merge: tables that were one parameter are one again, and the head keeps the old table."""
+    merged = [site for site in sites if site.merged]
+    first: dict[int, nn.Parameter] = {}
+    for site in merged:  # each fold gave the same values
+        table = site.get_base_layer()
+        if site.unmerged_table is not None:
+            table.weight = first.setdefault(id(site.unmerged_table), table.weight)
+    # A save or a resize would tie the head to the new table again.
+    configs = [getattr(model, "config", None), text_config(model)]
+    tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
+    for site in merged if tied else ():
+        site._untied_configs = tied
+    for config in tied:
+        config.tie_word_embeddings = False

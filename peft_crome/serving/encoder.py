@@ -1,0 +1,114 @@
+"""Image embeddings with the adapter in them, in the shapes that engines take."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from ..tuner import CromeLayer
+from ..vlm import CromeVLMForConditionalGeneration
+
+GRIDS = ("image_grid_thw",)  # what an engine needs beside the embeddings, to number positions
+
+
+class ImageEncoder:
+    """The half of an adapted model that comes before the language model.
+
+    Args:
+        model: with its active adapter; in eval mode from here on.
+    Raises:
+        ValueError: it has no vision branch, or its class has no `get_image_features`.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model.eval()
+        self.host: Any = model.get_base_model()
+        if not callable(getattr(self.host, "get_image_features", None)):
+            raise ValueError(
+                f"{type(self.host).__name__} has no get_image_features, which turns pictures into embeddings."
+            )
+        if not self._sites():
+            raise ValueError(f"The adapter on {type(self.host).__name__} has no branch beside its text.")
+
+    @torch.no_grad()
+    def __call__(self, **inputs: Any) -> list[torch.Tensor]:
+        """The embeddings of each image, as the language model reads them.
+
+        Args:
+            inputs: what the host's processor gives; text is looked over.
+        Returns:
+            (tokens, hidden) for each image, in order.
+        Raises:
+            ValueError: there is no image, or the host gives the language model more than embeddings (Qwen3-VL adds
+                features in its layers).
+        """
+        taken = inspect.signature(self.host.get_image_features).parameters
+        given = {key: value for key, value in inputs.items() if key in taken and value is not None}
+        if not any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in given.values()):
+            raise ValueError(f"inputs have {sorted(inputs)}; expected pictures: processor(images=..., text=...).")
+        seen: list[CromeLayer] = []
+        handles = [site.register_forward_hook(lambda site, *_: seen.append(site)) for site in self._sites()]
+        try:
+            output = self.host.get_image_features(**given)
+        finally:
+            for handle in handles:
+                handle.remove()
+        embeddings = getattr(output, "pooler_output", output)
+        more = sorted(key for key in getattr(output, "keys", list)() if "deepstack" in key)
+        if more or not seen:
+            reason = f"also reads {more} inside" if more else "does not go through the adapter's vision branch there"
+            raise ValueError(
+                f"{type(self.host).__name__} {reason}, so embeddings alone are not what the adapted model computes. "
+                "Serve it with transformers: model.generate(...)."
+            )
+        if isinstance(embeddings, torch.Tensor):
+            embeddings = list(embeddings) if embeddings.dim() == 3 else [embeddings]
+        return [part.reshape(-1, part.shape[-1]) for part in embeddings]
+
+    def multi_modal_data(self, **inputs: Any) -> dict[str, Any]:
+        """The same for vLLM's `multi_modal_data`, of an engine that was started with `enable_mm_embeds=True`.
+
+        Returns:
+            {"image": (images, tokens, hidden), or a list where images differ in length}; for hosts that number
+            positions by a grid, {"image": {"image_embeds": (all tokens, hidden), "image_grid_thw": (images, 3)}}.
+        Raises:
+            ValueError: as when called.
+        Source: vLLM's documentation of multimodal inputs, "Embedding Inputs".
+        """
+        embeddings = self(**inputs)
+        grids = {key: inputs[key].cpu() for key in GRIDS if inputs.get(key) is not None}
+        if grids:
+            return {"image": {"image_embeds": torch.cat(embeddings).cpu(), **grids}}
+        parts = [part.cpu() for part in embeddings]
+        return {"image": torch.stack(parts) if len({len(part) for part in parts}) == 1 else parts}
+
+    @torch.no_grad()
+    def prompt_embeds(self, **inputs: Any) -> list[torch.Tensor]:
+        """Whole prompts of a composite as embeddings, for an engine that runs its language model alone.
+
+        Args:
+            inputs: what the composite's processor gives.
+        Returns:
+            (tokens, hidden) for each row, without padding: vLLM's `prompt_embeds`.
+        Raises:
+            ValueError: the model is no composite, whose hosts number positions and mask images in their own way, or
+                its language model is an encoder-decoder.
+        """
+        host = self.host
+        if not isinstance(host, CromeVLMForConditionalGeneration) or host.config.is_encoder_decoder:
+            raise ValueError(
+                "prompt_embeds are for a composite with a decoder-only language model. Write "
+                "ImageEncoder.multi_modal_data(...) for other hosts, which engines know."
+            )
+        taken = inspect.signature(host.embed_inputs).parameters
+        mask = inputs.get("attention_mask")
+        _, embeddings, _ = host.embed_inputs(**{key: value for key, value in inputs.items() if key in taken})
+        keep = torch.ones(embeddings.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        return [row[kept.to(row.device)].cpu() for row, kept in zip(embeddings, keep, strict=True)]
+
+    def _sites(self) -> list[CromeLayer]:
+        sites = [module for module in self.host.modules() if isinstance(module, CromeLayer)]
+        return [site for site in sites if not isinstance(site.get_base_layer(), torch.nn.Embedding)]

@@ -1,0 +1,67 @@
+"""Scores of captions: CIDEr and ROUGE-L by the code of the COCO caption challenge, BLEU and chrF by sacrebleu."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+RESAMPLES = 1000
+INTERVAL = 1.96  # standard errors in half of sacrebleu's 95% interval
+
+References = Sequence[Sequence[str]]
+
+
+def _words(text: str) -> str:
+    """Lower case, without punctuation: near to the tokenizer of the challenge, which needs Java.
+
+    Example:
+        >>> _words("A man's dog, on 2 legs.")
+        "a man's dog on 2 legs"
+    """
+    return " ".join(re.findall(r"\w+(?:'\w+)?", text.lower()))
+
+
+def _by_row(scorer: Any, answers: Sequence[str], expected: References) -> list[float]:
+    said = {number: [_words(answer)] for number, answer in enumerate(answers)}
+    wanted = {number: [_words(text) for text in texts] for number, texts in enumerate(expected)}
+    return [float(score) for score in scorer.compute_score(wanted, said)[1]]
+
+
+def cider(answers: Sequence[str], expected: References) -> list[float]:
+    """CIDEr-D of each caption, 0 to 10. How much a word counts depends on how many rows' references hold it.
+
+    Source: Vedantam et al., arXiv 1411.5726; pycocoevalcap's code.
+    """
+    from pycocoevalcap.cider.cider import Cider
+
+    return _by_row(Cider(), answers, expected)
+
+
+def rouge_l(answers: Sequence[str], expected: References) -> list[float]:
+    """ROUGE-L of each caption, 0 to 1: the longest common subsequence, with recall counting more (beta 1.2)."""
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    return _by_row(Rouge(), answers, expected)
+
+
+def bleu(answers: Sequence[str], expected: References) -> tuple[float, float]:
+    """BLEU-4 of all captions together and its standard error, 0 to 1."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    return _of_all(BLEU, answers, expected)
+
+
+def chrf(answers: Sequence[str], expected: References) -> tuple[float, float]:
+    """chrF of all captions together and its standard error, 0 to 1: n-grams of letters, for any language."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    return _of_all(CHRF, answers, expected)
+
+
+def _of_all(metric: Callable[..., Any], answers: Sequence[str], expected: References) -> tuple[float, float]:
+    most = max(map(len, expected))
+    streams = [[texts[number] if number < len(texts) else None for texts in expected] for number in range(most)]
+    # References are given at once, as `n_bootstrap` asks for; its resampling has a seed of its own.
+    result = metric().corpus_score(list(answers), streams, n_bootstrap=RESAMPLES)
+    return float(result.score) / 100, float(result._ci) / INTERVAL / 100  # numpy scalars, which no JSON takes

@@ -1,0 +1,77 @@
+"""Stand-ins for bitsandbytes' layers, of the same size and with what they keep; without values, nor bitsandbytes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+Quantization = Literal["4bit", "8bit"]
+BLOCK = 64  # weights that share one scale, in 4 bits
+NESTED_BLOCK = 256  # scales that share one, with double quantisation
+TABLES = 16 + 256  # float32 values of a layer's look-up tables
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer as bitsandbytes packs it: what it stores, and what a step needs beside that.
+
+    Args:
+        quantization: "4bit" (nf4 with double quantisation) or "8bit" (LLM.int8, a scale per row).
+        bias: the layer's own, which stays as it is.
+    Source: bitsandbytes 0.50.2, `MatMul4Bit` (keeps the packed weight) and `MatMul8bitLt` (keeps its input as well).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, quantization: Quantization, bias: torch.Tensor | None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.keeps_input = quantization == "8bit"
+        weights = in_features * out_features
+        if quantization == "8bit":
+            self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
+            scales = torch.empty(out_features, dtype=torch.float32)
+        else:
+            self.register_buffer("weight", torch.empty(math.ceil(weights / 2), dtype=torch.uint8))
+            self.register_buffer("absmax", torch.empty(math.ceil(weights / BLOCK), dtype=torch.uint8))
+            scales = torch.empty(math.ceil(weights / BLOCK / NESTED_BLOCK) + TABLES, dtype=torch.float32)
+        self.register_buffer("scales", scales)
+        self.bias = bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features); the weight is unpacked into the dtype of `x` for a moment."""
+        return _Unpacked.apply(x, self.bias, self)
+
+
+class _Unpacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: PackedLinear) -> torch.Tensor:
+        ctx.layer, ctx.kept = layer, x if layer.keeps_input else None
+        return F.linear(x, _unpack(layer, x), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = gradients
+        return gradient @ _unpack(ctx.layer, gradient), None, None
+
+
+def _unpack(layer: PackedLinear, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(layer.out_features, layer.in_features)
+
+
+def pack(model: PreTrainedModel, quantization: Quantization) -> None:
+    """Replace the layers that transformers would quantise; output head and tied weights stay, as there."""
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    for name, module in list(model.named_modules()):
+        if not (isinstance(module, Conv1D) or type(module) is nn.Linear) or not should_convert_module(name, kept):
+            continue
+        rows, columns = module.weight.shape
+        inputs, outputs = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+        model.set_submodule(name, PackedLinear(inputs, outputs, quantization, module.bias))

@@ -1,0 +1,61 @@
+"""VQA accuracy: an answer is right as far as other people gave it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+AGREEING = 3  # people who make an answer fully right
+LEAST = AGREEING + 1  # answers, so that leaving one out leaves enough
+
+COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {word: str(number) for number, word in enumerate(COUNTED)} | {"none": "0"}
+ARTICLES = {"a", "an", "the"}
+SHORT = (
+    "ain't aren't can't couldn't could've didn't doesn't don't hadn't hasn't haven't he'd he's how'd how's i'm i've "
+    "isn't it'd it'll let's might've mustn't must've she's shouldn't should've somebody's someone's something's "
+    "that's there'd there's they'd they're they've wasn't we've weren't what'll what're what's where'd where's who'd "
+    "who'll who's who've won't wouldn't would've y'all you'd you'll you're you've"
+)
+CONTRACTIONS = {word.replace("'", ""): word for word in SHORT.split()}
+BETWEEN_DIGITS = re.compile(r"(?<=\d),(?=\d)")
+OTHER_PUNCTUATION = re.compile(r"""[;/\[\]"{}()=+\\_\-><@`,?!]""")
+FULL_STOP = re.compile(r"(?<!\d)\.|\.(?!\d)")
+
+
+def normalise(text: str) -> str:
+    """An answer as VQAv2's evaluation compares it.
+
+    Lower case; no full stops but in decimal numbers; punctuation but apostrophe and colon becomes a space; numbers up
+    to ten as digits; no articles; contractions with their apostrophe.
+
+    Source: the rules on visualqa.org/evaluation. Its script leaves both sides as they are where all people agree; here
+    they are always made alike.
+
+    Example:
+        >>> normalise("The  two dogs, 1,000.5 m-long; dont.")
+        "2 dogs 1000.5 m long don't"
+    """
+    text = FULL_STOP.sub("", BETWEEN_DIGITS.sub("", text.lower()))
+    words = [NUMBERS.get(word, word) for word in OTHER_PUNCTUATION.sub(" ", text).split()]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def agreement(answer: str, people: Sequence[str]) -> float:
+    """min(1, n / 3), where n others gave the answer: the mean over leaving each of the people out.
+
+    Args:
+        answer: of the model.
+        people: ten answers in VQAv2.
+    Returns:
+        From 0 to 1.
+    Source: Antol et al., "VQA: Visual Question Answering", and VQAv2's evaluation.
+
+    Example:
+        >>> round(agreement("Blue.", ["blue"] * 3 + ["navy"] * 7), 3)
+        0.9
+    """
+    said = normalise(answer)
+    same = [normalise(person) == said for person in people]
+    shares = [min(1.0, (sum(same) - own) / AGREEING) for own in same]
+    return sum(shares) / len(shares)

@@ -1,0 +1,40 @@
+"""Tell which weights of a backbone are no longer those that its name gives."""
+
+from collections.abc import Mapping
+
+import torch
+
+Samples = dict[str, tuple[torch.Size, torch.Tensor]]
+NUM_VALUES = 256  # of each tensor: enough for what changes a matrix, such as a LoRA that is merged into it
+
+
+def take_samples(weights: Mapping[str, torch.Tensor]) -> Samples:
+    """Evenly spread values of each tensor, on the CPU, with its shape; tensors without values are left out."""
+    return {key: (tensor.shape, _values(tensor)) for key, tensor in weights.items() if _is_readable(tensor)}
+
+
+def changed(weights: Mapping[str, torch.Tensor], samples: Samples) -> set[str]:
+    """Keys whose values or shape differ from the samples'; a cast alone, of `model.half()`, is no change."""
+    found = set()
+    for key, tensor in weights.items():
+        if key not in samples or not _is_readable(tensor):
+            continue
+        shape, values = samples[key]
+        if tensor.shape != shape or not _equal(_values(tensor), values.to(tensor.dtype)):
+            found.add(key)
+    return found
+
+
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    # Bit by bit: packed 4-bit weights that are stored as floats hold the bits of NaN, which equals nothing.
+    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+
+
+def _is_readable(tensor: torch.Tensor) -> bool:
+    # Not a DTensor, whose values are elsewhere.
+    return not tensor.is_meta and type(tensor.data) is torch.Tensor
+
+
+def _values(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // NUM_VALUES)].cpu().clone()
