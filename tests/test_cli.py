@@ -1,5 +1,6 @@
 """peft-crome: its commands, their exit status, and what they say when something is wrong."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,8 @@ def test_train_then_evaluate(values: dict[str, Any], dataset: Path, tmp_path: Pa
     assert "pretrain: what trains, on 12 rows" in result.stdout
     assert "3 steps in" in result.stdout
     assert "image_projection" in result.stdout
+    assert "GB predicted for 4 rows of" in result.stdout
+    assert "s a step, an estimate" in result.stdout
     answers = tmp_path / "answers.jsonl"
     result = runner.invoke(
         app,
@@ -51,8 +54,10 @@ def test_train_then_evaluate(values: dict[str, Any], dataset: Path, tmp_path: Pa
         ],
     )
     assert result.exit_code == 0, result.output
-    assert "of 5 rows" in result.stdout
+    assert "exact_match" in result.stdout
     assert len(answers.read_text().splitlines()) == 5
+    scores = json.loads((tmp_path / "answers.scores.json").read_text())["scores"]
+    assert scores["exact_match"]["n"] == 5
 
 
 @pytest.mark.parametrize(
@@ -84,7 +89,7 @@ def test_train_says_what_is_wrong(
 
 def test_module_is_the_command() -> None:
     result = subprocess.run([sys.executable, "-m", "peft_crome", "--help"], capture_output=True, text=True, check=True)
-    for command in ("train", "evaluate", "preset", "doctor"):
+    for command in ("train", "evaluate", "preset", "doctor", "plan", "inspect"):
         assert command in result.stdout
     result = runner.invoke(app, ["--version"])
     assert result.stdout == f"peft-crome {__version__}\n"
@@ -107,6 +112,32 @@ def test_evaluate_says_what_is_wrong(values: dict[str, Any], dataset: Path, tmp_
     result = runner.invoke(app, ["evaluate", trained, str(dataset)])
     assert result.exit_code == 1
     assert "is incomplete: adapter_model.safetensors (missing)" in result.stderr
+
+
+def test_evaluate_with_several_metrics(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+    train(load_recipe(values))
+    rows = json.loads(dataset.read_text())[:4]
+    for row in rows:
+        row |= {"answers": ["w40"] * 10, "options": ["w40", "w41", "w42", "w43"]}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    folder = ["--images", f"images={dataset.parent / 'images'}", "--images", str(dataset.parent)]
+    metrics = ["--metric", "vqa_accuracy", "--metric", "multiple_choice"]
+    output = ["--output", str(tmp_path / "a.jsonl"), "--max-new-tokens", "2"]
+    result = runner.invoke(
+        app, ["evaluate", values["output"], str(tmp_path / "rows.json"), *folder, *metrics, *output]
+    )
+    assert result.exit_code == 0, result.output
+    scores = json.loads((tmp_path / "a.scores.json").read_text())["scores"]
+    assert list(scores) == ["vqa_accuracy", "multiple_choice"]
+    assert "vqa_accuracy" in result.stdout
+    assert json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["options"] == rows[0]["options"]
+    for wrong, message in (
+        (["--metric", "spice"], "No metric 'spice'; expected one of"),
+        (["--metric", "vqa_accuracy"], "vqa_accuracy: row '0' has 0 answers in `answers`"),
+    ):
+        result = runner.invoke(app, ["evaluate", values["output"], str(dataset), *wrong])
+        assert result.exit_code == 1
+        assert message in result.stderr
 
 
 def test_interrupted_run_says_how_to_go_on(

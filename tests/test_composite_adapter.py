@@ -1,10 +1,13 @@
 """The adapter on the composite: decoder-only and encoder-decoder language models."""
 
+import json
+
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import AutoPeftModel, PeftModel, get_peft_model
 from transformers import (
     AutoModel,
+    AutoModelForImageTextToText,
     BartConfig,
     BartForConditionalGeneration,
     Dinov2Config,
@@ -12,8 +15,12 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
 )
 
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
@@ -134,3 +141,77 @@ def test_projection_trains_inside_the_wrapped_site():
     projection = [p for n, p in adapted.named_parameters() if "image_projection" in n and p.requires_grad]
     assert all(parameter.grad.abs().sum() > 0 for parameter in projection)
     assert torch.equal(adapted.unload().image_projection.weight, projection[0])
+
+
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged:UserWarning")
+def test_switching_while_merged_switches_every_branch(tmp_path):
+    """PEFT unmerges what says that it is merged; the vision branch cannot, and must follow all the same."""
+    model, batch, labels = build("llama")
+    adapted = get_peft_model(model, CromeConfig(bottleneck_dim=4, init_weights=False), adapter_name="a").eval()
+    adapted.add_adapter("b", CromeConfig(bottleneck_dim=6, init_weights=False))
+    adapted.save_pretrained(tmp_path)
+    expected = {}
+    with torch.no_grad():
+        for name in ("b", "a"):
+            adapted.set_adapter(name)
+            expected[name] = adapted(**batch, labels=labels).logits
+        adapted.merge_adapter()
+        adapted.set_adapter("b")
+        torch.testing.assert_close(adapted(**batch, labels=labels).logits, expected["b"], rtol=0, atol=0)
+        adapted.merge_adapter()
+        adapted.load_adapter(str(tmp_path / "a"), "x")
+        adapted.set_adapter("x")
+        torch.testing.assert_close(adapted(**batch, labels=labels).logits, expected["a"], rtol=0, atol=0)
+
+
+def test_merge_is_refused_inside_a_composite_too():
+    """UMT5 scales its output by whether its head is tied, which a merge ends."""
+    config = UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    LANGUAGE_MODELS["umt5"] = lambda: UMT5ForConditionalGeneration(config)
+    try:
+        model, batch, labels = build("umt5")
+    finally:
+        del LANGUAGE_MODELS["umt5"]
+    adapted = get_peft_model(model, CromeConfig(bottleneck_dim=4)).eval()
+    with torch.no_grad():
+        before = adapted(**batch, labels=labels).logits
+        for merge in (adapted.merge_adapter, adapted.merge_and_unload):
+            with pytest.raises(ValueError, match=r"UMT5.* scales its output where config.tie_word_embeddings is set"):
+                merge()
+        torch.testing.assert_close(adapted(**batch, labels=labels).logits, before, rtol=0, atol=0)
+
+
+def test_merged_composite_is_not_saved_without_its_adapter(tmp_path):
+    model, _, _ = build("llama")
+    merged = get_peft_model(model, CromeConfig(bottleneck_dim=4)).merge_and_unload()
+    with pytest.raises(ValueError, match=r"holds what a merged adapter leaves .*Save the adapter"):
+        merged.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_adapter_by_automatic_classes(tmp_path):
+    """AutoPeftModel finds the composite; the composite's own class, and transformers', take an adapter's directory."""
+    build("llama")[0].save_pretrained(tmp_path / "composite")
+    composite = CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "composite")
+    adapted = get_peft_model(composite, CromeConfig(bottleneck_dim=4, init_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    _, batch, _ = build("llama")
+    with torch.no_grad():
+        expected = adapted(**batch).logits
+        for auto in (AutoPeftModel, CromeVLMForConditionalGeneration, AutoModelForImageTextToText):
+            loaded = auto.from_pretrained(tmp_path / "adapter").eval()
+            torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=0)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="names no composite to put it on"):
+        CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+
+
+def test_adapter_where_a_table_is_narrower_than_its_model():
+    """OPT-350m: embeddings of 512, projected to the model's 1024."""
+    model, *_ = build("llama")
+    settings = {"ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    language = OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=32, word_embed_proj_dim=16, **settings))
+    model = CromeVLMForConditionalGeneration.from_backbones(model.vision_tower, language, image_token_id=64)
+    adapted = get_peft_model(model, CromeConfig(bottleneck_dim=4))
+    assert adapted.get_nb_trainable_parameters()[0] == 5 * 16 * 4

@@ -21,9 +21,12 @@ PUBLIC_NAMES = [
     "CromeVLMConfig",
     "CromeVLMForConditionalGeneration",
     "CromeVLMProcessor",
+    "FeatureCache",
     "SiteReport",
     "__version__",
+    "cache_features",
     "check",
+    "describe_adapter",
     "hotswap_adapter",
 ]
 
@@ -46,7 +49,7 @@ def test_public_names_are_in_the_reference() -> None:
     assert "`peft_crome.__version__`" in page
 
 
-@pytest.mark.parametrize("package", ["training", "data"])
+@pytest.mark.parametrize("package", ["training", "data", "serving", "inspection"])
 def test_names_of_the_parts_are_in_the_reference(package: str) -> None:
     module = importlib.import_module(f"peft_crome.{package}")
     page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
@@ -70,6 +73,19 @@ def test_import_loads_nothing_beside_transformers_and_peft() -> None:
     assert loaded - {"transformers"} == {"peft_crome"}
 
 
+@pytest.mark.parametrize(
+    ("package", "module"), [("training", "pydantic"), ("training", "datasets"), ("data", "ijson")]
+)
+def test_missing_extra_is_named(package: str, module: str) -> None:
+    code = f"import sys; sys.modules[{module!r}] = None; import peft_crome.{package}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    expected = f"needs '{module}', which is not installed. Write: pip install \"peft-crome[train]\""
+    assert last.startswith("ImportError: peft_crome.")
+    assert last.endswith(expected)
+
+
 def test_package_is_typed() -> None:
     assert (Path(peft_crome.__file__).parent / "py.typed").is_file()
 
@@ -85,3 +101,9 @@ def test_pre_commit_pins_the_same_linters() -> None:
     pinned = {item for item in PYPROJECT["dependency-groups"]["dev"] if isinstance(item, str) and "==" in item}
     hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     assert set(re.findall(r'"([\w-]+==[\d.]+)"', hooks)) == pinned
+
+
+def test_the_method_is_read_in_one_sitting() -> None:
+    """README and `peft_crome/tuner/` are the whole method; what only guards it stands outside."""
+    files = [ROOT / "README.md", *(ROOT / "peft_crome" / "tuner").glob("*.py")]
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 700

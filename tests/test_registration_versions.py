@@ -41,16 +41,22 @@ for table in ("CONFIG", "MIXED_MODEL", "PREFIX", "TUNER"):
     setattr(mapping, f"PEFT_TYPE_TO_{table}_MAPPING", {})
 utils = types.ModuleType("peft.utils")
 utils.PeftType, utils.register_peft_method = PeftType, peft_types.register_peft_method
+auto = types.ModuleType("peft.auto")
+auto.get_default_import_allowlist = lambda: ["peft", "transformers"]
 tuner = types.ModuleType("peft_crome.tuner")
 tuner.CromeConfig, tuner.CromeModel = type("CromeConfig", (), {}), type("CromeModel", (), {"prefix": "crome_"})
 for name, module in {
     "peft": types.ModuleType("peft"),
+    "peft.auto": auto,
     "peft.mapping": mapping,
     "peft.utils": utils,
     "peft_crome": types.ModuleType("peft_crome"),
     "peft_crome.tuner": tuner,
 }.items():
     sys.modules[name] = module
+sys.modules["peft"].auto = auto
+upload = lambda self, working_dir, repo_id: None
+sys.modules["peft"].PeftModel = type("PeftModel", (), {"_upload_modified_files": upload})
 
 registration = load("peft_crome.registration", registration_path)
 registration.register()
@@ -91,6 +97,8 @@ assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING == {member: tuner.CromeConfig}
 assert mapping.PEFT_TYPE_TO_TUNER_MAPPING == {member: tuner.CromeModel}
 assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING == {member: "crome_"}
 assert mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING == {}
+assert auto.get_default_import_allowlist() == ["peft", "transformers", "peft_crome.vlm.modeling_crome_vlm"]
+assert sys.modules["peft"].PeftModel._upload_modified_files.__wrapped__ is upload  # wrapped once
 assert not {"torch", "transformers"} & set(sys.modules)
 print("registered under", sys.version.split()[0])
 """

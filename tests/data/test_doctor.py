@@ -94,8 +94,24 @@ def test_nothing_is_overwritten(path: Path) -> None:
         before = target.read_bytes()
         result = runner.invoke(app, ["doctor", str(path), "--fix", str(target)])
         assert result.exit_code == 1
-        assert "it is there already, and nothing is overwritten" in result.stderr
+        assert "is there already, and nothing is overwritten" in result.stderr
         assert target.read_bytes() == before
+
+
+def test_copy_that_cannot_be_is_refused_before_the_look(path: Path) -> None:
+    for target, message in (("no/such/a.json", "there is no folder"), ("a.txt", "only JSON and JSONL are written")):
+        result = runner.invoke(app, ["doctor", str(path), "--fix", str(path.parent / target)])
+        assert result.exit_code == 1
+        assert message in result.stderr
+        assert "rows" not in result.stdout
+
+
+def test_copy_keeps_what_utf8_cannot_hold(tmp_path: Path) -> None:
+    """A lone surrogate in a field that nobody reads."""
+    row = {"conversations": [QUESTION, ANSWER], "note": "\ud800 é"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    write_fixed(tmp_path / "a.jsonl", tmp_path / "b.jsonl", examine(tmp_path / "a.jsonl"))
+    assert json.loads((tmp_path / "b.jsonl").read_text()) == row
 
 
 def test_copy_by_line_and_of_messages(tmp_path: Path) -> None:

@@ -137,16 +137,19 @@ def test_what_stands_outside_question_and_answer_is_left_out(tmp_path: Path) -> 
         ({"id": 3, "conversations": TURNS, "image": "/etc/passwd"}, "path", "the image path '/etc/passwd' leaves"),
         ({"id": 3, "conversations": TURNS, "image": "http://x/a.png"}, "path", "is an address. Download it"),
         ({"id": 3, "conversations": TURNS, "image": "a\0.png"}, "path", "holds a zero byte"),
+        ({"id": 3, "conversations": TURNS, "image": "a\ud800.png"}, "path", "or half a character"),
+        ({"id": "\ud800", "conversations": [QUESTION, {"from": "gpt", "value": "\ud800"}]}, "turn", "lone surrogate"),
         ({"id": 3, "conversations": [QUESTION, {"from": "gpt", "value": " "}]}, "empty", "from 'assistant' is empty"),
         ({"id": 3, "conversations": [QUESTION, QUESTION, ANSWER]}, "order", "roles out of order: user, user, assist"),
     ],
 )
 def test_faulty_row_is_named(row: Any, kind: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / ("rows.jsonl" if isinstance(row, dict) else "rows.json")  # a line of JSONL is an object
     with pytest.raises(RowError, match=message) as error:
-        list(read_rows(write(tmp_path / "rows.json", [row])))
+        list(read_rows(write(path, [row])))
     assert kind in [fault.kind for fault in error.value.faults]
     sound = {"id": 4, "conversations": [QUESTION, ANSWER]}
-    kept = read_rows(write(tmp_path / "rows.json", [row, sound]), faulty="drop")
+    kept = read_rows(write(path, [row, sound]), faulty="drop")
     assert [one["id"] for one in kept] == ["4"]
 
 

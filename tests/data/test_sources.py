@@ -125,6 +125,19 @@ def test_name_that_leads_nowhere(tmp_path: Path) -> None:
         load_rows("nobody/nothing")
 
 
+def test_pictures_in_a_table_are_not_looked_for(table: Dataset, tmp_path: Path) -> None:
+    table.save_to_disk(tmp_path / "saved")
+    columns = {"image": "image", "answer": "label", "question": "question"}
+    stored = load_rows(tmp_path / "saved", columns=columns)
+    Image.new("L", (2, 2)).save(tmp_path / "x.png")
+    turns = [{"from": "human", "value": "<image> <image> a"}, {"from": "gpt", "value": "b"}]
+    rows = [{"id": "two", "image": ["x.png", "y.png"], "conversations": turns}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    mixed = datasets.concatenate_datasets([stored, load_rows(tmp_path / "rows.json")])
+    with pytest.raises(ValueError, match=r"Row 'two': the image .*y.png is missing \(1 such"):
+        check_images(mixed)
+
+
 def test_missing_pictures_are_counted(path: Path) -> None:
     Image.new("L", (2, 2)).save(path.parent / "0.png")
     for rows in (list(read_rows(path)), load_rows(path)):

@@ -71,6 +71,8 @@ def test_every_key_that_does_not_explain_itself_has_a_description() -> None:
         "images",
         "data",
         "mixture",
+        "feature_cache",
+        "evaluation",
         "training",
     }
     plain |= {"gradient_checkpointing", "logging_steps"}

@@ -77,8 +77,14 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
         ),
         ({"backbones": {"vision": "a", "qformer": {}}}, "the Q-Former reads instructions; name its tokenizer"),
         ({"backbones": {"vision": "a", "qformer_tokenizer": "b"}}, "no Q-Former that qformer_tokenizer would be for"),
-        ({"data": [{"path": "a", "weight": 1}, {"path": "b"}]}, "give a `weight` to every data set and no `mixture`"),
-        ({"data": [{"path": "a", "weight": 1}], "mixture": {}}, "give a `weight` to every data set and no `mixture`"),
+        (
+            {"data": [{"path": "a", "weight": 1}, {"path": "b"}]},
+            "give a `weight` to every data set and write mixture: null",
+        ),
+        (
+            {"data": [{"path": "a", "weight": 1}], "mixture": {}},
+            "give a `weight` to every data set and write mixture: null",
+        ),
         ({"mixture": {"temperature": 0}}, "mixture.temperature: .*greater than 0"),
         ({"mixture": {"temprature": 2}}, r"mixture.temprature: no such key; did you mean 'temperature'\?"),
         (

@@ -259,7 +259,7 @@ def test_checkpoint_with_a_truncated_file_is_left_aside(
     file = interrupt(values, monkeypatch) / "checkpoint-6" / name
     file.write_bytes(file.read_bytes()[:-20])
     assert train(load_recipe(values))["stages"][0]["resumed"]
-    assert "checkpoint-6 was not written in full and is left aside" in caplog.text
+    assert "checkpoint-6 was not written in full; it is removed" in caplog.text
 
 
 def test_recipe_of_checkpoints_that_cannot_be_read(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,6 +366,33 @@ def test_loss_does_not_depend_on_how_a_batch_is_cut(kind: str, values: dict[str,
         losses.append(train(load_recipe(values))["stages"][0]["losses"])
     # One answer has as many tokens as another here, so a mean of means is the mean; T5 has dropout in training.
     assert losses[0][0][1] == pytest.approx(losses[1][0][1], rel=0.1 if kind == "t5" else 1e-4)
+
+
+def test_feature_cache_gives_the_same_run_and_is_shared(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Augmented pictures in three views each: a second run computes none of them."""
+    for colour in ("red", "green", "blue", "white"):  # a plain picture looks the same however it is cropped
+        picture = Image.new("RGB", (40, 50), colour)
+        picture.paste("gray", (0, 0, 10, 50))
+        (tmp_path / "images").mkdir(exist_ok=True)
+        picture.save(tmp_path / "images" / f"{colour}.png")
+    values["data"][0]["images"] = str(tmp_path)
+    values["images"] = {"horizontal_flip": True, "random_crop": True, "views": 3}
+    values["training"]["max_steps"] = 12
+    values["training"]["warmup_steps"] = 1
+    plain = train(load_recipe(values))["stages"][-1]
+    values["feature_cache"] = {"directory": str(tmp_path / "features")}
+    records = []
+    for run in ("first", "second"):
+        values["output"] = str(tmp_path / run)
+        records.append(train(load_recipe(values))["stages"][-1])
+        stored = len(list((tmp_path / "features").rglob("*.safetensors")))
+        assert 4 < stored <= 12  # of four pictures
+        monkeypatch.setattr("peft_crome.feature_cache.FeatureStore.put", None)  # nothing is left to be written
+    assert records[0]["losses"] == records[1]["losses"]
+    for cached, direct in zip(records[0]["losses"], plain["losses"], strict=True):
+        assert cached[1] == pytest.approx(direct[1], rel=1e-4)
 
 
 def test_two_image_roots_for_one_file(values: dict[str, Any]) -> None:

@@ -114,15 +114,23 @@ def test_load_refuses_a_file_with_another_method_s_keys(how: str, adapter: Path)
 
 
 @each_way
-def test_load_refuses_a_pickle_with_missing_keys(how: str, tmp_path: Path) -> None:
+def test_load_refuses_a_pickle_and_shows_how_to_convert_it(how: str, tmp_path: Path) -> None:
+    adapted(llava()).save_pretrained(tmp_path, safe_serialization=False)
+    model = receiver(how)
+    with unchanged(model, tmp_path), pytest.raises(ValueError, match="is a pickle, which may hold code") as error:
+        load(how, model, tmp_path)
+    assert_message(error.value, "safetensors.torch.save_file(torch.load(", "use_safetensors=False")
+
+
+def test_load_refuses_a_pickle_with_missing_keys(tmp_path: Path) -> None:
     adapted(llava()).save_pretrained(tmp_path, safe_serialization=False)
     file = tmp_path / "adapter_model.bin"
     tensors = torch.load(file, weights_only=True)
     del tensors["base_model.model.crome.crome_up.weight"]
     torch.save(tensors, file)
-    model = receiver(how)
+    model = llava().model
     with unchanged(model, tmp_path), pytest.raises(ValueError, match=r"missing keys \['crome_up.weight'\]"):
-        load(how, model, tmp_path)
+        PeftModel.from_pretrained(model, tmp_path, use_safetensors=False)
 
 
 @pytest.mark.parametrize("case", FILES)

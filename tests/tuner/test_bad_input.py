@@ -195,12 +195,3 @@ def test_merge_refuses_broken_weights_before_it_changes_anything() -> None:
         model.get_parameter("base_model.model.crome.crome_up.default.weight")[0, 0] = float("inf")
     with unchanged(model), pytest.raises(ValueError, match=r"NaNs detected .*\['default'\]"):
         model.merge_adapter(safe_merge=True)
-
-
-def test_forward_refuses_one_adapter_per_row() -> None:
-    host = llava()
-    model = adapted(host)
-    with unchanged(model), pytest.raises(NotImplementedError, match=r"adapter_names .*model.set_adapter\(name\)"):
-        model(**host.batch, adapter_names=["default", "default"])
-    with unchanged(model), pytest.raises(NotImplementedError, match="adapter_names"):
-        model.generate(**host.generate_inputs(), adapter_names=["default", "default"], max_new_tokens=2)

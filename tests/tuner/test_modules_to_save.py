@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
 
 from peft_crome import CromeConfig
 from tests.tuner.helpers import (
@@ -102,3 +103,43 @@ def test_a_configuration_can_be_used_for_another_model() -> None:
         get_peft_model(llava().model, config)
         assert config.modules_to_save == ["multi_modal_projector"]
         assert config.trained_on is None
+
+
+@pytest.mark.parametrize(
+    "config", [{"trainable_token_indices": [5, 6]}, {"modules_to_save": ["embed_tokens"]}], ids=["tokens", "table"]
+)
+def test_a_table_that_trains_folds_when_it_is_unloaded(config: dict) -> None:
+    host = llava()
+    model = attach(host.model, **config)
+    randomise(model)
+    train_steps(model, host.batch)
+    expected = logits(model.eval(), host.batch)
+    with pytest.raises(ValueError, match=r"embed_tokens'\] trains as well .* Write merge_and_unload\(\)"):
+        model.merge_adapter()
+    assert_equal(logits(model, host.batch), expected)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, host.batch), expected, atol=1e-5, rtol=1e-5)
+    assert not [path for path, _ in merged.named_modules() if "token_adapter" in path or "modules_to_save" in path]
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
+def test_heads_that_peft_adds_for_a_task(task_type: str, tmp_path: Path) -> None:
+    """PEFT names every head that a classifier can have; a model has one of them."""
+
+    def classifier() -> torch.nn.Module:
+        torch.manual_seed(0)
+        settings = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        config = LlamaConfig(**settings, num_attention_heads=2, pad_token_id=0, num_labels=3)
+        kinds = {"SEQ_CLS": LlamaForSequenceClassification, "TOKEN_CLS": LlamaForTokenClassification}
+        return kinds[task_type](config).eval()
+
+    branches = {"text": ["embed_tokens"]}
+    model = attach(classifier(), task_type=task_type, branches=branches)
+    assert "base_model.model.score.modules_to_save.default.weight" in trainable(model)
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    batch = {"input_ids": torch.tensor([[5, 6, 7]])}
+    loaded = PeftModel.from_pretrained(classifier(), tmp_path)
+    assert_equal(logits(loaded, batch), logits(model.eval(), batch))
+    with pytest.raises(ValueError, match="'classifer' matches no module"):
+        attach(classifier(), task_type=task_type, branches=branches, modules_to_save=["classifer"])

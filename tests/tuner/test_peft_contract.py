@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,35 @@ def test_weights_are_moved_to_where_their_input_is() -> None:
     with Moves() as moves:
         up(x)
     assert (id(up.weight), x.device) in moves.moved
+
+
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged:UserWarning")
+def test_a_merged_model_has_one_table_and_adapters_know_the_other() -> None:
+    host = llava()
+    expected = set(adapted(llava()).state_dict())
+    rms = attach(llava().model).peft_config["default"].trained_on["embedding_rms"]
+    model = adapted(host)
+    model.merge_adapter()
+    assert set(model.state_dict()) == expected
+    model.add_adapter("other", CromeConfig(bottleneck_dim=4))
+    assert model.peft_config["other"].trained_on["embedding_rms"] == rms
+    model.half()
+    model.unmerge_adapter()
+    table = llava().model.get_input_embeddings().weight
+    assert_equal(model.get_input_embeddings().weight.detach(), table.half())
+
+
+def test_a_vocabulary_that_grew_is_still_the_same_backbone(tmp_path: Path) -> None:
+    """A table of a real size: eight tokens that stay are compared."""
+
+    def host(rows: int) -> nn.Module:
+        return llava(vocab_size=rows).model
+
+    small = host(2048)
+    attach(small).save_pretrained(tmp_path)
+    grown = host(2048)
+    grown.resize_token_embeddings(2060)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(grown, tmp_path)
+    assert not [str(w.message) for w in caught if "trained on" in str(w.message)]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +99,73 @@ def test_model_objects_are_used_as_they_are(backbones):
     model = CromeVLMForConditionalGeneration.from_backbones(vision=tower, language=language)
     assert model.vision_tower is tower
     assert model.language_model is language
-    assert (model.config.vision_model_name_or_path, model.config.text_model_name_or_path) == (None, backbones[1])
+    assert (model.config.vision_model_name_or_path, model.config.text_model_name_or_path) == (None, None)
+
+
+def same_after_reload(model: Any, path: Path) -> set[str]:
+    """Save, load, compare; the keys that were stored."""
+    batch = batch_for(model.eval())
+    model.save_pretrained(path)
+    loaded = CromeVLMForConditionalGeneration.from_pretrained(path)
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=0)
+    return set(load_file(path / "model.safetensors"))
+
+
+def test_an_object_from_a_name_may_have_changed_and_is_stored(backbones, tmp_path, caplog):
+    language = AutoModelForCausalLM.from_pretrained(backbones[1])
+    language.lm_head.weight.data.mul_(2.0)  # as a merged LoRA would
+    model = CromeVLMForConditionalGeneration.from_backbones(vision=backbones[0], language=language)
+    stored = same_after_reload(model, tmp_path / "whole")
+    assert "language_model.lm_head.weight" in stored
+    assert f"model.config.text_model_name_or_path = '{backbones[1]}'" in caplog.text
+    language.lm_head.weight.data.div_(2.0)
+    model.config.text_model_name_or_path = backbones[1]
+    model._samples = {}  # of the doubled head, which is gone
+    assert same_after_reload(model, tmp_path / "named") == PROJECTION
+
+
+def test_weights_that_changed_without_training_are_stored(backbones, tmp_path):
+    composite = CromeVLMForConditionalGeneration.from_backbones(vision=backbones[0], language=backbones[1])
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    merged = get_peft_model(composite, lora).merge_and_unload()
+    stored = {key for key in same_after_reload(merged, tmp_path) if not key.startswith("image_projection")}
+    assert stored
+    assert all("q_proj" in key for key in stored)
+    merged.half().save_pretrained(tmp_path / "half")  # a cast is no change
+    assert {key.split(".")[-2] for key in load_file(tmp_path / "half" / "model.safetensors")} == {
+        "image_projection",
+        "q_proj",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_changed_quantised_weights_are_refused(backbones, tmp_path):
+    composite = CromeVLMForConditionalGeneration.from_backbones(
+        vision=backbones[0], language=backbones[1], quantization_config=BitsAndBytesConfig(**FOUR_BIT)
+    )
+    composite.language_model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    with pytest.raises(ValueError, match="Quantised weights have changed since they were loaded"):
+        composite.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_survives(backbones, tmp_path, tied):
+    language = AutoModelForCausalLM.from_pretrained(backbones[1])
+    language.config.tie_word_embeddings = tied
+    language.tie_weights()
+    language.save_pretrained(tmp_path / "language")
+    composite = CromeVLMForConditionalGeneration.from_backbones(
+        vision=backbones[0], language=str(tmp_path / "language"), image_token_id=3
+    )
+    rows = composite.get_input_embeddings().weight.shape[0]
+    composite.resize_token_embeddings(rows + 5)
+    stored = same_after_reload(composite, tmp_path / "composite")
+    assert "language_model.model.embed_tokens.weight" in stored
+    assert not any("layers" in key for key in stored)
+    loaded = CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "composite")
+    assert loaded.get_input_embeddings().weight.shape[0] == loaded.get_output_embeddings().weight.shape[0] == rows + 5
+    same_after_reload(loaded, tmp_path / "again")
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tests.vlm.conftest import IMAGE_ID, LANGUAGE_MODELS, SEQ2SEQ, build, make_batch
 
@@ -50,14 +51,23 @@ def test_prompt_keeps_its_image_ids_in_every_sequence(options):
     assert len(whole.scores) >= 1
 
 
-@pytest.mark.parametrize(
-    "options", [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}]
-)
-def test_caches_and_assistance_write_the_same(options):
+@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"use_cache": False}])
+def test_caches_write_the_same(options):
     model = build()
     batch = make_batch(model, images_per_row=(1,))
     expected = model.generate(**batch, max_new_tokens=6, do_sample=False)
     assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False, **options), expected)
+
+
+def test_guessing_ahead_is_refused():
+    model = build()
+    batch = make_batch(model, images_per_row=(1,))
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model.language_model}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} does not work here"):
+            model.generate(**batch, max_new_tokens=3, **options)
+    settings = GenerationConfig(prompt_lookup_num_tokens=3, max_new_tokens=3)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens does not work here"):
+        model.generate(**batch, generation_config=settings)
 
 
 def test_cached_features_text_alone_and_embeddings():

@@ -156,6 +156,12 @@ def test_adapter_reads_query_tokens_and_patches() -> None:
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
+def test_adapter_reads_query_tokens_alone() -> None:
+    model = get_peft_model(with_qformer(image_token_order=["query"]), CromeConfig(bottleneck_dim=4))
+    assert [path for path, m in model.get_base_model().named_modules() if isinstance(m, CromeLayer)] == ["text_fusion"]
+    assert model.get_nb_trainable_parameters()[0] == 3 * WIDTH * 4
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_saved_and_loaded(named: bool, tmp_path: Path) -> None:
     """Named parts are not stored; a Q-Former without a name, or one that trained, is."""
@@ -222,6 +228,8 @@ def test_bad_configurations() -> None:
         build(qformer_config=tf.InstructBlipQFormerConfig(**QFORMER | {"encoder_hidden_size": 8}))
     with pytest.raises(ValueError, match=r"image_token_order=\['patch'\]"):
         build(image_token_order=["query", "patch"])
+    with pytest.raises(ValueError, match="leaves the Q-Former without use"):
+        with_qformer(image_token_order=["patch"])
     with pytest.raises(ValueError, match="expected one of"):
         CromeVLMForConditionalGeneration.from_instructblip(build(), language=build().language_model)
     with pytest.raises(ValueError, match="num_query_tokens=0"):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import transformers as tf
 
+from peft_crome.vlm import CromeVLMForConditionalGeneration
 from peft_crome.vlm.vision import find_vision_model
 from tests.vlm.conftest import TOWERS, build, make_batch
 
@@ -83,3 +85,37 @@ def test_vision_features_replace_pixel_values(features):
     raw = model.vision_tower(pixels).last_hidden_state
     given = {"pooled": model.get_vision_features(pixels), "patches": raw[:, 1:], "whole": raw}[features]
     torch.testing.assert_close(model(**batch, vision_features=given).logits, expected)
+
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 30, "patch_size": 10}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "tower"),
+    [
+        (tf.CLIPVisionModelWithProjection, tf.CLIPVisionConfig(projection_dim=16, **SMALL), tf.CLIPVisionModel),
+        (tf.ViTForImageClassification, tf.ViTConfig(**SMALL), tf.ViTModel),
+    ],
+)
+def test_a_head_is_left_out(model_class, config, tower, tmp_path):
+    composite = CromeVLMForConditionalGeneration.from_backbones(
+        model_class(config), build().language_model, image_token_id=100
+    )
+    assert type(composite.vision_tower) is tower
+    composite.save_pretrained(tmp_path)
+    loaded = CromeVLMForConditionalGeneration.from_pretrained(tmp_path)
+    batch = make_batch(composite)
+    torch.testing.assert_close(loaded(**batch).logits, composite(**batch).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "because"),
+    [
+        (tf.ViTMAEModel, tf.ViTMAEConfig(**SMALL), "hides most patches at random, .* with ViTModel"),
+        (tf.Dinov2Backbone, tf.Dinov2Config(**SMALL), "gives feature maps for detection"),
+        (tf.Siglip2VisionModel, tf.Siglip2VisionConfig(hidden_size=24, num_attention_heads=2), ".* are cut up"),
+    ],
+)
+def test_what_gives_no_features_of_every_patch_is_refused(model_class, config, because):
+    with pytest.raises(ValueError, match=f"{model_class.__name__} {because}.*Pass another tower"):
+        find_vision_model(model_class(config))

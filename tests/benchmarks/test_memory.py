@@ -1,0 +1,22 @@
+"""The committed comparison of predicted and measured memory: within bounds, and the table in the docs is its own."""
+
+import json
+from pathlib import Path
+
+from benchmarks import memory
+
+PAGE = Path(__file__).parents[2] / "docs" / "planning.md"
+RECORDS = json.loads((memory.RESULTS / "records.json").read_text(encoding="utf-8"))
+
+
+def test_every_case_is_within_its_bounds() -> None:
+    assert [record["case"] for record in RECORDS] == memory.CASES
+    for record in RECORDS:
+        assert memory.is_near(record), record["case"]
+
+
+def test_table_in_the_docs_is_the_committed_one() -> None:
+    table = (memory.RESULTS / "table.md").read_text(encoding="utf-8")
+    assert table == memory.table(RECORDS)
+    shown = PAGE.read_text(encoding="utf-8").split("<!-- table -->\n")[1].split("<!-- end of table -->")[0]
+    assert shown == table

@@ -1,0 +1,99 @@
+"""The benchmarks of speed at a tiny size: they compare what they say, and what must be equal is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import decoding, many_adapters, operations, step_memory, step_time
+from benchmarks.interleaved import middle, plot_ratios, ratios, seconds_in_turn
+from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, batch_of, training_step
+from tests.vlm.conftest import build
+
+
+def tiny(frozen_in: str = "bfloat16") -> Any:
+    return build().bfloat16()
+
+
+def test_repeats_have_all_ways_in_turn() -> None:
+    called: list[str] = []
+    taken = seconds_in_turn({name: lambda name=name: called.append(name) for name in "abc"}, 2)
+    assert "".join(called) == "abc" + "bca" + "cab"
+    assert {name: len(values) for name, values in taken.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_ratios_are_of_one_repeat() -> None:
+    assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    assert middle([1.0, 2.0, 3.0], 1) == "2.0 (1.5 to 2.5)"
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_methods_train_what_they_say(method: str) -> None:
+    model = attach(tiny(), method)
+    composite = model if method == FLOOR else model.get_base_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    step = training_step(model, batch_of(composite, 2, 32, prompt="prompt" in method))
+    step()
+    step()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert bool(changed) == (method != FLOOR)
+
+
+def test_floor_goes_back_to_the_embeddings() -> None:
+    model = attach(tiny(), FLOOR)
+    seen = []
+    for site in (model.get_input_embeddings(), model.vision_fusion):
+        site.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    training_step(model, batch_of(model, 2, 32))()
+    assert len(seen) == 2
+    assert all(output.grad is not None and output.grad.abs().sum() > 0 for output in seen)
+
+
+def test_step_time_writes_a_line_per_method(tmp_path: Path) -> None:
+    case = {"frozen_in": "bfloat16", "rows": 1, "tokens": 32, "compiled": False, "methods": [FLOOR, CROME]}
+    record = step_time.measure(case, 2, tiny)
+    lines = step_time.table([record]).splitlines()
+    assert len(lines) == 2 + 2
+    assert record["trained"][CROME] == 5 * 32 * 256
+    plot_ratios({"tiny": step_time.to_floor(record)}, tmp_path / "plot.png", "ratio")
+    with Image.open(tmp_path / "plot.png") as drawn:
+        assert drawn.width > 100
+
+
+def test_memory_goal_is_the_issues() -> None:
+    records = [{"method": FLOOR, "peak": 1_000_000}, {"method": CROME, "trained": 1000}]
+    assert step_memory.goal(records) == 1_050_000 + 16_000  # type: ignore[arg-type]
+
+
+def test_folded_adapter_decodes_the_same_tokens() -> None:
+    record = decoding.measure(2, 6, 32, tiny)
+    assert record["folded_says_the_same"]
+    assert set(decoding.to_base(record)) == set(record["seconds"]) - {decoding.BASE}
+    assert len(decoding.table(record).splitlines()) == 2 + len(record["seconds"])
+
+
+def test_many_adapters_are_different_ones() -> None:
+    record = many_adapters.measure(4, [1, 4], 2, 32, 2, tiny)
+    assert list(record["seconds"]["decoding"]) == [
+        "no adapter",
+        *[f"{name}, {how}" for name in ("CROME", "LoRA r=8 on q, v")
+          for how in ("the active one", "1 of adapter_names", "4 of adapter_names")],
+    ]  # fmt: skip
+    assert len(many_adapters.table(record).splitlines()) == 2 + 7
+
+
+@pytest.mark.parametrize("method", operations.CONFIGS)
+def test_operations_leave_the_model_as_it_was(method: str, tmp_path: Path) -> None:
+    ways = operations.operations(method, tmp_path, tiny)
+    assert tuple(ways) == operations.OPERATIONS
+    for call in [*ways.values(), *ways.values()]:
+        call()
+
+
+def test_thousand_adapters_weigh_what_their_weights_do() -> None:
+    found = operations.thousand(40, tiny)
+    assert found["weights"] == 40 * 5 * 32 * 256 * 4
+    assert found["grown"] / found["weights"] == pytest.approx(1, abs=0.5)

@@ -1,0 +1,3 @@
+"""Backbones and a composite as the composite's own tests have them."""
+
+from tests.vlm.conftest import backbones, composite, processor  # noqa: F401  # fixtures

@@ -1,0 +1,101 @@
+"""peft-crome plan: tables from configurations alone, and what it says when something is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import LlamaConfig, LlavaConfig
+from typer.testing import CliRunner
+
+from peft_crome.cli import app
+from peft_crome.training import load_recipe, train
+from tests.training.conftest import backbones, dataset, values  # noqa: F401  # fixtures
+from tests.vlm.conftest import text_config, vision_config
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def configs(tmp_path: Path) -> tuple[str, str]:
+    """Directories of a tower and a language model that hold a config.json each, and nothing else."""
+    vision_config("dinov2").save_pretrained(tmp_path / "tower")
+    text_config("llama").save_pretrained(tmp_path / "llm")
+    return str(tmp_path / "tower"), str(tmp_path / "llm")
+
+
+def plan(*arguments: str) -> Any:
+    return runner.invoke(app, ["plan", *arguments])
+
+
+def test_plan_from_two_configurations(configs: tuple[str, str]) -> None:
+    result = plan(
+        "--backbone", configs[1], "--vision", configs[0], "--gpu", "t4", "--dtype", "float16", "--rows", "5000"
+    )
+    assert result.exit_code == 0, result.output
+    for text in ("language_model", "vision_tower", "image_projection", "adapter", "AdamW's states", "T4 (16 GB)"):
+        assert text in result.stdout
+    assert "9 of them a picture's" in result.stdout
+    assert "5,000" in result.stdout
+    assert "40% of the data sheet's dense rate in float16" in result.stdout
+    small = plan("--backbone", configs[1], "--vision", configs[0], "--qformer", "--stage", "instruct", "--gpu", "3gb")
+    assert small.exit_code == 0, small.output
+    assert "qformer" in small.stdout
+    assert "so no times are given" in small.stdout
+
+
+def test_plan_from_a_recipe_and_a_stage(values: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    result = plan(str(tmp_path / "recipe.yaml"), "--set", "backbones.quantization=4bit", "--gpu", "rtx3090")
+    assert result.exit_code == 0, result.output
+    assert "text_projection" in result.stdout
+    later = ["finetune", "--set", f"previous={values['output']}", "--gpu", "l40s"]
+    result = plan(*later)
+    assert result.exit_code == 1
+    assert "is not there yet" in result.stderr
+    train(load_recipe(values))
+    result = plan(*later)
+    assert result.exit_code == 0, result.output
+    assert "adapter" in result.stdout
+
+
+def test_plan_of_a_model_that_sees_and_of_a_language_model(tmp_path: Path) -> None:
+    language = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    language |= {"vocab_size": 100, "pad_token_id": 0}
+    llava = LlavaConfig(vision_config=vision_config(), text_config=LlamaConfig(**language), image_token_index=99)
+    llava.save_pretrained(tmp_path / "llava")
+    text_config("qwen2").save_pretrained(tmp_path / "qwen2")
+    for name, quantization in (("llava", []), ("qwen2", ["--quantization", "8bit"])):
+        result = plan("--backbone", str(tmp_path / name), *quantization, "--length", "40", "--gpu", "24gb")
+        assert result.exit_code == 0, result.output
+        assert "rows of 40 tokens." in result.stdout
+
+
+def test_batches_stop_at_the_first_that_does_not_fit(tmp_path: Path) -> None:
+    LlamaConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    result = plan("--backbone", str(tmp_path), "--length", "2048", "--gpu", "8gb")
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stdout.splitlines() if line.startswith("│") and ("yes" in line or "no " in line)]
+    assert " no " in lines[-1]
+    assert all(" yes " in line for line in lines[:-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backbone", "LLM", "--gpu", "h10"], "known are h100, a100-80"),
+        ([], "Name a recipe, or models: peft-crome plan --backbone NAME --vision NAME"),
+        (["pretrain", "--backbone", "LLM"], "A recipe says what its model is. Change its keys: --set"),
+        (["--backbone", "LLM", "--qformer"], "are for a tower. Name it: --vision NAME"),
+        (["--backbone", "nobody/nothing"], "--backbone: 'nobody/nothing' cannot be loaded"),
+        (["--backbone", "LLM", "--vision", "nobody/nothing"], "backbones.vision: 'nobody/nothing' cannot be loaded"),
+        (["--backbone", "TOWER"], "is not a language model"),
+        (["--backbone", "LLM", "--vision", "TOWER", "--length", "9"], "a picture alone takes 9 tokens"),
+        (["nowhere.yaml"], "neither a file nor a preset"),
+    ],
+)
+def test_plan_says_what_is_wrong(arguments: list[str], message: str, configs: tuple[str, str]) -> None:
+    places = {"TOWER": configs[0], "LLM": configs[1]}
+    result = plan(*(places.get(word, word) for word in arguments))
+    assert result.exit_code == 1
+    assert message in result.stderr

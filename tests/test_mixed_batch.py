@@ -1,0 +1,239 @@
+"""`adapter_names`: rows with several images, rows without, beams, the composite, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from peft_crome import CromeConfig
+from tests.tuner.helpers import M, adapted, logits, randomise
+from tests.vlm.conftest import build, make_batch
+from tests.zoo import ZOO, Batch
+
+ADAPTERS = ("first", "second", "__base__")
+
+
+def with_adapters(model: Any, **config: Any) -> PeftModel:
+    """Two adapters that differ from each other and from an identity."""
+    model = get_peft_model(model, CromeConfig(bottleneck_dim=M, **config), adapter_name="first")
+    model.add_adapter("second", CromeConfig(bottleneck_dim=2 * M, **config))
+    for seed, name in enumerate(("first", "second")):
+        randomise(model, name, seed=seed)
+    return model.eval()
+
+
+def in_turn(model: PeftModel, call: Any) -> dict[str, Any]:
+    """What `call` gives with each adapter on every row."""
+    found = {}
+    for name in ADAPTERS[:2]:
+        model.set_adapter(name)
+        found[name] = call()
+    with model.disable_adapter():
+        found["__base__"] = call()
+    return found
+
+
+def assert_rows(model: PeftModel, batch: Batch, names: list[str], differs: bool = True) -> None:
+    single = in_turn(model, lambda: logits(model, batch))
+    with torch.no_grad():
+        mixed = model(**batch, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], single[name][row], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(single["first"], single["second"], rtol=1e-3, atol=1e-3) != differs
+
+
+def uneven(name: str) -> tuple[Any, Batch]:
+    """A host, and a batch with two images in one row and one in the other, which is padded on the left."""
+    case = ZOO[name]()
+    given = case.batch
+    image = given["input_ids"][0, 1:-2].tolist()
+    rows = [[1, *image, 9, *image, 5, 6], [*[0] * (len(image) + 1), 1, *image, 7, 8]]
+    mask = [[1] * len(rows[0]), [0] * (len(image) + 1) + [1] * (len(image) + 3)]
+    batch = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+    for key, value in given.items():
+        if key.endswith("token_type_ids"):
+            batch[key] = (batch["input_ids"] == 60).int()
+        elif key.startswith(("pixel", "image")):
+            half = len(value) // 2
+            third = value[:half] + 0.5 if value.is_floating_point() else value[:half]
+            batch[key] = torch.cat([value[:half], third, value[half:]])
+    if name == "llava_onevision":
+        batch["batch_num_images"] = torch.tensor([1, 1, 1])  # each is cut into tiles
+    return case.model, batch
+
+
+@pytest.mark.parametrize(
+    "name", ["llava", "qwen2_5_vl", "gemma3", "internvl", "llava_next", "llava_onevision", "hunyuan_vl"]
+)
+@pytest.mark.parametrize("names", [["first", "second"], ["second", "__base__"]], ids="-".join)
+def test_several_images_in_a_row(name: str, names: list[str]) -> None:
+    model, batch = uneven(name)
+    assert_rows(with_adapters(model), batch, names)
+
+
+def qformer_composite() -> Any:
+    import transformers as tf
+
+    qformer = tf.InstructBlipQFormerConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, encoder_hidden_size=24,
+        vocab_size=100, cross_attention_frequency=2,
+    )  # fmt: skip
+    return build(qformer_config=qformer.to_dict(), num_query_tokens=3)
+
+
+COMPOSITES = {
+    "llama": build,
+    "gpt2": lambda: build(language="gpt2"),
+    "t5": lambda: build(language="t5"),
+    "qformer": qformer_composite,
+}
+
+
+@pytest.mark.parametrize("kind", COMPOSITES)
+@pytest.mark.parametrize("images", [(1, 0, 2), (1, 1, 1), (0, 0, 3), (0, 0, 0)], ids=str)
+def test_composite(kind: str, images: tuple[int, ...]) -> None:
+    model = COMPOSITES[kind]()
+    batch = make_batch(model, images_per_row=images)
+    if kind == "t5":
+        batch["labels"] = torch.tensor([[9, 10, 1], [11, 12, 1], [13, 14, 1]])
+    if kind == "qformer" and sum(images):
+        batch["qformer_input_ids"] = torch.tensor([[5, 6, 7]] * sum(images))
+        batch["qformer_attention_mask"] = torch.ones_like(batch["qformer_input_ids"])
+    peft_model = with_adapters(model)
+    for names in (["first", "second", "__base__"], ["second", "first", "first"]):
+        # With a Q-Former the text branch reads its tokens, and instructions stay as they are.
+        assert_rows(peft_model, batch, names, differs=kind != "qformer" or sum(images) > 0)
+
+
+GENERATE = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "several": {"num_beams": 4, "num_return_sequences": 2},
+    "without cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("settings", GENERATE.values(), ids=GENERATE)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "idefics3", "instructblip", "instructblip_t5"])
+def test_generate(name: str, settings: dict[str, Any]) -> None:
+    case = ZOO[name]()
+    model = with_adapters(case.model)
+    assert_generated(model, case.generate_inputs(), ["first", "second"], settings)
+
+
+@pytest.mark.parametrize("settings", GENERATE.values(), ids=GENERATE)
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_composite_generates(kind: str, settings: dict[str, Any]) -> None:
+    model = COMPOSITES[kind]()
+    assert_generated(with_adapters(model), make_batch(model), ["second", "first", "__base__"], settings)
+
+
+def assert_generated(model: PeftModel, inputs: Batch, names: list[str], settings: dict[str, Any]) -> None:
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "suppress_tokens": [60]} | settings
+    single = in_turn(model, lambda: model.generate(**inputs, **options))
+    mixed = model.generate(**inputs, **options, adapter_names=names)
+    each = len(mixed) // len(names)
+    for row, name in enumerate(names):
+        part = slice(row * each, (row + 1) * each)
+        assert torch.equal(mixed[part], single[name][part])
+
+
+def test_many_adapters_on_one_batch() -> None:
+    model = build()
+    peft_model = with_adapters(model)
+    for number in range(14):
+        peft_model.add_adapter(f"a{number}", CromeConfig(bottleneck_dim=M))
+        randomise(peft_model, f"a{number}", seed=100 + number)
+    names = [f"a{number}" for number in range(14)] + ["first", "second"]
+    batch = make_batch(model, images_per_row=tuple(number % 3 for number in range(16)))
+    with torch.no_grad():
+        mixed = peft_model(**batch, adapter_names=names).logits
+        for row, name in enumerate(names):
+            peft_model.set_adapter(name)
+            torch.testing.assert_close(mixed[row], peft_model(**batch).logits[row], rtol=1e-4, atol=1e-5)
+
+
+def test_modules_that_train_as_well_have_their_row_too() -> None:
+    """Each adapter's own copy of the head, and of the projection where each row has an image."""
+    model = with_adapters(build(), modules_to_save=["lm_head", "image_projection"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    batch = make_batch(model.get_base_model(), images_per_row=(1, 1, 1))
+    assert_rows(model, batch, ["first", "second", "__base__"])
+    batch = make_batch(model.get_base_model(), images_per_row=(1, 0, 1))
+    with pytest.raises(ValueError, match=r"is given 2 inputs for 3 rows; adapter_names takes one image per row there"):
+        model(**batch, adapter_names=["first", "second", "__base__"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    model = with_adapters(build().to(dtype))
+    batch = make_batch(model.get_base_model())
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    single = in_turn(model, lambda: logits(model, batch))
+    with torch.no_grad():
+        mixed = model(**batch, adapter_names=["first", "second", "first"]).logits
+    for row, name in enumerate(["first", "second", "first"]):
+        torch.testing.assert_close(mixed[row], single[name][row], rtol=0.05, atol=0.05)
+
+
+def test_what_is_refused() -> None:
+    case = ZOO["llava"]()
+    model = adapted(case)
+    refused = {
+        r"Length of `adapter_names` should be the same .* got 1 and 2": ["default"],
+        r"non-existing adapter\(s\): other\. There are \['default'\]": ["default", "other"],
+    }
+    for message, names in refused.items():
+        with pytest.raises(ValueError, match=message):
+            model(**case.batch, adapter_names=names)
+        with pytest.raises(ValueError, match=message):
+            model.generate(**case.generate_inputs(), adapter_names=names)
+    names = ["default", "__base__"]
+    with pytest.raises(ValueError, match=r"when the model is in training mode\. Write model\.eval\(\)"):
+        model.train()(**case.batch, adapter_names=names)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="please call `unmerge_adapter` first"):
+        model(**case.batch, adapter_names=names)
+    model.unmerge_adapter()
+    model(**case.batch, adapter_names=names)
+    expected = logits(model, case.batch)
+    with pytest.raises(RuntimeError):
+        model(**{**case.batch, "pixel_values": torch.randn(2, 5, 8, 8)}, adapter_names=names)
+    assert torch.equal(logits(model, case.batch), expected)  # nothing is left behind by an error
+
+
+def test_embeddings_instead_of_ids_are_one_image_per_row() -> None:
+    """Without token ids nothing says how many images a row has."""
+    case = ZOO["llava"]()
+    model = with_adapters(case.model)
+    embeddings = model.get_base_model().get_input_embeddings()
+    batch = {key: value for key, value in case.batch.items() if key != "input_ids"}
+    single = {}
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        with torch.no_grad():
+            single[name] = embeddings(case.batch["input_ids"])
+    batch["inputs_embeds"] = torch.stack([single["first"][0], single["second"][1]])
+    expected = in_turn(model, lambda: logits(model, batch))
+    with torch.no_grad():
+        mixed = model(**batch, adapter_names=["first", "second"]).logits
+    for row, name in enumerate(("first", "second")):
+        torch.testing.assert_close(mixed[row], expected[name][row], rtol=1e-4, atol=1e-5)
+    batch["pixel_values"] = torch.cat([batch["pixel_values"]] * 2)[:3]
+    with pytest.raises(ValueError, match="the rows' placeholders do not say whose they are"):
+        model(**batch, adapter_names=["first", "second"])
+
+
+def test_lora_takes_them_as_before() -> None:
+    """PEFT's own methods are not touched."""
+    model = get_peft_model(ZOO["llava"]().model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    batch = ZOO["llava"]().batch
+    with torch.no_grad():
+        rows = model(**batch, adapter_names=["default", "__base__"]).logits
+        assert not torch.allclose(rows[0], model(**batch, adapter_names=["__base__"] * 2).logits[0])

@@ -1,0 +1,96 @@
+"""The line that says where a run is, on a terminal and in a file."""
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from peft_crome.training import load_recipe, train
+from peft_crome.training.progress import ProgressLine
+
+LINE = r"step 2/6: loss [\d.]+, [\d,]+ tokens/s, [\d.]+ GB, \d\d:\d\d left"
+
+
+def test_in_a_file_each_log_is_a_line(values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    values["training"] |= {"logging_steps": 2, "arguments": {}}
+    train(load_recipe(values))
+    said = capsys.readouterr()
+    assert re.search(LINE, said.err)
+    assert len(re.findall(r"^step ", said.err, re.M)) == 3
+    assert "{" not in said.out
+
+
+def test_tokens_are_those_of_the_batches(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    count = ProgressLine.count
+
+    def counted(self: Any, loss: Any, tokens: Any) -> None:
+        count(self, loss, tokens)
+        seen.append(int(tokens))
+
+    monkeypatch.setattr(ProgressLine, "count", counted)
+    values["training"] |= {"rows_per_device": 2}
+    train(load_recipe(values))
+    assert len(seen) == 12
+    assert min(seen) > 4
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_it_is_one_line_and_an_error_begins_on_its_own(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("peft_crome.training.progress.OFTEN", 0.0)
+    values["training"]["arguments"] = {}
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("at the first checkpoint")
+
+    monkeypatch.setattr("peft_crome.training.run.CromeTrainer._save_checkpoint", fail)
+    with pytest.raises(RuntimeError, match="at the first checkpoint"):
+        train(load_recipe(values))
+    written = terminal.getvalue()
+    assert re.search(r"3/6 steps  50%\|.*\| ?, loss [\d.]+, [\d,]+ tokens/s, [\d.]+ GB, \d\d:\d\d left", written)
+    assert written.endswith("\n")
+
+
+@pytest.mark.slow
+def test_command_line_on_a_pseudo_terminal(values: dict[str, Any], tmp_path: Path) -> None:
+    """A whole run as a user sees it: the line, the scores on lines of their own, the error on its own."""
+    values["training"] |= {"arguments": {}, "learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0}
+    values["evaluation"] = {"data": [{"path": values["data"][0]["path"]}], "steps": 1, "max_rows": 2}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "peft_crome", "train", str(tmp_path / "recipe.yaml")],
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            data = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not data:
+            break
+        written += data
+    os.close(ours)
+    assert process.wait() == 1
+    text = written.decode()
+    assert re.search(r"(\r|\n)(\x1b\[\w+)*step 1: rows_exact_match [\d.]+% ± [\d.]+%\r?\n", text)
+    assert re.search(r"\n(\x1b\[\d+m)?NotFiniteError(\x1b\[0m)? Step \d", text)
