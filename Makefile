@@ -1,4 +1,4 @@
-# make quickstart | demo | test | models-table | test-fast | test-oldest | lint | docs | bench-import | clean
+# make quickstart | demo | test | models-table | test-fast | test-oldest | lint | docs | bench | bench-import | clean
 #
 # Each makes the virtual environment it needs in $(VENV), once, and again when pyproject.toml has changed.
 #   make quickstart PYTHON=python3.12      another interpreter for the virtual environment
@@ -30,7 +30,7 @@ endif
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check
 
 export NO_MKDOCS_2_WARNING := 1
-.PHONY: help quickstart demo test models-table test-fast test-oldest lint docs bench-import clean
+.PHONY: help quickstart demo test models-table test-fast test-oldest lint docs bench bench-import clean
 .DELETE_ON_ERROR:
 
 help:
@@ -66,6 +66,13 @@ lint: $(DEV_READY)
 docs: $(DEV_READY)  ## into site/
 	$(RUN) -m mkdocs build --strict
 
+bench: $(DEV_READY) bench-import  ## speed, memory, many adapters, operations: an hour on a machine that does nothing else
+	$(RUN) -m benchmarks.step_time
+	$(RUN) -m benchmarks.step_memory
+	$(RUN) -m benchmarks.decoding
+	$(RUN) -m benchmarks.many_adapters
+	$(RUN) -m benchmarks.operations
+
 bench-import: $(DEV_READY)
 	$(RUN) benchmarks/import_time.py
 
@@ -96,7 +103,7 @@ $(VENV)/.installed-quickstart: pyproject.toml | $(VENV)/.installed-torch
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed-torch
 	@echo "Installing peft_crome and what its tests, docs and demo need (some minutes)"
-	$(PIP) --quiet -e ".[plots,quantization,train,trl]" --group dev --group docs
+	$(PIP) --quiet -e ".[metrics,plots,quantization,train,trl]" --group dev --group docs
 	@touch $@
 
 $(VENV)-oldest/.installed: tests/oldest.txt

@@ -17,7 +17,7 @@ from peft_crome import CromeConfig, CromeVLMForConditionalGeneration, CromeVLMPr
 
 from .parts import cache_dir, dinov2_small, easy_vqa_dir, smollm2
 
-METHODS = ("crome", "projection", "lora", "crome-4bit", "crome-normal")
+METHODS = ("crome", "projection", "lora", "crome-4bit")
 PROJECTION = "image_projection"
 POOL_SIZE = 2  # 8 x 8 patches of a 112 px picture -> 16 image tokens
 
@@ -64,8 +64,7 @@ def adapter_config(method: str, stage: str) -> PeftConfig | None:
         # 748,800 weights, 1.6% more than CROME's 737,280. The regex spares the tower: its layers have the same names.
         target = r".*language_model.*\.(q_proj|v_proj)"
         return LoraConfig(r=13, lora_alpha=26, target_modules=target, modules_to_save=projection)
-    init = "normal" if method == "crome-normal" else True
-    return CromeConfig(bottleneck_dim=256, init_weights=init, modules_to_save=projection)
+    return CromeConfig(bottleneck_dim=256, modules_to_save=projection)
 
 
 def attach(method: str, stage: str, previous: Path | None = None) -> torch.nn.Module:

@@ -39,16 +39,18 @@ def write_data(folder: Path, test_questions: int) -> None:
             kind = "finetune" if row["answer"] in data.SHAPES else "instruct"
             by_kind[kind].append((row["image_id"], [(row["question"], row["answer"])]))
         for stage, rows in by_kind.items():
-            rows = _every(rows, test_questions) if split == "test" else _together(rows)
-            write_json(folder / f"{stage}-{split}.json", [_row(number, *row) for number, row in enumerate(rows)])
+            rows = every(rows, test_questions) if split == "test" else together(rows)
+            write_json(
+                folder / f"{stage}-{split}.json", [conversation(number, *row) for number, row in enumerate(rows)]
+            )
 
 
-def _every(rows: list[Any], count: int) -> list[Any]:
+def every(rows: list[Any], count: int) -> list[Any]:
     """About `count` rows, evenly spread."""
     return rows[:: max(1, len(rows) // count)][:count]
 
 
-def _together(rows: list[Any]) -> list[Any]:
+def together(rows: list[Any]) -> list[Any]:
     """Up to four questions about one picture in one conversation: it is read once for all of them."""
     by_picture: dict[int, list[Any]] = {}
     for picture, turns in rows:
@@ -56,12 +58,13 @@ def _together(rows: list[Any]) -> list[Any]:
     return [(picture, turns[i : i + 4]) for picture, turns in by_picture.items() for i in range(0, len(turns), 4)]
 
 
-def _row(number: int, picture: int, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    conversation = []
+def conversation(number: int, picture: int | None, turns: list[tuple[str, str]]) -> dict[str, Any]:
+    """A row in the LLaVA format; no picture: text alone."""
+    said = []
     for place, (question, answer) in enumerate(turns):
-        question = f"<image>\n{question}" if place == 0 else question
-        conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": number, "image": f"{picture}.png", "conversations": conversation}
+        question = f"<image>\n{question}" if place == 0 and picture is not None else question
+        said += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": number, "conversations": said} | ({} if picture is None else {"image": f"{picture}.png"})
 
 
 def recipe(stage: str, output: Path, folder: Path, steps: int, rows: int, previous: str | None) -> dict[str, Any]:

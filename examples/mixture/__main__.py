@@ -1,0 +1,7 @@
+"""python -m examples.mixture"""
+
+import typer
+
+from .experiment import main
+
+typer.run(main)

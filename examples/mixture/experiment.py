@@ -1,0 +1,140 @@
+"""Two real data sets and rows without pictures in one recipe: easy-VQA, digits, sums; from the command line.
+
+    python -m examples.mixture --output outputs/mixture
+
+writes the data as LLaVA files and two recipes, and runs `peft-crome train` and `peft-crome evaluate` on them, each in
+a process of its own: `pretrain` on what is shown ("red circle", "seven"), `finetune` on questions about it. Both data
+sets are asked before and after each stage. What is done is not done again. Needs the extras `train` and `dev`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from examples.easy_vqa import data
+from examples.easy_vqa.parts import dinov2_small, easy_vqa_dir, smollm2
+from examples.easy_vqa.stages import conversation, every, together
+from examples.easy_vqa.training import write_json
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SUMS = (*WORDS, "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen")
+TRAINING_DIGITS = 1400  # of 1,797, in the order of the people who wrote them
+SETS = ("easy_vqa", "digits")
+
+
+def write_data(folder: Path, test_rows: int) -> None:
+    """Captions and questions of both sets, their tests, and sums without a picture."""
+    for split in ("train", "test"):
+        questions = data.load_questions(split)
+        captions = [(i, [("Describe the picture.", text)]) for i, text in data.captions(questions).items()]
+        asked = [(row["image_id"], [(row["question"], row["answer"])]) for row in questions if row["kind"] == "what"]
+        asked = every(asked, test_rows) if split == "test" else together(asked)
+        write_json(folder / f"easy_vqa-{split}.json", [conversation(n, *row) for n, row in enumerate(asked)])
+        write_json(folder / f"easy_vqa-captions-{split}.json", [conversation(n, *r) for n, r in enumerate(captions)])
+    digits = load_digits()
+    written = [(number, WORDS[digit]) for number, digit in enumerate(digits.target)]
+    for split, rows in (("train", written[:TRAINING_DIGITS]), ("test", every(written[TRAINING_DIGITS:], test_rows))):
+        asked = [(number, [("Which digit is written here?", word)]) for number, word in rows]
+        captions = [(number, [("Describe the picture.", word)]) for number, word in rows]
+        write_json(folder / f"digits-{split}.json", [conversation(n, *row) for n, row in enumerate(asked)])
+        write_json(folder / f"digits-captions-{split}.json", [conversation(n, *r) for n, r in enumerate(captions)])
+    (folder / "digits").mkdir(exist_ok=True)
+    for number, pixels in enumerate(digits.images):  # 8 x 8, of 0 to 16
+        picture = Image.fromarray((pixels * (255 / 16)).round().astype("uint8"))
+        picture.resize((64, 64), Image.Resampling.BICUBIC).save(folder / "digits" / f"{number}.png")
+    sums = [(a, b) for a in range(10) for b in range(10)]
+    rows = [
+        conversation(n, None, [(f"What is {WORDS[a]} plus {WORDS[b]}?", SUMS[a + b])]) for n, (a, b) in enumerate(sums)
+    ]
+    write_json(folder / "sums.json", rows)  # last: the folder is complete
+
+
+def recipe(stage: str, output: Path, steps: int, rows: int) -> dict[str, Any]:
+    """A stage's recipe: both sets, drawn by the square root of their sizes; `finetune` also has sums."""
+    folder = output / "data"
+    images = {"easy_vqa": str(easy_vqa_dir() / "train" / "images"), "digits": str(folder / "digits")}
+    captions = "-captions" if stage == "pretrain" else ""
+    sets: list[dict[str, Any]] = [
+        {"path": str(folder / f"{name}{captions}-train.json"), "images": images[name]} for name in SETS
+    ]
+    sets += [] if captions else [{"path": str(folder / "sums.json")}]
+    parts = {"vision": str(dinov2_small()), "language": str(smollm2()), "vision_pool_size": 2, "image_size": 112}
+    return {
+        "stage": stage,
+        "output": str(output / stage),
+        **({"backbones": parts} if stage == "pretrain" else {"previous": str(output / "pretrain")}),
+        "data": sets,
+        "mixture": {"temperature": 2.0},
+        "feature_cache": {"directory": str(output / "features"), "max_gigabytes": 1},
+        "system": data.SYSTEM,
+        "training": {
+            "batch_size": rows,
+            "max_steps": steps,
+            "learning_rate": 1e-3,
+            "initial_learning_rate": 1e-6,
+            "warmup_steps": steps // 20,
+            "weight_decay": 0.0,
+            "save_steps": 50,
+        },
+    }
+
+
+def peft_crome(*arguments: str) -> None:
+    """The command line, in a process of its own."""
+    subprocess.run([sys.executable, "-m", "peft_crome", *arguments], check=True)
+
+
+def accuracy(output: Path, stage: str, name: str) -> dict[str, float]:
+    """Exact match of a set's test questions after a stage."""
+    from peft_crome.training import exact_match
+
+    answers = output / f"{stage}-on-{name}.jsonl"
+    if not answers.is_file():
+        folder = output / "data"
+        images = easy_vqa_dir() / "test" / "images" if name == "easy_vqa" else folder / "digits"
+        test = [str(folder / f"{name}-test.json"), "--images", str(images), "--output", str(answers)]
+        peft_crome("evaluate", str(output / stage), *test, "--batch-size", "32", "--max-new-tokens", "8")
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    return exact_match([row["answer"] for row in rows], [row["expected"] for row in rows])
+
+
+def run(output: Path, steps: dict[str, int], rows: int, test_rows: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Train and evaluate what is not done yet; accuracy by stage and set."""
+    if not (output / "data" / "sums.json").is_file():
+        write_data(output / "data", test_rows)
+    results = {}
+    for stage, count in steps.items():
+        file = output / f"{stage}.yaml"
+        file.write_text(yaml.safe_dump(recipe(stage, output, count, rows), sort_keys=False))
+        if not (output / stage).is_dir():
+            peft_crome("train", str(file))
+        results[stage] = {name: accuracy(output, stage, name) for name in SETS}
+        write_json(output / "results.json", results)
+    return results
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Where everything goes; a second run continues there.")] = Path(
+        "outputs/mixture"
+    ),
+    steps: Annotated[int, typer.Option(help="Of each stage.")] = 200,
+    rows: Annotated[int, typer.Option(help="Of a step.")] = 16,
+    test_rows: Annotated[int, typer.Option(help="Of each set.")] = 397,
+) -> None:
+    """Run both stages and print both accuracies after each."""
+    for stage, scores in run(output, {"pretrain": steps, "finetune": steps}, rows, test_rows).items():
+        said = [f"{name} {s['accuracy']:.1%} ± {s['stderr']:.1%} of {s['n']}" for name, s in scores.items()]
+        print(f"after {stage}: {', '.join(said)}")
