@@ -108,5 +108,5 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed-torch
 
 $(VENV)-oldest/.installed: tests/oldest.txt
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check --quiet -r tests/oldest.txt bitsandbytes==0.50.2 hypothesis pytest pytest-xdist
+	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check --quiet -r tests/oldest.txt bitsandbytes==0.50.2 hypothesis pytest pytest-timeout pytest-xdist
 	@touch $@
