@@ -22,6 +22,7 @@ from torch import nn
 KEY_PREFIX = "base_model.model.crome."
 HOST_PREFIX = "base_model.model."
 DTYPES = ("F32", "F16", "BF16")  # what an adapter is trained in; safetensors' names
+COUNTS = ("I64", "I32", "U8", "BOOL")  # of buffers in a host's module, such as a batch norm's number of batches
 TRAINABLE_TOKENS = "trainable_tokens_"  # rows of trainable_token_indices are saved with any method
 HEADER_LIMIT = 16 << 20  # bytes; the header of a thousand tensors has 200 kB
 EMBEDDINGS = tuple(f"{name}.weight" for name in EMBEDDING_LAYER_NAMES)
@@ -38,12 +39,14 @@ class AdapterFile:
     Attributes:
         crome: name without the prefix ("crome_up.weight") -> shape.
         host: whole key of every other tensor -> shape: trained copies of the host's modules.
+        counts: those of `host` that hold integers.
         modules_to_save: what the configuration beside the file says; the model's may be changed before it is used.
     """
 
     path: Path
     crome: Shapes = field(default_factory=dict)
     host: Shapes = field(default_factory=dict)
+    counts: set[str] = field(default_factory=set)
     modules_to_save: tuple[str, ...] = ()
 
     def check_fits(self, model: nn.Module, expected: Shapes, source: str) -> None:
@@ -102,12 +105,13 @@ class AdapterFile:
         """Compare the trained copies of the host's modules with the modules; `check_host` comes first.
 
         Raises:
-            ValueError: lists missing tensors and tensors of another shape.
+            ValueError: lists missing tensors, and tensors of another shape or kind.
         """
         if not self.host and not self.modules_to_save:
             return
         state = {name: tensor for name, tensor in model.state_dict().items() if ".modules_to_save." not in f".{name}"}
         own = {_host_path(name): tuple(tensor.shape) for name, tensor in state.items()}
+        integers = {_host_path(name) for name, tensor in state.items() if not tensor.is_floating_point()}
         named = [f".{_host_path(name)}." for name in self.modules_to_save]
         missing = {path for path in own if any(part in f".{path}." for part in named)} - set(
             map(_host_path, self.host)
@@ -121,6 +125,11 @@ class AdapterFile:
             f"{key} has shape {shape}, the model's is {own[path]}"
             for key, shape in self.host.items()
             if (path := _host_path(key)) in own and own[path] != shape
+        ]
+        wrong += [
+            f"{key} holds {'integers' if key in self.counts else 'no integers'}, unlike the model's"
+            for key in self.host
+            if (path := _host_path(key)) in own and (key in self.counts) != (path in integers)
         ]
         if wrong:
             raise ValueError(
@@ -175,11 +184,12 @@ def read_adapter_file(
     others = tuple(f".{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix not in own)
     foreign = sorted(key for key in header if any(prefix in key for prefix in others))
     found = AdapterFile(path)
-    for key, (shape, _) in header.items():
+    for key, (shape, dtype) in header.items():
         if key.startswith(KEY_PREFIX):
             found.crome[key.removeprefix(KEY_PREFIX)] = shape
         else:
             found.host[key] = shape
+            found.counts |= {key} if dtype in COUNTS else set()
     if not found.crome:
         raise ValueError(
             f"{path} holds no CROME weights: expected keys that start with {KEY_PREFIX!r}, found "
@@ -190,7 +200,8 @@ def read_adapter_file(
             f"{path} holds unexpected keys of another PEFT method beside CROME's: {foreign[:3]}. Save each adapter in "
             "a directory of its own."
         )
-    odd = sorted(f"{key} is {dtype}" for key, (_, dtype) in header.items() if dtype not in DTYPES)
+    dtypes = {key: dtype for key, (_, dtype) in header.items() if key not in found.counts}
+    odd = sorted(f"{key} is {dtype}" for key, dtype in dtypes.items() if dtype not in DTYPES)
     if odd:
         raise ValueError(
             f"{path} holds weights in another dtype than {DTYPES}: {odd[:3]}. Save it again after "
@@ -235,7 +246,7 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     safetensors itself refuses offsets that overlap, leave gaps or pass the file's end, and sizes that overflow.
     """
     if path.name == WEIGHTS_NAME:  # a pickle that a user asked PEFT for by name
-        names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
         tensors = torch.load(path, map_location="meta", weights_only=True)
         return {key: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for key, t in tensors.items()}
     with path.open("rb") as raw:

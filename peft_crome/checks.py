@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any, cast
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .adapter_file import Shapes
@@ -64,6 +66,16 @@ def find_hidden_size(model: nn.Module, branches: Branches) -> int:
     return hidden_size
 
 
+def present_branches(model: nn.Module, layer_cls: type[nn.Module]) -> Branches:
+    """The sites that a model has already, by branch."""
+    present: Branches = {}
+    for name, module in model.named_modules():
+        if isinstance(module, layer_cls):
+            for branch, ranges in cast(Any, module).branches.items():
+                present.setdefault(branch, []).extend(with_ranges(name, ranges))
+    return present
+
+
 def check_same_branches(present: Branches, branches: Branches, adapter_name: str) -> None:
     """Refuse an adapter whose sites are not those of the adapters that are there.
 
@@ -92,6 +104,21 @@ def check_names(model: nn.Module, child: str, own: type, adapter_name: str, shap
             f"adapter_name={adapter_name!r} has a dot or a slash, or is part of the weights' own names: a file could "
             "not tell adapters apart. Write adapter_name='default', or another word."
         )
+
+
+def check_free(model: nn.Module, adapter_name: str, own: Any) -> None:
+    """Refuse the name of another method's adapter: PEFT keeps one configuration per name, and would lose that one.
+
+    Raises:
+        ValueError: names the method, and another name to write.
+    """
+    for module in model.modules():
+        other = isinstance(module, BaseTunerLayer) and not isinstance(module, own)
+        if other and adapter_name in cast(Any, module)._all_available_adapter_names():
+            raise ValueError(
+                f"An adapter {adapter_name!r} is on this model already, of {type(module).__module__}. Give this one "
+                f"another name: get_peft_model(model, config, adapter_name='pictures')."
+            )
 
 
 def redirect_into_sites(

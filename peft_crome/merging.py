@@ -57,7 +57,8 @@ class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the 
             table.weight = merged
             weights.train(training)
         if safe_merge and not torch.isfinite(folded).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken.")
+            broken = ", ".join(names)
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken.")
         self._unmerged = self._unmerged or [table.weight]
         install_table(table, folded)
         self.merged_adapters.extend(names)

@@ -45,10 +45,13 @@ def rows_with_adapters(
         )
     ids = keywords.get("input_ids", keywords.get("inputs", arguments[0] if arguments else None))
     ids = ids if isinstance(ids, torch.Tensor) and not ids.is_floating_point() else None
-    if ids is not None and len(ids) != len(names):
+    counted = ids
+    if not hasattr(model, "config"):  # a module of somebody's own: what it is given has a row for each
+        counted = next((value for value in (*arguments, *keywords.values()) if isinstance(value, torch.Tensor)), None)
+    if counted is not None and len(counted) != len(names):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(names)} and {len(ids)} respectively."
+            f"{len(names)} and {len(counted)} respectively."
         )
     rows = _Rows(model, weights, names, ids, keywords)
     handles = [model.register_forward_pre_hook(rows.begin, with_kwargs=True), model.register_forward_hook(rows.end)]
@@ -165,6 +168,8 @@ class _Rows:
                 continue
             self.left[id(site), kind] = left - shares[1]
             return self._repeated(len(of_row)).repeat_interleave(shares[0])
+        if not self.kinds and total == len(self.names):
+            return self.of_row
         if images % len(self.names) == 0 and (images == len(self.names) or not self.kinds):
             return self._repeated(images).repeat_interleave(total // images)
         raise ValueError(
@@ -219,7 +224,8 @@ class _Rows:
 
 def _kinds(model: nn.Module) -> dict[int, str]:
     """Token id -> what stands in its place."""
-    configs = [model.config, *(getattr(model.config, name, None) for name in ("vision_config", "audio_config"))]
+    config = getattr(model, "config", None)
+    configs = [config, *(getattr(config, name, None) for name in ("vision_config", "audio_config"))]
     found = {
         getattr(config, f"{word}_token_{suffix}", None): word
         for word in ("audio", "video", "image")
@@ -231,7 +237,7 @@ def _kinds(model: nn.Module) -> dict[int, str]:
 
 def _tiles(model: nn.Module, keywords: dict[str, Any]) -> list[int] | None:
     """How many tiles each image was cut into, where its size says so (LLaVA-NeXT and its kin)."""
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
     pinpoints, sizes = getattr(config, "image_grid_pinpoints", None), keywords.get("image_sizes")
     if pinpoints is None or sizes is None:
         return None

@@ -52,21 +52,20 @@ def describe_backbone(model: nn.Module, hidden_size: int, embedding_rows: torch.
     }
 
 
-def record_backbone(config: Any, here: dict[str, Any]) -> dict[str, Any]:
-    """Return what `config.trained_on` becomes on this backbone.
+def record_backbone(config: Any, here: dict[str, Any]) -> None:
+    """Fill in `config.trained_on` on this backbone.
 
     One warning names all that differs from what the adapter was trained on. What an older release did not record is
     not compared.
     """
     there = config.trained_on
-    if there is None:
-        return here
-    problems = differences(there, here)
-    if not problems:
-        # What has no effect may have moved on: a path, a patch release.
-        return there if config.inference_mode else here
-    warnings.warn("\n".join(["This adapter meets another model than it was trained on:", *problems]), stacklevel=6)
-    return there if config.inference_mode else here
+    described = config._described or there is None
+    problems = [] if described else differences(there, here)
+    if problems:
+        warnings.warn("\n".join(["This adapter meets another model than it was trained on:", *problems]), stacklevel=6)
+    config._described = described
+    # Even without a problem, what has no effect may have moved on: a path, a patch release.
+    config.trained_on = here if described or not config.inference_mode else there
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

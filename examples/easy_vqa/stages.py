@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from . import data
+from .model import frozen_dtype
 from .parts import dinov2_small, easy_vqa_dir, smollm2
 from .training import write_json
 
@@ -90,6 +91,7 @@ def recipe(stage: str, output: Path, folder: Path, steps: int, rows: int, previo
     values["backbones"] = {
         "vision": str(dinov2_small()),
         "language": str(smollm2()),
+        "dtype": str(frozen_dtype()).removeprefix("torch."),
         "vision_pool_size": 2,
         "qformer": QFORMER,
         "qformer_tokenizer": str(smollm2()),
@@ -137,8 +139,18 @@ def _run(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "peft_crome", *arguments], check=True)
 
 
-def run(output: Path, sizes: dict[str, int], test_questions: int, rows: dict[str, int] = ROWS) -> list[dict[str, Any]]:
-    """Train and evaluate what is not done yet; one row per stage, with its accuracy before and after."""
+def run(
+    output: Path,
+    sizes: dict[str, int],
+    test_questions: int,
+    rows: dict[str, int] = ROWS,
+    image_size: int | None = None,
+) -> list[dict[str, Any]]:
+    """Train and evaluate what is not done yet; one row per stage, with its accuracy before and after.
+
+    Args:
+        image_size: of the pictures, in pixels; the tower's own if None.
+    """
     folder = output / "data"
     if not (folder / "finetune-test.json").is_file():
         write_data(folder, test_questions)
@@ -146,7 +158,10 @@ def run(output: Path, sizes: dict[str, int], test_questions: int, rows: dict[str
     previous = None
     for stage, steps in sizes.items():
         file = output / f"{stage}.yaml"
-        file.write_text(yaml.safe_dump(recipe(stage, output, folder, steps, rows[stage], previous), sort_keys=False))
+        values = recipe(stage, output, folder, steps, rows[stage], previous)
+        if image_size is not None and previous is None:
+            values["backbones"]["image_size"] = image_size
+        file.write_text(yaml.safe_dump(values, sort_keys=False))
         if not (output / stage).is_dir():
             _run("train", str(file))
         record = json.loads((output / stage / "crome_stage.json").read_text())["stages"][-1]

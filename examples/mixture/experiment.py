@@ -25,6 +25,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from examples.easy_vqa import data
+from examples.easy_vqa.model import frozen_dtype
 from examples.easy_vqa.parts import dinov2_small, easy_vqa_dir, smollm2
 from examples.easy_vqa.stages import conversation, every, together
 from examples.easy_vqa.training import write_json
@@ -72,6 +73,7 @@ def recipe(stage: str, output: Path, steps: int, rows: int) -> dict[str, Any]:
     ]
     sets += [] if captions else [{"path": str(folder / "sums.json")}]
     parts = {"vision": str(dinov2_small()), "language": str(smollm2()), "vision_pool_size": 2, "image_size": 112}
+    parts["dtype"] = str(frozen_dtype()).removeprefix("torch.")
     return {
         "stage": stage,
         "output": str(output / stage),

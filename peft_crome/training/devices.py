@@ -93,12 +93,14 @@ def find_gpu(name: str) -> Device:
 
 
 def this_device(device: torch.device, dtype: torch.dtype) -> Device:
-    """The device that a process trains on: what it has left or holds already, and its rate, measured in a second."""
+    """The device that a process trains on: what it has left or holds already, and its rate, measured in a second.
+
+    Of a CPU the rate of float32 as well: many have no instructions for a shorter dtype.
+    """
     if device.type == "cpu":
         memory = psutil.virtual_memory().available + psutil.Process().memory_info().rss
-        return Device(
-            "this machine's CPU", int(memory * (1 - LOST_ON_CPU)), {dtype: matmul_rate(device, dtype)}, _share()
-        )
+        rates = {kind: matmul_rate(device, kind) for kind in {dtype, torch.float32}}
+        return Device("this machine's CPU", int(memory * (1 - LOST_ON_CPU)), rates, _share())
     if device.type != "cuda":  # no other says in PyTorch what it has
         return Device(str(device), psutil.virtual_memory().total, {dtype: matmul_rate(device, dtype)}, _share())
     free, _ = torch.cuda.mem_get_info(device)

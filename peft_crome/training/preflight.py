@@ -127,11 +127,24 @@ def preflight(
         seconds = device.seconds(cost.flops * arguments.gradient_accumulation_steps, mixed or dtype)
         if cost.peak > device.memory:
             warnings.append(_too_large(cost.peak, device, size, recipe, config))
+        warnings += _slow_dtype(device, mixed or dtype, recipe)
     except (NotPredictable, ValueError) as error:
         warnings.append(f"Memory and time are not predicted. {error}")
     for warning in warnings:
         logger.warning(warning)
     return Preflight(trained, count, sample, size, cost, device, seconds, warnings)
+
+
+def _slow_dtype(device: Device, dtype: torch.dtype, recipe: Recipe) -> list[str]:
+    if recipe.backbones is None or not {dtype, torch.float32} <= device.rates.keys():
+        return []
+    faster, name = device.rates[torch.float32] / device.rates[dtype], str(dtype).removeprefix("torch.")
+    if faster < 2:
+        return []
+    return [
+        f"backbones.dtype: {device.name} multiplies {faster:.0f} times as fast in float32 as in {name}. Write "
+        "dtype: float32, which takes twice the memory for what is frozen."
+    ]
 
 
 def sample_rows(rows: Any, collator: ConversationCollator) -> RowSample:

@@ -55,9 +55,10 @@ class CromeConfig(PeftConfig):
         default=None, metadata={"help": "Filled in at attachment: the backbone, to warn when it is another one."}
     )
 
-    # Not fields, so never saved: what the file beside this configuration holds, and what its card is to say.
+    # Not fields, so never saved: the file beside this, what its card is to say, whether trained_on was filled in here.
     _file: ClassVar[AdapterFile | None] = None
     _card: ClassVar[CardDetails | None] = None
+    _described: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,14 +53,17 @@ class CromeWeights(nn.Module, BaseTunerLayer):
 
     So W_u is one tensor however many sites use it, and a file's keys do not depend on where the sites are. Children,
     each a ModuleDict from adapter name to a CromeLinear: `crome_up` (m -> d), and for each branch
-    `crome_gate_<branch>` and `crome_down_<branch>` (d -> m).
+    `crome_gate_<branch>` and `crome_down_<branch>` (d -> m); d is `hidden_size`, the language model's width.
     """
 
     weight = bias = None  # BaseTunerLayer would look for them in a base layer, and there is none
 
-    def __init__(self, branches: list[str]) -> None:
+    other_param_names = ("settings",)  # deleted with an adapter
+
+    def __init__(self, branches: list[str], hidden_size: int) -> None:
         super().__init__()
         self.branches = list(branches)
+        self.in_features = self.out_features = hidden_size
         pairs = [f"crome_{kind}_{branch}" for branch in branches for kind in ("gate", "down")]
         self.adapter_layer_names = ("crome_up", *pairs)
         for name in self.adapter_layer_names:
@@ -73,15 +76,14 @@ class CromeWeights(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
-    def add(self, adapter_name: str, config: CromeConfig, hidden_size: int, rms: float) -> None:
+    def add(self, adapter_name: str, config: CromeConfig, rms: float) -> None:
         """Create one adapter's weights in fp32: (2·branches + 1)·d·m of them.
 
         Args:
-            hidden_size: d, the language model's embedding width.
             rms: root mean square of the language model's own embeddings. The scheme "scaled" divides by rms·sqrt(d),
                 so that what enters gate and product has unit variance on text, whatever the backbone's scale.
         """
-        m = config.bottleneck_dim
+        m, hidden_size = config.bottleneck_dim, self.out_features
         self.settings[adapter_name] = (config.gate_activation, float(config.dropout))
         for name in self.adapter_layer_names:
             is_up = name == "crome_up"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -41,6 +40,10 @@ class CromeModel(BaseTuner):
     tuner_layer_cls = (CromeLayer, CromeWeights)  # type: ignore[assignment]  # PEFT only calls isinstance on it
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # sites.py has the hosts
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        checks.check_free(model, adapter_name, self.tuner_layer_cls)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -54,15 +57,10 @@ class CromeModel(BaseTuner):
         Raises:
             ValueError: see `find_branches`, and `checks.py` for what must fit.
         """
-        # A copy: what is filled in below belongs to this model, and a caller may use the configuration again.
-        config: CromeConfig = copy.copy(self.peft_config[adapter_name])
+        config: CromeConfig = self.peft_config[adapter_name]
         branches = find_branches(model, config.branches)
         hidden_size = checks.find_hidden_size(model, branches)
-        present: checks.Branches = {}
-        for name, module in model.named_modules():
-            if isinstance(module, CromeLayer):
-                for branch, ranges in module.branches.items():
-                    present.setdefault(branch, []).extend(checks.with_ranges(name, ranges))
+        present = checks.present_branches(model, CromeLayer)
         checks.check_same_branches(present, branches, adapter_name)
         expected = checks.expected_shapes(branches, hidden_size, config.bottleneck_dim)
         checks.check_names(model, WEIGHTS_NAME, CromeWeights, adapter_name, expected)
@@ -75,10 +73,10 @@ class CromeModel(BaseTuner):
         modules_to_save = checks.redirect_into_sites(named, "modules_to_save", branches, paths, heads)
         rows = getattr(input_embeddings(model), "num_embeddings", None)
         indices = checks.redirect_token_indices(config.trainable_token_indices, table, branches, paths, rows)
-        config.trained_on = record_backbone(config, describe_backbone(model, hidden_size, embedding_rows(model)))
+        before = dict(vars(config))
+        record_backbone(config, describe_backbone(model, hidden_size, embedding_rows(model)))
         config.modules_to_save = list(modules_to_save) or config.modules_to_save
         config.trainable_token_indices = indices
-        self.peft_config[adapter_name] = config
         self._branches_of: dict[str, dict[str, TokenRanges]] = {}
         for branch, sites in branches.items():
             for site in sites:
@@ -91,6 +89,7 @@ class CromeModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
         except Exception:
             self._roll_back(model, adapter_name, first=not present)
+            config.__dict__.update({"_described": False} | before)
             for parameter, requires_grad in flags:
                 parameter.requires_grad_(requires_grad)
             raise
@@ -125,10 +124,10 @@ class CromeModel(BaseTuner):
         # tuner layer that is there before the first injection for an older adapter.
         if not hasattr(self.model, WEIGHTS_NAME):
             names = dict.fromkeys(branch for site in self._branches_of.values() for branch in site)
-            self.model.add_module(WEIGHTS_NAME, CromeWeights(list(names)))
+            self.model.add_module(WEIGHTS_NAME, CromeWeights(list(names), self._hidden_size))
         weights: CromeWeights = getattr(self.model, WEIGHTS_NAME)
         if adapter_name not in weights.crome_up:
-            weights.add(adapter_name, peft_config, self._hidden_size, embedding_rms(self.model))
+            weights.add(adapter_name, peft_config, embedding_rms(self.model))
             device, dtype = device_and_dtype(self.model)
             for linears in (getattr(weights, name) for name in weights.adapter_layer_names):
                 on_meta = linears[adapter_name].weight.is_meta  # then it stays there until its weights are loaded

@@ -17,6 +17,12 @@ from peft_crome.training.preflight import check_gradients, preflight, sample_row
 from peft_crome.training.trainer import CromeTrainer, training_arguments
 
 
+@pytest.fixture(autouse=True)
+def _every_dtype_is_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether this machine has instructions for bfloat16 is not what is asked."""
+    monkeypatch.setattr("peft_crome.training.devices.matmul_rate", lambda device, dtype: 1e10)
+
+
 def prepared(recipe: Recipe) -> tuple[CromeTrainer, Recipe, Any, ConversationCollator, int]:
     """What `train` hands to `preflight`."""
     model, processor, _ = build(recipe)
@@ -126,6 +132,18 @@ def test_more_memory_than_there_is_names_the_keys_to_change(
     assert "and a small GPU has 0.0 GB for it" in warning
     for key in ("rows_per_device: 2", "gradient_checkpointing: true", "backbones.quantization: 4bit"):
         assert key in warning
+
+
+def test_a_cpu_without_instructions_for_a_dtype_is_pointed_out(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {torch.float32: 1e10, torch.bfloat16: 2.5e9}
+    monkeypatch.setattr("peft_crome.training.devices.matmul_rate", lambda device, dtype: rates[dtype])
+    values["backbones"]["dtype"] = "bfloat16"
+    (warning,) = preflight(*prepared(load_recipe(values))).warnings
+    assert "backbones.dtype: this machine's CPU multiplies 4 times as fast in float32 as in bfloat16" in warning
+    values["backbones"]["dtype"] = "float32"
+    assert preflight(*prepared(load_recipe(values))).warnings == []
 
 
 def test_data_without_pictures_are_pointed_out(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:

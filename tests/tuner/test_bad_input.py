@@ -193,5 +193,5 @@ def test_merge_refuses_broken_weights_before_it_changes_anything() -> None:
     model = adapted(llava())
     with torch.no_grad():
         model.get_parameter("base_model.model.crome.crome_up.default.weight")[0, 0] = float("inf")
-    with unchanged(model), pytest.raises(ValueError, match=r"NaNs detected .*\['default'\]"):
+    with unchanged(model), pytest.raises(ValueError, match=r"NaNs detected .* adapter default"):
         model.merge_adapter(safe_merge=True)

@@ -1,0 +1,58 @@
+"""Which of PEFT's tests do not apply to CROME, and why. A pattern that matches no test fails the run."""
+
+# reason -> regular expressions for ids of tests
+NOT_APPLICABLE: dict[str, list[str]] = {
+    "Only a text branch on an embedding table folds into weights; a vision branch stays a module.": [
+        r"(merge|merging|float16|unload_fixes).*\[(.*-)?Vision",
+        r"merge_layers\[CromeConfig-config_kwargs0-crome/tiny-(llava|t5|bart)\]",
+        r"test_mixed_adapter_batches_merged_raises",
+        r"test_merge_adapters_small|test_model_merged_adapters_small|hotswap_(raises|allowed)_when.*merged",
+        r"test_multiple_adapters_mixed_modules_to_save_merging_adapters",
+        r"test_multiple_adapters_same_modules_to_save_merging_adapters_raises",
+    ],
+    "It asks that embeddings need no gradient: CROME adapts the embeddings. PEFT skips it for trainable tokens.": [
+        r"test_prepare_for_training_parametrized",
+    ],
+    "It loads a pickle without being told to. CROME refuses one, which may hold code, unless use_safetensors=False.": [
+        r"_pickle\[",
+    ],
+    "All adapters on a model share one set of sites, which one error says.": [
+        r"non_overlapping_modules\[",
+        r"test_set_requires_grad\[",
+        r"different_target_layers|partly_overlapping_target_layers",
+    ],
+    "Adapters with a gate are not linear: there is no weighted sum of two of them.": [
+        r"weighted",
+    ],
+    "CROME's modules are named by branch, not by `target_modules`.": [
+        r"TestDefaultTargetModules",
+    ],
+    "PeftMixedModel has a fixed list of methods, and one error says so.": [
+        r"duplicate_name_without_mutation\[True\]|PeftMixed|mixed_model",
+    ],
+    "It adapts a convolution, an attention layer, or layers of several widths: no embeddings of a language model.": [
+        r"test_mixed_adapter_batches_(lora_conv|mha)",
+        r"test_load_resized_embedding|similarly_named_sibling|embedding_layer_non_transformers",
+        r"test_delete_adapter_multiple_adapters_with_trainable_token_indices",
+        r"test_hotswap_works\[.*config1\]|hotswap.*(conv2d|rank|missing_key)",
+        r"test_mha_gradients",
+    ],
+    "It names another method's own parameters, classes or settings.": [
+        r"prompt|prefix|adaption|adalora|[Dd]ora|pvera|monteclora|ia3|glora|gralora|kasa",
+        r"test_lora_|_with_lora_|repr_lora|hotswap_lora|TestMultiRank|TestDynamicDispatch|targeting_lora|lora_bias",
+        r"test_requires_grad_|test_loading_adapter_preserves_custom",
+        r"test_(model_)?target_parameters|quantization_backend_irregular|test_save_shared_tensors",
+        r"prepare_model_for_compiled_hotswap|hotswap_extra_key|hotswap_different_peft_types",
+    ],
+    "It counts one layer for a target module; CROME reports its sites and, once, the weights that they share.": [
+        r"Status::test_.*_(small|large)$|Status::test_.*with_(modules_to_save|trainable_tokens)",
+    ],
+    "It names a model on the Hub, which cannot be reached here.": [
+        r"seq_cls|automatic_modules_to_save|no_needless_copy|transformers_model|tie_word",
+        r"transformers_automodel|injected_layers|quantization_backend_bnb",
+        r"infinite_recursion",
+    ],
+    "W_u is zero at first: three steps move the rest by less than the test sees. Vision runs it.": [
+        r"test_only_params_are_updated\[Text",
+    ],
+}

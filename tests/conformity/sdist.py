@@ -1,0 +1,48 @@
+"""PEFT's source distribution, which holds its tests: fetched once from the package index, by hash."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import peft
+from filelock import FileLock
+
+# release -> sha256 of its archive
+KNOWN = {"0.21.2": "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e"}
+
+
+class NotThere(Exception):
+    """The archive cannot be had here."""
+
+
+def unpack(cache: Path, target: Path) -> Path:
+    """The installed release's source tree, unpacked in `target`.
+
+    Raises:
+        NotThere: its tests have not been read for CROME, or the package index cannot be reached.
+        ValueError: the archive is not the known one.
+    """
+    if peft.__version__ not in KNOWN:
+        raise NotThere(f"PEFT {peft.__version__} is installed; its tests were gone through for {sorted(KNOWN)}")
+    name = f"peft-{peft.__version__}"
+    archive = cache / "wheels" / f"{name}.tar.gz"
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(archive.with_name(f".{archive.name}.lock")):
+        if not archive.is_file():
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=peft", "--dest"]
+            arguments = [str(archive.parent), f"peft=={peft.__version__}", "--disable-pip-version-check"]
+            done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, check=False)
+            if done.returncode:
+                raise NotThere(f"pip could not download it: {done.stderr.strip().splitlines()[-1:]}")
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != KNOWN[peft.__version__]:
+        archive.unlink()
+        raise ValueError(f"{archive.name} has sha256 {found}, expected {KNOWN[peft.__version__]}. It was removed.")
+    with tarfile.open(archive) as file:
+        file.extractall(target, filter="data")
+    (target / name / "tests" / "__init__.py").touch()  # its modules import one another as a package
+    return target / name
