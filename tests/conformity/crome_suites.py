@@ -161,6 +161,7 @@ ADAPTED: set[str] = set()
 COUNTS: dict[str, Any] = {"passed": 0, "failed": [], "skipped": Counter(), "not applicable": Counter()}
 
 
+@pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what does not apply; each reason is counted."""
     left_out, used = [], set()

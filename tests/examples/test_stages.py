@@ -9,7 +9,7 @@ import pytest
 
 from examples.easy_vqa import stages
 
-SIZES = {"pretrain": 60, "instruct": 50, "finetune": 30}
+SIZES = {"pretrain": 50, "instruct": 25, "finetune": 15}
 ROWS = {"pretrain": 8, "instruct": 4, "finetune": 4}
 ANSWER = """
 import sys
@@ -34,7 +34,7 @@ print(processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_
 @pytest.mark.slow
 def test_each_stage_improves_what_it_is_for(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the stages' own processes: other tests run beside them
-    results = stages.run(tmp_path, SIZES, test_questions=96, rows=ROWS, image_size=112)
+    results = stages.run(tmp_path, SIZES, test_questions=48, rows=ROWS, image_size=112)
     print(json.dumps(results, indent=1))
     for row in results:
         assert row["after"]["accuracy"] > row["before"]["accuracy"] + 3 * row["after"]["stderr"], row
