@@ -2,7 +2,7 @@
 
     python -m benchmarks.decoding
 
-Frozen DINOv2-small and SmolLM2-135M in bf16, one row with a picture. Seconds are those between tokens, the prompt's
+Frozen DINOv2-small and SmolLM2-135M, one row with a picture. Seconds are those between tokens, the prompt's
 pass left out. Adapters are random and not zero. CROME folded and unfolded must give the same tokens.
 """
 
@@ -21,7 +21,7 @@ import typer
 from peft import get_peft_model
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.interleaved import markdown, middle, plot_ratios, ratios
+from benchmarks.interleaved import machine, markdown, middle, plot_ratios, ratios
 from benchmarks.methods import CONFIGS, backbone, base_of, batch_of
 from examples.easy_vqa.training import write_json
 from peft_crome import CromeConfig
@@ -122,7 +122,7 @@ def main(
 ) -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    record = {**measure(repeats, tokens, prompt), "torch": torch.__version__}
+    record = {**measure(repeats, tokens, prompt), "machine": machine()}
     write_json(RESULTS / "decoding.json", record)
     (RESULTS / "decoding.md").write_text(table(record))
     plot_ratios({"greedy decoding": to_base(record)}, RESULTS / "decoding.png", "time of a token / base model")

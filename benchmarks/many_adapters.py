@@ -2,7 +2,7 @@
 
     python -m benchmarks.many_adapters
 
-Frozen DINOv2-small and SmolLM2-135M in bf16. Each row has a picture and an adapter of its own (`adapter_names`):
+Frozen DINOv2-small and SmolLM2-135M. Each row has a picture and an adapter of its own (`adapter_names`):
 a pass over the prompts, and greedy decoding of some tokens.
 """
 
@@ -18,7 +18,7 @@ import torch
 import typer
 from peft import LoraConfig, PeftConfig, get_peft_model
 
-from benchmarks.interleaved import markdown, middle, plot_ratios, ratios, seconds_in_turn
+from benchmarks.interleaved import machine, markdown, middle, plot_ratios, ratios, seconds_in_turn
 from benchmarks.methods import LANGUAGE, backbone, batch_of
 from examples.easy_vqa.training import write_json
 from peft_crome import CromeConfig
@@ -107,7 +107,7 @@ def main(
 ) -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    record = {**measure(rows, [1, 8, 64], repeats, prompt, tokens), "torch": torch.__version__}
+    record = {**measure(rows, [1, 8, 64], repeats, prompt, tokens), "machine": machine()}
     write_json(RESULTS / "many_adapters.json", record)
     (RESULTS / "many_adapters.md").write_text(table(record))
     plot_ratios(to_base(record), RESULTS / "many_adapters.png", "time / model without an adapter")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from benchmarks.variants import ALL_LINEAR, IA3, LANGUAGE, PROMPT, SOFT_TOKENS
+from examples.easy_vqa.model import frozen_dtype
 from examples.easy_vqa.parts import dinov2_small, smollm2
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
 
@@ -27,28 +28,27 @@ CONFIGS: dict[str, PeftConfig | None] = {
     "prompt tuning, 15 tokens": PROMPT,
     "IA3": IA3,
 }
-QUANTIZATION = {
-    "bfloat16": None,
-    "nf4": BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    ),
-}
 
 
-def backbone(frozen_in: str = "bfloat16") -> CromeVLMForConditionalGeneration:
-    """Frozen DINOv2-small and SmolLM2-135M, joined; the tower has 16 tokens per picture.
+def backbone(nf4: bool = False) -> CromeVLMForConditionalGeneration:
+    """Frozen DINOv2-small and SmolLM2-135M, joined, in the dtype that this machine is fast in; 16 tokens per picture.
 
     Args:
-        frozen_in: "bfloat16", or "nf4" for the language model.
+        nf4: for the language model.
     """
+    quantization = None
+    if nf4:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=frozen_dtype(),
+        )
     composite = CromeVLMForConditionalGeneration.from_backbones(
         vision=str(dinov2_small()),
         language=str(smollm2()),
-        quantization_config=QUANTIZATION[frozen_in],
-        dtype=torch.bfloat16,
+        quantization_config=quantization,
+        dtype=frozen_dtype(),
         vision_pool_size=POOL_SIZE,
     )
     composite.language_model.set_attn_implementation("eager")  # faster on a CPU, as in the quick start

@@ -2,7 +2,7 @@
 
     python -m benchmarks.operations
 
-Frozen DINOv2-small and SmolLM2-135M in bf16; 737,280 weights of CROME, 748,800 of LoRA. Needs Linux.
+Frozen DINOv2-small and SmolLM2-135M; 737,280 weights of CROME, 748,800 of LoRA. Needs Linux.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Annotated, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
 import typer
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter as hotswap_lora
 
-from benchmarks.interleaved import markdown, middle, ratios, seconds_in_turn
+from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in_turn
 from benchmarks.memory import settle, status
 from benchmarks.methods import LANGUAGE, backbone
 from examples.easy_vqa.training import write_json
@@ -101,7 +100,7 @@ def main(
             for name, call in operations(method, Path(folder), backbone).items()
         }
         seconds = seconds_in_turn(ways, repeats)
-    record = {"seconds": seconds, "many": thousand(adapters, backbone), "torch": torch.__version__}
+    record = {"seconds": seconds, "many": thousand(adapters, backbone), "machine": machine()}
     write_json(RESULTS / "operations.json", record)
     (RESULTS / "operations.md").write_text(table(record))
     print(table(record))

