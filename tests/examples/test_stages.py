@@ -9,7 +9,7 @@ import pytest
 
 from examples.easy_vqa import stages
 
-SIZES = {"pretrain": 50, "instruct": 25, "finetune": 15}
+SIZES = {"pretrain": 70, "instruct": 20, "finetune": 12}
 ROWS = {"pretrain": 8, "instruct": 4, "finetune": 4}
 ANSWER = """
 import sys
