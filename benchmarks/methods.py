@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import BitsAndBytesConfig
 
 from benchmarks.variants import ALL_LINEAR, IA3, LANGUAGE, PROMPT, SOFT_TOKENS
-from examples.easy_vqa.model import frozen_dtype
+from examples.easy_vqa.model import frozen_dtype, nf4
 from examples.easy_vqa.parts import dinov2_small, smollm2
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
 
@@ -30,24 +29,16 @@ CONFIGS: dict[str, PeftConfig | None] = {
 }
 
 
-def backbone(nf4: bool = False) -> CromeVLMForConditionalGeneration:
+def backbone(in_nf4: bool = False) -> CromeVLMForConditionalGeneration:
     """Frozen DINOv2-small and SmolLM2-135M, joined, in the dtype that this machine is fast in; 16 tokens per picture.
 
     Args:
-        nf4: for the language model.
+        in_nf4: the language model.
     """
-    quantization = None
-    if nf4:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=frozen_dtype(),
-        )
     composite = CromeVLMForConditionalGeneration.from_backbones(
         vision=str(dinov2_small()),
         language=str(smollm2()),
-        quantization_config=quantization,
+        quantization_config=nf4() if in_nf4 else None,
         dtype=frozen_dtype(),
         vision_pool_size=POOL_SIZE,
     )

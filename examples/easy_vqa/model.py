@@ -34,7 +34,7 @@ def processor() -> Any:
 def frozen_dtype() -> torch.dtype:
     """What the frozen backbones are held in: bfloat16, or float32 where this machine multiplies faster in it.
 
-    CPUs without AMX or AVX-512 BF16 take four times as long in bfloat16.
+    A CPU without AMX and AVX-512 BF16 took four times as long in bfloat16.
     """
     if torch.cuda.is_available():
         return torch.bfloat16
@@ -43,20 +43,22 @@ def frozen_dtype() -> torch.dtype:
     return min(timers, key=lambda dtype: timers[dtype].blocked_autorange(min_run_time=0.1).median)
 
 
+def nf4() -> BitsAndBytesConfig:
+    """QLoRA's 4 bits, computed in the dtype that this machine is fast in."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=frozen_dtype(),
+    )
+
+
 def backbone(method: str) -> CromeVLMForConditionalGeneration:
     """Both frozen backbones (the language model in nf4 for "crome-4bit") and a fresh projection in fp32."""
-    quantization = None
-    if method == "crome-4bit":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=frozen_dtype(),
-        )
     model = CromeVLMForConditionalGeneration.from_backbones(
         vision=str(dinov2_small()),
         language=str(smollm2()),
-        quantization_config=quantization,
+        quantization_config=nf4() if method == "crome-4bit" else None,
         dtype=frozen_dtype(),
         vision_pool_size=POOL_SIZE,
     )

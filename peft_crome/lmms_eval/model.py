@@ -15,7 +15,6 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-SAMPLING = ("temperature", "top_p", "top_k", "num_beams")
 MOST_NEW_TOKENS = 1024  # where a task sets none
 
 
@@ -31,7 +30,6 @@ class AdaptedModel(lmms):
         device: "cuda:0", "cpu"; with several processes each has its own.
         batch_size: of `--batch_size`.
         system_prompt: put before each conversation, or a file that holds it.
-        merge: fold the text branch into the embedding table.
     Raises:
         ValueError: a task asks with videos or sound, or for likelihoods.
     """
@@ -47,7 +45,6 @@ class AdaptedModel(lmms):
         device: str | None = None,
         batch_size: int | str = 1,
         system_prompt: str = "",
-        merge: bool = False,
         max_batch_size: Any = None,  # lmms-eval hands it to every model
     ) -> None:
         super().__init__()
@@ -60,8 +57,6 @@ class AdaptedModel(lmms):
         model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
-            if merge:
-                model.merge_adapter()
         self.model = model.to(self.device).eval()
         self.processor = AutoProcessor.from_pretrained(processor or pretrained)
         self.processor.tokenizer.padding_side = "left"  # answers begin where prompts end
@@ -94,9 +89,9 @@ class AdaptedModel(lmms):
     def _answer(self, rows: list[list[dict[str, Any]]], settings: dict[str, Any]) -> list[GenerationResult]:
         until = settings.get("until") or []
         stops = [until] if isinstance(until, str) else until
-        sampling = {name: settings[name] for name in SAMPLING if settings.get(name) is not None}
-        if not sampling.get("temperature"):  # lmms-eval writes 0 for greedy decoding
-            sampling = {name: value for name, value in sampling.items() if name == "num_beams"}
+        greedy = not settings.get("temperature")  # lmms-eval writes 0
+        names = ("num_beams",) if greedy else ("num_beams", "temperature", "top_p", "top_k")
+        chosen = {name: settings[name] for name in names if settings.get(name) is not None}
         inputs = self.processor.apply_chat_template(
             rows, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
         ).to(self.device)
@@ -105,9 +100,9 @@ class AdaptedModel(lmms):
         with torch.inference_mode():
             output = self.model.generate(
                 **inputs,
-                do_sample="temperature" in sampling,
+                do_sample=not greedy,
                 max_new_tokens=settings.get("max_new_tokens") or MOST_NEW_TOKENS,
-                **sampling,
+                **chosen,
             )
         given = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         tokens = output[:, given:]

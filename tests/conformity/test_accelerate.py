@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import PeftModel
 from torch import nn
 from transformers import LlavaForConditionalGeneration
@@ -68,7 +68,6 @@ def test_device_map_auto_trains_and_is_saved(tmp_path: Path) -> None:
     def load() -> nn.Module:
         return LlavaForConditionalGeneration.from_pretrained(tmp_path / "host", device_map="auto")
 
-    assert infer_auto_device_map(load()) != {}
     model = attach(load())
     randomise(model)
     losses = train_steps(model, host.batch)

@@ -6,7 +6,7 @@ bitsandbytes' 4-bit and 8-bit are in tests/tuner/test_quantised.py, more of them
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from examples.easy_vqa.parts import dinov2_small, fetch
 from peft_crome import CromeVLMForConditionalGeneration
-from tests.tuner.helpers import assert_equal, attach, crome_weight, logits, randomise, train_steps
+from tests.tuner.helpers import assert_equal, attach, crome_weight, logits, randomise, to_dtype, train_steps
 from tests.tuner.test_quantised import wide_llava
 from tests.zoo.case import Batch
 
@@ -69,15 +69,11 @@ WAYS: dict[str, tuple[Callable[[Path], nn.Module], torch.dtype]] = {
 }
 
 
-@cache
-def folder_of(home: Path) -> Path:
-    wide_llava().model.save_pretrained(home)
-    return home
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folder_of(tmp_path_factory.mktemp("llava"))
+    home = tmp_path_factory.mktemp("llava")
+    wide_llava().model.save_pretrained(home)
+    return home
 
 
 def plain(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -112,8 +108,7 @@ def assert_trains_and_reloads(make: Callable[[], nn.Module], batch: Batch, folde
 @pytest.mark.parametrize("way", WAYS)
 def test_each_way_trains_and_reloads_equal(way: str, folder: Path, tmp_path: Path) -> None:
     make, dtype = WAYS[way]
-    batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in wide_llava().batch.items()}
-    assert_trains_and_reloads(partial(make, folder), batch, tmp_path)
+    assert_trains_and_reloads(partial(make, folder), to_dtype(wide_llava().batch, dtype), tmp_path)
 
 
 @pytest.mark.slow

@@ -42,7 +42,6 @@ def post(port: int, body: dict) -> dict:
 
 @pytest.mark.slow
 def test_server_answers_as_the_adapted_model(tmp_path: Path) -> None:
-    pytest.importorskip("uvicorn")
     save_tokenizer_and_model(tmp_path / "served")
     save_questions(tmp_path / "questions")
     picture = tmp_path / "questions" / "images" / "0.png"
