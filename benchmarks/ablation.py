@@ -5,7 +5,7 @@
 
 Every run: 200 caption steps with the projection, 200 question steps without it (the projection alone keeps training),
 the same pictures and questions in the same order. A run's result is written when it ends; a second call goes on with
-the next one.
+the next one. The backbones are held in the dtype that the machine is fast in, which the table tells.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.interleaved import machine
 from benchmarks.variants import SOFT_TOKENS, VARIANTS, Variant
 from examples.easy_vqa import data, quickstart
 from examples.easy_vqa.evaluation import answer, score
@@ -67,6 +68,7 @@ def run_one(
     stages = {"align": replace(align, learning_rate=variant.align_rate)}
     stages["finetune"] = replace(finetune, learning_rate=variant.finetune_rate)
     record: dict[str, Any] = {"variant": variant.name, "seed": seed, "main": variant.main}
+    record |= {"dtype": str(composite.dtype).removeprefix("torch."), "machine": machine()}
     for name, stage in stages.items():
         if name == "finetune" and own:
             for parameter in projection:
@@ -105,10 +107,20 @@ def write_report(results: Path = RESULTS) -> None:
         weights = records[0]["finetune"]["trained_parameters"]
         minutes = statistics.median(r["align"]["seconds"] + r["finetune"]["seconds"] for r in records) / 60
         rates = f"{variant.align_rate:g} / {variant.finetune_rate:g}"
+        dtypes = ", ".join(sorted({record["dtype"] for record in records}))
         cells = [variant.name, len(records), *(_spread(values[kind], records, kind) for kind in data.KINDS)]
-        rows.append([*cells, f"{weights:,}", rates, f"{minutes:.1f}"])
+        rows.append([*cells, f"{weights:,}", rates, dtypes, f"{minutes:.1f}"])
         points.append((variant, weights, values["what"]))
-    header = ["", "seeds", "what colour / shape", "yes/no", "weights in (b)", "rates (a) / (b)", "minutes"]
+    header = [
+        "",
+        "seeds",
+        "what colour / shape",
+        "yes/no",
+        "weights in (b)",
+        "rates (a) / (b)",
+        "frozen dtype",
+        "minutes",
+    ]
     lines = [header, ["---"] * len(header), *rows]
     table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
     _replace(results / "table.md", lambda path: path.write_text(table))

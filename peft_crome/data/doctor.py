@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import marshal
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -54,11 +55,11 @@ class Findings:
     rows: int = 0
     text_rows: int = 0
     patients: list[Patient] = field(default_factory=list)
-    histograms: dict[str, Counter[int]] = field(default_factory=dict)
+    histograms: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
 
     def count(self, kind: str, value: int, rounded: bool = False) -> None:
         """Add one to a histogram."""
-        self.histograms.setdefault(kind, Counter())[1 << max(0, value - 1).bit_length() if rounded else value] += 1
+        self.histograms[kind][1 << max(0, value - 1).bit_length() if rounded else value] += 1
 
     def by_kind(self) -> dict[str, list[tuple[str, Fault]]]:
         """Fault kind -> the ids and faults of its rows."""
@@ -98,7 +99,7 @@ def examine(
     seen: set[bytes] = set()
     pictures: dict[str, Fault | int] = {}
     numbered = enumerate(stream(path))
-    with _without_old_garbage(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _with_rare_collections(), ThreadPoolExecutor(os.cpu_count()) as pool:
         while chunk := list(islice(numbered, CHUNK)):
             parsed = [(number, given, *parse(given, number, folders, columns, prompt)) for number, given in chunk]
             files = {image for *_, row, _ in parsed if row for image in row["images"] if isinstance(image, str)}
@@ -120,12 +121,16 @@ def examine(
 
 
 @contextmanager
-def _without_old_garbage() -> Iterator[None]:
-    """Keep Python's garbage collector from what is there already: PyTorch's objects took half of the time."""
+def _with_rare_collections() -> Iterator[None]:
+    """Keep Python's garbage collector from what is there already, PyTorch's objects, and from each chunk's rows: nothing
+    of them is in a cycle."""
+    thresholds = gc.get_threshold()
     gc.freeze()
+    gc.set_threshold(100 * CHUNK, *thresholds[1:])
     try:
         yield
     finally:
+        gc.set_threshold(*thresholds)
         gc.unfreeze()
 
 
@@ -156,7 +161,8 @@ def _of_images(row: dict[str, Any], pictures: dict[str, Fault | int], findings: 
 
 def _twice(row: dict[str, Any], seen: set[bytes]) -> Iterator[Fault]:
     content = [row["messages"], [image if isinstance(image, str) else str(image) for image in row["images"]]]
-    digest = blake2b(json.dumps(content).encode(), digest_size=8).digest()
+    # Version 0 gives equal bytes for equal values, in a seventh of the time that JSON takes.
+    digest = blake2b(marshal.dumps(content, 0), digest_size=8).digest()
     if digest in seen:
         yield Fault("duplicate", "the same conversation about the same images stands in an earlier row.")
     seen.add(digest)

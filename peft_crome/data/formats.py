@@ -64,15 +64,16 @@ def parse(
         messages += [message] if message is not None else []
     if faults:
         return None, faults
-    faults += _place_images(messages, len(images))
+    if images or any(_shown(message) for message in messages):
+        faults += _place_images(messages, len(images))
     faults += [_empty(message["role"]) for message in messages if not _says(message["content"])]
     messages, wrong = _ordered(messages)
-    shown = sum(part["type"] == "image" for message in messages for part in message["content"])
     faults += wrong
     if any(not fault.mended for fault in faults):
         return None, faults
     said = {"answers": as_texts(row.get("answers")), "options": as_texts(row.get("options", row.get("choices")))}
-    parsed = {"id": row_name(row, number), "images": images[:shown], "messages": messages}
+    images = images[: sum(map(_shown, messages))] if wrong else images  # those of turns that are left out
+    parsed = {"id": row_name(row, number), "images": images, "messages": messages}
     return parsed | {key: texts for key, texts in said.items() if texts}, faults
 
 
@@ -158,42 +159,52 @@ def _image(image: Any, folders: ImageFolders) -> Any:
 def _message(turn: Any) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
     """A turn as a message, the images that it holds itself, and what is wrong with it."""
     given = turn if isinstance(turn, dict) else {}
-    said = given.get("from", given.get("role"))
+    said = given["from"] if "from" in given else given.get("role")
     role = ROLES.get(said) if isinstance(said, str) else None
-    value = given.get("value", given.get("content"))
+    value = given["value"] if "value" in given else given.get("content")
     if role is None or not isinstance(value, str | list):
         expected = "{'from': 'human' or 'gpt', 'value': text} or {'role': 'user' or 'assistant', 'content': ...}"
         return None, [], [Fault("turn", f"{str(turn)[:120]} is no turn; expected {expected}.")]
-    content: list[dict[str, Any]] = []
-    images: list[Any] = []
-    texts = [value] if isinstance(value, str) else [part.get("text") for part in value if isinstance(part, dict)]
-    if not all(is_unicode(text) for text in texts if isinstance(text, str)):
-        return (
-            None,
-            [],
-            [Fault("turn", f"{str(turn)[:120]!a} holds half a character (a lone surrogate). Mend the text.")],
-        )
     if isinstance(value, str):
-        shows = PLACEHOLDER in value
+        if not is_unicode(value):
+            return None, [], [_half_a_character(turn)]
+        shows, images = PLACEHOLDER in value, []
         content = _split(value) if role == "user" else [{"type": "text", "text": value}]
     else:
-        shows = False
-        for part in value:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "text" and isinstance(part.get("text"), str):
-                content += _split(part["text"]) if role == "user" else [{"type": "text", "text": part["text"]}]
-                shows = shows or PLACEHOLDER in part["text"]
-            elif kind == "image":
-                content.append({"type": "image"})
-                images += [part[key] for key in ("image", "path", "url") if part.get(key) is not None][:1]
-                shows = True
-            else:
-                expected = "{'type': 'text', 'text': ...} or {'type': 'image'}"
-                return None, [], [Fault("turn", f"{str(part)[:120]} is no part of a turn; expected {expected}.")]
+        found = _parts(value, role)
+        if isinstance(found, Fault):
+            return None, [], [found]
+        content, images, shows = found
+        if not all(is_unicode(part["text"]) for part in content if part["type"] == "text"):
+            return None, [], [_half_a_character(turn)]
     if shows and role != "user":
         wrong = f"an image stands in a turn from {said!r}. Only the user's turns ('human') show images."
         return None, [], [Fault("placeholder", wrong)]
     return {"role": role, "content": content}, images, []
+
+
+def _parts(value: list[Any], role: str) -> tuple[list[dict[str, Any]], list[Any], bool] | Fault:
+    """A turn's parts, the images that they hold themselves, and whether they show any."""
+    content: list[dict[str, Any]] = []
+    images: list[Any] = []
+    shows = False
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            content += _split(part["text"]) if role == "user" else [{"type": "text", "text": part["text"]}]
+            shows = shows or PLACEHOLDER in part["text"]
+        elif kind == "image":
+            content.append({"type": "image"})
+            images += [part[key] for key in ("image", "path", "url") if part.get(key) is not None][:1]
+            shows = True
+        else:
+            expected = "{'type': 'text', 'text': ...} or {'type': 'image'}"
+            return Fault("turn", f"{str(part)[:120]!a} is no part of a turn; expected {expected}.")
+    return content, images, shows
+
+
+def _half_a_character(turn: Any) -> Fault:
+    return Fault("turn", f"{str(turn)[:120]!a} holds half a character (a lone surrogate). Mend the text.")
 
 
 def _split(text: str) -> list[dict[str, Any]]:
@@ -209,7 +220,7 @@ def _split(text: str) -> list[dict[str, Any]]:
 
 def _place_images(messages: list[dict[str, Any]], given: int) -> list[Fault]:
     """Put pictures without a placeholder before the first user's turn (LAMM); refuse other numbers."""
-    placed = sum(part["type"] == "image" for message in messages for part in message["content"])
+    placed = sum(map(_shown, messages))
     if placed == given:
         return []
     if placed:
@@ -222,8 +233,18 @@ def _place_images(messages: list[dict[str, Any]], given: int) -> list[Fault]:
     return []
 
 
+def _shown(message: dict[str, Any]) -> int:
+    """How many images a message has."""
+    # Counting would go through all parts of all turns, of which nearly all are a single text.
+    content = message["content"]
+    return 0 if len(content) == 1 and "text" in content[0] else [part["type"] for part in content].count("image")
+
+
 def _says(content: list[dict[str, Any]]) -> bool:
-    return any(part["type"] == "image" or part["text"].strip() for part in content)
+    for part in content:  # a loop: this is done for every turn of every row
+        if part["type"] == "image" or (part["text"] and not part["text"].isspace()):
+            return True
+    return False
 
 
 def _empty(role: str) -> Fault:
@@ -240,6 +261,9 @@ def kept_turns(roles: list[str]) -> list[int]:
 
 def _ordered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Fault]]:
     roles = [message["role"] for message in messages]
+    said = roles[1:] if roles[:1] == ["system"] else roles
+    if said and said == ["user", "assistant"] * (len(said) // 2):
+        return messages, []
     kept = kept_turns(roles)
     if not kept:
         alone = "the only answer has no question before it."

@@ -23,7 +23,7 @@ class ImageFolders:
     def __init__(self, folders: str | Path | Mapping[str, str | Path]) -> None:
         given = folders if isinstance(folders, Mapping) else {"": folders}
         self.folders = sorted(
-            ((begin.strip("/"), os.path.abspath(folder)) for begin, folder in given.items()),
+            ((begin.strip("/"), os.path.join(os.path.abspath(folder), "")) for begin, folder in given.items()),
             key=lambda item: -len(item[0]),
         )
 
@@ -37,10 +37,11 @@ class ImageFolders:
             if begin == "" or path == begin or path.startswith(f"{begin}/"):
                 rest = path[len(begin) :].lstrip("/") if begin else path
                 full = os.path.normpath(os.path.join(folder, rest))
-                if full.startswith(os.path.join(folder, "")):
+                if full.startswith(folder):
                     return full
                 return Fault(
-                    "path", f"the image path {path!r} leaves {folder}. Name the folder that holds all images."
+                    "path",
+                    f"the image path {path!r} leaves {folder.rstrip('/')}. Name the folder that holds all images.",
                 )
         known = ", ".join(repr(begin) for begin, _ in self.folders)
         return Fault("path", f"the image path {path!r} begins with none of {known}. Name a folder for it in `images`.")

@@ -17,6 +17,8 @@ def as_texts(given: Any) -> list[str]:
         >>> as_texts([{"answer": "red", "answer_id": 1}, "dark red", 2])
         ['red', 'dark red', '2']
     """
+    if given is None:
+        return []
     items = list(given.values()) if isinstance(given, Mapping) else given
     if not isinstance(items, Sequence) or isinstance(items, str | bytes):
         return []

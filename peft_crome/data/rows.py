@@ -44,6 +44,8 @@ class Fault:
 
 def is_unicode(text: str) -> bool:
     """Whether a text can be stored; JSON's escapes can write half of a character."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
