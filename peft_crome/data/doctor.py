@@ -122,8 +122,7 @@ def examine(
 
 @contextmanager
 def _with_rare_collections() -> Iterator[None]:
-    """Keep Python's garbage collector from what is there already, PyTorch's objects, and from each chunk's rows: nothing
-    of them is in a cycle."""
+    """Keep the garbage collector from what is there already (PyTorch) and from rows, which have no cycles."""
     thresholds = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(100 * CHUNK, *thresholds[1:])
