@@ -165,10 +165,11 @@ def _message(turn: Any) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
     if role is None or not isinstance(value, str | list):
         expected = "{'from': 'human' or 'gpt', 'value': text} or {'role': 'user' or 'assistant', 'content': ...}"
         return None, [], [Fault("turn", f"{str(turn)[:120]} is no turn; expected {expected}.")]
+    images: list[Any] = []
     if isinstance(value, str):
         if not is_unicode(value):
             return None, [], [_half_a_character(turn)]
-        shows, images = PLACEHOLDER in value, []
+        shows = PLACEHOLDER in value
         content = _split(value) if role == "user" else [{"type": "text", "text": value}]
     else:
         found = _parts(value, role)

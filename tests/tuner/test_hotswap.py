@@ -36,6 +36,19 @@ def test_hotswap_gives_the_other_adapter_s_logits_in_the_same_tensors(tmp_path: 
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
 
 
+def test_hotswap_does_not_compile_anew(tmp_path: Path) -> None:
+    host = llava()
+    model = adapted(host)
+    compiled = torch.compile(model, backend="aot_eager")
+    before = logits(compiled, host.batch)
+    expected = save_adapter(tmp_path)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_equal(logits(compiled, host.batch), before)
+        hotswap_adapter(compiled, tmp_path)
+        torch.testing.assert_close(logits(compiled, host.batch), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(before, expected, atol=1e-2)
+
+
 def test_hotswap_carries_modules_to_save(tmp_path: Path) -> None:
     host = llava()
     names = ["multi_modal_projector"]
