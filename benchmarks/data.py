@@ -183,18 +183,17 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
     """Both over the number of rows."""
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(10, 4))
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for way in WAYS:
         of_way = [record for record in records if record["way"] == way]
         sizes = [record["size"] for record in of_way]
         speed.plot(sizes, [record["rows"] / record["seconds"] for record in of_way], marker="o", label=way)
         memory.plot(sizes, [record["peak_bytes"] / 1e6 for record in of_way], marker="o", label=way)
     speed.set(xscale="log", yscale="log", xlabel="rows", ylabel="rows a second")
-    memory.set(xscale="log", xlabel="rows", ylabel="largest memory of the process, MB", ylim=(0, None))
-    speed.legend(fontsize=8)
+    memory.set(xscale="log", xlabel="rows", ylabel="largest memory of the process, MB", ylim=(0, 1.05 * memory.get_ylim()[1]))
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside upper center", ncols=len(WAYS), fontsize=9)
     for axis in (speed, memory):
         axis.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
