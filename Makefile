@@ -68,6 +68,7 @@ docs: $(DEV_READY)  ## into site/
 
 bench: $(DEV_READY) bench-import  ## speed, memory, many adapters, operations: an hour on a machine that does nothing else
 	$(RUN) -m benchmarks.step_time
+	$(RUN) -m benchmarks.own_work
 	$(RUN) -m benchmarks.step_memory
 	$(RUN) -m benchmarks.decoding
 	$(RUN) -m benchmarks.many_adapters

@@ -190,7 +190,9 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         speed.plot(sizes, [record["rows"] / record["seconds"] for record in of_way], marker="o", label=way)
         memory.plot(sizes, [record["peak_bytes"] / 1e6 for record in of_way], marker="o", label=way)
     speed.set(xscale="log", yscale="log", xlabel="rows", ylabel="rows a second")
-    memory.set(xscale="log", xlabel="rows", ylabel="largest memory of the process, MB", ylim=(0, 1.05 * memory.get_ylim()[1]))
+    memory.set(
+        xscale="log", xlabel="rows", ylabel="largest memory of the process, MB", ylim=(0, 1.05 * memory.get_ylim()[1])
+    )
     figure.legend(*speed.get_legend_handles_labels(), loc="outside upper center", ncols=len(WAYS), fontsize=9)
     for axis in (speed, memory):
         axis.grid(alpha=0.3)

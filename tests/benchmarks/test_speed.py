@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import decoding, many_adapters, operations, step_memory, step_time
+from benchmarks import decoding, many_adapters, operations, own_work, step_memory, step_time
 from benchmarks.interleaved import middle, plot_ratios, ratios, seconds_in_turn
 from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, batch_of, training_step
 from tests.vlm.conftest import build
@@ -50,6 +50,20 @@ def test_floor_goes_back_to_the_embeddings() -> None:
     training_step(model, batch_of(model, 2, 32))()
     assert len(seen) == 2
     assert all(output.grad is not None and output.grad.abs().sum() > 0 for output in seen)
+
+
+def test_own_work_is_a_step_of_the_adapter() -> None:
+    """It trains all of the adapter's weights and no others."""
+    model = attach(tiny(), CROME)
+    batch = batch_of(model.get_base_model(), 2, 32)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    own = own_work.own_step(model, batch)
+    own()
+    own()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    record = own_work.measure({"nf4": False, "rows": 1, "tokens": 32, "compiled": False}, 2, tiny)
+    assert len(own_work.table([record]).splitlines()) == 2 + 1
 
 
 def test_step_time_writes_a_line_per_method(tmp_path: Path) -> None:

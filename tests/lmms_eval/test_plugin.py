@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from examples.easy_vqa.parts import cache_dir
-from peft_crome import CromeConfig
+from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
+from peft_crome.data import read_rows
+from peft_crome.training import generate_answers, load_recipe, train
 from tests.examples.tiny_llava import save_questions, save_tokenizer_and_model
 from tests.lmms_eval.task import write_task
 
@@ -63,17 +66,22 @@ def install() -> Path:
     return target
 
 
-def ask(release: Path, home: Path, arguments: str) -> list[dict]:
+def ask(release: Path, home: Path, arguments: str, processes: int = 1) -> list[dict]:
     """Run the command line; return its samples."""
     output = home / f"out-{len(list(home.glob('out-*')))}"
-    command = [sys.executable, "-m", "lmms_eval", "--model", "peft_crome", "--model_args", arguments]
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += ["-m", "lmms_eval", "--model", "peft_crome", "--model_args", arguments]
     command += ["--tasks", "shapes", "--include_path", str(home / "task"), "--batch_size", "4", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(release), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, "--output_path", str(output), "--log_samples"],
         cwd=home, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert "|shapes|" in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
+    assert all(f"Running on rank {rank} " in done.stdout + done.stderr for rank in range(processes))
     (samples,) = output.rglob("*_samples_shapes.jsonl")
     return sorted(map(json.loads, samples.read_text().splitlines()), key=lambda sample: sample["doc_id"])
 
@@ -121,3 +129,23 @@ def test_command_line_gets_the_adapted_models_answers(tmp_path: Path) -> None:
     assert frozen != found
     by_its_adapter = f"pretrained={tmp_path / 'adapter'},processor={tmp_path / 'host'}"
     assert [sample["filtered_resps"].strip() for sample in ask(release, tmp_path, by_its_adapter)] == found
+
+
+@pytest.mark.slow
+def test_stages_directory_and_two_processes(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
+    """A composite with a Q-Former and its adapter, by the directory's name; each process answers its share."""
+    release = install()
+    train(load_recipe(values))
+    stage = values["output"]
+    asked = [row for row in read_rows(dataset) if row["images"]]
+    rows = [
+        {"image": row["images"][0], "question": row["messages"][0]["content"][1]["text"], "answer": "w40"}
+        for row in asked
+    ]
+    write_task(tmp_path / "task", rows)
+    model = CromeVLMForConditionalGeneration.from_pretrained(stage).eval()
+    expected = generate_answers(model, AutoProcessor.from_pretrained(stage), asked, max_new_tokens=3, batch_size=1)
+    assert len(set(expected)) > 1
+    for processes in (1, 2):
+        samples = ask(release, tmp_path, f"pretrained={stage}", processes)
+        assert [sample["filtered_resps"].strip() for sample in samples] == [answer.strip() for answer in expected]

@@ -1,0 +1,93 @@
+"""What of a training step is the adapter's own: forward, backward and AdamW of its two branches, without the model.
+
+    python -m benchmarks.own_work
+
+The difference of two steps of seconds each, `benchmarks.step_time`, drowns in the noise of a shared machine. This is
+the small part by itself, over the step of the frozen model alone, in the same turns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import typer
+
+from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in_turn
+from benchmarks.methods import CROME, FLOOR, attach, backbone, batch_of, training_step
+from benchmarks.step_time import title
+from examples.easy_vqa.training import write_json
+
+RESULTS = Path(__file__).parent / "results" / "speed"
+CASES = [
+    {"nf4": False, "rows": 2, "tokens": 512, "compiled": False},
+    {"nf4": False, "rows": 1, "tokens": 1024, "compiled": False},
+    {"nf4": True, "rows": 2, "tokens": 512, "compiled": False},
+]
+INSIDE = 50  # steps of the adapter in a turn: one takes milliseconds
+
+
+def own_step(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """A function that does what the adapter adds to a step, and the lookup in the table, which is the model's."""
+    composite = model.get_base_model()
+    table, fusion = composite.get_input_embeddings(), composite.vision_fusion
+    ids = batch["input_ids"]
+    ids = ids.masked_fill(ids == composite.config.image_token_id, 0)  # no row of the table
+    with torch.no_grad():
+        words = table(ids)
+        features = composite.get_vision_features(batch["pixel_values"])
+        image = composite.image_projection(features.to(composite.image_projection.weight.dtype)).to(words.dtype)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    gradients = [torch.randn_like(words), torch.randn_like(image)]
+
+    def step() -> None:
+        torch.autograd.backward([table(ids), fusion(image)], gradients)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(case: dict[str, Any], repeats: int, make: Any = backbone) -> dict[str, Any]:
+    """Seconds of a step of the frozen model alone, and of the adapter's part of one."""
+    models = {name: attach(make(case["nf4"]), name) for name in (FLOOR, CROME)}
+    batch = batch_of(models[FLOOR], case["rows"], case["tokens"])
+    own = own_step(models[CROME], batch)
+
+    def several() -> None:
+        for _ in range(INSIDE):
+            own()
+
+    seconds = seconds_in_turn({FLOOR: training_step(models[FLOOR], batch), CROME: several}, repeats)
+    seconds[CROME] = [value / INSIDE for value in seconds[CROME]]
+    dtype = str(models[FLOOR].dtype).removeprefix("torch.")
+    return {"case": case, "seconds": seconds, "dtype": dtype, "machine": machine()}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A line per case."""
+    rows = []
+    for record in records:
+        floor, own = (record["seconds"][name] for name in (FLOOR, CROME))
+        shares = middle([100 * ratio for ratio in ratios(own, floor)], 2)
+        rows.append([title(record), middle(floor, 2), middle([1000 * value for value in own], 1), f"{shares} %"])
+    return markdown(["frozen in", "a step of the frozen model alone, s", "the adapter's own work, ms", "share"], rows)
+
+
+def main(repeats: Annotated[int, typer.Option(help="Of each.")] = 9) -> None:
+    """Measure, write and print. Numbers are medians with the middle half."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    records = [measure(case, repeats) for case in CASES]
+    write_json(RESULTS / "own_work.json", records)
+    (RESULTS / "own_work.md").write_text(table(records))
+    print(table(records))
+
+
+if __name__ == "__main__":
+    typer.run(main)
