@@ -28,7 +28,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.interleaved import machine
+from benchmarks.interleaved import machine, markdown
 from benchmarks.variants import SOFT_TOKENS, VARIANTS, Variant
 from examples.easy_vqa import data, quickstart
 from examples.easy_vqa.evaluation import answer, score
@@ -121,9 +121,7 @@ def write_report(results: Path = RESULTS) -> None:
         "frozen dtype",
         "minutes",
     ]
-    lines = [header, ["---"] * len(header), *rows]
-    table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
-    _replace(results / "table.md", lambda path: path.write_text(table))
+    _replace(results / "table.md", lambda path: path.write_text(markdown(header, rows)))
     _replace(results / "accuracy_over_weights.png", lambda path: _plot(points, path))
 
 

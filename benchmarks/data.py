@@ -29,6 +29,8 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import matplotlib
 import typer
 
+from benchmarks.interleaved import markdown
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -169,16 +171,14 @@ def _measure_size(size: int) -> list[dict[str, Any]]:
 def table(records: list[dict[str, Any]]) -> str:
     """Rows a second and peak memory, a row per way."""
     sizes = sorted({record["size"] for record in records})
-    lines = [
-        ["", *(f"{size:,}: rows/s" for size in sizes), *(f"{size:,}: peak, MB" for size in sizes)],
-        ["---"] * (1 + 2 * len(sizes)),
-    ]
+    header = ["", *(f"{size:,}: rows/s" for size in sizes), *(f"{size:,}: peak, MB" for size in sizes)]
+    lines = []
     for way in WAYS:
         of_way = {record["size"]: record for record in records if record["way"] == way}
         speeds = [f"{of_way[size]['rows'] / of_way[size]['seconds']:,.0f}" for size in sizes]
         peaks = [f"{of_way[size]['peak_bytes'] / 1e6:,.0f}" for size in sizes]
         lines.append([way, *speeds, *peaks])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown(header, lines)
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:

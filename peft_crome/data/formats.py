@@ -64,8 +64,7 @@ def parse(
         messages += [message] if message is not None else []
     if faults:
         return None, faults
-    if images or any(_shown(message) for message in messages):
-        faults += _place_images(messages, len(images))
+    faults += _place_images(messages, len(images))
     faults += [_empty(message["role"]) for message in messages if not _says(message["content"])]
     messages, wrong = _ordered(messages)
     faults += wrong
@@ -159,9 +158,9 @@ def _image(image: Any, folders: ImageFolders) -> Any:
 def _message(turn: Any) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
     """A turn as a message, the images that it holds itself, and what is wrong with it."""
     given = turn if isinstance(turn, dict) else {}
-    said = given["from"] if "from" in given else given.get("role")
+    said = given.get("from", given.get("role"))
     role = ROLES.get(said) if isinstance(said, str) else None
-    value = given["value"] if "value" in given else given.get("content")
+    value = given.get("value", given.get("content"))
     if role is None or not isinstance(value, str | list):
         expected = "{'from': 'human' or 'gpt', 'value': text} or {'role': 'user' or 'assistant', 'content': ...}"
         return None, [], [Fault("turn", f"{str(turn)[:120]} is no turn; expected {expected}.")]
@@ -236,9 +235,7 @@ def _place_images(messages: list[dict[str, Any]], given: int) -> list[Fault]:
 
 def _shown(message: dict[str, Any]) -> int:
     """How many images a message has."""
-    # Counting would go through all parts of all turns, of which nearly all are a single text.
-    content = message["content"]
-    return 0 if len(content) == 1 and "text" in content[0] else [part["type"] for part in content].count("image")
+    return [part["type"] for part in message["content"]].count("image")
 
 
 def _says(content: list[dict[str, Any]]) -> bool:

@@ -41,7 +41,7 @@ class ImageFolders:
                     return full
                 return Fault(
                     "path",
-                    f"the image path {path!r} leaves {folder.rstrip('/')}. Name the folder that holds all images.",
+                    f"the image path {path!r} leaves {folder}. Name the folder that holds all images.",
                 )
         known = ", ".join(repr(begin) for begin, _ in self.folders)
         return Fault("path", f"the image path {path!r} begins with none of {known}. Name a folder for it in `images`.")

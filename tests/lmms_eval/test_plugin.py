@@ -75,7 +75,7 @@ def ask(release: Path, home: Path, arguments: str, processes: int = 1) -> list[d
     command += ["-m", "lmms_eval", "--model", "peft_crome", "--model_args", arguments]
     command += ["--tasks", "shapes", "--include_path", str(home / "task"), "--batch_size", "4", "--device", "cpu"]
     environment = os.environ | {"PYTHONPATH": str(release), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"ACCELERATE_USE_CPU": "true"}
+    environment["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(
         [*command, "--output_path", str(output), "--log_samples"],
         cwd=home, env=environment, capture_output=True, text=True, timeout=300, check=False,
