@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .backbone import original_module, text_config
+from .backbone import embed_scale, original_module, text_config
 from .fold import folded_table, install_table, why_not_foldable
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,14 @@ def check_allowed(model: nn.Module, sites: list[Any], unload: bool = False) -> N
         raise ValueError(
             f"Nothing can be merged: {'; '.join(f'{name}: {reason}' for name, reason in reasons.items())}. Only a "
             "branch on an embedding table folds into weights. Keep the adapter attached, or unload() it."
+        )
+    scales: dict[int, set[float]] = {}
+    for name in folded:
+        scales.setdefault(id(tables[name].weight), set()).add(float(embed_scale(tables[name])))
+    if any(len(several) > 1 for several in scales.values()):
+        raise ValueError(
+            f"Nothing can be merged: {folded} share one table and scale its rows differently, so no one table holds "
+            "what the adapter adds. Keep the adapter attached, or unload() it."
         )
     message = "CROME merge: folded into the embedding table: %s; kept as a small module, not being linear: %s. "
     logger.warning(message + "Only an adapter's files carry the latter: save it, not the merged model.", folded, kept)

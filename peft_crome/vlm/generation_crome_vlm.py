@@ -7,6 +7,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
 from .image_token import move_padding
+from .language_inputs import arguments_by_token, generator
 
 
 class CromeVLMGenerationMixin(GenerationMixin):
@@ -62,6 +63,7 @@ class CromeVLMGenerationMixin(GenerationMixin):
         if inputs is not None and input_ids is not None:
             raise ValueError("Got both inputs and input_ids; pass input_ids alone.")
         input_ids = input_ids if input_ids is not None else inputs
+        language_model = generator(self.language_model)
         has_images = pixel_values is not None or vision_features is not None
         if pixel_values is not None and vision_features is not None:
             raise ValueError("Got both pixel_values and vision_features; pass one of them.")
@@ -73,7 +75,9 @@ class CromeVLMGenerationMixin(GenerationMixin):
                 )
             arguments = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
             arguments = {name: value for name, value in arguments.items() if value is not None}
-            return self.language_model.generate(generation_config=generation_config, **arguments, **kwargs)
+            if inputs_embeds is not None:
+                arguments |= arguments_by_token(language_model, None, kwargs)
+            return language_model.generate(generation_config=generation_config, **arguments, **kwargs)
         if attention_mask is None:
             attention_mask = self._infer_mask(input_ids, generation_config)
         prompt_ids = input_ids
@@ -83,11 +87,12 @@ class CromeVLMGenerationMixin(GenerationMixin):
             attention_mask, inputs_embeds = move_padding("right", attention_mask, inputs_embeds)
         arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         if self.config.is_encoder_decoder:
-            return self.language_model.generate(generation_config=generation_config, **arguments, **kwargs)
+            return language_model.generate(generation_config=generation_config, **arguments, **kwargs)
         if attention_mask.ndim == 2 and "position_ids" not in kwargs and not bool(attention_mask[:, -1].all()):
             padded = move_padding("left", attention_mask, prompt_ids, valid_ids, inputs_embeds)
             arguments["attention_mask"], prompt_ids, valid_ids, arguments["inputs_embeds"] = padded
-        outputs = self.language_model.generate(
+        arguments |= arguments_by_token(language_model, valid_ids, kwargs)
+        outputs = language_model.generate(
             input_ids=valid_ids, generation_config=generation_config, **arguments, **kwargs
         )
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences

@@ -19,6 +19,7 @@ from .configuration_crome_vlm import CromeVLMConfig
 from .fingerprint import Samples
 from .generation_crome_vlm import CromeVLMGenerationMixin
 from .image_token import check_image_tokens, move_padding, neutral_token_id
+from .language_inputs import arguments_by_token, check_takes_embeddings
 from .outputs import OUTPUT_FIELDS, CromeVLMOutput
 from .qformer import QFormer
 from .vision import build_tower, infer_layout, run_tower, size_arguments
@@ -79,6 +80,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         self.language_model = (
             language_model if language_model is not None else auto_class.from_config(config.text_config)
         )
+        check_takes_embeddings(self.language_model)
         self.vision_layout = infer_layout(config)
         self.num_patch_tokens = self.vision_layout.num_selected(
             config.vision_feature_select_strategy, config.vision_pool_size
@@ -411,13 +413,15 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
                 "Pass exactly one of input_ids, inputs_embeds and encoder_outputs, and images only with input_ids; "
                 "model.embed_inputs(input_ids, pixel_values) makes inputs_embeds that hold the images."
             )
-        image_features = None
+        image_features = valid_ids = None
         if input_ids is not None and self._continues(past_key_values) and not has_images:
             # A later step of generation: a sampled token is text even where its id is the placeholder's.
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            valid_ids, inputs_embeds = input_ids, self.get_input_embeddings()(input_ids)
         elif input_ids is not None:
             images = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask)
-            _, inputs_embeds, image_features = self.embed_inputs(input_ids, *images)
+            valid_ids, inputs_embeds, image_features = self.embed_inputs(input_ids, *images)
+        if inputs_embeds is not None:
+            kwargs |= arguments_by_token(self.language_model, valid_ids, kwargs)
         if position_ids is None and attention_mask is not None and inputs_embeds is not None:
             position_ids = self._count_positions(attention_mask, inputs_embeds.shape[1])
         if self.config.is_encoder_decoder and input_ids is not None and attention_mask is not None:

@@ -1,0 +1,115 @@
+"""What some language models need beside `inputs_embeds`: token ids for their layers, a `generate` that takes both."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+BY_TOKEN = ("per_layer_inputs", "ple_input_ids")  # arguments of language models that look up more than one embedding
+
+
+def check_takes_embeddings(language_model: PreTrainedModel) -> None:
+    """Refuse a language model that reads token ids alone: no image could enter.
+
+    Raises:
+        ValueError: its `forward` takes no `inputs_embeds` (CPM-Ant); it routes tokens by their ids (DeepSeek V4); it
+            masks the future only where it gets ids (FSMT).
+    """
+    named = inspect.signature(language_model.forward).parameters
+    config = language_model.config.get_text_config()
+    because = None
+    if "input_ids" in named and "inputs_embeds" not in named:
+        because = "takes token ids alone, no inputs_embeds"
+    elif "hash_moe" in (getattr(config, "mlp_layer_types", None) or ()):
+        because = "chooses experts by token id (mlp_layer_types has 'hash_moe')"
+    elif config.model_type == "fsmt":
+        because = "masks its decoder's future only where it gets token ids, in transformers"
+    if because is not None:
+        raise ValueError(
+            f"{type(language_model).__name__} {because}, and an image has none. Pass another language model."
+        )
+
+
+def arguments_by_token(
+    language_model: PreTrainedModel, input_ids: torch.LongTensor | None, given: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """What the layers of Gemma 3n, Gemma 4 and Qwen 4 look up by token id, beside the embeddings that enter below.
+
+    Args:
+        input_ids: (batch, tokens) with valid ids at image placeholders, as those models do it themselves; None: the
+            caller has embeddings alone.
+        given: what the caller passes on to the language model.
+    Returns:
+        The argument to add: `per_layer_inputs`, (batch, tokens, layers, width), or `ple_input_ids`, (batch, tokens);
+        nothing where it is given, and for all other models.
+    Raises:
+        ValueError: one is needed, and there are no ids to look up.
+    """
+    needed = _needed(language_model)
+    if needed is None or needed in given:
+        return {}
+    if input_ids is None:
+        raise ValueError(
+            f"{type(language_model).__name__} looks up more than one embedding by token id, and got inputs_embeds "
+            f"alone. Pass input_ids and pixel_values, or {needed} as well."
+        )
+    if needed == "ple_input_ids":
+        return {needed: input_ids}
+    return {needed: language_model.get_decoder().get_per_layer_inputs(input_ids)}
+
+
+def generator(language_model: PreTrainedModel) -> PreTrainedModel:
+    """The language model, or a view of it whose `generate` takes `inputs_embeds` and what goes by token beside them.
+
+    transformers looks for `inputs_embeds` among the named arguments of `prepare_inputs_for_generation`. Some models
+    (Bamba, Falcon H1, Nemotron H) hand it on without naming it.
+    """
+    named = inspect.signature(language_model.prepare_inputs_for_generation).parameters
+    if language_model.config.is_encoder_decoder or ("inputs_embeds" in named and _needed(language_model) is None):
+        return language_model
+    view = copy.copy(language_model)  # the same modules and weights; the model itself stays as it is
+    own = type(language_model)
+    view.__class__ = type(own.__name__, (_TakesEmbeddings, own), {"__module__": own.__module__})
+    return view
+
+
+def _needed(language_model: PreTrainedModel) -> str | None:
+    config = language_model.config.get_text_config()
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        return "per_layer_inputs"
+    return "ple_input_ids" if getattr(config, "ple_layer_ids", None) else None
+
+
+class _TakesEmbeddings(nn.Module):
+    """Names what `prepare_inputs_for_generation` of the class behind it hands on, and checks that it does."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.Tensor | None = None,
+        per_layer_inputs: torch.Tensor | None = None,
+        ple_input_ids: torch.LongTensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if inputs_embeds is None or not is_first_iteration:
+            return prepared
+        embeddings = prepared.get("inputs_embeds")
+        if embeddings is None or prepared.get("input_ids") is not None:
+            raise ValueError(
+                f"{type(self).__name__}.generate takes token ids alone in transformers, so it cannot read an image. "
+                "Choose another language model; forward and training work with this one."
+            )
+        for name, value in zip(BY_TOKEN, (per_layer_inputs, ple_input_ids), strict=True):
+            if value is not None:
+                prepared[name] = value[:, -embeddings.shape[1] :]
+        return prepared
