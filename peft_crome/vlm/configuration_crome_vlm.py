@@ -93,7 +93,9 @@ class CromeVLMConfig(PreTrainedConfig):
         self.is_encoder_decoder = bool(self.text_config.is_encoder_decoder)
         self.tie_word_embeddings = False  # the language model ties its own; the composite adds no tie
         if self.image_size is None:
-            self.image_size = getattr(self.vision_config, "image_size", None)
+            of_timm = getattr(self.vision_config, "pretrained_cfg", None) or {}
+            size = getattr(self.vision_config, "image_size", None)
+            self.image_size = size if size is not None else of_timm.get("input_size", ())[1:] or None
         if isinstance(self.image_size, tuple):
             self.image_size = list(self.image_size)
         if self.image_token_id < 0:

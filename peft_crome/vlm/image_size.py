@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
 
 def fixed_image_size(image_processor: Any) -> tuple[int, int] | None:
@@ -18,8 +18,9 @@ def with_image_size(image_processor: Any, height: int, width: int) -> Any:
     Resizing and cropping keep their proportions where the processor does both (resize to 256, crop to 224).
 
     Raises:
-        ValueError: the processor cannot be made to give this size.
+        ValueError: the processor cannot be made to give this size, or cannot be saved.
     """
+    _refuse_timm(image_processor)
     if fixed_image_size(image_processor) == (height, width):
         return image_processor
     exact = {"height": height, "width": width}
@@ -52,7 +53,23 @@ def _keep_proportions(image_processor: Any, height: int, width: int) -> dict[str
     return {**changes, "crop_size": {"height": height, "width": width}} if crop else changes
 
 
+def _refuse_timm(image_processor: Any) -> None:
+    """timm's processor lives in its tower's config.json and writes no file, so what holds it could not be loaded."""
+    data_config = getattr(image_processor, "data_config", None)
+    if data_config is None:
+        return
+    height, width = data_config["input_size"][-2:]
+    edge = int(min(height, width) / data_config.get("crop_pct", 1.0))
+    resample = Image.Resampling[data_config["interpolation"].upper()].value
+    sizes = {"size": {"shortest_edge": edge}, "crop_size": {"height": height, "width": width}, "resample": resample}
+    arguments = sizes | {"image_mean": list(data_config["mean"]), "image_std": list(data_config["std"])}
+    raise ValueError(
+        f"{type(image_processor).__name__} cannot be saved with a composite. Pass one that gives the same pixels, "
+        f"vision=CLIPImageProcessor({', '.join(f'{name}={value}' for name, value in arguments.items())})."
+    )
+
+
 def _output_size(image_processor: Any, shape: tuple[int, int]) -> tuple[int, int]:
-    picture = np.zeros((*shape, 3), dtype=np.uint8)
-    pixels = image_processor(picture, return_tensors="np", input_data_format="channels_last")["pixel_values"]
-    return tuple(np.asarray(pixels).shape[-2:])
+    picture = Image.new("RGB", shape)  # PIL's and "pt": timm's processor takes nothing else
+    pixels = image_processor(picture, return_tensors="pt")["pixel_values"]
+    return tuple(pixels.shape[-2:])

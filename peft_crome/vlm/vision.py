@@ -106,6 +106,8 @@ def find_vision_model(model: PreTrainedModel) -> PreTrainedModel:
             "pixel_values without input_ids. Pass the tower's name or model object as vision=."
         )
     tower = model.base_model  # without the head of a ...ForImageClassification or ...WithProjection
+    if "pixel_values" not in _inputs(tower):  # DINOv3's is its encoder, behind the patch embedding
+        tower = model
     why_not = _why_no_features(tower)
     if why_not:
         raise ValueError(f"{type(tower).__name__} {why_not}. Pass another tower as vision=.")
@@ -181,7 +183,15 @@ def run_tower(tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int, **
     Raises:
         ValueError: the tower has no such layer.
     """
+    return _pick_layer(tower, _call(tower, pixel_values, layer, **kwargs), layer)
+
+
+def _call(tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int, **kwargs: bool) -> ModelOutput:
     output: ModelOutput = tower(pixel_values, output_hidden_states=layer != -1, return_dict=True, **kwargs)
+    return output
+
+
+def _pick_layer(tower: PreTrainedModel, output: ModelOutput, layer: int) -> torch.Tensor:
     if layer == -1:
         return output.last_hidden_state
     hidden_states = getattr(output, "hidden_states", None) or ()
@@ -200,13 +210,14 @@ def infer_layout(config: CromeVLMConfig) -> VisionLayout:
     for hierarchical towers; what is left over in front of them is the prefix.
 
     Raises:
-        ValueError: the features cannot be laid out as a grid.
+        ValueError: the tower cannot read pictures of this size, or its features cannot be laid out as a grid.
     """
     height, width = config.image_height_width
     try:
-        tower, features = _dry_run(config, "meta")
+        tower, output = _dry_run(config, "meta")
     except (NotImplementedError, RuntimeError):  # some towers compute sizes from values, which meta tensors lack
-        tower, features = _dry_run(config, "cpu")
+        tower, output = _dry_run(config, "cpu")
+    features = _pick_layer(tower, output, config.vision_feature_layer)
     if features.ndim == 4:
         return _map_layout(features.shape, config.vision_config)
     if features.ndim != 3:
@@ -220,8 +231,8 @@ def infer_layout(config: CromeVLMConfig) -> VisionLayout:
     return VisionLayout(num_tokens - rows * columns, rows, columns, features.shape[2], channel_axis=None)
 
 
-def _dry_run(config: CromeVLMConfig, device: str) -> tuple[PreTrainedModel, torch.Tensor]:
-    """A copy of the tower with arbitrary weights, and its features of one blank image."""
+def _dry_run(config: CromeVLMConfig, device: str) -> tuple[PreTrainedModel, ModelOutput]:
+    """A copy of the tower with arbitrary weights, and what it makes of one blank image."""
     vision_config = copy.deepcopy(config.vision_config)
     vision_config._attn_implementation = "eager"
     channels = getattr(vision_config, "num_channels", 3)
@@ -229,7 +240,17 @@ def _dry_run(config: CromeVLMConfig, device: str) -> tuple[PreTrainedModel, torc
         tower = build_tower(vision_config, dtype=torch.float32).eval()
         pixel_values = torch.zeros(1, channels, *config.image_height_width)
         kwargs = size_arguments(tower, *config.image_height_width)
-        return tower, run_tower(tower, pixel_values, config.vision_feature_layer, **kwargs)
+        try:
+            return tower, _call(tower, pixel_values, config.vision_feature_layer, **kwargs)
+        except Exception as error:
+            if device == "meta" and isinstance(error, (NotImplementedError, RuntimeError)):
+                raise
+            size = getattr(vision_config, "image_size", None)
+            other = f"Write image_size={size}, or pass" if size not in (None, config.image_size) else "Pass"
+            raise ValueError(
+                f"{type(tower).__name__} cannot read pixel_values of shape {tuple(pixel_values.shape)}: "
+                f"{str(error).rstrip('.')}. {other} another tower as vision=."
+            ) from error
 
 
 def _map_layout(shape: torch.Size, vision_config: PreTrainedConfig) -> VisionLayout:

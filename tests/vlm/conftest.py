@@ -23,6 +23,8 @@ TOWERS: dict[str, tuple[dict[str, Any], int, int]] = {  # name -> (configuration
     "vit": (FULL_VIT, 1, 9),
     "dinov2": (VIT, 1, 9),
     "dinov2_with_registers": ({**VIT, "num_register_tokens": 7}, 8, 9),
+    "dinov3_vit": ({**FULL_VIT, "num_register_tokens": 4}, 5, 9),
+    "dinov3_convnext": ({"image_size": 64, "hidden_sizes": [8, 8, 12, 12], "depths": [1, 1, 1, 1]}, 1, 4),
     "swin": (STAGES, 0, 64),
     "convnext": ({"image_size": 32, "num_stages": 2, "hidden_sizes": [8, 12], "depths": [1, 1]}, 0, 16),
     "resnet": ({"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}, 0, 16),

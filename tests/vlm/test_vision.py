@@ -1,12 +1,15 @@
 """Any tower: prefix tokens and patch grid are found, pooled and kept in order."""
 
+import re
+
 import pytest
 import torch
 import transformers as tf
 
-from peft_crome.vlm import CromeVLMForConditionalGeneration
+from peft_crome.vlm import CromeVLMConfig, CromeVLMForConditionalGeneration
+from peft_crome.vlm.image_size import fixed_image_size, with_image_size
 from peft_crome.vlm.vision import find_vision_model
-from tests.vlm.conftest import TOWERS, build, make_batch
+from tests.vlm.conftest import FULL_VIT, TOWERS, build, make_batch, text_config
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -54,6 +57,36 @@ def test_other_resolution_interpolates_positions(tower):
     model = build(tower, image_size=[40, 20])
     assert (model.vision_layout.height, model.vision_layout.width) == (4, 2)
     assert model(**make_batch(model)).logits.isfinite().all()
+
+
+def test_a_size_that_the_tower_cannot_read_names_its_own() -> None:
+    tower, language = tf.Aimv2VisionModel(tf.Aimv2VisionConfig(**FULL_VIT)), build().language_model
+    sizes = {"image_token_id": 100, "image_size": [40, 20]}
+    said = r"Aimv2VisionModel cannot read pixel_values of shape \(1, 3, 40, 20\): .*\. Write image_size=30, or pass an"
+    with pytest.raises(ValueError, match=said):
+        CromeVLMForConditionalGeneration.from_backbones(tower, language, **sizes)
+
+
+def test_size_of_a_timm_tower_is_what_it_was_trained_on() -> None:
+    timm = tf.TimmWrapperConfig(architecture="vit_tiny_patch16_224", pretrained_cfg={"input_size": [3, 256, 192]})
+    assert CromeVLMConfig(vision_config=timm, text_config=text_config()).image_height_width == (256, 192)
+
+
+def test_timm_processor_names_one_that_can_be_saved() -> None:
+    class TimmWrapperImageProcessor:
+        data_config = {"input_size": (3, 224, 224), "interpolation": "bicubic", "crop_pct": 0.9} | {
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.25, 0.25, 0.25),
+        }
+
+    with pytest.raises(ValueError, match="cannot be saved with a composite") as raised:
+        with_image_size(TimmWrapperImageProcessor(), 224, 224)
+    processor = eval(
+        re.search(r"vision=(CLIPImageProcessor\(.*\))\.$", str(raised.value))[1],
+        {"CLIPImageProcessor": tf.CLIPImageProcessor},
+    )
+    assert (processor.size["shortest_edge"], processor.resample, processor.image_std) == (248, 3, (0.25,) * 3)
+    assert fixed_image_size(processor) == (224, 224)
 
 
 def test_missing_layer_names_the_range():
