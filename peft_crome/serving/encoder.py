@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from ..tuner import CromeLayer
 from ..vlm import CromeVLMForConditionalGeneration
+from ..vlm.language_inputs import arguments_by_token
 
 GRIDS = ("image_grid_thw",)  # what an engine needs beside the embeddings, to number positions
 
@@ -95,7 +96,7 @@ class ImageEncoder:
             (tokens, hidden) for each row, without padding: vLLM's `prompt_embeds`.
         Raises:
             ValueError: the model is no composite, whose hosts number positions and mask images in their own way, or
-                its language model is an encoder-decoder.
+                its language model is an encoder-decoder or looks up more than embeddings by token (Gemma 3n, Gemma 4).
         """
         host = self.host
         if not isinstance(host, CromeVLMForConditionalGeneration) or host.config.is_encoder_decoder:
@@ -103,6 +104,7 @@ class ImageEncoder:
                 "prompt_embeds are for a composite with a decoder-only language model. Write "
                 "ImageEncoder.multi_modal_data(...) for other hosts, which engines know."
             )
+        arguments_by_token(host.language_model, None, {})  # an engine has the embeddings alone
         taken = inspect.signature(host.embed_inputs).parameters
         mask = inputs.get("attention_mask")
         _, embeddings, _ = host.embed_inputs(**{key: value for key, value in inputs.items() if key in taken})

@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+from peft import get_peft_model
 
+from peft_crome import CromeConfig
+from peft_crome.serving import ImageEncoder
 from tests.language_zoo.test_language_zoo import PROMPT, composite, language_model
 
 
@@ -38,3 +41,11 @@ def test_the_language_model_itself_stays_as_it_is() -> None:
     assert written.shape[1] > PROMPT.shape[1]
     assert type(joined.language_model) is own
     assert joined.language_model.__dict__.keys() == attributes.keys()
+
+
+def test_whole_prompts_for_an_engine_are_refused() -> None:
+    joined, batch = composite(language_model("gemma4_text", False))
+    encoder = ImageEncoder(get_peft_model(joined, CromeConfig(bottleneck_dim=4)))
+    assert len(encoder(**batch)) == 2
+    with pytest.raises(ValueError, match="looks up more than one embedding by token id, and got inputs_embeds alone"):
+        encoder.prompt_embeds(**batch)
