@@ -42,6 +42,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results" / "ablation"
+DOCS = Path(__file__).parent.parent / "docs"
+BEGIN, END = "<!-- begin: written by python -m benchmarks.ablation -->", "<!-- end -->"
 SAMPLE = {"what": 1000, "yes/no": 500}
 console = Console()
 
@@ -99,13 +101,14 @@ def file_of(variant: Variant, seed: int, results: Path = RESULTS) -> Path:
 
 
 def write_report(results: Path = RESULTS) -> None:
-    """The table and the plot of what is there."""
-    rows, points = [], []
+    """The table and the plot of what is there; into the docs as well where the results are the repository's own."""
+    rows, points, done = [], [], 0
     for variant in VARIANTS:
         files = [file_of(variant, seed, results) for seed in range(100)]
         records = [json.loads(file.read_text()) for file in files if file.is_file()]
         if not records:
             continue
+        done += len(records)
         values = {kind: [record["score"][kind]["accuracy"] for record in records] for kind in data.KINDS}
         weights = records[0]["finetune"]["trained_parameters"]
         rates = f"{variant.align_rate:g} / {variant.finetune_rate:g}"
@@ -114,8 +117,14 @@ def write_report(results: Path = RESULTS) -> None:
         rows.append([*cells, f"{weights:,}", rates, dtypes])
         points.append((variant, weights, values["what"]))
     header = ["", "seeds", "what colour / shape", "yes/no", "weights in (b)", "rates (a) / (b)", "frozen dtype"]
-    _replace(results / "table.md", lambda path: path.write_text(markdown(header, rows)))
+    table = markdown(header, rows)
+    _replace(results / "table.md", lambda path: path.write_text(table))
     _replace(results / "accuracy_over_weights.png", lambda path: _plot(points, path))
+    if results.resolve() == RESULTS.resolve():
+        _replace(DOCS / "images" / "ablation.png", lambda path: _plot(points, path))
+        head, _, rest = (DOCS / "ablation.md").read_text().partition(BEGIN)
+        page = f"{head}{BEGIN}\n\n{done} of {len(plan())} runs are done.\n\n{table}\n{END}{rest.partition(END)[2]}"
+        _replace(DOCS / "ablation.md", lambda path: path.write_text(page))
 
 
 def _spread(values: list[float], records: list[dict[str, Any]], kind: str) -> str:
