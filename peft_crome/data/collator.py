@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 
 from .images import Augmentation, open_image
@@ -21,7 +22,7 @@ class ConversationCollator:
     Only what the assistant says counts in the loss, with the token that ends it; images, instructions and padding do
     not. `needs_split` says whether a row must hold one answer to learn, its last (see `split_turns`): for an
     encoder-decoder; for a Q-Former, which reads what is asked up to an answer and nothing later; and for a chat
-    template that writes an answer in another way once more is said.
+    template that writes an answer in another way once more is said, or a prompt unlike generation's.
 
     Args:
         processor: the composite's.
@@ -70,8 +71,12 @@ class ConversationCollator:
         self.max_instruction_length = max_instruction_length
         self.system = system
         self.seed = seed
+        self._ending = self._ending_of_own_prompts()
         self.needs_split = (
-            is_encoder_decoder or processor.qformer_tokenizer is not None or not self._keeps_earlier_turns()
+            is_encoder_decoder
+            or processor.qformer_tokenizer is not None
+            or self._ending is not None
+            or not self._keeps_earlier_turns()
         )
 
     @staticmethod
@@ -90,6 +95,21 @@ class ConversationCollator:
         """Whether the template writes a conversation's beginning alike, whatever follows (Qwen 3's does not)."""
         said = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant") * 2]
         return self._render(said).startswith(self._render(said[:2]).rstrip())
+
+    def _ending_of_own_prompts(self) -> str | None:
+        """What follows an answer, where a prompt for generation is no beginning of the conversation with its answer.
+
+        Gemma 4's closes an empty thought before the answer, DeepSeek R1's opens one, and neither stands in what they
+        write of a conversation. An answer is learnt after the prompt that it will follow, so this end is put to it.
+        None: the template needs no such care.
+        """
+        asked, answer = (
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for role, text in (("user", "(question)"), ("assistant", "(answer)"))
+        )
+        said = self._render([asked, answer])
+        _, found, ending = said.partition("(answer)")
+        return ending.rstrip() if found and not said.startswith(self._render([asked], prompt=True)) else None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Turn rows of `read_rows` or `load_rows` into a batch.
@@ -133,7 +153,7 @@ class ConversationCollator:
         Raises:
             RowError: the last turn is no answer, a decoder cannot hold it, a Q-Former cannot read the instruction, a
                 cut would leave no answer or part of an image, the text holds image tokens of its own, or the chat
-                template hides where an answer begins.
+                template hides where an answer begins or does not take the conversation.
         """
         name = row["id"]
         messages = list(row["messages"])
@@ -149,7 +169,15 @@ class ConversationCollator:
             if part["type"] == "text"
         ]
         encode = self._encoder_decoder if self.is_encoder_decoder else self._decoder_only
-        encoded = {**encode(messages, name), "instruction": " ".join(asked)}
+        try:
+            encoded = {**encode(messages, name), "instruction": " ".join(asked)}
+        except TemplateError as error:  # Gemma's takes no system message, Mistral's no two turns of one role
+            raise _error(
+                name,
+                "template",
+                f"the language model's chat template says: {error}. Change the row (or system: in the recipe), or "
+                "write another chat_template in the recipe.",
+            ) from error
         tokens = encoded["input_ids"].count(self.processor.image_token_id)
         if tokens != len(row["images"]) * self.processor.image_seq_length:
             raise _error(
@@ -176,10 +204,18 @@ class ConversationCollator:
                 )
         return encoded
 
-    def _decoder_only(self, messages: list[dict[str, Any]], name: str) -> dict[str, list[int]]:
+    def _decoder_only(self, messages: list[dict[str, Any]], name: str) -> dict[str, Any]:
+        if self._ending is not None:
+            prompt = self._render(messages[:-1], prompt=True)
+            text = prompt + "".join(part["text"] for part in messages[-1]["content"]).strip() + self._ending
+            return self._with_labels(text, [(len(prompt), len(text))], name)
         text = self._render(messages)
         answers = [end for end, message in enumerate(messages) if message["role"] == "assistant"]
         spans = [self._span(messages, end, text, name) for end in (answers[-1:] if self.needs_split else answers)]
+        return self._with_labels(text, spans, name)
+
+    def _with_labels(self, text: str, spans: list[tuple[int, int]], name: str) -> dict[str, Any]:
+        """Tokens, and labels where a token is part of what stands between a span's first and last character."""
         encoded = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]
         labels = [

@@ -11,6 +11,7 @@ FAULTS = {
     "order": "roles out of order",
     "empty": "an empty turn",
     "answer": "no answer to learn from",
+    "template": "a conversation that the chat template does not take",
     "placeholder": "wrong number of <image>",
     "path": "an image path that is none, or leaves the image folder",
     "missing": "a missing image",

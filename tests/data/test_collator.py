@@ -112,9 +112,49 @@ def test_template_that_rewrites_earlier_answers_learns_the_last(composite: Any) 
     rows = list(split_turns([row(("what colour is it?", "blue"), ("is it red?", "it is blue"))]))
     said = [learnt(collator([part]), whole.tokenizer) for part in rows]
     assert said == ["<think>\n</think>\nblue<|im_end|>", "<think>\n</think>\nit is blue<|im_end|>"]
-    whole.chat_template = FORGETS.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant: {% endif %}")
+
+
+THINKS = (  # as Gemma 4's and DeepSeek R1's: a prompt for generation has more than a conversation has before an answer
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n</think>\n{% endif %}"
+)
+
+
+def test_answers_are_learnt_after_the_prompt_of_generation(composite: Any) -> None:  # noqa: F811
+    tokenizer = real_tokenizer("byte-level")
+    composite.config.image_token_id = len(tokenizer)
+    whole = CromeVLMProcessor.from_backbones(language=tokenizer, config=composite.config)
+    whole.chat_template = THINKS
+    collator = ConversationCollator(whole)
+    assert collator.needs_split
+    for part in split_turns([row(("what colour is it?", "blue"), ("is it red?", " it is blue"))]):
+        encoded = collator.encode(part)
+        asked = whole.apply_chat_template(part["messages"][:-1], add_generation_prompt=True, tokenize=False)
+        answer = part["messages"][-1]["content"][0]["text"].strip()
+        assert whole.tokenizer.decode(encoded["input_ids"]) == f"{asked}{answer}<|im_end|>"
+        said = whole.tokenizer.decode([label for label in encoded["labels"] if label != -100])
+        assert said == f"{answer}<|im_end|>"
+
+
+def test_template_that_writes_a_prompt_by_what_is_said_is_refused(composite: Any) -> None:  # noqa: F811
+    tokenizer = real_tokenizer("byte-level")
+    composite.config.image_token_id = len(tokenizer)
+    whole = CromeVLMProcessor.from_backbones(language=tokenizer, config=composite.config)
+    whole.chat_template = CHATML.replace(
+        "assistant\n{%", "{{ 'assistant: ' if 'red' in messages[0]['content'] else 'assistant\n' }}{%"
+    )
+    collator = ConversationCollator(whole)
+    collator.encode(row(("what colour is it?", "blue")))
     with pytest.raises(ValueError, match=r"Row 'r': the chat template writes the prompt .* in another way"):
-        ConversationCollator(whole).encode(rows[0])
+        collator.encode(row(("is it red?", "it is blue")))
+
+
+def test_conversation_that_the_template_does_not_take_names_the_row(processor: Any) -> None:  # noqa: F811
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    processor.chat_template = refuses + CHAT_TEMPLATES["plain"]
+    said = r"Row 'r': the language model's chat template says: System role not supported\. Change the row"
+    with pytest.raises(ValueError, match=said):
+        ConversationCollator(processor, system="w3").encode(row(("w1", "w2")))
 
 
 def test_rows_in_which_nothing_is_learnt_are_refused(processor: Any) -> None:  # noqa: F811
