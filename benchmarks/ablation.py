@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -121,7 +122,9 @@ def write_report(results: Path = RESULTS) -> None:
     _replace(results / "table.md", lambda path: path.write_text(table))
     _replace(results / "accuracy_over_weights.png", lambda path: _plot(points, path))
     if results.resolve() == RESULTS.resolve():
-        _replace(DOCS / "images" / "ablation.png", lambda path: _plot(points, path))
+        _replace(
+            DOCS / "images" / "ablation.png", lambda path: shutil.copy(results / "accuracy_over_weights.png", path)
+        )
         head, _, rest = (DOCS / "ablation.md").read_text().partition(BEGIN)
         page = f"{head}{BEGIN}\n\n{done} of {len(plan())} runs are done.\n\n{table}\n{END}{rest.partition(END)[2]}"
         _replace(DOCS / "ablation.md", lambda path: path.write_text(page))

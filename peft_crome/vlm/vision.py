@@ -121,7 +121,7 @@ def _why_no_features(tower: PreTrainedModel) -> str | None:
     if isinstance(tower, BackboneMixin):
         return "gives feature maps for detection; load the same checkpoint with AutoModel"
     if "noise" in _inputs(tower):
-        return "hides most patches at random, for its own training; load the same checkpoint with ViTModel"
+        return "may hide patches at random, for its own training (ViT-MAE: load the checkpoint with ViTModel)"
     if set(needed) > {"pixel_values"}:
         return f"reads {needed}, so pictures are cut up before it; expected a tower that reads pixel_values alone"
     return None

@@ -85,6 +85,15 @@ FORGETS = (  # as Qwen 3's: the last answer is written in another way than those
 )
 
 
+def with_template(composite: Any, template: str, kind: str = "byte-level") -> CromeVLMProcessor:  # noqa: F811
+    """A processor with a tokenizer as real ones are."""
+    tokenizer = real_tokenizer(kind)
+    composite.config.image_token_id = len(tokenizer)
+    whole = CromeVLMProcessor.from_backbones(language=tokenizer, config=composite.config)
+    whole.chat_template = template
+    return whole
+
+
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
 @pytest.mark.parametrize("template", ["plain", "vicuna", "chatml"])
 def test_whole_answers_are_learnt_with_tokenizers_that_keep_spaces(
@@ -92,10 +101,7 @@ def test_whole_answers_are_learnt_with_tokenizers_that_keep_spaces(
     kind: str,
     composite: Any,  # noqa: F811
 ) -> None:
-    tokenizer = real_tokenizer(kind)
-    composite.config.image_token_id = len(tokenizer)
-    whole = CromeVLMProcessor.from_backbones(language=tokenizer, config=composite.config)
-    whole.chat_template = CHAT_TEMPLATES.get(template, CHATML)
+    whole = with_template(composite, CHAT_TEMPLATES.get(template, CHATML), kind)
     batch = ConversationCollator(whole)([row(("what colour is it?", "blue"), ("is it red?", "it is blue"))])
     end = "<|im_end|>" if template == "chatml" else "</s>"
     said = [text.strip() for text in learnt(batch, whole.tokenizer).split(end)]
@@ -103,10 +109,7 @@ def test_whole_answers_are_learnt_with_tokenizers_that_keep_spaces(
 
 
 def test_template_that_rewrites_earlier_answers_learns_the_last(composite: Any) -> None:  # noqa: F811
-    tokenizer = real_tokenizer("byte-level")
-    composite.config.image_token_id = len(tokenizer)
-    whole = CromeVLMProcessor.from_backbones(language=tokenizer, config=composite.config)
-    whole.chat_template = FORGETS
+    whole = with_template(composite, FORGETS)
     collator = ConversationCollator(whole)
     assert collator.needs_split
     rows = list(split_turns([row(("what colour is it?", "blue"), ("is it red?", "it is blue"))]))
@@ -121,10 +124,7 @@ THINKS = (  # as Gemma 4's and DeepSeek R1's: a prompt for generation has more t
 
 
 def test_answers_are_learnt_after_the_prompt_of_generation(composite: Any) -> None:  # noqa: F811
-    tokenizer = real_tokenizer("byte-level")
-    composite.config.image_token_id = len(tokenizer)
-    whole = CromeVLMProcessor.from_backbones(language=tokenizer, config=composite.config)
-    whole.chat_template = THINKS
+    whole = with_template(composite, THINKS)
     collator = ConversationCollator(whole)
     assert collator.needs_split
     for part in split_turns([row(("what colour is it?", "blue"), ("is it red?", " it is blue"))]):
@@ -137,12 +137,8 @@ def test_answers_are_learnt_after_the_prompt_of_generation(composite: Any) -> No
 
 
 def test_template_that_writes_a_prompt_by_what_is_said_is_refused(composite: Any) -> None:  # noqa: F811
-    tokenizer = real_tokenizer("byte-level")
-    composite.config.image_token_id = len(tokenizer)
-    whole = CromeVLMProcessor.from_backbones(language=tokenizer, config=composite.config)
-    whole.chat_template = CHATML.replace(
-        "assistant\n{%", "{{ 'assistant: ' if 'red' in messages[0]['content'] else 'assistant\n' }}{%"
-    )
+    by_words = "{{ 'assistant: ' if 'red' in messages[0]['content'] else 'assistant\n' }}{%"
+    whole = with_template(composite, CHATML.replace("assistant\n{%", by_words))
     collator = ConversationCollator(whole)
     collator.encode(row(("what colour is it?", "blue")))
     with pytest.raises(ValueError, match=r"Row 'r': the chat template writes the prompt .* in another way"):
