@@ -137,19 +137,28 @@ def _spread(values: list[float], records: list[dict[str, Any]], kind: str) -> st
 
 
 def _plot(points: list[tuple[Variant, int, list[float]]], path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(8, 5))
-    for number, (variant, weights, values) in enumerate(points):
+    """Names over accuracy, so that rows with equal weights can be told apart, and accuracy over weights."""
+    kinds = ["CROME, whole or without a part", "CROME, other settings", "without CROME"]
+    figure, (names, weights_axis) = plt.subplots(
+        1, 2, figsize=(12, 1.5 + 0.25 * len(points)), width_ratios=[3, 2], layout="constrained"
+    )
+    for row, (variant, weights, values) in enumerate(points):
+        kind = 2 if not variant.name.startswith("CROME") else 0 if variant.main else 1
         middle = statistics.mean(values)
         spread = [[100 * (middle - min(values))], [100 * (max(values) - middle)]]
-        marker = "o" if variant.main else "x"
-        axis.errorbar(
-            weights, 100 * middle, yerr=spread, marker=marker, color=f"C{number % 10}", capsize=3, label=variant.name
-        )
-    axis.set(xscale="log", xlabel="weights trained in (b)", ylabel='"what" questions right, %')
-    axis.set_title("easy-VQA, 200 + 200 steps; mean and range over the seeds")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, ncol=2, loc="best")
-    figure.tight_layout()
+        style: dict[str, Any] = {"color": f"C{kind}", "capsize": 3, "marker": "os^"[kind], "markersize": 5}
+        names.errorbar(100 * middle, row, xerr=spread, **style)
+        weights_axis.errorbar(weights, 100 * middle, yerr=spread, alpha=0.7, **style)
+    names.set_yticks(range(len(points)), [variant.name for variant, _, _ in points])
+    names.invert_yaxis()
+    names.set(xlabel='"what" questions right, %', title="by row")
+    weights_axis.set(xscale="log", xlabel="weights trained in (b)", ylabel='"what" questions right, %')
+    weights_axis.set_title("over the weights")
+    handles = [plt.Line2D([], [], color=f"C{i}", marker="os^"[i], ls="", label=kind) for i, kind in enumerate(kinds)]
+    figure.legend(handles=handles, loc="outside lower center", ncol=3)
+    figure.suptitle("easy-VQA, 200 + 200 steps; mean and range over the seeds")
+    for axis in (names, weights_axis):
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
