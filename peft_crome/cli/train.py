@@ -19,13 +19,20 @@ Settings = Annotated[
 def train(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or a preset: pretrain, instruct, finetune.")],
     settings: Settings = None,
+    accept_changed_data: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changed-data",
+            help="Go on from checkpoints although the data, or training.max_length, have changed since.",
+        ),
+    ] = False,
 ) -> None:
     """Train one stage. Started again, it continues from its last checkpoint."""
     from ..training.run import train as run
 
     try:
         parsed = recipes.load_recipe(recipe, recipes.parse_overrides(settings or []))
-        record = run(parsed, lambda report: announce(parsed, report))
+        record = run(parsed, lambda report: announce(parsed, report), accept_changed_data=accept_changed_data)
     except (OSError, ValueError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -10,7 +10,9 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 
+from ..positions import position_limit
 from .images import Augmentation, open_image
+from .instructions import check_instruction, instruction_of
 from .rows import COUNTS, DRAW, DRAWN, Fault, RowError
 
 IGNORE = -100
@@ -29,7 +31,8 @@ class ConversationCollator:
         is_encoder_decoder: as in the composite's configuration.
         augmentation: of training pictures; None: as they are.
         max_length: tokens per row; longer ones are cut at the end, decoder-only models' alone. None: not at all.
-        max_positions: tokens that the language model takes; a row that is longer, once cut, is refused. None: any.
+        max_positions: tokens that the language model, or an encoder-decoder's encoder, takes; a row that is longer,
+            once cut, is refused. None: any.
         max_target_length: tokens that an encoder-decoder's decoder takes; None: it has no limit.
         max_instruction_length: tokens that a Q-Former reads; None: it has no limit.
         system: a system message for conversations without one.
@@ -82,12 +85,11 @@ class ConversationCollator:
     @staticmethod
     def limits(config: Any) -> dict[str, Any]:
         """What a composite's configuration tells of its kind and of how much its parts read, as arguments."""
-        text = config.text_config.get_text_config(decoder=True)
-        positions = getattr(text, "max_position_embeddings", None)
-        limited = "max_target_length" if config.is_encoder_decoder else "max_positions"
+        text, decoder = config.text_config, position_limit(config.text_config, "decoder")
         return {
             "is_encoder_decoder": config.is_encoder_decoder,
-            limited: positions,  # None: no limit, as T5's
+            "max_positions": position_limit(text, "encoder") if config.is_encoder_decoder else decoder,
+            "max_target_length": decoder if config.is_encoder_decoder else None,
             "max_instruction_length": getattr(config.qformer_config, "max_position_embeddings", None),
         }
 
@@ -161,16 +163,9 @@ class ConversationCollator:
             raise _error(name, "order", "the last turn is no answer. Take that turn out.")
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": [{"type": "text", "text": self.system}]}, *messages]
-        asked = [
-            part["text"]
-            for message in messages
-            if message["role"] == "user"
-            for part in message["content"]
-            if part["type"] == "text"
-        ]
         encode = self._encoder_decoder if self.is_encoder_decoder else self._decoder_only
         try:
-            encoded = {**encode(messages, name), "instruction": " ".join(asked)}
+            encoded = {**encode(messages, name), "instruction": instruction_of(self.processor, messages)}
         except TemplateError as error:  # Gemma's takes no system message, Mistral's no two turns of one role
             raise _error(
                 name,
@@ -190,18 +185,17 @@ class ConversationCollator:
             raise _error(
                 name,
                 "long",
-                f"{len(encoded['input_ids'])} tokens, and the language model takes {self.max_positions}. Write "
-                f"max_length: {self.max_positions} to cut such rows, or take it out.",
-            )
-        if row["images"] and self.max_instruction_length is not None and self.processor.qformer_tokenizer is not None:
-            read = len(self.processor.qformer_tokenizer(encoded["instruction"])["input_ids"])
-            if read > self.max_instruction_length:
-                raise _error(
-                    name,
-                    "long",
-                    f"the instruction has {read} tokens, and the Q-Former reads {self.max_instruction_length}. "
-                    "Shorten it, or take the row out.",
+                f"{len(encoded['input_ids'])} tokens, {tokens} of them image tokens, and the language model takes "
+                f"{self.max_positions}. "
+                + (
+                    "Shorten the row"
+                    if self.is_encoder_decoder
+                    else f"Write max_length: {self.max_positions} to cut it"
                 )
+                + ", or take it out.",
+            )
+        if row["images"]:
+            check_instruction(self.processor, name, encoded["instruction"], self.max_instruction_length)
         return encoded
 
     def _decoder_only(self, messages: list[dict[str, Any]], name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProc
 from .checkpoint import StageError, read_record
 from .recipe import Adapter, Backbones, Recipe
 from .stages import STAGES, modules_to_save
+
+logger = logging.getLogger(__name__)
 
 
 def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] | None]:
@@ -45,9 +48,17 @@ def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] 
                 f"{' or '.join(map(repr, stage.previous)) or 'the backbones alone: leave `previous` out'}."
             )
         config = CromeConfig.from_pretrained(str(directory))
-        check_same(recipe, CromeVLMConfig.from_pretrained(directory), config)
-        composite = CromeVLMForConditionalGeneration.from_pretrained(directory, adapter="ignore")
+        host = CromeVLMConfig.from_pretrained(directory)
+        follow_moved_backbones(recipe, host)
+        check_same(recipe, host, config)
+        try:
+            composite = CromeVLMForConditionalGeneration.from_pretrained(directory, config=host, adapter="ignore")
+        except OSError as error:
+            raise StageError(
+                f"previous: {error}\nIn a recipe, write where they are now: backbones: {{vision: ..., language: ...}}."
+            ) from error
         processor = CromeVLMProcessor.from_pretrained(directory)
+        _check_reader(recipe, processor)
         config.modules_to_save = modules_to_save(stage, composite) or None
         config.inference_mode = False
         if recipe.adapter is not None and "dropout" in recipe.adapter.model_fields_set:
@@ -71,6 +82,25 @@ def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] 
     return model, processor, previous
 
 
+def follow_moved_backbones(recipe: Recipe, composite: CromeVLMConfig) -> None:
+    """Where a directory names a folder that is not there, and the recipe another place, take the latter."""
+    if recipe.backbones is None:
+        return
+    said = recipe.backbones
+    tower = composite.vision_model_name_or_path
+    for fields, name in (
+        (("vision_model_name_or_path", "qformer_model_name_or_path"), said.instructblip or said.vision),
+        (("text_model_name_or_path",), said.language),
+    ):
+        for field in fields:
+            stored = getattr(composite, field)
+            if field.startswith("qformer") and stored != tower:
+                continue
+            if stored is not None and Path(stored).is_absolute() and not Path(stored).exists():
+                logger.warning("%s is not there; %s is taken from %s instead.", stored, field, name)
+                setattr(composite, field, _located(name))
+
+
 def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) -> None:
     """Compare what a recipe says of the architecture with the directory that it starts from.
 
@@ -83,6 +113,8 @@ def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) 
         given = {key: getattr(said, key) for key in said.model_fields_set if key != "qformer"}
         given["vision"] = given.pop("instructblip", None) or given.get("vision")
         given |= {f"qformer.{key}": value for key, value in (said.qformer or {}).items()}
+        if composite.qformer_config is not None and said.qformer is None and said.instructblip is None:
+            different.append("backbones.qformer: none in the recipe, one there")
         different += [
             f"backbones.{key}: {value!r} in the recipe, {stored.get(key)!r} there"
             for key, value in given.items()
@@ -99,9 +131,21 @@ def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) 
         )
 
 
+def _check_reader(recipe: Recipe, processor: CromeVLMProcessor) -> None:
+    """See that the tokenizer that a recipe names for the Q-Former is the directory's."""
+    name = recipe.backbones.qformer_tokenizer if recipe.backbones is not None else None
+    if name is None:
+        return
+    reader = processor.qformer_tokenizer
+    if reader is None or AutoTokenizer.from_pretrained(name).get_vocab() != reader.get_vocab():
+        raise StageError(
+            f"{recipe.previous} has {'no' if reader is None else 'another'} tokenizer for a Q-Former than "
+            f"the recipe's backbones.qformer_tokenizer, {name!r}. Take that key out, or start from another directory."
+        )
+
+
 def _stored(composite: CromeVLMConfig) -> dict[str, Any]:
     """What a directory says of its backbones, in a recipe's words."""
-    quantised = composite.text_quantization_config
     dtype: Any = getattr(composite.text_config, "dtype", None)
     reader: Any = composite.qformer_config
     return {
@@ -114,10 +158,15 @@ def _stored(composite: CromeVLMConfig) -> dict[str, Any]:
         "image_size": composite.image_height_width[0],
         "image_token_order": composite.image_token_order,
         "num_query_tokens": None if reader is None else composite.num_query_tokens,
-        "quantization": None if not quantised else "4bit" if quantised.get("load_in_4bit") else "8bit",
+        "quantization": _bits(composite.text_quantization_config),
+        "vision_quantization": _bits(composite.vision_quantization_config),
         "dtype": str(dtype).removeprefix("torch."),
         **({} if reader is None else {f"qformer.{key}": value for key, value in reader.to_dict().items()}),
     }
+
+
+def _bits(quantization: dict[str, Any] | None) -> str | None:
+    return None if not quantization else "4bit" if quantization.get("load_in_4bit") else "8bit"
 
 
 def quantization_config(name: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -163,11 +212,12 @@ def _check_names(said: Backbones) -> None:
                 f"backbones.qformer.vocab_size: {known} words, and {said.qformer_tokenizer!r} has {size}. Write "
                 f"vocab_size: {size}."
             )
-    if said.quantization is not None and not is_bitsandbytes_available():
-        raise StageError(
-            f"backbones.quantization: {said.quantization!r} needs bitsandbytes. Write: "
-            'pip install "peft-crome[quantization]"'
-        )
+    for key in ("quantization", "vision_quantization"):
+        if getattr(said, key) is not None and not is_bitsandbytes_available():
+            raise StageError(
+                f"backbones.{key}: {getattr(said, key)!r} needs bitsandbytes. Write: "
+                'pip install "peft-crome[quantization]"'
+            )
 
 
 def _from_backbones(said: Backbones) -> tuple[Any, CromeVLMProcessor]:
@@ -177,6 +227,7 @@ def _from_backbones(said: Backbones) -> tuple[Any, CromeVLMProcessor]:
         "language": _located(said.language),
         "dtype": dtype,
         "quantization_config": quantization_config(said.quantization, dtype),
+        "vision_quantization_config": quantization_config(said.vision_quantization, dtype),
         "image_size": said.image_size,
         "vision_feature_layer": said.vision_feature_layer,
         "vision_pool_size": said.vision_pool_size,

@@ -40,7 +40,10 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
     if named := [path for path in data if hub_name(path) and Path(path).suffix not in DATA_FILES]:
         header["datasets"] = named
     read = "" if composite.is_encoder_decoder else ', inputs["input_ids"].shape[1] :'
-    quantised = ", quantised when loaded" if composite.text_quantization_config is not None else ""
+    quantised = [
+        ", quantised when loaded" if quantization else ""
+        for quantization in (composite.vision_quantization_config, composite.text_quantization_config)
+    ]
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False).strip(),
@@ -52,9 +55,9 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
         "trains. This repository holds all of it; the backbones come by their names:",
         "",
         f"- vision tower: `{bases[0] or 'stored here'}`{_revision(composite.vision_revision)}{_local(bases[0])}, "
-        f"pictures of {' x '.join(map(str, composite.image_height_width))}",
+        f"pictures of {' x '.join(map(str, composite.image_height_width))}{quantised[0]}",
         f"- language model: `{bases[1] or 'stored here'}`{_revision(composite.text_revision)}{_local(bases[1])}"
-        f"{quantised}",
+        f"{quantised[1]}",
         "",
         "## Use it",
         "",

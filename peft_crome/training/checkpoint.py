@@ -30,6 +30,9 @@ WITHOUT_EFFECT = (
     "training.arguments.report_to",
 )
 
+# Keys that may change on request: rows that stopped a run are mended or left out, and it goes on.
+OF_DATA = ("data.", "content of data.", "training.max_length")
+
 logger = logging.getLogger(__name__)
 
 
@@ -123,20 +126,24 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     faulty = [
         f"{name} ({'missing' if name not in sizes else 'of another size'})"
         for name, size in files.items()
-        if name != "README.md" and sizes.get(name) != size
+        # People write a card of their own, and another place of a backbone into config.json.
+        if name != "README.md" and sizes.get(name) != size and not (name == "config.json" and name in sizes)
     ]
     if faulty:
         raise StageError(f"{directory} is incomplete: {', '.join(faulty)}. Copy the directory again.")
     return record
 
 
-def open_run(checkpoints: Path, run: dict[str, Any], is_main: bool = True) -> str | None:
+def open_run(
+    checkpoints: Path, run: dict[str, Any], is_main: bool = True, accept_changed_data: bool = False
+) -> str | None:
     """Find the checkpoint that a run goes on from, or begin its folder.
 
     Args:
         checkpoints: the folder.
         run: the recipe, and what tells the data; JSON values.
         is_main: whether this process writes.
+        accept_changed_data: go on although `OF_DATA` differ.
     Returns:
         The last checkpoint that was written in full; None: there is none. Others are removed.
     Raises:
@@ -159,11 +166,23 @@ def open_run(checkpoints: Path, run: dict[str, Any], is_main: bool = True) -> st
                 "to begin anew."
             ) from error
         different = sorted(d for d in _differences(before, run) if not d.startswith(WITHOUT_EFFECT))
+        acceptable = all(d.startswith(OF_DATA) for d in different)
+        if different and not (accept_changed_data and acceptable):
+            ways = "Remove that folder to begin anew, or put it back as it was to go on."
+            if acceptable:
+                ways = (
+                    "Put it back as it was to go on; or, where this mends rows that stopped the run, go on with "
+                    "peft-crome train ... --accept-changed-data, in Python train(..., accept_changed_data=True). Or "
+                    "remove that folder to begin anew."
+                )
+            raise StageError(f"{checkpoints} holds checkpoints of another run: {'; '.join(different)}. {ways}")
         if different:
-            raise StageError(
-                f"{checkpoints} holds checkpoints of another run: {'; '.join(different)}. Remove that folder to "
-                "begin anew, or put it back as it was to go on."
+            logger.warning(
+                "The run goes on with changed data (%s), whose rows may come in another order from here.",
+                "; ".join(different),
             )
+            if is_main:
+                _replace(path, run)
     elif is_main:
         checkpoints.mkdir(parents=True, exist_ok=True)
         _replace(path, run)
@@ -199,6 +218,9 @@ def _differences(before: Any, now: Any, key: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         names = dict.fromkeys([*before, *now])
         return [d for name in names for d in _differences(before.get(name), now.get(name), f"{key}.{name}".strip("."))]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now, strict=True))
+        return [d for number, (a, b) in pairs for d in _differences(a, b, f"{key}.{number}")]
     return [] if before == now else [f"{key} was {before!r}, is {now!r}"]
 
 

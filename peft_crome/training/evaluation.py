@@ -10,6 +10,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from ..data import open_image
+from ..data.instructions import check_instructions
 
 
 @torch.no_grad()  # not inference_mode: what a layer keeps is trained with afterwards
@@ -35,7 +36,12 @@ def generate_answers(
         progress: show a bar.
     Returns:
         One text per row, in their order. The model is left in the mode it was in, module by module.
+    Raises:
+        RowError: an instruction is longer than the Q-Former reads; no row is answered then.
+        ValueError: a picture cannot be read; the message names the row.
     """
+    composite = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_instructions(processor, composite.config, rows)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

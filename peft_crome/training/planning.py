@@ -15,7 +15,7 @@ from ..backbone import input_embeddings
 from ..tuner import CromeConfig
 from ..vlm import CromeVLMConfig
 from ..vlm.convert import language_class
-from .build import check_same
+from .build import check_same, follow_moved_backbones
 from .checkpoint import StageError
 from .devices import Device
 from .memory import StepCost, StepSize, predict_step
@@ -39,6 +39,7 @@ def recipe_skeleton(recipe: Recipe) -> PeftModel:
     if recipe.previous is not None and Path(recipe.previous).is_dir():
         config = CromeVLMConfig.from_pretrained(recipe.previous)
         adapter = CromeConfig.from_pretrained(recipe.previous)
+        follow_moved_backbones(recipe, config)
         check_same(recipe, config, adapter)
         return skeleton(config, stage, adapter)
     if recipe.backbones is None:

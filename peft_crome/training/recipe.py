@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Mapping
@@ -72,6 +73,9 @@ class Backbones(_Section):
     vision_feature_layer: int = Field(default=-1, description="-1: the tower's output; -2: its penultimate layer.")
     vision_pool_size: int = Field(default=1, ge=1, description="n averages n x n patches into one token.")
     quantization: Literal["4bit", "8bit"] | None = Field(default=None, description="How the language model is loaded.")
+    vision_quantization: Literal["4bit", "8bit"] | None = Field(
+        default=None, description="How the tower is loaded; a Q-Former stays as it is, since it trains."
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(default="bfloat16", description="Of what is frozen.")
     vision_revision: str | None = Field(
         default=None, description="Branch, tag or commit of the tower or InstructBLIP."
@@ -84,11 +88,20 @@ class Backbones(_Section):
             raise ValueError("name exactly one of `vision` and `instructblip`")
         if self.instructblip is not None and self.qformer is not None:
             raise ValueError("`instructblip` brings its own Q-Former; leave `qformer` out")
+        queries = type(self).model_fields["num_query_tokens"].default
+        if self.instructblip is not None and self.num_query_tokens != queries:
+            raise ValueError("`instructblip` brings its own query tokens; leave `num_query_tokens` out")
         known = InstructBlipQFormerConfig().to_dict()
         for key in self.qformer or {}:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 raise ValueError(f"qformer.{key}: no such key" + (f"; did you mean {near[0]!r}?" if near else ""))
+        sizes = known | (self.qformer or {})
+        if sizes["hidden_size"] % sizes["num_attention_heads"]:
+            raise ValueError(
+                f"qformer.hidden_size={sizes['hidden_size']} is no multiple of qformer.num_attention_heads="
+                f"{sizes['num_attention_heads']}; write both"
+            )
         if self.qformer is not None and self.qformer_tokenizer is None:
             raise ValueError(
                 "the Q-Former reads instructions; name its tokenizer, qformer_tokenizer: bert-base-uncased"
@@ -247,6 +260,11 @@ class Training(_Section):
             )
         if self.rows_per_device is not None and self.batch_size % self.rows_per_device:
             raise ValueError(f"batch_size={self.batch_size} is no multiple of rows_per_device={self.rows_per_device}")
+        if self.arguments.get("label_smoothing_factor"):
+            raise ValueError(
+                "arguments.label_smoothing_factor: transformers' Trainer smooths labels that it does not shift for "
+                "vision-language models, so each token would be learnt from itself; take it out"
+            )
         own = [key for key in self.arguments if key in OWNED]
         if own:
             raise ValueError(f"arguments: {own} are said by keys of `training` itself, or fixed; take them out")
@@ -326,16 +344,16 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         FileNotFoundError: there is neither such a file nor such a preset.
     """
     values, name = _read(source)
-    preset, said = values.pop("preset", None), dict(values)
+    preset, said = values.pop("preset", None), copy.deepcopy(values)
     if preset is not None:
         if preset not in PRESETS:
             raise RecipeError(f"{name}: preset={preset!r} is unknown; expected one of {list(PRESETS)}.")
-        values = _merge(_read(preset)[0], values)
-        _choose_tower(values, said)
+        values = _merge(yaml.load(preset_text(preset), _Loader), values)
     for key, value in (overrides or {}).items():
-        _set(values, key, value, name)
-        if key == "backbones.vision":
-            values["backbones"].pop("instructblip", None)
+        for place in (values, said):
+            _set(place, key, value, name)
+    if preset is not None:
+        _leave_out_what_was_for_others(values, said)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -375,8 +393,8 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         return _merge({}, source), "the recipe"
     path = Path(source)
     if str(source) in PRESETS and not path.is_file():
-        text, name = preset_text(str(source)), f"preset {source!r}"
-    elif path.is_file():
+        return {"preset": str(source)}, f"preset {source!r}"
+    if path.is_file():
         name = str(path)
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -393,11 +411,16 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return values, name
 
 
-def _choose_tower(values: dict[str, Any], said: Mapping[str, Any]) -> None:
-    """A recipe that names its tower does not want the preset's InstructBLIP beside it."""
+def _leave_out_what_was_for_others(values: dict[str, Any], said: Mapping[str, Any]) -> None:
+    """What a preset says for its own backbones is not for those that a recipe names instead."""
     backbones = said.get("backbones")
-    if isinstance(backbones, Mapping) and "vision" in backbones and "instructblip" not in backbones:
+    if not isinstance(backbones, Mapping):
+        return
+    if "vision" in backbones and "instructblip" not in backbones:
         values["backbones"].pop("instructblip", None)
+    language = str(backbones.get("language", "vicuna")).lower()
+    if "chat_template" not in said and "vicuna" not in language:
+        values.pop("chat_template", None)  # the presets' is Vicuna's
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,12 +30,16 @@ from .trainer import CromeTrainer, training_arguments
 from .validation import EvaluationCallback, load_questions, scores_of
 
 
-def train(recipe: Recipe, on_ready: Callable[[Preflight], None] | None = None) -> dict[str, Any]:
+def train(
+    recipe: Recipe, on_ready: Callable[[Preflight], None] | None = None, *, accept_changed_data: bool = False
+) -> dict[str, Any]:
     """Train one stage and write `recipe.output`.
 
     Args:
         recipe: what to do.
         on_ready: told, before the first step, what will train and what it will take.
+        accept_changed_data: go on from the checkpoints of a run whose data, or `training.max_length`, have changed
+            since: faulty rows were mended, say. Rows that the run has seen may come again, in another order.
     Returns:
         The record that is written to `crome_stage.json`; the last of its "stages" is this one.
     Raises:
@@ -92,7 +96,7 @@ def train(recipe: Recipe, on_ready: Callable[[Preflight], None] | None = None) -
         "content of data": content,
         "content of previous": hashlib.sha256(json.dumps(previous).encode()).hexdigest(),
     }
-    last = open_run(checkpoints, run, trainer.is_world_process_zero())
+    last = open_run(checkpoints, run, trainer.is_world_process_zero(), accept_changed_data)
     try:
         trainer.train(resume_from_checkpoint=last)
     except NotFiniteError as error:

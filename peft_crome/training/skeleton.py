@@ -48,6 +48,7 @@ def composite_config(said: Backbones) -> CromeVLMConfig:
         vision_config=tower,
         text_config=language,
         text_quantization_config=_quantization_config(said.quantization),
+        vision_quantization_config=_quantization_config(said.vision_quantization),
         image_token_id=language.get_text_config().vocab_size,
         image_size=said.image_size or processor_image_size(name, said.vision_revision, Loading()),
         vision_feature_layer=said.vision_feature_layer,
@@ -74,24 +75,25 @@ def skeleton(config: CromeVLMConfig, stage: Stage, adapter: CromeConfig) -> Peft
     """A composite with an adapter as `build` makes it, on the meta device.
 
     Args:
-        config: the composite's; `dtype` of its parts and `text_quantization_config` say how they are loaded.
+        config: the composite's; its parts' `dtype`, and its quantisations, say how they are loaded.
         stage: what trains; kept in float32.
         adapter: its size; `modules_to_save` follows from the stage.
     Raises:
-        ValueError: the language model's checkpoint is quantised by something else than bitsandbytes.
+        ValueError: a backbone's checkpoint is quantised by something else than bitsandbytes.
     """
     config = copy.deepcopy(config)
-    quantization = quantization_of(config)
+    packed = {part: quantization_of(config, part) for part in ("language_model", "vision_tower")}
     with torch.device("meta"), no_init_weights():
         composite = CromeVLMForConditionalGeneration(config).requires_grad_(False)
         composite.language_model.tie_weights()  # a part of the initialisation that is left out
-        if quantization is not None:
-            pack(composite.language_model, quantization)
-        parts = modules_to_save(stage, composite)
-        for part in parts:
+        for part, quantization in packed.items():
+            if quantization is not None:
+                pack(getattr(composite, part), quantization)
+        trained = modules_to_save(stage, composite)
+        for part in trained:
             getattr(composite, part).float()
         adapter = copy.deepcopy(adapter)
-        adapter.modules_to_save = parts or None
+        adapter.modules_to_save = trained or None
         model = get_peft_model(composite, adapter)
     for module in model.modules():
         if isinstance(module, CromeWeights):
@@ -99,13 +101,15 @@ def skeleton(config: CromeVLMConfig, stage: Stage, adapter: CromeConfig) -> Peft
     return model
 
 
-def quantization_of(config: CromeVLMConfig) -> Quantization | None:
-    """How the language model's weights are packed; a checkpoint may be packed already.
+def quantization_of(config: CromeVLMConfig, part: str) -> Quantization | None:
+    """How the weights of "language_model" or "vision_tower" are packed; a checkpoint may be packed already.
 
     Raises:
         ValueError: by something else than bitsandbytes.
     """
-    stored: Any = config.text_quantization_config or getattr(config.text_config, "quantization_config", None)
+    key = "vision" if part == "vision_tower" else "text"
+    own = getattr(config, f"{key}_config")
+    stored: Any = getattr(config, f"{key}_quantization_config") or getattr(own, "quantization_config", None)
     if stored is None:
         return None
     values = stored if isinstance(stored, dict) else stored.to_dict()
@@ -113,8 +117,9 @@ def quantization_of(config: CromeVLMConfig) -> Quantization | None:
         if values.get(key):
             return quantization  # type: ignore[return-value]
     raise ValueError(
-        f"The language model is quantised with {values.get('quant_method')!r}; its memory is predicted for "
-        "bitsandbytes' 4 and 8 bits alone. Name the checkpoint that is not quantised, with quantization: 4bit."
+        f"The {part} is quantised with {values.get('quant_method')!r}; its memory is predicted for bitsandbytes' 4 "
+        f"and 8 bits alone. Name the checkpoint that is not quantised, with "
+        f"{'quantization' if key == 'text' else 'vision_quantization'}: 4bit."
     )
 
 

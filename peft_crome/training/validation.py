@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
 from ..data import check_images, read_rows
+from ..data.instructions import check_instructions
 from .evaluation import generate_answers
 from .metrics import check_metrics, score
 from .recipe import Evaluation, RecipeError
@@ -86,6 +87,8 @@ class EvaluationCallback(TrainerCallback):
         sets: of `load_questions`.
         settings: the recipe's section `evaluation`.
         system: a system message for conversations without one.
+    Raises:
+        RecipeError: a Q-Former cannot read an instruction; the message names the row.
     """
 
     def __init__(
@@ -101,6 +104,11 @@ class EvaluationCallback(TrainerCallback):
         self.sets = sets
         self.settings = settings
         self.system = system
+        for number, questions in enumerate(sets):
+            try:
+                check_instructions(processor, trainer.model.get_base_model().config, questions.rows)
+            except ValueError as error:
+                raise RecipeError(f"evaluation.data.{number}: {error}") from error
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.settings.steps and state.global_step < state.max_steps:

@@ -214,16 +214,20 @@ def load_vision_tower(
     if stored.model_type in PARTS_CLASSES:  # without the checkpoint's own language model
         if config is not None:
             stored.vision_config = _clean(config, quantization_config)
-        return find_vision_model(load_parts(name, stored, **arguments))
+        return _with_quantizer(load_parts(name, stored, **arguments))
     if config is not None and type(stored) is type(config):
         arguments["config"] = _clean(config, quantization_config)
     elif config is not None and type(getattr(stored, "vision_config", None)) is type(config):
         stored.vision_config = _clean(config, quantization_config)
         arguments["config"] = stored
-    model = vision_class(stored).from_pretrained(name, **arguments)
+    return _with_quantizer(vision_class(stored).from_pretrained(name, **arguments))
+
+
+def _with_quantizer(model: PreTrainedModel) -> PreTrainedModel:
+    """The tower of a loaded model, which was quantised with the whole."""
     tower = find_vision_model(model)
     if hasattr(model, "hf_quantizer"):
-        tower.hf_quantizer = model.hf_quantizer  # the half that is kept was quantised with the whole
+        tower.hf_quantizer = model.hf_quantizer
     return tower
 
 
@@ -234,11 +238,21 @@ def load_qformer(name: str, revision: str | None, loading: Loading) -> QFormer:
 
 
 def parts_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Of `from_backbones`' arguments, those that loading a tower by name takes."""
+    """Of `from_backbones`' arguments, those that loading the parts of an InstructBLIP checkpoint by name takes."""
+    return _arguments("vision_tower", kwargs.get("vision_revision"), None, _loading(kwargs))
+
+
+def load_quantised_tower(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The tower as `from_backbones`' arguments say that it is quantised and loaded."""
+    return load_vision_tower(
+        name, kwargs.get("vision_revision"), None, kwargs["vision_quantization_config"], _loading(kwargs)
+    )
+
+
+def _loading(kwargs: dict[str, Any]) -> Loading:
     names = ("dtype", "device_map", "attn_implementation")
     others = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
-    loading = Loading(**{name: kwargs.get(name) for name in names}, arguments=others)
-    return _arguments("vision_tower", kwargs.get("vision_revision"), kwargs.get("vision_quantization_config"), loading)
+    return Loading(**{name: kwargs.get(name) for name in names}, arguments=others)
 
 
 def load_language_model(

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .blip_parts import PARTS_CLASSES, load_parts, qformer_of
-from .convert import from_backbones, parts_arguments
+from .convert import from_backbones, load_quantised_tower, parts_arguments
 
 Composite = TypeVar("Composite", bound=PreTrainedModel)
 
@@ -25,11 +25,12 @@ def from_instructblip(
         cls: the composite's class.
         checkpoint: name of an InstructBLIP or BLIP-2 checkpoint, whose own language model is not loaded, or a model.
         language: name of a causal or encoder-decoder language model, or a model object, which is used as it is.
-        kwargs: of `from_backbones`; `vision_revision` is the checkpoint's.
+        kwargs: of `from_backbones`; `vision_revision` is the checkpoint's. `vision_quantization_config` is the tower's
+            alone: the Q-Former trains, and is stored, unquantised.
     Returns:
         The composite in evaluation mode.
     Raises:
-        ValueError: the checkpoint is of another kind, or as in `from_backbones`.
+        ValueError: the checkpoint is of another kind or a quantised object, or as in `from_backbones`.
     """
     if isinstance(checkpoint, PreTrainedModel):
         parts, name = checkpoint, checkpoint.config.name_or_path
@@ -38,12 +39,19 @@ def from_instructblip(
                 f"{type(parts).__name__} is a {parts.config.model_type!r} model, expected one of "
                 f"{list(PARTS_CLASSES)}. Pass an InstructBLIP or BLIP-2 model or the name of one."
             )
+        if getattr(parts, "hf_quantizer", None) is not None:
+            raise ValueError(
+                f"This {type(parts).__name__} is quantised, its Q-Former and projection too, which are to train. "
+                f"Write from_instructblip({name!r}, language=..., vision_quantization_config=...)."
+            )
     else:
         checkpoint = name = str(checkpoint)
         parts = load_parts(name, **parts_arguments(kwargs))
-    qformer = qformer_of(parts)
-    parts.vision_model.config.name_or_path = qformer.config.name_or_path = name
-    model = from_backbones(cls, parts.vision_model, language, qformer=qformer, **kwargs)
+    qformer, tower = qformer_of(parts), parts.vision_model
+    if isinstance(checkpoint, str) and kwargs.get("vision_quantization_config") is not None:
+        tower = parts.vision_model = load_quantised_tower(name, kwargs)
+    tower.config.name_or_path = qformer.config.name_or_path = name
+    model = from_backbones(cls, tower, language, qformer=qformer, **kwargs)
     if isinstance(checkpoint, str):  # loaded here, so the name gives these weights
         config = model.config
         config.vision_model_name_or_path = config.qformer_model_name_or_path = name

@@ -15,6 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from ..positions import check_positions
 from .configuration_crome_vlm import CromeVLMConfig
 from .fingerprint import Samples
 from .generation_crome_vlm import CromeVLMGenerationMixin
@@ -427,6 +428,8 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         if self.config.is_encoder_decoder and input_ids is not None and attention_mask is not None:
             # Encoders with learned positions count from the first place; generation does the same.
             attention_mask, inputs_embeds = move_padding("right", attention_mask, inputs_embeds)
+        if self.config.is_encoder_decoder and past_key_values is None:
+            check_positions(self.language_model, inputs_embeds, labels if labels is not None else decoder_input_ids)
         if labels is not None:
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
         arguments = {

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import is_valid_image
+from transformers.utils import logging
 
 from .configuration_crome_vlm import CromeVLMConfig
 from .image_size import with_image_size
@@ -15,6 +16,24 @@ from .image_token import ensure_image_token
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "qformer_input_ids", "qformer_attention_mask")
 QFORMER_TOKENIZER = "qformer_tokenizer"
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+
+logger = logging.get_logger(__name__)
+
+
+class Prompt(str):
+    """A text that a chat template has written, with what a Q-Former reads of it.
+
+    Args:
+        text: the text.
+        instruction: what the user says, without the template's marks and without the answers.
+    """
+
+    instruction: str
+
+    def __new__(cls, text: str, instruction: str) -> "Prompt":
+        prompt = super().__new__(cls, text)
+        prompt.instruction = instruction
+        return prompt
 
 
 class CromeVLMProcessor(ProcessorMixin):
@@ -149,7 +168,8 @@ class CromeVLMProcessor(ProcessorMixin):
             images: one picture, a list in reading order over the batch, or per row a list, a picture or None
                 (`[[a, b], [], None, c]`). A picture is a PIL image, an array, a tensor, a path or a URL.
             text: one string or a list; each `<image>` stands for one picture.
-            qformer_text: the instruction of each row, for a Q-Former that reads it; None: the text without `<image>`.
+            qformer_text: the instruction of each row, for a Q-Former that reads it; None: what the user says, of a
+                text that `apply_chat_template` has returned, else the text without `<image>`.
             kwargs: of the tokenizer (`padding`, `return_tensors`, ...) and of the image processor.
         Returns:
             input_ids and attention_mask, (batch, tokens), with image_seq_length placeholders per picture;
@@ -174,7 +194,7 @@ class CromeVLMProcessor(ProcessorMixin):
     def _instructions(self, texts: list[str], qformer_text: str | Sequence[str] | None) -> list[str]:
         """The instruction of each picture's row, once per picture."""
         if qformer_text is None:
-            qformer_text = [" ".join(sample.replace(self.image_token, " ").split()) for sample in texts]
+            qformer_text = [self._instruction_in(sample) for sample in texts]
         given = [qformer_text] if isinstance(qformer_text, str) else list(qformer_text)
         if len(given) != len(texts):
             raise ValueError(
@@ -182,6 +202,29 @@ class CromeVLMProcessor(ProcessorMixin):
             )
         counts = [sample.count(self.image_token) for sample in texts]
         return [instruction for instruction, count in zip(given, counts, strict=True) for _ in range(count)]
+
+    def _instruction_in(self, text: str) -> str:
+        """What a Q-Former reads of a text that comes without its instruction."""
+        if isinstance(text, Prompt):
+            return text.instruction
+        ending = self._generation_ending()
+        if ending and text.rstrip().endswith(ending):
+            logger.warning_once(
+                "The Q-Former reads the chat template's words too. Hand over what apply_chat_template returns, "
+                "unchanged, or pass the instructions: processor(..., qformer_text=...)."
+            )
+        return self.instruction([text])
+
+    def _generation_ending(self) -> str:
+        """What a prompt of the chat template ends with where an answer is to follow; empty: nothing tells it."""
+        if self.chat_template is None:
+            return ""
+        asked = [{"role": "user", "content": "(question)"}]
+        return self.apply_chat_template(asked, add_generation_prompt=True).rpartition("(question)")[2].strip()
+
+    def instruction(self, said: Sequence[str]) -> str:
+        """What a Q-Former reads of the user's turns: their words, one space apart, without the images' places."""
+        return " ".join(" ".join(said).replace(self.image_token, " ").split())
 
     def _check_rows(self, rows: list[list[Any]], texts: list[str]) -> None:
         """Compare placeholders with pictures, row by row where the pictures are given by row."""
@@ -257,7 +300,7 @@ class CromeVLMProcessor(ProcessorMixin):
             flat.append([{**message, **self._flatten(message, found)} for message in messages])
             images.append(found)
             said = [str(message["content"]) for message in flat[-1] if message.get("role") == "user"]
-            asked.append(" ".join(" ".join(said).replace(self.image_token, " ").split()))
+            asked.append(self.instruction(said))
         processor_kwargs = dict(processor_kwargs or {})
         if kwargs.get("tokenize") and any(images):
             processor_kwargs["images"] = images if is_batch else images[0]
@@ -265,9 +308,16 @@ class CromeVLMProcessor(ProcessorMixin):
             processor_kwargs.setdefault("add_special_tokens", False)
         if kwargs.get("tokenize") and self.qformer_tokenizer is not None:
             processor_kwargs.setdefault("qformer_text", asked)
-        return super().apply_chat_template(
+        made = super().apply_chat_template(
             flat if is_batch else flat[0], chat_template, processor_kwargs=processor_kwargs, **kwargs
         )
+        if kwargs.get("tokenize") or self.qformer_tokenizer is None:
+            return made
+        prompts = [
+            Prompt(text, instruction)
+            for text, instruction in zip([made] if isinstance(made, str) else made, asked, strict=True)
+        ]
+        return prompts if is_batch else prompts[0]
 
     def _flatten(self, message: Mapping[str, Any], images: list[Any]) -> dict[str, str]:
         """A message's content as one string; the pictures in it are appended to images."""

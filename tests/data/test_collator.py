@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from PIL import Image
 
-from peft_crome import CromeVLMProcessor
+from peft_crome import CromeVLMConfig, CromeVLMProcessor
 from peft_crome.data import CHAT_TEMPLATES, Augmentation, ConversationCollator, RowError, split_turns
 from tests.vlm.conftest import CHAT_TEMPLATE, backbones, composite, make_tokenizer, processor  # noqa: F401  # fixtures
 
@@ -207,10 +208,28 @@ def test_rows_longer_than_the_language_model_takes_are_refused(processor: Any, p
     one = row(("w1", "w2"), ("w3", "w4"), images=[picture])
     length = ConversationCollator(processor).encode(one)["length"]
     assert ConversationCollator(processor, max_positions=length).encode(one)["length"] == length
-    with pytest.raises(RowError, match=rf"Row 'r': {length} tokens, and the language model takes {length - 1}. Write"):
+    message = rf"Row 'r': {length} tokens, 9 of them image tokens, and the language model takes {length - 1}. "
+    with pytest.raises(RowError, match=message + "Write max_length"):
         ConversationCollator(processor, max_positions=length - 1).encode(one)
+    with pytest.raises(RowError, match=r"and the language model takes 3. Shorten the row, or take it out"):
+        ConversationCollator(processor, is_encoder_decoder=True, max_positions=3).encode(one)
     cut = ConversationCollator(processor, max_positions=length - 1, max_length=length - 1).encode(one)
     assert (len(cut["input_ids"]), cut["length"]) == (length - 1, length)
+
+
+@pytest.mark.parametrize(
+    ("config", "encoder", "decoder"),
+    [
+        (tf.BartConfig(max_position_embeddings=24), 24, 24),
+        (tf.LEDConfig(max_encoder_position_embeddings=64, max_decoder_position_embeddings=32), 64, 32),
+        (tf.T5Config(), None, None),
+        (tf.LlamaConfig(max_position_embeddings=128), 128, None),
+    ],
+)
+def test_limits_of_language_models(config: Any, encoder: int | None, decoder: int | None) -> None:
+    whole = CromeVLMConfig(vision_config=tf.CLIPVisionConfig(), text_config=config, image_token_id=1)
+    limits = ConversationCollator.limits(whole)
+    assert (limits["max_positions"], limits["max_target_length"]) == (encoder, decoder)
 
 
 def test_image_tokens_of_the_text_itself_are_refused(processor: Any, picture: str) -> None:  # noqa: F811

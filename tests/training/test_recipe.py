@@ -71,6 +71,11 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
         ({"training": {"learning_rates": {"tower": 1e-4}}}, "training.learning_rates.tower"),
         ({"backbones": {"vision": "a", "instructblip": "b"}}, "name exactly one of `vision` and `instructblip`"),
         ({"backbones": {"qformer": {}}}, "`instructblip` brings its own Q-Former"),
+        ({"backbones": {"num_query_tokens": 8}}, "`instructblip` brings its own query tokens; leave"),
+        (
+            {"backbones": {"vision": "a", "qformer": {"hidden_size": 16, "num_attention_heads": 3}}},
+            "qformer.hidden_size=16 is no multiple of qformer.num_attention_heads=3; write both",
+        ),
         (
             {"backbones": {"vision": "a", "qformer": {"hiden_size": 8}}},
             r"qformer.hiden_size: no such key; did you mean 'hidden_size'\?",
@@ -93,6 +98,7 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
         ),
         ({"data": [{"path": "a", "columns": {"answer": "b"}}]}, r"data.0: .*expected the names of `answer` and"),
         ({"training": {"arguments": {"max_steps": 2}}}, r"arguments: \['max_steps'\] are said by keys"),
+        ({"training": {"arguments": {"label_smoothing_factor": 0.1}}}, "label_smoothing_factor: .*take it out"),
         ({"chat_template": "vicunna"}, r"chat_template='vicunna' is neither one of \['vicuna', 'plain', 't5'\] nor"),
         ({"stage": "finetune"}, "`finetune` trains the adapter alone; give `previous`"),
         ({"backbones": None}, "give `previous`, the directory of the stage before, or `backbones`"),
@@ -108,6 +114,20 @@ def test_a_tower_takes_the_place_of_the_presets_instructblip() -> None:
     for recipe in (load_recipe(values), load_recipe({**values, "backbones": {}}, {"backbones.vision": "tower"})):
         assert recipe.backbones is not None
         assert (recipe.backbones.vision, recipe.backbones.instructblip) == ("tower", None)
+
+
+def test_vicunas_template_is_for_vicuna() -> None:
+    """Another language model brings its own, or the collator asks for one; what the recipe says itself stays."""
+    for language, template in (
+        ("lmsys/vicuna-13b-v1.5", "vicuna"),
+        ("google/flan-t5-xxl", None),
+        ("Qwen/Qwen3", None),
+    ):
+        values = {"preset": "pretrain", **COMPLETE, "backbones": {"language": language}}
+        assert load_recipe(values).chat_template == template
+        assert load_recipe({**values, "backbones": {}}, {"backbones.language": language}).chat_template == template
+        assert load_recipe({**values, "chat_template": "plain"}).chat_template == "plain"
+        assert load_recipe(values, {"chat_template": "t5"}).chat_template == "t5"
 
 
 def test_quoted_numbers_stay_text(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
 from peft_crome.data import read_rows
 from peft_crome.training import StageError, generate_answers, load_recipe, read_record, train
+from tests.vlm.conftest import make_tokenizer
 
 
 def following(values: dict[str, Any], stage: str, output: Path, **changes: Any) -> dict[str, Any]:
@@ -67,9 +68,9 @@ def test_each_stage_trains_its_parts_alone(stages: dict[str, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_stages_on_a_quantised_language_model(quantization: str, values: dict[str, Any], tmp_path: Path) -> None:
+def test_stages_on_quantised_backbones(quantization: str, values: dict[str, Any], tmp_path: Path) -> None:
     """All three stages train what they name beside quantised weights, and the last directory loads quantised."""
-    values["backbones"] |= {"quantization": quantization, "dtype": "bfloat16"}
+    values["backbones"] |= {"quantization": quantization, "vision_quantization": quantization, "dtype": "bfloat16"}
     instruct = following(values, "instruct", tmp_path / "instruct")
     finetune = following(instruct, "finetune", tmp_path / "finetune")
     stored, trained = [], []
@@ -83,7 +84,9 @@ def test_stages_on_a_quantised_language_model(quantization: str, values: dict[st
     ):
         assert {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])} == parts
     model = CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "finetune")
-    assert getattr(model.language_model, f"is_loaded_in_{quantization}")
+    for part, kind in ((model.language_model, True), (model.vision_tower, True), (model.qformer, False)):
+        kinds = {type(module).__name__ for module in part.modules()}
+        assert bool(kinds & {"Linear4bit", "Linear8bitLt"}) == kind
 
 
 LOAD = """
@@ -250,6 +253,37 @@ def test_harmless_keys_may_change_and_data_may_not(
         train(load_recipe(values))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     assert train(load_recipe(values))["stages"][0]["resumed"]
+
+
+def test_faulty_row_in_the_middle_of_a_run_is_mended_and_the_run_goes_on(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A picture that cannot be read, found after a checkpoint; nothing of what was trained is lost."""
+    rows = json.loads(Path(values["data"][0]["path"]).read_text())
+    for name in ("red", "green", "blue", "white"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        shutil.copy(Path(values["data"][0]["path"]).parent / "images" / f"{name}.png", tmp_path / "images")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    values["data"] = [{"path": str(tmp_path / "rows.json")}]
+    checkpoints = interrupt(values, monkeypatch)
+    shutil.rmtree(checkpoints / "checkpoint-6")
+    (tmp_path / "images" / "red.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"Row '\d+'.*red.png"):
+        train(load_recipe(values))
+    (tmp_path / "rows.json").write_text(json.dumps([row for row in rows if "red" not in row.get("image", "")]))
+    values["data"][0]["faulty"] = "drop"
+    with pytest.raises(
+        StageError, match=r"content of data.*rows.json was.*data.0.faulty was 'stop', is 'drop'.*--accept-changed-data"
+    ):
+        train(load_recipe(values))
+    values["training"]["learning_rate"] = 1e-3
+    with pytest.raises(StageError, match=r"training.learning_rate was"):
+        train(load_recipe(values), accept_changed_data=True)
+    values["training"] |= {"learning_rate": 1e-2, "max_length": 100}
+    record = train(load_recipe(values), accept_changed_data=True)["stages"][0]
+    assert record["resumed"]
+    assert (record["steps"], record["data"][0]["rows"]) == (6, 9)
+    assert "goes on with changed data" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "adapter_model.safetensors"])
@@ -451,6 +485,49 @@ def test_directory_of_another_architecture_is_refused(values: dict[str, Any], tm
     train(load_recipe(later))
     adapter = json.loads((tmp_path / "instruct" / "adapter_config.json").read_text())
     assert adapter["dropout"] == 0.5
+
+
+def test_another_qformer_is_another_architecture(
+    values: dict[str, Any], backbones: tuple[str, str], tmp_path: Path
+) -> None:
+    """What a recipe leaves out is the directory's, a Q-Former and its tokenizer are not."""
+    train(load_recipe(values))
+    before = copy.deepcopy(values["backbones"])
+    plain = {key: value for key, value in before.items() if key in ("vision", "language")}
+    with pytest.raises(StageError, match=r"backbones.qformer: none in the recipe, one there"):
+        train(load_recipe(following(values, "instruct", tmp_path / "instruct", backbones=plain)))
+    make_tokenizer(extra_special_tokens=["<another>"]).save_pretrained(tmp_path / "tokenizer")
+    other = {**before, "qformer_tokenizer": str(tmp_path / "tokenizer")}
+    with pytest.raises(StageError, match="another tokenizer for a Q-Former than the recipe's"):
+        train(load_recipe(following(values, "instruct", tmp_path / "instruct", backbones=other)))
+    assert not (tmp_path / "instruct").exists()
+
+
+def test_backbones_that_have_moved_are_named_anew(
+    values: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the next stage's recipe, or in config.json by hand."""
+    for key in ("vision", "language"):
+        shutil.copytree(values["backbones"][key], tmp_path / key)
+        values["backbones"][key] = str(tmp_path / key)
+    train(load_recipe(values))
+    now = copy.deepcopy(values["backbones"])
+    for key in ("vision", "language"):
+        now[key] = str((tmp_path / key).rename(tmp_path / f"{key}-now"))
+    with pytest.raises(StageError, match="In a recipe, write where they are now: backbones:"):
+        train(load_recipe(following(values, "instruct", tmp_path / "instruct")))
+    train(load_recipe(following(values, "instruct", tmp_path / "instruct", backbones=now)))
+    assert "is not there; text_model_name_or_path is taken from" in caplog.text
+    config = json.loads((tmp_path / "instruct" / "config.json").read_text())
+    assert config["vision_model_name_or_path"] == now["vision"]
+    CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "instruct")
+
+    file = Path(values["output"]) / "config.json"
+    text = file.read_text()
+    for key in ("vision", "language"):
+        text = text.replace(f'"{values["backbones"][key]}"', f'"{now[key]}"')
+    file.write_text(text)
+    train(load_recipe(following(values, "instruct", tmp_path / "by-hand")))
 
 
 @pytest.mark.parametrize("damage", ["no record", "missing", "truncated", "no directory"])

@@ -142,6 +142,22 @@ def test_embeddings_that_hold_the_images():
     torch.testing.assert_close(found, model(**batch).logits, rtol=0, atol=0)
 
 
+def test_more_tokens_than_an_encoder_decoder_has_positions_for() -> None:
+    """PyTorch would name an index, or on a GPU stop the process."""
+    model = build(language="bart")
+    batch = make_batch(model)
+    short = {"labels": torch.tensor([[5, 6]] * 3)}
+    assert model(**batch, **short).loss.isfinite()
+    for name in ("labels", "decoder_input_ids"):
+        with pytest.raises(ValueError, match=r"A row has 1025 tokens, and the decoder takes 1024 \(labels or"):
+            model(**batch, **{name: torch.ones(3, 1025, dtype=torch.long)})
+    ids = torch.cat([batch["input_ids"], torch.full((3, 1024), 5)], dim=1)
+    with pytest.raises(ValueError, match=r"and the encoder takes 1024 \(text and image tokens; shorten"):
+        model(**batch | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, **short)
+    model = build(language="t5")
+    model(**make_batch(model), labels=torch.ones(3, 600, dtype=torch.long))
+
+
 @pytest.mark.parametrize("language", ["llama", "t5"])
 def test_trainer_runs_as_it_is(tmp_path, composite, seq2seq_backbone, backbones, language):
     model = composite

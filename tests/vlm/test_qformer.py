@@ -14,6 +14,7 @@ from peft_crome.vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, Cro
 from tests.vlm.conftest import CHAT_TEMPLATE, FULL_VIT, IMAGE_ID, build, make_batch, make_tokenizer, text_config
 
 WIDTH, QUERIES = 32, 4
+PARTS = ("vision_tower", "qformer")
 QFORMER: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
     "encoder_hidden_size": 24, "vocab_size": 50, "max_position_embeddings": 12,
@@ -197,6 +198,44 @@ def test_saved_and_loaded(named: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_tower_beside_a_qformer_that_can_train(bits: int, tmp_path: Path) -> None:
+    """The projection is the checkpoint's, and what was trained is stored and loaded in full."""
+    theirs = upstream()
+    theirs.save_pretrained(tmp_path / "instructblip")
+    theirs.language_model.save_pretrained(tmp_path / "llama")
+    four = {"bnb_4bit_compute_dtype": torch.float32} if bits == 4 else {}
+    model = CromeVLMForConditionalGeneration.from_instructblip(
+        str(tmp_path / "instructblip"),
+        language=str(tmp_path / "llama"),
+        vision_quantization_config=tf.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **four),
+        image_token_id=IMAGE_ID - 1,
+        image_size=30,
+    )
+    torch.testing.assert_close(model.text_projection.weight, theirs.language_projection.weight, rtol=0, atol=0)
+    model.qformer.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in model.qformer.parameters():
+            parameter.add_(0.1)
+    model.save_pretrained(tmp_path / "composite")
+    loaded = CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "composite")
+    for composite in (model, loaded):
+        kinds = {part: {type(m).__name__ for m in getattr(composite, part).modules()} for part in PARTS}
+        assert {"Linear4bit", "Linear8bitLt"} & kinds["vision_tower"]
+        assert not {"Linear4bit", "Linear8bitLt"} & kinds["qformer"]
+    batch = inputs() | {"input_ids": torch.tensor([[IMAGE_ID - 1] * (QUERIES + 9) + [1, 10, 11]] * 2)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    model.requires_grad_(False)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=0)
+
+    whole = tf.InstructBlipForConditionalGeneration.from_pretrained(
+        tmp_path / "instructblip", quantization_config=tf.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    )
+    with pytest.raises(ValueError, match="vision_quantization_config="):
+        CromeVLMForConditionalGeneration.from_instructblip(whole, language=str(tmp_path / "llama"))
+
+
 def test_adapter_of_a_qformer_composite_goes_to_a_file(tmp_path: Path) -> None:
     model = get_peft_model(with_qformer(), CromeConfig(bottleneck_dim=4, init_weights=False)).eval()
     batch = qformer_batch(model.get_base_model())
@@ -271,6 +310,15 @@ def test_processor_reads_instructions(tmp_path: Path) -> None:
     assert templated["qformer_input_ids"].tolist() == [[6, 7]]
     assert model.generate(**templated, max_new_tokens=2).shape[1] == templated["input_ids"].shape[1] + 2
 
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    in_two_steps = processor([[picture]], prompt, return_tensors="pt", add_special_tokens=False)
+    assert {k: v.tolist() for k, v in in_two_steps.items()} == {k: v.tolist() for k, v in templated.items()}
+    answered = [*chat, {"role": "assistant", "content": [{"type": "text", "text": "w9"}]}]
+    prompts = processor.apply_chat_template([answered, chat])
+    assert "w9" in prompts[0]
+    both = processor([[picture], [picture]], prompts, padding=True, return_tensors="pt")
+    assert both["qformer_input_ids"].tolist() == [[6, 7]] * 2, "an answer is not for the Q-Former"
+
     processor.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     for loaded in (CromeVLMProcessor.from_pretrained(tmp_path), tf.AutoProcessor.from_pretrained(tmp_path)):
@@ -278,6 +326,22 @@ def test_processor_reads_instructions(tmp_path: Path) -> None:
         assert {name: value.tolist() for name, value in again.items()} == {
             name: value.tolist() for name, value in inputs.items()
         }
+
+
+def test_template_in_an_instruction_is_no_silence(caplog: pytest.LogCaptureFixture) -> None:
+    """A prompt that was changed on its way has lost what is asked."""
+    model = with_qformer()
+    model.config.image_token_id = 95
+    processor = qformer_processor(model)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w1"}]}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    tf.utils.logging.enable_propagation()
+    tf.utils.logging.get_logger("transformers").warning_once.cache_clear()
+    processor([[Image.new("RGB", (40, 30))]], [str(prompt).strip()], return_tensors="pt")
+    assert "The Q-Former reads the chat template's words too" in caplog.text
+    caplog.clear()
+    processor([[Image.new("RGB", (40, 30))]], ["<image> w1"], return_tensors="pt")
+    assert not caplog.text
 
 
 def test_processor_takes_the_checkpoints_tokenizer(tmp_path: Path) -> None:

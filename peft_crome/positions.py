@@ -1,0 +1,47 @@
+"""How many tokens a language model has positions for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+Side = Literal["encoder", "decoder"]
+
+
+def position_limit(config: PreTrainedConfig, side: Side) -> int | None:
+    """Tokens that the encoder or decoder of a language model's configuration takes; None: any number, as T5's.
+
+    Args:
+        config: of a decoder-only or encoder-decoder model.
+    """
+    own: Any = config.get_text_config(encoder=True) if side == "encoder" else config.get_text_config(decoder=True)
+    for name in (f"max_{side}_position_embeddings", "max_position_embeddings"):  # the former is LED's
+        limit = getattr(own, name, None)
+        if limit is not None:
+            return int(limit)
+    return None
+
+
+def check_positions(
+    language_model: PreTrainedModel, inputs_embeds: torch.Tensor | None, targets: torch.Tensor | None
+) -> None:
+    """Refuse more tokens than an encoder-decoder has learned or tabulated positions for.
+
+    Args:
+        inputs_embeds: (batch, tokens, hidden), what the encoder reads.
+        targets: (batch, target tokens), labels or the decoder's ids.
+    Raises:
+        ValueError: says how many there are, and how many it takes. PyTorch's error names an index, or on a GPU none.
+    """
+    for side, tensor, advice in (
+        ("encoder", inputs_embeds, "text and image tokens; shorten the text, show fewer images, or pool their tokens"),
+        ("decoder", targets, "labels or decoder_input_ids; shorten the answers"),
+    ):
+        table = getattr(getattr(language_model, f"get_{side}")(), "embed_positions", None)
+        limit = position_limit(language_model.config, side)  # type: ignore[arg-type]
+        # Without such a table positions have no end.
+        if tensor is not None and limit is not None and isinstance(table, nn.Embedding) and tensor.shape[1] > limit:
+            raise ValueError(f"A row has {tensor.shape[1]} tokens, and the {side} takes {limit} ({advice}).")
