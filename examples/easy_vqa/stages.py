@@ -168,10 +168,20 @@ def run(
         before = evaluate(output / previous, stage, folder) if previous else untrained(file, stage, folder)
         after = evaluate(output / stage, stage, folder)
         kept = {key: record[key] for key in ("trained", "steps", "seconds")}
+        kept["settings"] = settings_of(record["recipe"])
         results.append({"stage": stage, "asked": KINDS[stage], "before": before, "after": after, **kept})
         write_json(output / "results.json", results)
         previous = stage
     return results
+
+
+def settings_of(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A stage's recipe without what is another on each machine: names instead of folders."""
+    backbones = recipe["backbones"] and {
+        key: Path(value).name if key in ("vision", "language", "qformer_tokenizer") else value
+        for key, value in recipe["backbones"].items()
+    }
+    return {"backbones": backbones, "adapter": recipe["adapter"], "training": recipe["training"]}
 
 
 def report(output: Path, test_questions: int, scale: float) -> None:

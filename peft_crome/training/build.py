@@ -263,6 +263,8 @@ def _tower_width(said: Backbones) -> int:
 def _prepare_processor(processor: CromeVLMProcessor, recipe: Recipe) -> None:
     if recipe.chat_template is not None:
         processor.chat_template = CHAT_TEMPLATES.get(recipe.chat_template, recipe.chat_template)
+    if recipe.images_after_text is not None:
+        processor.images_after_text = recipe.images_after_text
     images = processor.image_processor
     for name, value in (("image_mean", recipe.images.mean), ("image_std", recipe.images.std)):
         if value is not None:

@@ -27,7 +27,8 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
     last = record["stages"][-1]
     bases = [composite.vision_model_name_or_path, composite.text_model_name_or_path]
     system = last["recipe"]["system"]
-    ask = [f'    {{"role": "system", "content": {json.dumps(system)}}},'] if system is not None else []
+    system_turn = f'{{"role": "system", "content": {json.dumps(system)}}}, ' if system is not None else ""
+    ask = [f"    {system_turn.rstrip()}"] if system_turn else []
     header = {
         "library_name": "peft",
         "pipeline_tag": "image-text-to-text",
@@ -60,6 +61,17 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
         f"{quantised[1]}",
         "",
         "## Use it",
+        "",
+        "```python",
+        "import peft_crome, transformers",
+        "",
+        'answer = transformers.pipeline("image-text-to-text", model="<this repository or directory>")',
+        f'messages = [{system_turn}{{"role": "user", "content": ['
+        '{"type": "image", "image": "picture.png"}, {"type": "text", "text": "What is shown?"}]}]',
+        'print(answer(text=messages, max_new_tokens=32, return_full_text=False)[0]["generated_text"])',
+        "```",
+        "",
+        "or step by step:",
         "",
         "```python",
         "from PIL import Image",

@@ -64,7 +64,9 @@ def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: 
     target = directory.with_name(f".{directory.name}.writing")
     shutil.rmtree(target, ignore_errors=True)  # of a run that was interrupted here
     target.mkdir()
+    composite.config.has_adapter = True
     composite.save_pretrained(target)
+    composite.config.has_adapter = False
     processor.save_pretrained(target)
     save_file({key: value.detach().contiguous() for key, value in adapter.items()}, target / SAFETENSORS_WEIGHTS_NAME)
     values = config.to_dict() | {

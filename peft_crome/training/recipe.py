@@ -290,6 +290,11 @@ class Recipe(_Section):
     chat_template: str | None = Field(
         default=None, description="'vicuna', 'plain', 't5' or a Jinja template; None: the language model's own."
     )
+    images_after_text: bool | None = Field(
+        default=None,
+        description="Images stand after the words of their turn, as in the paper, or where the row has them; None: "
+        "as in the stage before, at first where the row has them.",
+    )
     system: str | None = Field(default=None, description="A system message before each conversation that has none.")
 
     @model_validator(mode="after")

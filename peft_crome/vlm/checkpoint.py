@@ -251,6 +251,7 @@ def load(
         adapter_kwargs.setdefault("_adapter_model_path", name_or_path)
         name_or_path = _base_of(name_or_path, files)
     config, kwargs = _load_config(name_or_path, config, files, kwargs)
+    expects_adapter, config.has_adapter = config.has_adapter, False  # of the files, not of what is saved from here
     stored = read_weights(name_or_path, files)
     check_names(stored, config, name_or_path)
 
@@ -277,7 +278,7 @@ def load(
     model.generation_config = generation_config or _load_generation_config(model, name_or_path, files)
     model.eval()
     if adapter == "load":
-        _load_adapter(model, name_or_path, files, adapter_kwargs)
+        _load_adapter(model, name_or_path, files, adapter_kwargs, expects_adapter)
     info: dict[str, Any] = {
         "missing_keys": set(),
         "unexpected_keys": set(),
@@ -448,17 +449,22 @@ def _load_generation_config(model: Any, name_or_path: str | os.PathLike, files: 
 
 
 def _load_adapter(
-    model: Any, name_or_path: str | os.PathLike, files: dict[str, Any], adapter_kwargs: dict[str, Any]
+    model: Any, name_or_path: str | os.PathLike, files: dict[str, Any], adapter_kwargs: dict[str, Any], expected: bool
 ) -> None:
-    """Attach the PEFT adapter that is stored beside the composite, where there is one."""
+    """Attach the PEFT adapter that is stored beside the composite, where there is one.
+
+    Raises:
+        OSError: there is none, and the composite's configuration or other files say that there was.
+    """
     path = adapter_kwargs.pop("_adapter_model_path", None)
     folder = Path(name_or_path)
     if path is None and find_adapter_config_file(name_or_path, **files) is not None:
         path = name_or_path
-    elif path is None and any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, STAGE_RECORD)):
+    remains = [name for name in (SAFETENSORS_WEIGHTS_NAME, STAGE_RECORD) if (folder / name).is_file()]
+    if path is None and (expected or remains):
         raise OSError(
-            f"{folder} has no adapter_config.json, and should: {STAGE_RECORD} or an adapter's weights are there. "
-            "Copy the directory again, or pass adapter='ignore' to load the composite alone."
+            f"{name_or_path} has no adapter_config.json, and should: {remains or 'config.json says has_adapter'}. "
+            "Copy all of it again, or pass adapter='ignore' to load the composite alone."
         )
     if path is not None:
         _check_adapter(path, files)

@@ -40,6 +40,7 @@ class CromeVLMConfig(PreTrainedConfig):
         num_query_tokens: tokens that the Q-Former reads an image into.
         image_token_order: what an image's tokens are, in order: "query" the Q-Former's, "patch" the patches'. None:
             ["query", "patch"] with a Q-Former, as in the paper, else ["patch"].
+        has_adapter: whether an adapter was stored beside the composite, as a training stage does; loading asks for it.
 
     Raises:
         ValueError: a number is out of range, the two image token counts differ, or an order names what is not there.
@@ -82,6 +83,7 @@ class CromeVLMConfig(PreTrainedConfig):
     qformer_revision: str | None = None
     num_query_tokens: int = 32
     image_token_order: list[str] | None = None
+    has_adapter: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         # The base class would reset what the parts chose; keep it unless the caller says otherwise.

@@ -207,20 +207,37 @@ def load_vision_tower(
     """Load the tower by name; of a dual model the vision half is kept.
 
     Raises:
-        ValueError: the named model has no vision tower.
+        ValueError: the named model has no vision tower, or one of other sizes than the configuration says.
     """
     arguments = _arguments("vision_tower", revision, quantization_config, loading)
     stored = AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
     if stored.model_type in PARTS_CLASSES:  # without the checkpoint's own language model
         if config is not None:
+            _check_sizes(name, stored.vision_config, config)
             stored.vision_config = _clean(config, quantization_config)
         return _with_quantizer(load_parts(name, stored, **arguments))
     if config is not None and type(stored) is type(config):
+        _check_sizes(name, stored, config)
         arguments["config"] = _clean(config, quantization_config)
     elif config is not None and type(getattr(stored, "vision_config", None)) is type(config):
+        _check_sizes(name, stored.vision_config, config)
         stored.vision_config = _clean(config, quantization_config)
         arguments["config"] = stored
     return _with_quantizer(vision_class(stored).from_pretrained(name, **arguments))
+
+
+def _check_sizes(name: str, stored: PreTrainedConfig, config: PreTrainedConfig) -> None:
+    """Refuse a tower whose weights cannot be those that a composite was trained with."""
+    different = [
+        f"{key}={getattr(stored, key)}, and this composite was made with {key}={getattr(config, key)}"
+        for key in ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
+        if hasattr(stored, key) and getattr(stored, key) != getattr(config, key, None)
+    ]
+    if different:
+        raise ValueError(
+            f"The tower {name!r} has {'; '.join(different)}. Name the tower that it was made with, or join and train "
+            "anew: CromeVLMForConditionalGeneration.from_backbones(vision=..., language=...)."
+        )
 
 
 def _with_quantizer(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,11 +5,14 @@ from collections.abc import Mapping
 import torch
 
 Samples = dict[str, tuple[torch.Size, torch.Tensor]]
-NUM_VALUES = 256  # of each tensor: enough for what changes a matrix, such as a LoRA that is merged into it
+NUM_VALUES = 4096  # of a tensor without columns: a bias whole, or what a quantised weight is packed into
 
 
 def take_samples(weights: Mapping[str, torch.Tensor]) -> Samples:
-    """Evenly spread values of each tensor, on the CPU, with its shape; tensors without values are left out."""
+    """Some values of each tensor, on the CPU, with its shape; tensors without values are left out.
+
+    One or more of each row and of each column: an embedding that is set by hand is seen as well as a merged LoRA.
+    """
     return {key: (tensor.shape, _values(tensor)) for key, tensor in weights.items() if _is_readable(tensor)}
 
 
@@ -36,5 +39,11 @@ def _is_readable(tensor: torch.Tensor) -> bool:
 
 
 def _values(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // NUM_VALUES)].cpu().clone()
+    flat = tensor.detach()
+    columns = flat.shape[-1] if flat.ndim > 1 else 1
+    if columns == 1 or flat.numel() == 0:
+        flat = flat.reshape(-1)
+        return flat[:: max(1, flat.numel() // NUM_VALUES)].cpu().clone()
+    flat = flat.reshape(-1, columns)
+    steps = torch.arange(max(flat.shape), device=flat.device)  # down a diagonal that begins again at each border
+    return flat[steps % len(flat), steps % columns].cpu()

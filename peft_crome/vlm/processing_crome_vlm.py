@@ -48,6 +48,8 @@ class CromeVLMProcessor(ProcessorMixin):
         image_seq_length: placeholders per image; the model's `config.image_seq_length`.
         chat_template: None: the tokenizer's own, which need not know about images.
         qformer_tokenizer: of a Q-Former that reads the instruction; saved in the folder of that name.
+        images_after_text: a chat template writes the images of a turn after its words, as in the paper, wherever the
+            message has them; False: where the message has them.
     """
 
     def __init__(
@@ -57,9 +59,11 @@ class CromeVLMProcessor(ProcessorMixin):
         image_seq_length: int = 1,
         chat_template: str | None = None,
         qformer_tokenizer: Any = None,
+        images_after_text: bool = False,
         **kwargs: Any,
     ) -> None:
         self._qformer_tokenizer = qformer_tokenizer
+        self.images_after_text = images_after_text
         self.image_seq_length = image_seq_length
         self.image_token, self.image_token_id = ensure_image_token(tokenizer)
         for part in filter(None, (tokenizer, qformer_tokenizer)):
@@ -322,8 +326,10 @@ class CromeVLMProcessor(ProcessorMixin):
     def _flatten(self, message: Mapping[str, Any], images: list[Any]) -> dict[str, str]:
         """A message's content as one string; the pictures in it are appended to images."""
         content = message.get("content")
-        if content is None or isinstance(content, str):
+        if content is None or (isinstance(content, str) and not self.images_after_text):
             return {}
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
         text = ""
         for part in content:
             kind = part.get("type")
@@ -335,6 +341,9 @@ class CromeVLMProcessor(ProcessorMixin):
             text += "\n" + piece if text and piece and meet and not (text + "|" + piece).count("\n|") else piece
             found = [part[key] for key in IMAGE_KEYS if kind != "text" and part.get(key) is not None]
             images.extend(image["url"] if isinstance(image, Mapping) else image for image in found[:1])
+        if self.images_after_text and (count := text.count(self.image_token)):
+            words = " ".join(piece.strip() for piece in text.split(self.image_token) if piece.strip())
+            text = f"{words}\n{self.image_token * count}" if words else self.image_token * count
         return {"content": text}
 
 

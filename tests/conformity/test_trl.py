@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from peft_crome import CromeConfig
 from tests.examples.tiny_llava import save_tokenizer_and_model
+from tests.vlm.test_qformer import qformer_processor, with_qformer
 
 pytestmark = pytest.mark.slow
 COMMON = {"bf16": False, "save_strategy": "no", "report_to": "none", "use_cpu": True, "logging_steps": 1}
@@ -102,3 +103,18 @@ def test_grpo_samples_with_the_adapter_and_raises_the_reward(model: PeftModel, f
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.1, rewards
     assert_only_the_adapter_moved(model, before)
+
+
+def test_sft_collator_does_not_show_a_qformer_the_answers() -> None:
+    """TRL renders a conversation with its answers first, and hands the text to the processor then."""
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    composite = with_qformer()
+    composite.config.image_token_id = 95  # the first id that the tokenizer's words leave
+    messages = turn("user", "w1 w2", picture=True) + turn("assistant", "w9 w8")
+    batch = DataCollatorForVisionLanguageModeling(qformer_processor(composite))(
+        [{"images": pictures(1)[0], "messages": messages}]
+    )
+    assert batch["qformer_input_ids"].tolist() == [[6, 7]]  # w1 w2
+    assert 14 in batch["input_ids"]  # w9
+    assert composite(**batch).loss.isfinite()

@@ -32,6 +32,7 @@ def test_presets_are_the_papers(stage: str, batch_size: int, length: str) -> Non
         assert (images.resample, images.random_crop, images.horizontal_flip) == ("bicubic", True, True)
         assert recipe.backbones is not None
         assert recipe.backbones.image_size == 224
+        assert recipe.images_after_text, "the language model reads the instruction first"
 
 
 def test_preset_is_named_in_a_file_and_changed_there_and_on_the_command_line(tmp_path: Path) -> None:

@@ -156,13 +156,17 @@ def test_card_says_what_was_trained_on_what(
         assert text in card
     assert f"{values['data'][0]['path']} (12)" in card
     assert "1e-08 to 0.01 in 1 steps, cosine to 0" in card
-    code = card.split("```python\n")[1].split("```")[0]
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     Image.new("RGB", (40, 40), "red").save("picture.png")
-    exec(compile(code.replace("<this repository or directory>", str(stages["finetune"])), "card", "exec"), {})
-    said = capsys.readouterr().out
-    assert "user" not in said, "the prompt is no part of the answer"
+    said = []
+    for part in card.split("```python\n")[1:]:
+        code = part.split("```")[0].replace("<this repository or directory>", str(stages["finetune"]))
+        exec(compile(code, "card", "exec"), {})
+        said.append(capsys.readouterr().out.strip())
+    assert len(said) == 2
+    assert said[1] in said[0]
+    assert "user" not in said[0] + said[1], "the prompt is no part of the answer"
 
 
 def test_interrupted_stage_goes_on(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,9 +360,15 @@ def test_adapter_that_is_missing_or_damaged_is_no_silence(values: dict[str, Any]
         CromeVLMForConditionalGeneration.from_pretrained(values["output"])
     adapter.write_bytes(whole)
     (adapter.parent / "adapter_config.json").unlink()
-    with pytest.raises(OSError, match=r"has no adapter_config.json, and should: .* Copy the directory again"):
+    with pytest.raises(OSError, match=r"has no adapter_config.json, and should: .* Copy all of it again"):
         CromeVLMForConditionalGeneration.from_pretrained(values["output"])
-    CromeVLMForConditionalGeneration.from_pretrained(values["output"], adapter="ignore")
+    for name in ("adapter_model.safetensors", "crome_stage.json"):
+        (adapter.parent / name).unlink()
+    with pytest.raises(OSError, match=r"has no adapter_config.json, and should: config.json says has_adapter"):
+        CromeVLMForConditionalGeneration.from_pretrained(values["output"])
+    alone = CromeVLMForConditionalGeneration.from_pretrained(values["output"], adapter="ignore")
+    alone.save_pretrained(tmp_path / "alone")
+    CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("how", ["mixture", "weights", "streaming", "without a Q-Former"])
@@ -462,6 +472,39 @@ def test_seq2seq_and_no_qformer(values: dict[str, Any], seq2seq_backbone: str, t
     processor = CromeVLMProcessor.from_pretrained(tmp_path / "finetune")
     rows = list(read_rows(dataset))
     assert len(generate_answers(model, processor, rows, max_new_tokens=3, progress=False)) == len(rows)
+
+
+@pytest.mark.slow
+def test_three_stages_of_an_encoder_decoder_with_a_qformer(
+    values: dict[str, Any], seq2seq_backbone: str, dataset: Path, tmp_path: Path
+) -> None:
+    """Several images in a row and rows without one; what each stage trains changes, and the last directory answers."""
+    rows = json.loads(dataset.read_text())
+    two = [rows[0]["image"], rows[1]["image"]]
+    turns = [{"from": "human", "value": "<image> w1 <image> w2"}, {"from": "gpt", "value": "w41 w42 w43"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "two", "image": two, "conversations": turns}, *rows]))
+    values["data"] = [{"path": str(tmp_path / "rows.json"), "images": str(dataset.parent)}]
+    values["backbones"]["language"] = seq2seq_backbone
+    values |= {"chat_template": "t5", "images_after_text": True}
+    instruct = following(values, "instruct", tmp_path / "instruct")
+    finetune = following(instruct, "finetune", tmp_path / "finetune")
+    stored = []
+    for recipe in (values, instruct, finetune):
+        train(load_recipe(recipe))
+        stored.append(weights(Path(recipe["output"])))
+    for before, after, parts in (
+        (stored[0], stored[1], {"image_projection", "text_projection", "qformer", "base_model"}),
+        (stored[1], stored[2], {"base_model"}),
+    ):
+        assert {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])} == parts
+    model = CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "finetune")
+    processor = CromeVLMProcessor.from_pretrained(tmp_path / "finetune")
+    assert processor.images_after_text
+    questions = list(read_rows(tmp_path / "rows.json", dataset.parent))
+    together = generate_answers(model, processor, questions, max_new_tokens=3, progress=False)
+    alone = generate_answers(model, processor, questions, max_new_tokens=3, progress=False, batch_size=1)
+    assert together == alone
+    assert len(together) == 13
 
 
 def test_directory_of_another_architecture_is_refused(values: dict[str, Any], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
+    CLIPConfig,
     CLIPVisionModel,
     pipeline,
 )
@@ -136,6 +137,27 @@ def test_weights_that_changed_without_training_are_stored(backbones, tmp_path):
         "image_projection",
         "q_proj",
     }
+
+
+def test_tower_of_another_resolution_is_refused_by_name(backbones, tmp_path):
+    composite = CromeVLMForConditionalGeneration.from_backbones(vision=backbones[0], language=backbones[1])
+    composite.save_pretrained(tmp_path / "composite")
+    larger = CLIPConfig.from_pretrained(backbones[0])
+    larger.vision_config.image_size = 50
+    AutoModel.from_config(larger).save_pretrained(tmp_path / "larger")
+    config = CromeVLMConfig.from_pretrained(tmp_path / "composite")
+    config.vision_model_name_or_path = str(tmp_path / "larger")
+    with pytest.raises(ValueError, match=r"larger' has image_size=50, and this composite was made with image_size=30"):
+        CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "composite", config=config)
+
+
+@pytest.mark.parametrize("row", [0, 41, 99])
+def test_one_embedding_that_was_set_by_hand_is_stored(row, backbones, tmp_path):
+    composite = CromeVLMForConditionalGeneration.from_backbones(vision=backbones[0], language=backbones[1])
+    table = composite.get_input_embeddings().weight.data
+    table[row] = 0.5
+    loaded_from = same_after_reload(composite, tmp_path)
+    assert loaded_from - PROJECTION == {"language_model.model.embed_tokens.weight"}
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")

@@ -1,5 +1,6 @@
 """Text and pictures in, the model's inputs out."""
 
+import copy
 import subprocess
 import sys
 
@@ -76,6 +77,24 @@ def test_chat_template_sees_plain_strings(processor, pictures):
     assert chat[2]["content"] is content
     with pytest.raises(ValueError, match="'video' is not supported"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+
+
+@pytest.mark.parametrize("content", ["parts", "string"])
+def test_images_after_the_words_of_their_turn(content, processor, tmp_path):
+    """The paper's order, wherever a row has its images; saved with the processor."""
+    token = processor.image_token
+    said = f"{token}\nw1 w2 {token} w3"
+    parts = [{"type": "image"}, {"type": "text", "text": "w1 w2 "}, {"type": "image"}, {"type": "text", "text": " w3"}]
+    turns = [{"role": "user", "content": parts if content == "parts" else said}]
+    turns += [{"role": "assistant", "content": "w4\nw5"}, {"role": "user", "content": token}]
+    given = processor.apply_chat_template(turns)
+    assert given.index(token) < given.index("w1")
+    ordered = copy.deepcopy(processor)
+    ordered.images_after_text = True
+    ordered.save_pretrained(tmp_path)
+    text = CromeVLMProcessor.from_pretrained(tmp_path).apply_chat_template(turns)
+    assert text == f"user: w1 w2 w3\n{token}{token} assistant: w4\nw5 user: {token} "
+    assert not CromeVLMProcessor(processor.image_processor, processor.tokenizer).images_after_text
 
 
 def test_no_chat_template_says_what_to_do(processor):
