@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from peft_crome import __version__
 from peft_crome.cli import app
-from peft_crome.training import load_recipe, train
+from peft_crome.data import ConversationCollator, read_rows
+from peft_crome.training import build, load_recipe, train
+from peft_crome.training.reading import recipe_collator
 from tests.training.conftest import backbones, dataset, values  # noqa: F401  # fixtures
 
 runner = CliRunner()
@@ -168,6 +170,31 @@ def test_doctor_measures_and_shows_rows(values: dict[str, Any], dataset: Path) -
     assert "hold no whole image and answer" in result.stdout
     result = runner.invoke(app, ["doctor", str(dataset), "--show", "1"])
     assert "--show and --max-length need --model" in result.stderr
+
+
+def test_doctor_goes_by_a_recipe_before_anything_is_trained(
+    values: dict[str, Any],  # noqa: F811
+    dataset: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Every row as training will encode it; what the Q-Former cannot read is found without weights."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(values | {"images_after_text": True, "system": "w70"}))
+    collator = recipe_collator(load_recipe(recipe))
+    _, processor, _ = build(load_recipe(recipe))
+    trained = ConversationCollator(processor, system="w70")
+    for row in read_rows(dataset):
+        assert collator.encode(row) == trained.encode(row)
+    assert runner.invoke(app, ["doctor", str(dataset), "--model", str(recipe)]).exit_code == 0
+    rows = json.loads(dataset.read_text())
+    rows[3]["conversations"][0]["value"] += " w1" * 20
+    (tmp_path / "long.json").write_text(json.dumps(rows))
+    said = ["doctor", str(tmp_path / "long.json"), "--images", str(dataset.parent), "--model", str(recipe)]
+    result = runner.invoke(app, said)
+    assert result.exit_code == 1
+    assert "row '3': the instruction has 22 tokens, and the Q-Former reads 12" in result.stdout
+    assert "something is wrong with 1" in result.stdout
+    assert "row '0': " in runner.invoke(app, [*said, "--max-length", "5"]).stdout
 
 
 def test_missing_extra_names_its_install_command() -> None:

@@ -28,7 +28,8 @@ def doctor(
     ] = None,
     open_images: Annotated[bool, typer.Option(help="Decode every picture, or only look for its file.")] = True,
     model: Annotated[
-        str | None, typer.Option(help="A stage's directory: measure rows by its tokenizer and template.")
+        str | None,
+        typer.Option(help="A recipe (YAML), or a stage's directory: measure rows by its tokenizers and template."),
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens at which training will cut rows.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message for rows without one.")] = None,
@@ -86,8 +87,13 @@ def doctor(
 
 def _collator(model: str, max_length: int | None, system: str | None) -> Any:
     from ..data import ConversationCollator
+    from ..training import load_recipe
+    from ..training.reading import recipe_collator
     from ..vlm import CromeVLMConfig, CromeVLMProcessor
 
+    if Path(model).is_file():
+        said = {"training.max_length": max_length, "system": system}
+        return recipe_collator(load_recipe(model, {key: value for key, value in said.items() if value is not None}))
     config = CromeVLMConfig.from_pretrained(model)
     return ConversationCollator(
         CromeVLMProcessor.from_pretrained(model),

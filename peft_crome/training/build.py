@@ -65,7 +65,7 @@ def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] 
             config.dropout = recipe.adapter.dropout
     for part in modules_to_save(stage, composite):
         getattr(composite, part).float()  # small steps would be lost in half precision
-    _prepare_processor(processor, recipe)
+    prepare_processor(processor, recipe)
     trained = {
         f"base_model.model.{part}.{key}": value.clone()
         for part in config.modules_to_save or ()
@@ -260,7 +260,8 @@ def _tower_width(said: Backbones) -> int:
     return widths[-1] if widths else tower.hidden_size
 
 
-def _prepare_processor(processor: CromeVLMProcessor, recipe: Recipe) -> None:
+def prepare_processor(processor: CromeVLMProcessor, recipe: Recipe) -> None:
+    """Give a processor what a recipe says of templates and pictures."""
     if recipe.chat_template is not None:
         processor.chat_template = CHAT_TEMPLATES.get(recipe.chat_template, recipe.chat_template)
     if recipe.images_after_text is not None:
