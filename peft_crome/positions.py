@@ -12,16 +12,17 @@ Side = Literal["encoder", "decoder"]
 
 
 def position_limit(config: PreTrainedConfig, side: Side) -> int | None:
-    """Tokens that the encoder or decoder of a language model's configuration takes; None: any number, as T5's.
+    """Tokens that the encoder or decoder of a language model is made for; None: any number, as T5's.
 
     Args:
         config: of a decoder-only or encoder-decoder model.
     """
     own: Any = config.get_text_config(encoder=True) if side == "encoder" else config.get_text_config(decoder=True)
+    own = getattr(own, side, own) if isinstance(getattr(own, side, None), PreTrainedConfig) else own
     for name in (f"max_{side}_position_embeddings", "max_position_embeddings"):  # the former is LED's
         limit = getattr(own, name, None)
-        if limit is not None:
-            return int(limit)
+        if isinstance(limit, int) and limit > 0:  # XLNet's -1: no limit
+            return limit
     return None
 
 
@@ -36,12 +37,15 @@ def check_positions(
     Raises:
         ValueError: says how many there are, and how many it takes. PyTorch's error names an index, or on a GPU none.
     """
-    for side, tensor, advice in (
+    sides: tuple[tuple[Side, torch.Tensor | None, str], ...] = (
         ("encoder", inputs_embeds, "text and image tokens; shorten the text, show fewer images, or pool their tokens"),
         ("decoder", targets, "labels or decoder_input_ids; shorten the answers"),
-    ):
-        table = getattr(getattr(language_model, f"get_{side}")(), "embed_positions", None)
-        limit = position_limit(language_model.config, side)  # type: ignore[arg-type]
+    )
+    for side, tensor, advice in sides:
+        part = getattr(language_model, f"get_{side}")()
         # Without such a table positions have no end.
-        if tensor is not None and limit is not None and isinstance(table, nn.Embedding) and tensor.shape[1] > limit:
+        if tensor is None or not isinstance(getattr(part, "embed_positions", None), nn.Embedding):
+            continue
+        limit = position_limit(language_model.config, side)
+        if limit is not None and tensor.shape[1] > limit:
             raise ValueError(f"A row has {tensor.shape[1]} tokens, and the {side} takes {limit} ({advice}).")

@@ -147,7 +147,7 @@ def test_interrupted_run_says_how_to_go_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("peft_crome.training.run.train", interrupted)
@@ -195,6 +195,14 @@ def test_doctor_goes_by_a_recipe_before_anything_is_trained(
     assert "row '3': the instruction has 22 tokens, and the Q-Former reads 12" in result.stdout
     assert "something is wrong with 1" in result.stdout
     assert "row '0': " in runner.invoke(app, [*said, "--max-length", "5"]).stdout
+
+    following = {**values, "stage": "instruct", "previous": values["output"], "output": str(tmp_path / "instruct")}
+    recipe.write_text(yaml.safe_dump(following))
+    result = runner.invoke(app, said)
+    assert "is not there yet, and it says how rows are written" in result.stderr
+    train(load_recipe({**values, "images_after_text": True}))
+    assert recipe_collator(load_recipe(recipe)).processor.images_after_text
+    assert "nowhere.yaml" in runner.invoke(app, [*said[:-1], "nowhere.yaml"]).stderr
 
 
 def test_missing_extra_names_its_install_command() -> None:

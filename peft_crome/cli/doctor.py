@@ -91,7 +91,7 @@ def _collator(model: str, max_length: int | None, system: str | None) -> Any:
     from ..training.reading import recipe_collator
     from ..vlm import CromeVLMConfig, CromeVLMProcessor
 
-    if Path(model).is_file():
+    if Path(model).is_file() or Path(model).suffix in (".yaml", ".yml"):
         said = {"training.max_length": max_length, "system": system}
         return recipe_collator(load_recipe(model, {key: value for key, value in said.items() if value is not None}))
     config = CromeVLMConfig.from_pretrained(model)

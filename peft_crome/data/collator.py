@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..positions import position_limit
 from .images import Augmentation, open_image
-from .instructions import check_instruction, instruction_of
+from .instructions import check_instruction
 from .rows import COUNTS, DRAW, DRAWN, Fault, RowError
 
 IGNORE = -100
@@ -165,7 +165,7 @@ class ConversationCollator:
             messages = [{"role": "system", "content": [{"type": "text", "text": self.system}]}, *messages]
         encode = self._encoder_decoder if self.is_encoder_decoder else self._decoder_only
         try:
-            encoded = {**encode(messages, name), "instruction": instruction_of(self.processor, messages)}
+            encoded = {**encode(messages, name), "instruction": self.processor.instruction(messages)}
         except TemplateError as error:  # Gemma's takes no system message, Mistral's no two turns of one role
             raise _error(
                 name,

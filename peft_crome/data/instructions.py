@@ -8,12 +8,6 @@ from typing import Any
 from .rows import Fault, RowError
 
 
-def instruction_of(processor: Any, messages: Sequence[dict[str, Any]]) -> str:
-    """The text of the user's turns, as the processor writes it for a Q-Former."""
-    parts = (part for message in messages if message["role"] == "user" for part in message["content"])
-    return processor.instruction([part["text"] for part in parts if part["type"] == "text"])
-
-
 def check_instruction(processor: Any, name: str, instruction: str, limit: int | None) -> None:
     """See that a Q-Former can read the instruction of a row with pictures.
 
@@ -36,11 +30,13 @@ def check_instructions(processor: Any, config: Any, rows: Sequence[dict[str, Any
     """See that a Q-Former can read all instructions, before any row is answered.
 
     Args:
-        config: the composite's.
+        config: the model's; other models than the composite have no Q-Former that would read them.
     Raises:
         RowError: as `check_instruction`.
     """
-    limit = getattr(config.qformer_config, "max_position_embeddings", None)
+    limit = getattr(getattr(config, "qformer_config", None), "max_position_embeddings", None)
+    if limit is None or getattr(processor, "qformer_tokenizer", None) is None:
+        return
     for row in rows:
         if row["images"]:
-            check_instruction(processor, row["id"], instruction_of(processor, row["messages"]), limit)
+            check_instruction(processor, row["id"], processor.instruction(row["messages"]), limit)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, InstructBlipQFormerConfig
 from transformers.utils import is_bitsandbytes_available
@@ -16,10 +13,9 @@ from ..data import CHAT_TEMPLATES
 from ..tuner import CromeConfig
 from ..vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
 from .checkpoint import StageError, read_record
+from .previous import check_reader, check_same, follow_moved_backbones, local_directory, located
 from .recipe import Adapter, Backbones, Recipe
 from .stages import STAGES, modules_to_save
-
-logger = logging.getLogger(__name__)
 
 
 def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] | None]:
@@ -39,7 +35,7 @@ def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] 
         config = CromeConfig(**adapter.model_dump(), modules_to_save=modules_to_save(stage, composite) or None)
         previous = None
     else:
-        directory = _local(recipe.previous)
+        directory = local_directory(recipe.previous)
         previous = read_record(directory)
         before = previous["stages"][-1]["stage"]
         if before not in stage.previous:
@@ -54,11 +50,9 @@ def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] 
         try:
             composite = CromeVLMForConditionalGeneration.from_pretrained(directory, config=host, adapter="ignore")
         except OSError as error:
-            raise StageError(
-                f"previous: {error}\nIn a recipe, write where they are now: backbones: {{vision: ..., language: ...}}."
-            ) from error
+            raise StageError(f"previous: {error}") from error
         processor = CromeVLMProcessor.from_pretrained(directory)
-        _check_reader(recipe, processor)
+        check_reader(recipe, processor)
         config.modules_to_save = modules_to_save(stage, composite) or None
         config.inference_mode = False
         if recipe.adapter is not None and "dropout" in recipe.adapter.model_fields_set:
@@ -73,100 +67,13 @@ def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] 
     }
     model = get_peft_model(composite, config)
     if recipe.previous is not None:
-        weights = load_peft_weights(str(_local(recipe.previous)), device="cpu")
+        weights = load_peft_weights(str(local_directory(recipe.previous)), device="cpu")
         weights |= trained  # PEFT expects them beside the adapter, and the composite holds them
         loaded = set_peft_model_state_dict(model, weights)
         absent = [key for key in loaded.missing_keys if ".crome_" in key]
         if absent or loaded.unexpected_keys:
             raise StageError(f"{recipe.previous}: missing {absent[:4]}, unexpected {loaded.unexpected_keys[:4]}.")
     return model, processor, previous
-
-
-def follow_moved_backbones(recipe: Recipe, composite: CromeVLMConfig) -> None:
-    """Where a directory names a folder that is not there, and the recipe another place, take the latter."""
-    if recipe.backbones is None:
-        return
-    said = recipe.backbones
-    tower = composite.vision_model_name_or_path
-    for fields, name in (
-        (("vision_model_name_or_path", "qformer_model_name_or_path"), said.instructblip or said.vision),
-        (("text_model_name_or_path",), said.language),
-    ):
-        for field in fields:
-            stored = getattr(composite, field)
-            if field.startswith("qformer") and stored != tower:
-                continue
-            if stored is not None and Path(stored).is_absolute() and not Path(stored).exists():
-                logger.warning("%s is not there; %s is taken from %s instead.", stored, field, name)
-                setattr(composite, field, _located(name))
-
-
-def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) -> None:
-    """Compare what a recipe says of the architecture with the directory that it starts from.
-
-    Raises:
-        StageError: lists every difference.
-    """
-    different = []
-    if recipe.backbones is not None:
-        said, stored = recipe.backbones, _stored(composite)
-        given = {key: getattr(said, key) for key in said.model_fields_set if key != "qformer"}
-        given["vision"] = given.pop("instructblip", None) or given.get("vision")
-        given |= {f"qformer.{key}": value for key, value in (said.qformer or {}).items()}
-        if composite.qformer_config is not None and said.qformer is None and said.instructblip is None:
-            different.append("backbones.qformer: none in the recipe, one there")
-        different += [
-            f"backbones.{key}: {value!r} in the recipe, {stored.get(key)!r} there"
-            for key, value in given.items()
-            if key != "qformer_tokenizer" and _located(value) != stored.get(key)
-        ]
-    if recipe.adapter is not None:
-        for key in sorted(recipe.adapter.model_fields_set - {"dropout", "init_weights"}):
-            a, b = getattr(recipe.adapter, key), getattr(adapter, key)
-            different += [f"adapter.{key}: {a!r} in the recipe, {b!r} there"] if a != b else []
-    if different:
-        raise StageError(
-            f"{recipe.previous} is of another architecture than the recipe says: {'; '.join(different)}. Leave "
-            "`backbones` and `adapter` out to take the directory's, or start from another directory."
-        )
-
-
-def _check_reader(recipe: Recipe, processor: CromeVLMProcessor) -> None:
-    """See that the tokenizer that a recipe names for the Q-Former is the directory's."""
-    name = recipe.backbones.qformer_tokenizer if recipe.backbones is not None else None
-    if name is None:
-        return
-    reader = processor.qformer_tokenizer
-    if reader is None or AutoTokenizer.from_pretrained(name).get_vocab() != reader.get_vocab():
-        raise StageError(
-            f"{recipe.previous} has {'no' if reader is None else 'another'} tokenizer for a Q-Former than "
-            f"the recipe's backbones.qformer_tokenizer, {name!r}. Take that key out, or start from another directory."
-        )
-
-
-def _stored(composite: CromeVLMConfig) -> dict[str, Any]:
-    """What a directory says of its backbones, in a recipe's words."""
-    dtype: Any = getattr(composite.text_config, "dtype", None)
-    reader: Any = composite.qformer_config
-    return {
-        "language": composite.text_model_name_or_path,
-        "text_revision": composite.text_revision,
-        "vision": composite.vision_model_name_or_path,
-        "vision_revision": composite.vision_revision,
-        "vision_pool_size": composite.vision_pool_size,
-        "vision_feature_layer": composite.vision_feature_layer,
-        "image_size": composite.image_height_width[0],
-        "image_token_order": composite.image_token_order,
-        "num_query_tokens": None if reader is None else composite.num_query_tokens,
-        "quantization": _bits(composite.text_quantization_config),
-        "vision_quantization": _bits(composite.vision_quantization_config),
-        "dtype": str(dtype).removeprefix("torch."),
-        **({} if reader is None else {f"qformer.{key}": value for key, value in reader.to_dict().items()}),
-    }
-
-
-def _bits(quantization: dict[str, Any] | None) -> str | None:
-    return None if not quantization else "4bit" if quantization.get("load_in_4bit") else "8bit"
 
 
 def quantization_config(name: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -182,11 +89,6 @@ def quantization_config(name: str | None, dtype: torch.dtype) -> BitsAndBytesCon
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,  # FSDP shards what has the dtype of the rest
     )
-
-
-def _located(name: Any) -> Any:
-    """A folder's whole path, under which it is found from everywhere on this machine; a Hub name as it is."""
-    return str(Path(name).resolve()) if isinstance(name, str) and Path(name).is_dir() else name
 
 
 def _check_names(said: Backbones) -> None:
@@ -224,7 +126,7 @@ def _from_backbones(said: Backbones) -> tuple[Any, CromeVLMProcessor]:
     _check_names(said)
     dtype = getattr(torch, said.dtype)
     arguments: dict[str, Any] = {
-        "language": _located(said.language),
+        "language": located(said.language),
         "dtype": dtype,
         "quantization_config": quantization_config(said.quantization, dtype),
         "vision_quantization_config": quantization_config(said.vision_quantization, dtype),
@@ -236,19 +138,21 @@ def _from_backbones(said: Backbones) -> tuple[Any, CromeVLMProcessor]:
         "text_revision": said.text_revision,
     }
     if said.instructblip is not None:
-        composite = CromeVLMForConditionalGeneration.from_instructblip(_located(said.instructblip), **arguments)
+        composite = CromeVLMForConditionalGeneration.from_instructblip(located(said.instructblip), **arguments)
     else:
         qformer = None
         if said.qformer is not None:
             qformer = {"encoder_hidden_size": _tower_width(said)} | said.qformer
             arguments |= {"num_query_tokens": said.num_query_tokens}
         composite = CromeVLMForConditionalGeneration.from_backbones(
-            vision=_located(said.vision), qformer=qformer, **arguments
+            vision=located(said.vision), qformer=qformer, **arguments
         )
     try:
         processor = CromeVLMProcessor.from_backbones(config=composite.config, qformer_tokenizer=said.qformer_tokenizer)
     except (OSError, ValueError) as error:
         raise StageError(f"backbones: the processor of {said.language!r} cannot be loaded: {error}") from error
+    if said.qformer_tokenizer is not None and processor.qformer_tokenizer is None:
+        raise StageError("backbones.qformer_tokenizer: BLIP-2's Q-Former reads no instructions. Take that key out.")
     return composite, processor
 
 
@@ -274,16 +178,3 @@ def prepare_processor(processor: CromeVLMProcessor, recipe: Recipe) -> None:
         from PIL.Image import Resampling
 
         images.resample = Resampling[recipe.images.resample.upper()]
-
-
-def _local(previous: str) -> Path:
-    """A directory as it is; a Hub repository's files, downloaded once."""
-    if Path(previous).exists() or previous.count("/") != 1 or previous.startswith((".", "/", "~")):
-        return Path(previous).expanduser()
-    try:
-        return Path(snapshot_download(previous))
-    except (OSError, ValueError) as error:
-        raise StageError(
-            f"previous: {previous!r} is neither a directory nor a Hub repository that can be reached ({error}). Point "
-            "it at a directory that `peft-crome train` has finished."
-        ) from error

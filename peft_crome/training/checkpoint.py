@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
+from transformers.utils import CONFIG_NAME
 
 from ..vlm.checkpoint import STAGE_RECORD
 
@@ -65,8 +68,10 @@ def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: 
     shutil.rmtree(target, ignore_errors=True)  # of a run that was interrupted here
     target.mkdir()
     composite.config.has_adapter = True
-    composite.save_pretrained(target)
-    composite.config.has_adapter = False
+    try:
+        composite.save_pretrained(target)
+    finally:
+        composite.config.has_adapter = False
     processor.save_pretrained(target)
     save_file({key: value.detach().contiguous() for key, value in adapter.items()}, target / SAFETENSORS_WEIGHTS_NAME)
     values = config.to_dict() | {
@@ -77,7 +82,7 @@ def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: 
     }
     (target / ADAPTER_CONFIG_NAME).write_text(json.dumps(_plain(values), indent=2, sort_keys=True) + "\n")
     (target / "README.md").write_text(card, encoding="utf-8")
-    text = json.dumps({**record, "files": _sizes(target)}, indent=2)
+    text = json.dumps({**record, "files": _sizes(target), "config": _config_digest(target)}, indent=2)
     (target / RECORD).write_text(f"{text}\n", encoding="utf-8")
     if directory.exists():
         directory.rmdir()
@@ -128,12 +133,28 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     faulty = [
         f"{name} ({'missing' if name not in sizes else 'of another size'})"
         for name, size in files.items()
-        # People write a card of their own, and another place of a backbone into config.json.
-        if name != "README.md" and sizes.get(name) != size and not (name == "config.json" and name in sizes)
+        if name != "README.md" and sizes.get(name) != size and (name != CONFIG_NAME or name not in sizes)
     ]
+    if CONFIG_NAME in sizes and "config" in record and record["config"] != _config_digest(directory):
+        faulty.append(f"{CONFIG_NAME} (of other content, beside where the backbones are)")
     if faulty:
         raise StageError(f"{directory} is incomplete: {', '.join(faulty)}. Copy the directory again.")
     return record
+
+
+def _config_digest(directory: Path) -> str | None:
+    """Of what config.json says, without the names of places, which may move; None: it cannot be read."""
+
+    def without_places(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: without_places(item) for key, item in value.items() if not key.endswith("name_or_path")}
+
+    try:
+        config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return hashlib.sha256(json.dumps(without_places(config), sort_keys=True).encode()).hexdigest()
 
 
 def open_run(
@@ -220,8 +241,8 @@ def _differences(before: Any, now: Any, key: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         names = dict.fromkeys([*before, *now])
         return [d for name in names for d in _differences(before.get(name), now.get(name), f"{key}.{name}".strip("."))]
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        pairs = enumerate(zip(before, now, strict=True))
+    if isinstance(before, list) and isinstance(now, list):
+        pairs = enumerate(zip_longest(before, now))
         return [d for number, (a, b) in pairs for d in _differences(a, b, f"{key}.{number}")]
     return [] if before == now else [f"{key} was {before!r}, is {now!r}"]
 

@@ -15,11 +15,11 @@ from ..backbone import input_embeddings
 from ..tuner import CromeConfig
 from ..vlm import CromeVLMConfig
 from ..vlm.convert import language_class
-from .build import check_same, follow_moved_backbones
 from .checkpoint import StageError
 from .devices import Device
 from .memory import StepCost, StepSize, predict_step
 from .packed import Quantization, pack
+from .previous import check_same, follow_moved_backbones
 from .recipe import Adapter, Recipe
 from .skeleton import composite_config, read_config, skeleton
 from .stages import STAGES

@@ -97,6 +97,9 @@ class Backbones(_Section):
                 near = difflib.get_close_matches(key, known, n=1)
                 raise ValueError(f"qformer.{key}: no such key" + (f"; did you mean {near[0]!r}?" if near else ""))
         sizes = known | (self.qformer or {})
+        wrong = [key for key in ("hidden_size", "num_attention_heads") if not _is_count(sizes[key])]
+        if wrong:
+            raise ValueError(f"qformer.{wrong[0]}={sizes[wrong[0]]!r} is no whole number above 0")
         if sizes["hidden_size"] % sizes["num_attention_heads"]:
             raise ValueError(
                 f"qformer.hidden_size={sizes['hidden_size']} is no multiple of qformer.num_attention_heads="
@@ -109,6 +112,10 @@ class Backbones(_Section):
         if self.qformer_tokenizer is not None and self.qformer is None and self.instructblip is None:
             raise ValueError("there is no Q-Former that qformer_tokenizer would be for; take it out")
         return self
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class Adapter(_Section):
@@ -357,6 +364,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     for key, value in (overrides or {}).items():
         for place in (values, said):
             _set(place, key, value, name)
+            if key == "backbones.vision" and "backbones.instructblip" not in (overrides or {}):
+                place["backbones"].pop("instructblip", None)
     if preset is not None:
         _leave_out_what_was_for_others(values, said)
     try:

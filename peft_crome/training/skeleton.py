@@ -47,6 +47,9 @@ def composite_config(said: Backbones) -> CromeVLMConfig:
     return CromeVLMConfig(
         vision_config=tower,
         text_config=language,
+        vision_revision=said.vision_revision,
+        text_revision=said.text_revision,
+        qformer_revision=said.vision_revision if said.instructblip is not None else None,
         text_quantization_config=_quantization_config(said.quantization),
         vision_quantization_config=_quantization_config(said.vision_quantization),
         image_token_id=language.get_text_config().vocab_size,
@@ -107,9 +110,12 @@ def quantization_of(config: CromeVLMConfig, part: str) -> Quantization | None:
     Raises:
         ValueError: by something else than bitsandbytes.
     """
-    key = "vision" if part == "vision_tower" else "text"
-    own = getattr(config, f"{key}_config")
-    stored: Any = getattr(config, f"{key}_quantization_config") or getattr(own, "quantization_config", None)
+    which, recipe_key = {
+        "vision_tower": ("vision", "vision_quantization"),
+        "language_model": ("text", "quantization"),
+    }[part]
+    own = getattr(config, f"{which}_config")
+    stored: Any = getattr(config, f"{which}_quantization_config") or getattr(own, "quantization_config", None)
     if stored is None:
         return None
     values = stored if isinstance(stored, dict) else stored.to_dict()
@@ -118,8 +124,7 @@ def quantization_of(config: CromeVLMConfig, part: str) -> Quantization | None:
             return quantization  # type: ignore[return-value]
     raise ValueError(
         f"The {part} is quantised with {values.get('quant_method')!r}; its memory is predicted for bitsandbytes' 4 "
-        f"and 8 bits alone. Name the checkpoint that is not quantised, with "
-        f"{'quantization' if key == 'text' else 'vision_quantization'}: 4bit."
+        f"and 8 bits alone. Name the checkpoint that is not quantised, with {recipe_key}: 4bit."
     )
 
 

@@ -251,7 +251,6 @@ def load(
         adapter_kwargs.setdefault("_adapter_model_path", name_or_path)
         name_or_path = _base_of(name_or_path, files)
     config, kwargs = _load_config(name_or_path, config, files, kwargs)
-    expects_adapter, config.has_adapter = config.has_adapter, False  # of the files, not of what is saved from here
     stored = read_weights(name_or_path, files)
     check_names(stored, config, name_or_path)
 
@@ -278,7 +277,7 @@ def load(
     model.generation_config = generation_config or _load_generation_config(model, name_or_path, files)
     model.eval()
     if adapter == "load":
-        _load_adapter(model, name_or_path, files, adapter_kwargs, expects_adapter)
+        _load_adapter(model, name_or_path, files, adapter_kwargs)
     info: dict[str, Any] = {
         "missing_keys": set(),
         "unexpected_keys": set(),
@@ -449,7 +448,7 @@ def _load_generation_config(model: Any, name_or_path: str | os.PathLike, files: 
 
 
 def _load_adapter(
-    model: Any, name_or_path: str | os.PathLike, files: dict[str, Any], adapter_kwargs: dict[str, Any], expected: bool
+    model: Any, name_or_path: str | os.PathLike, files: dict[str, Any], adapter_kwargs: dict[str, Any]
 ) -> None:
     """Attach the PEFT adapter that is stored beside the composite, where there is one.
 
@@ -461,7 +460,7 @@ def _load_adapter(
     if path is None and find_adapter_config_file(name_or_path, **files) is not None:
         path = name_or_path
     remains = [name for name in (SAFETENSORS_WEIGHTS_NAME, STAGE_RECORD) if (folder / name).is_file()]
-    if path is None and (expected or remains):
+    if path is None and (remains or CromeVLMConfig.get_config_dict(name_or_path, **files)[0].get("has_adapter")):
         raise OSError(
             f"{name_or_path} has no adapter_config.json, and should: {remains or 'config.json says has_adapter'}. "
             "Copy all of it again, or pass adapter='ignore' to load the composite alone."

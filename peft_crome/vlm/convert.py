@@ -230,7 +230,7 @@ def _check_sizes(name: str, stored: PreTrainedConfig, config: PreTrainedConfig) 
     """Refuse a tower whose weights cannot be those that a composite was trained with."""
     different = [
         f"{key}={getattr(stored, key)}, and this composite was made with {key}={getattr(config, key)}"
-        for key in ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
+        for key in ("image_size", "patch_size", "hidden_size")
         if hasattr(stored, key) and getattr(stored, key) != getattr(config, key, None)
     ]
     if different:

@@ -45,5 +45,7 @@ def _values(tensor: torch.Tensor) -> torch.Tensor:
         flat = flat.reshape(-1)
         return flat[:: max(1, flat.numel() // NUM_VALUES)].cpu().clone()
     flat = flat.reshape(-1, columns)
+    if flat.dtype.itemsize == 1:
+        flat = flat.view(torch.uint8)  # not all of these small types can be indexed
     steps = torch.arange(max(flat.shape), device=flat.device)  # down a diagonal that begins again at each border
-    return flat[steps % len(flat), steps % columns].cpu()
+    return flat[steps % len(flat), steps % columns].cpu().view(tensor.dtype)

@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
+from ..positions import check_positions
 from .image_token import move_padding
 from .language_inputs import arguments_by_token, generator
 
@@ -87,6 +88,7 @@ class CromeVLMGenerationMixin(GenerationMixin):
             attention_mask, inputs_embeds = move_padding("right", attention_mask, inputs_embeds)
         arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         if self.config.is_encoder_decoder:
+            check_positions(language_model, inputs_embeds, None)
             return language_model.generate(generation_config=generation_config, **arguments, **kwargs)
         if attention_mask.ndim == 2 and "position_ids" not in kwargs and not bool(attention_mask[:, -1].all()):
             padded = move_padding("left", attention_mask, prompt_ids, valid_ids, inputs_embeds)

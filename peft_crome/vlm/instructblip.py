@@ -39,14 +39,14 @@ def from_instructblip(
                 f"{type(parts).__name__} is a {parts.config.model_type!r} model, expected one of "
                 f"{list(PARTS_CLASSES)}. Pass an InstructBLIP or BLIP-2 model or the name of one."
             )
-        if getattr(parts, "hf_quantizer", None) is not None:
-            raise ValueError(
-                f"This {type(parts).__name__} is quantised, its Q-Former and projection too, which are to train. "
-                f"Write from_instructblip({name!r}, language=..., vision_quantization_config=...)."
-            )
     else:
         checkpoint = name = str(checkpoint)
         parts = load_parts(name, **parts_arguments(kwargs))
+    if getattr(parts, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"{name or type(parts).__name__} is quantised, its Q-Former and projection too, which are to train. Name "
+            "a checkpoint that is not: from_instructblip('...', language=..., vision_quantization_config=...)."
+        )
     qformer, tower = qformer_of(parts), parts.vision_model
     if isinstance(checkpoint, str) and kwargs.get("vision_quantization_config") is not None:
         tower = parts.vision_model = load_quantised_tower(name, kwargs)

@@ -96,6 +96,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
                 "computed."
             )
         config.image_seq_length = self.image_seq_length = counted
+        config.has_adapter = False  # a directory's configuration tells of its own files
 
         embeddings = self.get_input_embeddings()
         width = getattr(embeddings, "embedding_dim", None) or embeddings.weight.shape[-1]

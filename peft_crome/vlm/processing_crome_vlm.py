@@ -35,6 +35,9 @@ class Prompt(str):
         prompt.instruction = instruction
         return prompt
 
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        return str(self), self.instruction  # for pickle: prompts go between processes
+
 
 class CromeVLMProcessor(ProcessorMixin):
     """Joins an image processor and a text tokenizer, any of each.
@@ -48,8 +51,8 @@ class CromeVLMProcessor(ProcessorMixin):
         image_seq_length: placeholders per image; the model's `config.image_seq_length`.
         chat_template: None: the tokenizer's own, which need not know about images.
         qformer_tokenizer: of a Q-Former that reads the instruction; saved in the folder of that name.
-        images_after_text: a chat template writes the images of a turn after its words, as in the paper, wherever the
-            message has them; False: where the message has them.
+        images_after_text: a chat template writes the images of a user's turn after its words, as in the paper,
+            wherever the message has them; False: where the message has them.
     """
 
     def __init__(
@@ -198,7 +201,15 @@ class CromeVLMProcessor(ProcessorMixin):
     def _instructions(self, texts: list[str], qformer_text: str | Sequence[str] | None) -> list[str]:
         """The instruction of each picture's row, once per picture."""
         if qformer_text is None:
-            qformer_text = [self._instruction_in(sample) for sample in texts]
+            if any(not isinstance(sample, Prompt) and self._is_templated(sample) for sample in texts):
+                logger.warning_once(
+                    "The Q-Former reads the chat template's marks, and answers where the text holds them. Hand over "
+                    "what apply_chat_template returns, unchanged, or pass the instructions: processor(..., "
+                    "qformer_text=...)."
+                )
+            qformer_text = [
+                sample.instruction if isinstance(sample, Prompt) else self._words(sample) for sample in texts
+            ]
         given = [qformer_text] if isinstance(qformer_text, str) else list(qformer_text)
         if len(given) != len(texts):
             raise ValueError(
@@ -207,28 +218,32 @@ class CromeVLMProcessor(ProcessorMixin):
         counts = [sample.count(self.image_token) for sample in texts]
         return [instruction for instruction, count in zip(given, counts, strict=True) for _ in range(count)]
 
-    def _instruction_in(self, text: str) -> str:
-        """What a Q-Former reads of a text that comes without its instruction."""
-        if isinstance(text, Prompt):
-            return text.instruction
+    def _is_templated(self, text: str) -> bool:
+        """Whether a text holds marks of the chat template, so that it is more than an instruction."""
+        special = {*self.tokenizer.all_special_tokens} - {self.image_token, self.tokenizer.unk_token}
         ending = self._generation_ending()
-        if ending and text.rstrip().endswith(ending):
-            logger.warning_once(
-                "The Q-Former reads the chat template's words too. Hand over what apply_chat_template returns, "
-                "unchanged, or pass the instructions: processor(..., qformer_text=...)."
-            )
-        return self.instruction([text])
+        return any(token in text for token in special) or bool(ending and ending in text)
 
     def _generation_ending(self) -> str:
         """What a prompt of the chat template ends with where an answer is to follow; empty: nothing tells it."""
         if self.chat_template is None:
             return ""
-        asked = [{"role": "user", "content": "(question)"}]
-        return self.apply_chat_template(asked, add_generation_prompt=True).rpartition("(question)")[2].strip()
+        from jinja2 import TemplateError  # transformers needs jinja2 for templates alone
 
-    def instruction(self, said: Sequence[str]) -> str:
-        """What a Q-Former reads of the user's turns: their words, one space apart, without the images' places."""
-        return " ".join(" ".join(said).replace(self.image_token, " ").split())
+        asked = [{"role": "user", "content": "(question)"}]
+        try:
+            prompt = super().apply_chat_template(asked, add_generation_prompt=True)
+        except (ValueError, TemplateError):
+            return ""  # there are several, or it takes no such conversation
+        return prompt.rpartition("(question)")[2].strip()
+
+    def instruction(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """What a Q-Former reads of a conversation: the words of the user's turns, without the images' places."""
+        asked = [{**message, **self._flatten(message, [])} for message in messages if message.get("role") == "user"]
+        return self._words(" ".join(str(message["content"]) for message in asked))
+
+    def _words(self, text: str) -> str:
+        return " ".join(text.replace(self.image_token, " ").split())
 
     def _check_rows(self, rows: list[list[Any]], texts: list[str]) -> None:
         """Compare placeholders with pictures, row by row where the pictures are given by row."""
@@ -303,8 +318,7 @@ class CromeVLMProcessor(ProcessorMixin):
             messages = getattr(messages, "messages", messages)  # a pipeline's Chat
             flat.append([{**message, **self._flatten(message, found)} for message in messages])
             images.append(found)
-            said = [str(message["content"]) for message in flat[-1] if message.get("role") == "user"]
-            asked.append(self.instruction(said))
+            asked.append(self.instruction(flat[-1]))
         processor_kwargs = dict(processor_kwargs or {})
         if kwargs.get("tokenize") and any(images):
             processor_kwargs["images"] = images if is_batch else images[0]
@@ -326,7 +340,8 @@ class CromeVLMProcessor(ProcessorMixin):
     def _flatten(self, message: Mapping[str, Any], images: list[Any]) -> dict[str, str]:
         """A message's content as one string; the pictures in it are appended to images."""
         content = message.get("content")
-        if content is None or (isinstance(content, str) and not self.images_after_text):
+        reorder = self.images_after_text and message.get("role") == "user"
+        if content is None or (isinstance(content, str) and not reorder):
             return {}
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
@@ -341,7 +356,7 @@ class CromeVLMProcessor(ProcessorMixin):
             text += "\n" + piece if text and piece and meet and not (text + "|" + piece).count("\n|") else piece
             found = [part[key] for key in IMAGE_KEYS if kind != "text" and part.get(key) is not None]
             images.extend(image["url"] if isinstance(image, Mapping) else image for image in found[:1])
-        if self.images_after_text and (count := text.count(self.image_token)):
+        if reorder and (count := text.count(self.image_token)):
             words = " ".join(piece.strip() for piece in text.split(self.image_token) if piece.strip())
             text = f"{words}\n{self.image_token * count}" if words else self.image_token * count
         return {"content": text}

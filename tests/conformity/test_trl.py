@@ -106,7 +106,7 @@ def test_grpo_samples_with_the_adapter_and_raises_the_reward(model: PeftModel, f
 
 
 def test_sft_collator_does_not_show_a_qformer_the_answers() -> None:
-    """TRL renders a conversation with its answers first, and hands the text to the processor then."""
+    """Of a conversation with its answers it reads the user's words alone."""
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
     composite = with_qformer()

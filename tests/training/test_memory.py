@@ -18,6 +18,7 @@ from peft_crome.training import (
     recipe_skeleton,
 )
 from peft_crome.training.packed import pack
+from peft_crome.training.skeleton import composite_config, quantization_of
 from tests.vlm.conftest import text_config
 
 
@@ -47,22 +48,37 @@ def test_skeleton_is_the_model_that_is_built(dtype: str, stage: str, values: dic
     assert described(shape.named_parameters()) == described(build(recipe)[0].named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("part", "key"), [("language_model", "quantization"), ("vision_tower", "vision_quantization")]
+)
+def test_packed_in_another_way_names_the_key(part: str, key: str, values: dict[str, Any]) -> None:
+    recipe = load_recipe(values)
+    assert recipe.backbones is not None
+    config = composite_config(recipe.backbones)
+    own = config.text_config if part == "language_model" else config.vision_config
+    own.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match=rf"The {part} is quantised with 'gptq'.* with {key}: 4bit"):
+        quantization_of(config, part)
+
+
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_packed_weights_have_the_size_of_bitsandbytes(quantization: str, values: dict[str, Any]) -> None:
     pytest.importorskip("bitsandbytes")
-    values["backbones"] |= {"quantization": quantization, "dtype": "bfloat16"}
+    values["backbones"] |= {"quantization": quantization, "vision_quantization": quantization, "dtype": "bfloat16"}
     recipe = load_recipe(values)
-    language = build(recipe)[0].get_base_model().language_model
-    tensors = [*language.parameters(), *language.buffers()]
-    for parameter in language.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-        scales = getattr(parameter, "SCB", None)
-        tensors += [] if scales is None else [scales]
-    measured = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
-    predicted = predict_step(recipe_skeleton(recipe), StepSize(1, 16, images=1)).weights["language_model"]
-    assert predicted == pytest.approx(measured, rel=0.01)
+    composite = build(recipe)[0].get_base_model()
+    predicted = predict_step(recipe_skeleton(recipe), StepSize(1, 16, images=1)).weights
+    for part in ("language_model", "vision_tower"):
+        module = getattr(composite, part)
+        tensors = [*module.parameters(), *module.buffers()]
+        for parameter in module.parameters():
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+            scales = getattr(parameter, "SCB", None)
+            tensors += [] if scales is None else [scales]
+        measured = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+        assert predicted[part] == pytest.approx(measured, rel=0.01)
 
 
 def test_what_is_kept_is_what_autograd_saves(values: dict[str, Any]) -> None:

@@ -77,6 +77,8 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
             {"backbones": {"vision": "a", "qformer": {"hidden_size": 16, "num_attention_heads": 3}}},
             "qformer.hidden_size=16 is no multiple of qformer.num_attention_heads=3; write both",
         ),
+        ({"backbones": {"vision": "a", "qformer": {"num_attention_heads": 0}}}, "num_attention_heads=0 is no whole"),
+        ({"backbones": {"vision": "a", "qformer": {"hidden_size": "16"}}}, "hidden_size='16' is no whole number"),
         (
             {"backbones": {"vision": "a", "qformer": {"hiden_size": 8}}},
             r"qformer.hiden_size: no such key; did you mean 'hidden_size'\?",
@@ -112,7 +114,13 @@ def test_wrong_recipe_names_the_key(changes: dict[str, Any], message: str) -> No
 
 def test_a_tower_takes_the_place_of_the_presets_instructblip() -> None:
     values = {"preset": "pretrain", **COMPLETE, "backbones": {"vision": "tower"}}
-    for recipe in (load_recipe(values), load_recipe({**values, "backbones": {}}, {"backbones.vision": "tower"})):
+    said = {"instructblip": "blip", "language": "llm"}
+    for recipe in (
+        load_recipe(values),
+        load_recipe({**values, "backbones": {}}, {"backbones.vision": "tower"}),
+        load_recipe({**values, "backbones": said}, {"backbones.vision": "tower"}),
+        load_recipe({**values, "preset": "instruct", "backbones": said}, {"backbones.vision": "tower"}),
+    ):
         assert recipe.backbones is not None
         assert (recipe.backbones.vision, recipe.backbones.instructblip) == ("tower", None)
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from PIL import Image
 from safetensors import safe_open
 from transformers import TrainerCallback
 
-from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
+from peft_crome import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
 from peft_crome.data import read_rows
 from peft_crome.training import StageError, generate_answers, load_recipe, read_record, train
 from tests.vlm.conftest import make_tokenizer
@@ -167,6 +168,7 @@ def test_card_says_what_was_trained_on_what(
         exec(compile(code, "card", "exec"), {})
         said.append(capsys.readouterr().out.strip())
     assert len(said) == 2
+    assert said[1]
     assert said[1] in said[0]
     assert "user" not in said[0] + said[1], "the prompt is no part of the answer"
 
@@ -317,6 +319,10 @@ def test_faulty_row_in_the_middle_of_a_run_is_mended_and_the_run_goes_on(
     with pytest.raises(StageError, match=r"training.learning_rate was"):
         train(load_recipe(values), accept_changed_data=True)
     values["training"] |= {"learning_rate": 1e-2, "max_length": 100}
+    more = {**values, "data": [*values["data"], {"path": str(tmp_path / "more.json")}]}
+    (tmp_path / "more.json").write_text(json.dumps(rows[-1:]))  # text alone
+    with pytest.raises(StageError, match=r"data.1 was None, is .*more.json.*--accept-changed-data"):
+        train(load_recipe(more))
     record = train(load_recipe(values), accept_changed_data=True)["stages"][0]
     assert record["resumed"]
     assert (record["steps"], record["data"][0]["rows"]) == (6, 9)
@@ -402,6 +408,8 @@ def test_adapter_that_is_missing_or_damaged_is_no_silence(values: dict[str, Any]
     alone = CromeVLMForConditionalGeneration.from_pretrained(values["output"], adapter="ignore")
     alone.save_pretrained(tmp_path / "alone")
     CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "alone")
+    config = CromeVLMConfig.from_pretrained(values["output"])
+    CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "alone", config=config)
 
 
 @pytest.mark.parametrize("how", ["mixture", "weights", "streaming", "without a Q-Former"])
@@ -585,7 +593,11 @@ def test_another_qformer_is_another_architecture(
         train(load_recipe(following(values, "instruct", tmp_path / "instruct", backbones=plain)))
     make_tokenizer(extra_special_tokens=["<another>"]).save_pretrained(tmp_path / "tokenizer")
     other = {**before, "qformer_tokenizer": str(tmp_path / "tokenizer")}
-    with pytest.raises(StageError, match="another tokenizer for a Q-Former than the recipe's"):
+    with pytest.raises(StageError, match=r"another tokenizer for its Q-Former, and the recipe says backbones.qformer"):
+        train(load_recipe(following(values, "instruct", tmp_path / "instruct", backbones=other)))
+    small = {key: value for key, value in before["qformer"].items() if key != "num_hidden_layers"}
+    other = {**before, "qformer": small}
+    with pytest.raises(StageError, match=r"backbones.qformer.num_hidden_layers: 12 in the recipe, 2 there"):
         train(load_recipe(following(values, "instruct", tmp_path / "instruct", backbones=other)))
     assert not (tmp_path / "instruct").exists()
 
@@ -601,8 +613,12 @@ def test_backbones_that_have_moved_are_named_anew(
     now = copy.deepcopy(values["backbones"])
     for key in ("vision", "language"):
         now[key] = str((tmp_path / key).rename(tmp_path / f"{key}-now"))
-    with pytest.raises(StageError, match="In a recipe, write where they are now: backbones:"):
+    with pytest.raises(StageError, match=r"which are not there. If they have moved, write the `backbones`"):
         train(load_recipe(following(values, "instruct", tmp_path / "instruct")))
+    tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    other = {**now, "language": str(tmp_path / "gpt2")}
+    with pytest.raises(StageError, match=r"is another model than the one trained with: .*'gpt2', not 'llama'"):
+        train(load_recipe(following(values, "instruct", tmp_path / "instruct", backbones=other)))
     train(load_recipe(following(values, "instruct", tmp_path / "instruct", backbones=now)))
     assert "is not there; text_model_name_or_path is taken from" in caplog.text
     config = json.loads((tmp_path / "instruct" / "config.json").read_text())
@@ -613,6 +629,10 @@ def test_backbones_that_have_moved_are_named_anew(
     text = file.read_text()
     for key in ("vision", "language"):
         text = text.replace(f'"{values["backbones"][key]}"', f'"{now[key]}"')
+    for broken in (text.replace('"vision_feature_layer": -1', '"vision_feature_layer": -2'), text[:-20]):
+        file.write_text(broken)
+        with pytest.raises(StageError, match=r"is incomplete: config.json \(of other content"):
+            train(load_recipe(following(values, "instruct", tmp_path / "by-hand")))
     file.write_text(text)
     train(load_recipe(following(values, "instruct", tmp_path / "by-hand")))
 

@@ -154,6 +154,8 @@ def test_more_tokens_than_an_encoder_decoder_has_positions_for() -> None:
     ids = torch.cat([batch["input_ids"], torch.full((3, 1024), 5)], dim=1)
     with pytest.raises(ValueError, match=r"and the encoder takes 1024 \(text and image tokens; shorten"):
         model(**batch | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, **short)
+    with pytest.raises(ValueError, match="and the encoder takes 1024"):
+        model.generate(**batch | {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     model = build(language="t5")
     model(**make_batch(model), labels=torch.ones(3, 600, dtype=torch.long))
 

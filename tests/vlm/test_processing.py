@@ -86,14 +86,14 @@ def test_images_after_the_words_of_their_turn(content, processor, tmp_path):
     said = f"{token}\nw1 w2 {token} w3"
     parts = [{"type": "image"}, {"type": "text", "text": "w1 w2 "}, {"type": "image"}, {"type": "text", "text": " w3"}]
     turns = [{"role": "user", "content": parts if content == "parts" else said}]
-    turns += [{"role": "assistant", "content": "w4\nw5"}, {"role": "user", "content": token}]
+    turns += [{"role": "assistant", "content": f"w4 {token} w5"}, {"role": "user", "content": token}]
     given = processor.apply_chat_template(turns)
     assert given.index(token) < given.index("w1")
     ordered = copy.deepcopy(processor)
     ordered.images_after_text = True
     ordered.save_pretrained(tmp_path)
     text = CromeVLMProcessor.from_pretrained(tmp_path).apply_chat_template(turns)
-    assert text == f"user: w1 w2 w3\n{token}{token} assistant: w4\nw5 user: {token} "
+    assert text == f"user: w1 w2 w3\n{token}{token} assistant: w4 {token} w5 user: {token} "
     assert not CromeVLMProcessor(processor.image_processor, processor.tokenizer).images_after_text
 
 

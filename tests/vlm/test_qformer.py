@@ -1,5 +1,7 @@
 """The composite with a Q-Former: InstructBLIP's own parts give InstructBLIP's own numbers."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +234,10 @@ def test_quantised_tower_beside_a_qformer_that_can_train(bits: int, tmp_path: Pa
     whole = tf.InstructBlipForConditionalGeneration.from_pretrained(
         tmp_path / "instructblip", quantization_config=tf.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
     )
-    with pytest.raises(ValueError, match="vision_quantization_config="):
-        CromeVLMForConditionalGeneration.from_instructblip(whole, language=str(tmp_path / "llama"))
+    whole.save_pretrained(tmp_path / "packed")
+    for packed in (whole, str(tmp_path / "packed")):
+        with pytest.raises(ValueError, match=r"is quantised, its Q-Former and projection too.*not: from_instructblip"):
+            CromeVLMForConditionalGeneration.from_instructblip(packed, language=str(tmp_path / "llama"))
 
 
 def test_adapter_of_a_qformer_composite_goes_to_a_file(tmp_path: Path) -> None:
@@ -316,8 +320,11 @@ def test_processor_reads_instructions(tmp_path: Path) -> None:
     answered = [*chat, {"role": "assistant", "content": [{"type": "text", "text": "w9"}]}]
     prompts = processor.apply_chat_template([answered, chat])
     assert "w9" in prompts[0]
-    both = processor([[picture], [picture]], prompts, padding=True, return_tensors="pt")
-    assert both["qformer_input_ids"].tolist() == [[6, 7]] * 2, "an answer is not for the Q-Former"
+    for same in (prompts, pickle.loads(pickle.dumps(prompts)), copy.deepcopy(prompts)):
+        both = processor([[picture], [picture]], same, padding=True, return_tensors="pt")
+        assert both["qformer_input_ids"].tolist() == [[6, 7]] * 2, "an answer is not for the Q-Former"
+    parts = [{"type": "image"}, {"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]
+    assert processor.instruction([{"role": "user", "content": parts}, *answered[1:], answered[0]]) == "w1 w2 w1 w2"
 
     processor.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
@@ -335,13 +342,22 @@ def test_template_in_an_instruction_is_no_silence(caplog: pytest.LogCaptureFixtu
     processor = qformer_processor(model)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w1"}]}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    answered = processor.apply_chat_template([*chat, {"role": "assistant", "content": "w9"}])
     tf.utils.logging.enable_propagation()
-    tf.utils.logging.get_logger("transformers").warning_once.cache_clear()
-    processor([[Image.new("RGB", (40, 30))]], [str(prompt).strip()], return_tensors="pt")
-    assert "The Q-Former reads the chat template's words too" in caplog.text
-    caplog.clear()
-    processor([[Image.new("RGB", (40, 30))]], ["<image> w1"], return_tensors="pt")
-    assert not caplog.text
+    for text, warned in (
+        (prompt.strip(), True),
+        (answered.strip(), True),
+        ("<s> <image> w1", True),
+        (prompt, False),
+        ("<image> w1", False),
+    ):
+        tf.utils.logging.get_logger("transformers").warning_once.cache_clear()
+        caplog.clear()
+        processor([[Image.new("RGB", (40, 30))]], [text], return_tensors="pt")
+        assert ("The Q-Former reads the chat template's marks" in caplog.text) == warned, text
+    for template in ("{{ raise_exception('a system turn first') }}", {"one": "{{ 1 }}", "two": "{{ 2 }}"}):
+        processor.chat_template = template  # what needs no template does not ask it
+        assert processor([[Image.new("RGB", (40, 30))]], ["<image> w1"])["qformer_input_ids"] == [[6]]
 
 
 def test_processor_takes_the_checkpoints_tokenizer(tmp_path: Path) -> None:
