@@ -221,8 +221,10 @@ class CromeVLMProcessor(ProcessorMixin):
     def _is_templated(self, text: str) -> bool:
         """Whether a text holds marks of the chat template, so that it is more than an instruction."""
         special = {*self.tokenizer.all_special_tokens} - {self.image_token, self.tokenizer.unk_token}
+        if any(token in text for token in special):
+            return True
         ending = self._generation_ending()
-        return any(token in text for token in special) or bool(ending and ending in text)
+        return bool(ending) and ending in text
 
     def _generation_ending(self) -> str:
         """What a prompt of the chat template ends with where an answer is to follow; empty: nothing tells it."""
@@ -240,7 +242,7 @@ class CromeVLMProcessor(ProcessorMixin):
     def instruction(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """What a Q-Former reads of a conversation: the words of the user's turns, without the images' places."""
         asked = [{**message, **self._flatten(message, [])} for message in messages if message.get("role") == "user"]
-        return self._words(" ".join(str(message["content"]) for message in asked))
+        return self._words(" ".join(str(message["content"] or "") for message in asked))
 
     def _words(self, text: str) -> str:
         return " ".join(text.replace(self.image_token, " ").split())
