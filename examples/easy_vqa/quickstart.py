@@ -46,7 +46,7 @@ def run(
     start = time.perf_counter()
     train, test = data.load_questions("train"), data.load_questions("test")
     shared = processor()
-    console.print("Before training: the frozen tower reads all pictures, once; the untrained model answers")
+    console.print("Before training: the tower reads all pictures, once; then the model answers")
     features = {split: vision_features(split, shared.image_processor) for split in ("train", "test")}
 
     rows = [{"name": name, "score": score(test, said)} for name, said in data.blind_baselines(train, test).items()]

@@ -1,11 +1,14 @@
 """Tiny backbones with a chat template, pictures and a data set in the LLaVA format."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
 
 from tests.vlm.conftest import backbones, seq2seq_backbone  # noqa: F401  # fixtures
 
@@ -60,3 +63,17 @@ def values(backbones: tuple[str, str], dataset: Path, tmp_path: Path) -> dict[st
             "arguments": {"disable_tqdm": True},
         },
     }
+
+
+def following(values: dict[str, Any], stage: str, output: Path, **changes: Any) -> dict[str, Any]:
+    """The recipe of the next stage, which takes everything else from the directory before it."""
+    later = {key: copy.deepcopy(values[key]) for key in ("data", "training")}
+    return {**later, "stage": stage, "previous": values["output"], "output": str(output), **changes}
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        with safe_open(directory / name, "pt") as file:
+            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    return found

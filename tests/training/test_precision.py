@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peft_crome.training import load_recipe, train
-from tests.training.test_run import weights
+from tests.training.conftest import weights
 
 
 @pytest.mark.parametrize(

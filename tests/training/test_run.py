@@ -1,8 +1,6 @@
 """The three stages on tiny models: what trains, what a directory holds, and what it says when it does not fit."""
 
-import copy
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -11,21 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from PIL import Image
-from safetensors import safe_open
-from transformers import TrainerCallback
 
 from peft_crome import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
 from peft_crome.data import read_rows
 from peft_crome.training import StageError, generate_answers, load_recipe, read_record, train
-from tests.vlm.conftest import make_tokenizer
-
-
-def following(values: dict[str, Any], stage: str, output: Path, **changes: Any) -> dict[str, Any]:
-    """The recipe of the next stage, which takes everything else from the directory before it."""
-    later = {key: copy.deepcopy(values[key]) for key in ("data", "training")}
-    return {**later, "stage": stage, "previous": values["output"], "output": str(output), **changes}
+from tests.training.conftest import following, weights
 
 
 @pytest.fixture
@@ -36,14 +25,6 @@ def stages(values: dict[str, Any], tmp_path: Path) -> dict[str, Path]:
     for recipe in (values, instruct, finetune):
         train(load_recipe(recipe))
     return {name: tmp_path / name for name in ("pretrain", "instruct", "finetune")}
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for name in ("model.safetensors", "adapter_model.safetensors"):
-        with safe_open(directory / name, "pt") as file:
-            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
-    return found
 
 
 def test_each_stage_trains_its_parts_alone(stages: dict[str, Path]) -> None:
@@ -171,178 +152,6 @@ def test_card_says_what_was_trained_on_what(
     assert said[1]
     assert said[1] in said[0]
     assert "user" not in said[0] + said[1], "the prompt is no part of the answer"
-
-
-def test_interrupted_stage_goes_on(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that dies after step 3 and is started again ends with the weights of one that does not."""
-    from peft_crome.training import run
-
-    train(load_recipe({**values, "output": values["output"] + "-whole"}))
-
-    class Die(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 4:
-                raise KeyboardInterrupt
-
-    class DyingTrainer(run.CromeTrainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, callbacks=[Die()], **kwargs)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(run, "CromeTrainer", DyingTrainer)
-        with pytest.raises(KeyboardInterrupt):
-            train(load_recipe(values))
-    assert not Path(values["output"]).exists()
-    record = train(load_recipe(values))
-    assert record["stages"][0]["resumed"]
-    assert not (Path(values["output"]) / "recipe.json").exists()
-    whole, resumed = weights(Path(values["output"] + "-whole")), weights(Path(values["output"]))
-    for key, value in whole.items():
-        torch.testing.assert_close(resumed[key], value, rtol=0, atol=0)
-    assert not Path(values["output"] + ".checkpoints").exists()
-
-
-def interrupt(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Die after the checkpoint of step 3; return the folder of checkpoints."""
-    from peft_crome.training import run
-
-    def train_three(self: Any, **kwargs: Any) -> None:
-        original(self, **kwargs)
-        raise KeyboardInterrupt
-
-    original = run.CromeTrainer.train
-    with monkeypatch.context() as patched:
-        patched.setattr(run.CromeTrainer, "train", train_three)
-        with pytest.raises(KeyboardInterrupt):
-            train(load_recipe(values))
-    return Path(values["output"] + ".checkpoints")
-
-
-def test_each_step_of_a_run_has_the_rate_of_the_formula(
-    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of each part; over an interruption, and with rows that are added up from two batches a step."""
-    from peft_crome.training import run
-
-    peaks = {"image_projection": 1e-3, "text_projection": 1e-2, "adapter": 1e-2}
-    values["training"] |= {"warmup_steps": 2, "rows_per_device": 2, "initial_learning_rate": 1e-4}
-    values["training"]["learning_rates"] = {"image_projection": 1e-3}
-    rates: dict[int, dict[str, float]] = {}
-
-    class Watch(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            groups = kwargs["optimizer"].param_groups
-            rates[state.global_step] = {group["part"]: group["lr"] for group in groups}
-
-    class WatchedTrainer(run.CromeTrainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, callbacks=[Watch()], **kwargs)
-
-    monkeypatch.setattr(run, "CromeTrainer", WatchedTrainer)
-    checkpoints = interrupt(values, monkeypatch)
-    shutil.rmtree(checkpoints / "checkpoint-6")
-    first, rates = rates, {}
-    assert train(load_recipe(values))["stages"][0]["resumed"]
-    assert (sorted(first), sorted(rates)) == ([0, 1, 2, 3, 4, 5], [3, 4, 5])
-    for step, by_part in (*first.items(), *rates.items()):
-        for part, peak in peaks.items():
-            # Warm-up from 1e-4 of the common peak, 1e-2; then a cosine to 0 over the four steps that are left.
-            share = (0.01 + 0.99 * step / 2) if step < 2 else (1 + math.cos(math.pi * (step - 2) / 4)) / 2
-            assert by_part[part] == pytest.approx(peak * share, rel=1e-9), (step, part)
-
-
-def test_cut_off_checkpoint_is_left_aside(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = interrupt(values, monkeypatch)
-    assert {path.name for path in checkpoints.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
-    (checkpoints / "checkpoint-6" / "trainer_state.json").unlink()
-    assert train(load_recipe(values))["stages"][0]["resumed"]
-
-
-def test_checkpoints_of_another_recipe_are_refused(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt(values, monkeypatch)
-    values["training"]["learning_rate"] = 1e-4
-    values["adapter"]["bottleneck_dim"] = 8
-    with pytest.raises(StageError) as error:
-        train(load_recipe(values))
-    for text in ("training.learning_rate was 0.01, is 0.0001", "adapter.bottleneck_dim was 4, is 8", ".checkpoints"):
-        assert text in str(error.value)
-    assert not Path(values["output"]).exists()
-
-
-def test_run_that_failed_before_a_checkpoint_does_not_lock_its_folder(values: dict[str, Any]) -> None:
-    values["training"] |= {"max_steps": None, "epochs": 1, "warmup_steps": 10}
-    with pytest.raises(ValueError, match=r"training.warmup_steps: 10 leaves nothing of 3 steps"):
-        train(load_recipe(values))
-    values["training"]["warmup_steps"] = 1
-    assert train(load_recipe(values))["stages"][0]["steps"] == 3
-
-
-def test_harmless_keys_may_change_and_data_may_not(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = json.loads(Path(values["data"][0]["path"]).read_text())
-    images = str(Path(values["data"][0]["path"]).parent)
-    values["data"] = [{"path": str(tmp_path / "rows.json"), "images": images}]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    checkpoints = interrupt(values, monkeypatch)
-    (checkpoints / "checkpoint-6" / "trainer_state.json").unlink()
-    values["training"] |= {"logging_steps": 2, "save_steps": 100}
-    (tmp_path / "rows.json").write_text(json.dumps(rows[:5]))
-    with pytest.raises(StageError, match=r"holds checkpoints of another run: content of data.*rows.json was"):
-        train(load_recipe(values))
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    assert train(load_recipe(values))["stages"][0]["resumed"]
-
-
-def test_faulty_row_in_the_middle_of_a_run_is_mended_and_the_run_goes_on(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A picture that cannot be read, found after a checkpoint; nothing of what was trained is lost."""
-    rows = json.loads(Path(values["data"][0]["path"]).read_text())
-    for name in ("red", "green", "blue", "white"):
-        (tmp_path / "images").mkdir(exist_ok=True)
-        shutil.copy(Path(values["data"][0]["path"]).parent / "images" / f"{name}.png", tmp_path / "images")
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    values["data"] = [{"path": str(tmp_path / "rows.json")}]
-    checkpoints = interrupt(values, monkeypatch)
-    shutil.rmtree(checkpoints / "checkpoint-6")
-    (tmp_path / "images" / "red.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"Row '\d+'.*red.png"):
-        train(load_recipe(values))
-    (tmp_path / "rows.json").write_text(json.dumps([row for row in rows if "red" not in row.get("image", "")]))
-    values["data"][0]["faulty"] = "drop"
-    with pytest.raises(
-        StageError, match=r"content of data.*rows.json was.*data.0.faulty was 'stop', is 'drop'.*--accept-changed-data"
-    ):
-        train(load_recipe(values))
-    values["training"]["learning_rate"] = 1e-3
-    with pytest.raises(StageError, match=r"training.learning_rate was"):
-        train(load_recipe(values), accept_changed_data=True)
-    values["training"] |= {"learning_rate": 1e-2, "max_length": 100}
-    more = {**values, "data": [*values["data"], {"path": str(tmp_path / "more.json")}]}
-    (tmp_path / "more.json").write_text(json.dumps(rows[-1:]))  # text alone
-    with pytest.raises(StageError, match=r"data.1 was None, is .*more.json.*--accept-changed-data"):
-        train(load_recipe(more))
-    record = train(load_recipe(values), accept_changed_data=True)["stages"][0]
-    assert record["resumed"]
-    assert (record["steps"], record["data"][0]["rows"]) == (6, 9)
-    assert "goes on with changed data" in caplog.text
-
-
-@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "adapter_model.safetensors"])
-def test_checkpoint_with_a_truncated_file_is_left_aside(
-    name: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    file = interrupt(values, monkeypatch) / "checkpoint-6" / name
-    file.write_bytes(file.read_bytes()[:-20])
-    assert train(load_recipe(values))["stages"][0]["resumed"]
-    assert "checkpoint-6 was not written in full; it is removed" in caplog.text
-
-
-def test_recipe_of_checkpoints_that_cannot_be_read(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    (interrupt(values, monkeypatch) / "recipe.json").write_text("{")
-    with pytest.raises(StageError, match=r"nobody knows what its checkpoints belong to. Remove that folder"):
-        train(load_recipe(values))
 
 
 @pytest.mark.parametrize(
@@ -557,117 +366,3 @@ def test_three_stages_of_an_encoder_decoder_with_a_qformer(
     alone = generate_answers(model, processor, questions, max_new_tokens=3, progress=False, batch_size=1)
     assert together == alone
     assert len(together) == 13
-
-
-def test_directory_of_another_architecture_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
-    train(load_recipe(values))
-    later = following(values, "instruct", tmp_path / "instruct", backbones=copy.deepcopy(values["backbones"]))
-    later["backbones"]["num_query_tokens"] = 8
-    later["backbones"]["language"] = "another/model"
-    later["adapter"] = {"bottleneck_dim": 16}
-    with pytest.raises(StageError) as error:
-        train(load_recipe(later))
-    for text in ("'another/model' in the recipe", "num_query_tokens: 8 in the recipe, 4 there", "bottleneck_dim: 16"):
-        assert text in str(error.value)
-    assert "dtype" not in str(error.value)
-    assert not (tmp_path / "instruct").exists()
-    later["backbones"] = {"quantization": "4bit", **values["backbones"]}
-    del later["adapter"]
-    with pytest.raises(StageError, match=r"differs|backbones.quantization: '4bit' in the recipe, None there"):
-        train(load_recipe(later))
-    del later["backbones"]
-    later["adapter"] = {"dropout": 0.5}
-    train(load_recipe(later))
-    adapter = json.loads((tmp_path / "instruct" / "adapter_config.json").read_text())
-    assert adapter["dropout"] == 0.5
-
-
-def test_another_qformer_is_another_architecture(
-    values: dict[str, Any], backbones: tuple[str, str], tmp_path: Path
-) -> None:
-    """What a recipe leaves out is the directory's, a Q-Former and its tokenizer are not."""
-    train(load_recipe(values))
-    before = copy.deepcopy(values["backbones"])
-    plain = {key: value for key, value in before.items() if key in ("vision", "language")}
-    with pytest.raises(StageError, match=r"backbones.qformer: none in the recipe, one there"):
-        train(load_recipe(following(values, "instruct", tmp_path / "instruct", backbones=plain)))
-    make_tokenizer(extra_special_tokens=["<another>"]).save_pretrained(tmp_path / "tokenizer")
-    other = {**before, "qformer_tokenizer": str(tmp_path / "tokenizer")}
-    with pytest.raises(StageError, match=r"another tokenizer for its Q-Former, and the recipe says backbones.qformer"):
-        train(load_recipe(following(values, "instruct", tmp_path / "instruct", backbones=other)))
-    small = {key: value for key, value in before["qformer"].items() if key != "num_hidden_layers"}
-    other = {**before, "qformer": small}
-    with pytest.raises(StageError, match=r"backbones.qformer.num_hidden_layers: 12 in the recipe, 2 there"):
-        train(load_recipe(following(values, "instruct", tmp_path / "instruct", backbones=other)))
-    assert not (tmp_path / "instruct").exists()
-
-
-def test_backbones_that_have_moved_are_named_anew(
-    values: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """By the next stage's recipe, or in config.json by hand."""
-    for key in ("vision", "language"):
-        shutil.copytree(values["backbones"][key], tmp_path / key)
-        values["backbones"][key] = str(tmp_path / key)
-    train(load_recipe(values))
-    now = copy.deepcopy(values["backbones"])
-    for key in ("vision", "language"):
-        now[key] = str((tmp_path / key).rename(tmp_path / f"{key}-now"))
-    with pytest.raises(StageError, match=r"which are not there. If they have moved, write the `backbones`"):
-        train(load_recipe(following(values, "instruct", tmp_path / "instruct")))
-    tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
-    other = {**now, "language": str(tmp_path / "gpt2")}
-    with pytest.raises(StageError, match=r"is another model than the one trained with: .*'gpt2', not 'llama'"):
-        train(load_recipe(following(values, "instruct", tmp_path / "instruct", backbones=other)))
-    train(load_recipe(following(values, "instruct", tmp_path / "instruct", backbones=now)))
-    assert "is not there; text_model_name_or_path is taken from" in caplog.text
-    config = json.loads((tmp_path / "instruct" / "config.json").read_text())
-    assert config["vision_model_name_or_path"] == now["vision"]
-    CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "instruct")
-
-    file = Path(values["output"]) / "config.json"
-    text = file.read_text()
-    for key in ("vision", "language"):
-        text = text.replace(f'"{values["backbones"][key]}"', f'"{now[key]}"')
-    for broken in (text.replace('"vision_feature_layer": -1', '"vision_feature_layer": -2'), text[:-20]):
-        file.write_text(broken)
-        with pytest.raises(StageError, match=r"is incomplete: config.json \(of other content"):
-            train(load_recipe(following(values, "instruct", tmp_path / "by-hand")))
-    file.write_text(text)
-    train(load_recipe(following(values, "instruct", tmp_path / "by-hand")))
-
-
-@pytest.mark.parametrize("damage", ["no record", "missing", "truncated", "no directory"])
-def test_half_written_directory_is_refused(damage: str, values: dict[str, Any], tmp_path: Path) -> None:
-    directory = Path(values["output"])
-    if damage != "no directory":
-        train(load_recipe(values))
-    if damage == "no record":
-        (directory / "crome_stage.json").unlink()
-    elif damage == "missing":
-        (directory / "adapter_model.safetensors").unlink()
-    elif damage == "truncated":
-        data = (directory / "model.safetensors").read_bytes()
-        (directory / "model.safetensors").write_bytes(data[:-10])
-    with pytest.raises(StageError, match=r"no complete stage's directory|is incomplete: (adapter_)?model.safetensors"):
-        train(load_recipe(following(values, "instruct", tmp_path / "instruct")))
-    assert not (tmp_path / "instruct").exists()
-
-
-def test_previous_that_is_nowhere_is_said_so(values: dict[str, Any], tmp_path: Path) -> None:
-    for previous in ("runs/pretrain", str(tmp_path / "nowhere")):
-        later = {**following(values, "instruct", tmp_path / "instruct"), "previous": previous}
-        with pytest.raises(StageError, match=r"is neither a directory nor a Hub repository|is no complete stage's"):
-            train(load_recipe(later))
-    assert not (tmp_path / "instruct").exists()
-
-
-def test_wrong_order_and_existing_output_are_refused(values: dict[str, Any], tmp_path: Path) -> None:
-    train(load_recipe(values))
-    before = weights(Path(values["output"]))
-    with pytest.raises(StageError, match="is not overwritten"):
-        train(load_recipe(values))
-    with pytest.raises(StageError, match=r"'pretrain' starts from the backbones alone"):
-        train(load_recipe(following(values, "pretrain", tmp_path / "again")))
-    after = weights(Path(values["output"]))
-    assert all(torch.equal(after[key], value) for key, value in before.items())

@@ -12,7 +12,8 @@ from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
 from peft_crome.data import read_rows
 from peft_crome.training import METRICS, RecipeError, generate_answers, load_recipe, score, train
 from peft_crome.training.recipe import Metric
-from tests.training.test_run import interrupt, weights
+from tests.training.conftest import weights
+from tests.training.test_interrupted import interrupt
 
 
 def test_a_recipes_metrics_are_those_there_are() -> None:
