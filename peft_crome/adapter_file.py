@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import stat
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ class AdapterFile:
         crome: name without the prefix ("crome_up.weight") -> shape.
         host: whole key of every other tensor -> shape: trained copies of the host's modules.
         counts: those of `host` that hold integers.
-        modules_to_save: what the configuration beside the file says; the model's may be changed before it is used.
+        modules_to_save, bottleneck_dim: what the configuration beside the file says; the model's may be changed
+            before it is used.
     """
 
     path: Path
@@ -48,9 +49,12 @@ class AdapterFile:
     host: Shapes = field(default_factory=dict)
     counts: set[str] = field(default_factory=set)
     modules_to_save: tuple[str, ...] = ()
+    bottleneck_dim: int = 0
 
     def check_fits(self, model: nn.Module, expected: Shapes, source: str) -> None:
         """Compare the file with the model that it is loaded onto, and read its values.
+
+        Not where the configuration has been given another bottleneck_dim since it was read: that is for a new adapter.
 
         Args:
             expected: names and shapes of this model's CROME tensors.
@@ -58,21 +62,24 @@ class AdapterFile:
         Raises:
             ValueError: see `check_shapes`, `check_host_shapes` and `check_values`.
         """
+        if expected["crome_up.weight"][1] != self.bottleneck_dim:
+            return
         check_shapes(self.crome, expected, source)
         self.check_host_shapes(model)
         self.check_values()
 
-    def check_host(self, modules_to_save: Iterable[str] | None, indices: Any = None) -> None:
+    def check_host(self, modules_to_save: Iterable[str] | None, indices: Any = None, bottleneck_dim: int = 0) -> None:
         """Refuse weights for modules of the host that the configuration does not name: PEFT would overwrite them.
 
         A table of embeddings, which PEFT saves when a vocabulary has grown, is announced by a warning.
 
         Args:
-            modules_to_save, indices: of the configuration beside the file, `trainable_token_indices` the latter.
+            modules_to_save, indices, bottleneck_dim: of the configuration beside the file, `trainable_token_indices`
+                the second.
         Raises:
             ValueError: lists them, or the file's trained tokens are others than the configuration's.
         """
-        self.modules_to_save = tuple(modules_to_save or ())
+        self.modules_to_save, self.bottleneck_dim = tuple(modules_to_save or ()), bottleneck_dim
         lists = list(indices.values()) if isinstance(indices, dict) else [indices] if indices else []
         rows = {shape[0] if shape else 0 for key, shape in self.host.items() if TRAINABLE_TOKENS in key}
         if rows != {len(ids) for ids in lists}:
@@ -91,8 +98,8 @@ class AdapterFile:
         if strange:
             raise ValueError(
                 f"{self.path} holds weights that are neither CROME's nor of a module in modules_to_save="
-                f"{modules_to_save}, and would overwrite the model's own: {strange[:3]} ({len(strange)} in all). Ask "
-                "its author for a file that holds the adapter alone."
+                f"{modules_to_save}, and would overwrite the model's own: {strange[:3]} ({len(strange)} in all). "
+                "Ask its author for a file that holds the adapter alone."
             )
         if tables:
             warnings.warn(
@@ -208,6 +215,31 @@ def read_adapter_file(
             "model.to(torch.float32), or torch.bfloat16."
         )
     return found
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuse tensors that no adapter has, whichever way they came: a header is read on some of them alone.
+
+    Args:
+        tensors: as PEFT is about to load them.
+        source: whose they are to be, in words.
+    Raises:
+        ValueError: lists weights of the host's own, but for tables of embeddings, or values that are not finite.
+    """
+    own = (".crome_", ".modules_to_save.", TRAINABLE_TOKENS)
+    strange = [key for key in tensors if not any(part in f".{key}" for part in own)]
+    strange = [key for key in strange if not _host_path(key).endswith(EMBEDDINGS)]
+    if strange:
+        raise ValueError(
+            f"Weights for {source} are neither CROME's nor of a module in its modules_to_save, and would overwrite "
+            f"the model's own: {strange[:3]} ({len(strange)} in all). Load a file that holds the adapter alone."
+        )
+    wrong = [key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if wrong:
+        raise ValueError(
+            f"Weights for {source} hold values that are NaN or infinite, in {sorted(wrong)[:5]}: every output would "
+            "be. The training that wrote them diverged, or the file is damaged; take an earlier checkpoint."
+        )
 
 
 def check_shapes(found: Shapes, expected: Shapes, source: str) -> None:

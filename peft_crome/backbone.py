@@ -107,11 +107,29 @@ def embedding_rows(model: nn.Module) -> torch.Tensor | None:
     table = embeddings.get_base_layer() if isinstance(embeddings, BaseTunerLayer) else embeddings
     weight = getattr(embeddings, "unmerged_table", None)
     weight = weight if weight is not None else getattr(table, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
+    if not isinstance(weight, torch.Tensor):
         return None
-    fixed = [number % weight.shape[0] for number in KNOWN_ROWS]
-    rows = torch.cat([weight.detach()[fixed], weight.detach()[:: max(1, weight.shape[0] // 1024)]])
+    if weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
+        return _called_rows(table)
+    rows = weight.detach()[_some_ids(weight.shape[0])]
     return (rows * embed_scale(table)).float()
+
+
+def _some_ids(count: int) -> list[int]:
+    return [*(number % count for number in KNOWN_ROWS), *range(0, count, max(1, count // 1024))]
+
+
+@torch.no_grad()
+def _called_rows(table: Any) -> torch.Tensor | None:
+    """What a table gives whose weight is packed, or offloaded (accelerate's hook fetches it); None: nothing."""
+    if not isinstance(getattr(table, "num_embeddings", None), int):
+        return None
+    device = "cpu" if table.weight.is_meta else table.weight.device
+    if table.weight.is_meta and not hasattr(table, "_hf_hook"):
+        return None
+    rows = table(torch.tensor(_some_ids(table.num_embeddings), device=device))
+    usable = isinstance(rows, torch.Tensor) and rows.is_floating_point() and rows.dim() == 2 and not rows.is_meta
+    return rows.float().cpu() if usable else None
 
 
 def embedding_rms(model: nn.Module) -> float:

@@ -90,12 +90,16 @@ class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the 
         else:
             self.unmerge()
             self.unload_trained_copy(merge=False)
-        base, names = self.base_layer, self._own(adapter_names or self.active_adapters)
-        if not merge or self.merged or not names:
-            return base
-        from .unloaded import UnloadedSite  # which needs this file
+        base, names = self.base_layer, self._own(self._merge_names)  # those of merges before as well
+        weights = self._weights[0]
+        if merge and not self.merged and names:
+            from .unloaded import UnloadedSite  # which needs this file
 
-        return UnloadedSite(base, self._weights[0], next(iter(self.branches)), names)
+            base = UnloadedSite(base, weights, next(iter(self.branches)), names)
+        weights.sites -= 1
+        for name in weights.adapter_layer_names if not weights.sites else ():  # another method's merge leaves these
+            getattr(weights, name).clear()
+        return base
 
     def unload_trained_copy(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, merge: bool = True
@@ -140,6 +144,12 @@ def check_allowed(model: nn.Module, sites: list[Any], unload: bool = False) -> N
         raise ValueError(
             f"Nothing can be merged: {'; '.join(f'{name}: {reason}' for name, reason in reasons.items())}. Only a "
             "branch on an embedding table folds into weights. Keep the adapter attached, or unload() it."
+        )
+    several = [name for name in kept if len(layers[name].branches) > 1 or layers[name].placeholders]
+    if unload and several:
+        raise ValueError(
+            f"{several} feeds several branches or keeps placeholders as they are, and its table cannot be folded "
+            f"({reasons[several[0]]}): what would be left of it adapts all tokens alike. Keep the adapter attached."
         )
     scales: dict[int, set[float]] = {}
     for name in folded:

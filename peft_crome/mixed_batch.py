@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from .containers import embeddings_in, map_embeddings
 
 REMEDY = "Run one batch per adapter: model.set_adapter(name)."
 BASE = "__base__"  # PEFT's word for a row without an adapter
+# A host's methods within which its sites are called -> what they read; `generate` repeats rows, `forward` does not.
+METHODS = {"get_image_features": "image", "get_video_features": "video", "generate": "generate"}
+_LOCK = threading.Lock()
 
 
 @contextmanager
@@ -45,26 +51,96 @@ def rows_with_adapters(
         )
     ids = keywords.get("input_ids", keywords.get("inputs", arguments[0] if arguments else None))
     ids = ids if isinstance(ids, torch.Tensor) and not ids.is_floating_point() else None
-    counted = ids
+    counted = ids if ids is not None else keywords.get("inputs_embeds")
     if not hasattr(model, "config"):  # a module of somebody's own: what it is given has a row for each
         counted = next((value for value in (*arguments, *keywords.values()) if isinstance(value, torch.Tensor)), None)
-    if counted is not None and len(counted) != len(names):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(names)} and {len(counted)} respectively."
-        )
-    rows = _Rows(model, weights, names, ids, keywords)
-    handles = [model.register_forward_pre_hook(rows.begin, with_kwargs=True), model.register_forward_hook(rows.end)]
-    for module in model.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):  # a module that trains as well has a copy for each adapter
-            handles.append(module.register_forward_pre_hook(rows.name_rows, with_kwargs=True))
-    weights.rows = rows
+    if isinstance(counted, torch.Tensor):
+        _check_count(names, len(counted))
+    with _LOCK:
+        if weights.rows is None:
+            weights.rows = _Calls(model)
+        weights.rows.enter(_Rows(model, weights, names, ids, keywords))
     try:
         yield
     finally:
-        weights.rows = None
-        for handle in handles:
+        with _LOCK:
+            if weights.rows.leave():
+                weights.rows = None
+
+
+def _check_count(names: Sequence[str], rows: int) -> None:
+    if rows != len(names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {rows} respectively."
+        )
+
+
+class _Calls:
+    """The calls that run on one model, one in each thread: a server's requests do not see one another's rows.
+
+    While there is one, hooks on the model tell it of each forward pass, and of the methods within which its sites are
+    called. Those are in the way of the model's own, so the last call takes them away again.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.of_thread: dict[int, list[_Rows]] = {}
+        self.handles = [
+            model.register_forward_pre_hook(self._hook("begin"), with_kwargs=True),
+            model.register_forward_hook(self._hook("end")),
+        ]
+        self.methods: list[tuple[dict[str, Any], str]] = []
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):  # what trains as well has a copy for each adapter
+                self.handles.append(module.register_forward_pre_hook(self._hook("name_rows"), with_kwargs=True))
+            for name, word in METHODS.items() if isinstance(module, PreTrainedModel) else ():
+                if callable(method := getattr(module, name, None)) and name not in module.__dict__:
+                    module.__dict__[name] = self._within(method, word)
+                    self.methods.append((module.__dict__, name))
+
+    def enter(self, rows: _Rows) -> None:
+        """This thread's call begins."""
+        self.of_thread.setdefault(threading.get_ident(), []).append(rows)
+
+    def leave(self) -> bool:
+        """This thread's call ends; whether it was the last one."""
+        running = self.of_thread[threading.get_ident()]
+        running.pop()
+        if not running:
+            del self.of_thread[threading.get_ident()]
+        if self.of_thread:
+            return False
+        for handle in self.handles:
             handle.remove()
+        for names, name in self.methods:
+            names.pop(name, None)
+        return True
+
+    def here(self) -> _Rows | None:
+        """This thread's call."""
+        running = self.of_thread.get(threading.get_ident())
+        return running[-1] if running else None
+
+    def _hook(self, name: str) -> Callable[..., Any]:
+        def hook(*arguments: Any) -> Any:
+            rows = self.here()
+            return None if rows is None else getattr(rows, name)(*arguments)
+
+        return hook
+
+    def _within(self, method: Callable[..., Any], word: str) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def told(*arguments: Any, **keywords: Any) -> Any:
+            rows = self.here()
+            if rows is None:
+                return method(*arguments, **keywords)
+            rows.within.append(word)
+            try:
+                return method(*arguments, **keywords)
+            finally:
+                rows.within.pop()
+
+        return told
 
 
 class _Rows:
@@ -85,6 +161,7 @@ class _Rows:
         self.kinds = _kinds(model)  # of placeholders
         self.ids = ids
         self.keywords = keywords
+        self.within: list[str] = []  # which of METHODS are running, the outermost first
         # (site, kind) -> placeholders of each row that this pass has not filled yet
         self.left: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -93,6 +170,9 @@ class _Rows:
         ids = keywords.get("input_ids", arguments[0] if arguments else None)
         if isinstance(ids, torch.Tensor):
             self.ids = ids
+        given = ids if isinstance(ids, torch.Tensor) else keywords.get("inputs_embeds")
+        if isinstance(given, torch.Tensor) and "generate" not in self.within and hasattr(module, "config"):
+            _check_count(self.names, len(given))
         self.keywords, self.left = keywords, {}
 
     def name_rows(
@@ -118,7 +198,7 @@ class _Rows:
         tokens = [tensor[..., 0] for tensor in embeddings_in(output, site.out_features)]
         is_table = isinstance(given, torch.Tensor) and not given.is_floating_point() and len(tokens) == 1
         if is_table and given.shape == tokens[0].shape:
-            ids = given.reshape(-1)
+            ids = given.reshape(-1).to(tokens[0].device)
             owners = self._of_ids(given)
         else:
             ids = None
@@ -158,8 +238,7 @@ class _Rows:
         """
         total = sum(tensor.numel() for tensor in tokens)
         images = len(tokens[0]) if len(tokens) == 1 and tokens[0].dim() > 1 else len(tokens)
-        words = ("audio",) if "audio" in site.branches else ("image", "video")
-        of_kind = {kind: self._count(kind) for kind, word in self.kinds.items() if word in words}
+        of_kind = self._kinds_read(site)
         lefts = {kind: self.left.get((id(site), kind), of_row) for kind, of_row in of_kind.items()}
         for kind in sorted(lefts, key=lambda kind: int(lefts[kind].sum()) != total):  # first what fits at once
             of_row, left = of_kind[kind], lefts[kind]
@@ -170,12 +249,31 @@ class _Rows:
             return self._repeated(len(of_row)).repeat_interleave(shares[0])
         if not self.kinds and total == len(self.names):
             return self.of_row
-        if images % len(self.names) == 0 and (images == len(self.names) or not self.kinds):
+        # As many as there are rows, and some in each: one in each. Placeholders in some rows alone say otherwise.
+        each = self.ids is None or any(bool(of_row.all()) for of_row in of_kind.values())
+        if images % len(self.names) == 0 and (not self.kinds or (images == len(self.names) and each)):
             return self._repeated(images).repeat_interleave(total // images)
         raise ValueError(
             f"{total} image embeddings in {images} parts came, and the rows' placeholders do not say whose they are. "
             + REMEDY
         )
+
+    def _kinds_read(self, site: Any) -> dict[int, torch.Tensor]:
+        """Placeholder -> how many of them each row has, (rows,), of the kinds that a site may have read just now.
+
+        Raises:
+            ValueError: images and videos are both to come, in rows of several adapters, and the model does not say
+                which these are.
+        """
+        words = ("audio",) if "audio" in site.branches else ("image", "video")
+        of_kind = {kind: self._count(kind) for kind, word in self.kinds.items() if word in words}
+        asked = next((word for word in self.within if word in words), None)
+        if said := {kind: rows for kind, rows in of_kind.items() if self.kinds[kind] == asked and rows.any()}:
+            return said
+        shown = {self.kinds[kind]: rows for kind, rows in of_kind.items() if rows.any()}
+        if len(shown) > 1 and len(set(self.names)) > 1:
+            raise ValueError(f"{sorted(shown)} came, and which came first is not known. " + REMEDY)
+        return of_kind
 
     def _count(self, kind: int) -> torch.Tensor:
         """(rows,): placeholders of a kind."""

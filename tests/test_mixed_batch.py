@@ -237,3 +237,115 @@ def test_lora_takes_them_as_before() -> None:
     with torch.no_grad():
         rows = model(**batch, adapter_names=["default", "__base__"]).logits
         assert not torch.allclose(rows[0], model(**batch, adapter_names=["__base__"] * 2).logits[0])
+
+
+def image_and_video(name: str) -> tuple[Any, Batch]:
+    """An image in the first row and a video in the second: hosts read images first, whichever row they are in."""
+    import transformers as tf
+
+    if name == "qwen2_vl":
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+        text = {"vocab_size": 64, "num_key_value_heads": 2, "pad_token_id": 0, "rope_parameters": rope, **sizes}
+        vision = {
+            "depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2,
+        }  # fmt: skip
+        special = {"image_token_id": 60, "video_token_id": 59, "vision_start_token_id": 57, "vision_end_token_id": 58}
+        config = tf.Qwen2VLConfig(text_config=text, vision_config=vision, **special)
+        model = tf.Qwen2VLForConditionalGeneration(config)
+        ids = torch.tensor([[1, 57, *[60] * 4, 58, 5, 6], [1, 57, *[59] * 4, 58, 7, 8]])
+        grid = torch.tensor([[1, 4, 4]])
+        batch = {
+            "pixel_values": torch.randn(16, 96), "image_grid_thw": grid, "pixel_values_videos": torch.randn(16, 96),
+            "video_grid_thw": grid, "mm_token_type_ids": (ids == 60).int() + 2 * (ids == 59).int(),
+        }  # fmt: skip
+        return model.eval(), {"input_ids": ids, "attention_mask": torch.ones_like(ids), **batch}
+    model = ZOO["llava_onevision"]().model
+    ids = torch.tensor([[1, *[60] * 10, 5, 6], [*[0] * 7, 1, *[59] * 3, 7, 8]])
+    batch = {
+        "pixel_values": torch.randn(1, 2, 3, 8, 8), "image_sizes": torch.tensor([[8, 8]]),
+        "pixel_values_videos": torch.randn(1, 2, 3, 8, 8),
+    }  # fmt: skip
+    return model, {"input_ids": ids, "attention_mask": (ids != 0).long(), **batch}
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_an_image_in_one_row_and_a_video_in_another(name: str) -> None:
+    torch.manual_seed(0)
+    model, batch = image_and_video(name)
+    model = with_adapters(model)
+    assert_rows(model, batch, ["first", "second"])
+    mixed = logits(model, {**batch, "adapter_names": ["first", "second"]})
+    swapped = logits(model, {**batch, "adapter_names": ["second", "first"]})
+    assert not torch.allclose(mixed, swapped, rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_in_the_number_of_rows_are_no_image_per_row() -> None:
+    """Two images side by side cannot be told apart by their tiles, and six tiles in six rows must not be dealt out."""
+    model = with_adapters(ZOO["llava_next"]().model)
+    image = ZOO["llava_next"]().batch["input_ids"][0].eq(60).sum().item()
+    rows = [[1, *[60] * (2 * image), 5, 6], [1, *[60] * image, 7, 8], *[[1, 9, 10, k] for k in range(11, 15)]]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    given = ZOO["llava_next"]().batch
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "pixel_values": torch.cat([given["pixel_values"]] * 2)[:3],
+        "image_sizes": torch.cat([given["image_sizes"]] * 2)[:3],
+    }
+    logits(model, batch)
+    with pytest.raises(ValueError, match=r"do not say whose they are"):
+        model(**batch, adapter_names=["first", "second"] * 3)
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_rows_are_counted_whatever_stands_for_them(task_type: str | None) -> None:
+    """PEFT's class for causal models hands no ids to a tuner's hooks, and embeddings are rows as well."""
+    case = ZOO["llava"]()
+    model = with_adapters(case.model, task_type=task_type)
+    with torch.no_grad():
+        embeddings = model.get_base_model().get_input_embeddings()(case.batch["input_ids"]).detach()
+    for batch in (case.batch, {"inputs_embeds": embeddings}):
+        for names in (["first"], ["first", "second", "first", "second"]):
+            with pytest.raises(ValueError, match=rf"Length of `adapter_names` .* got {len(names)} and 2"):
+                model(**batch, adapter_names=names)
+    with pytest.raises(ValueError, match=r"Length of `adapter_names` .* got 1 and 2"):
+        model.generate(inputs_embeds=embeddings, adapter_names=["first"], max_new_tokens=2)
+
+
+def test_calls_in_two_threads_do_not_meet() -> None:
+    """Requests of a server: with an adapter for each row, and without."""
+    import threading
+
+    case = ZOO["llava"]()
+    model = with_adapters(case.model)
+    single = in_turn(model, lambda: logits(model, case.batch))
+    model.set_adapter("first")
+    meet, wrong = threading.Barrier(3), []
+
+    def ask(name: str | None) -> None:
+        meet.wait()
+        for _ in range(20):
+            with torch.no_grad():
+                found = model(**case.batch, **({} if name is None else {"adapter_names": [name] * 2})).logits
+            if not torch.allclose(found, single[name or "first"], rtol=1e-4, atol=1e-5):
+                wrong.append(name)
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("first", "second", None)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert model.get_base_model().crome.rows is None
+    assert "generate" not in model.get_base_model().__dict__
+
+
+def test_ids_on_another_device_than_the_table() -> None:
+    """Where accelerate has dispatched a model, its hooks move ids within the table alone."""
+    model = with_adapters(ZOO["llava"]().model)
+    site = model.get_base_model().get_input_embeddings()
+    away = site._adapt(torch.empty(1, 3, site.out_features, device="meta"), ["first"], torch.tensor([[1, 60, 5]]))
+    assert away.is_meta

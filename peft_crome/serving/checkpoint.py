@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 
 from ..backbone import original_module
 from ..fold import why_not_foldable
 from ..provenance import backbone_name
-from ..tuner import CromeLayer
+from ..tuner import CromeLayer, CromeWeights
 from ..vlm import CromeVLMForConditionalGeneration
 
 CARD = """# {name}, with a CROME adapter's text branch in its embedding table
@@ -38,7 +39,8 @@ def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwar
         kwargs: of `PreTrainedModel.save_pretrained`.
     Raises:
         FileExistsError: output_dir is there already.
-        ValueError: nothing can be folded, the model has no adapter of CROME's, is merged, or its table trains as well.
+        ValueError: nothing can be folded, the model has no adapter of CROME's, has another method's beside it, is
+            merged, or its table trains as well.
     """
     output = Path(output_dir)
     if output.exists():
@@ -79,6 +81,12 @@ def _check(model: PeftModel) -> None:
         )
     if any(site.merged or site._merge_names for site in sites):
         raise ValueError("The adapter is merged already. Write model.unmerge_adapter() first.")
+    others = [name for name, m in model.get_base_model().named_modules() if _of_another_method(m)]
+    if others:
+        raise ValueError(
+            f"{others[:3]} ({len(others)} in all) carry adapters of another PEFT method, which are no part of an "
+            "ordinary checkpoint. Merge these into the host before CROME is attached: merge_and_unload()."
+        )
     tables = [site for site in sites if not why_not_foldable(original_module(site.get_base_layer()))]
     if not tables and "text" not in {branch for site in sites for branch in site.branches if _is_table(site)}:
         raise ValueError(
@@ -91,6 +99,10 @@ def _check(model: PeftModel) -> None:
             f"{trained} has a copy for each adapter (modules_to_save or trainable_token_indices), and a checkpoint "
             "has one. Write model.merge_and_unload() and save what it returns, or train without these."
         )
+
+
+def _of_another_method(module: torch.nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, (CromeLayer, CromeWeights))
 
 
 def _is_table(site: CromeLayer) -> bool:

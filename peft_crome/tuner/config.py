@@ -77,7 +77,7 @@ class CromeConfig(PeftConfig):
         allow_pickle = kwargs.get("use_safetensors") is False
         config._file = read_adapter_file(pretrained_model_name_or_path, subfolder, allow_pickle, **hub_kwargs)
         if config._file is not None:
-            config._file.check_host(config.modules_to_save, config.trainable_token_indices)
+            config._file.check_host(config.modules_to_save, config.trainable_token_indices, config.bottleneck_dim)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -70,7 +70,8 @@ class CromeWeights(nn.Module, BaseTunerLayer):
             self.add_module(name, nn.ModuleDict())
         self.settings: dict[str, tuple[str, float]] = {}  # adapter name -> gate activation, dropout
         self.watch: Any = None  # guard.py looks on through this
-        self.rows: Any = None  # mixed_batch.py: each row of the running call has its own adapter
+        self.rows: Any = None  # mixed_batch.py: calls in which each row has its own adapter
+        self.sites = 0  # that refer to these weights
         self.guard: tuple[Any, ...] = ()
         self.unproven: set[str] = set()
         self._disable_adapters = False
@@ -141,6 +142,7 @@ class CromeLayer(Mergeable):
         super().__init__()
         self.base_layer = base_layer
         self._weights = (weights,)  # in a tuple: referred to, not registered a second time
+        weights.sites += 1
         self.branches = branches
         self.placeholders = placeholders
         widths = (getattr(base_layer, name, None) for name in ("in_features", "num_embeddings"))
@@ -167,8 +169,8 @@ class CromeLayer(Mergeable):
             self.unmerge()
         output = self.base_layer(*args, **kwargs)
         input_ids = next(iter([*args, *kwargs.values()]), None)
-        if self._weights[0].rows is not None:
-            return self._weights[0].rows.adapt(self, output, input_ids)
+        if (calls := self._weights[0].rows) is not None and (rows := calls.here()) is not None:
+            return rows.adapt(self, output, input_ids)
         names = self._own(self._merge_names or self.active_adapters)
         if self.disable_adapters or self.merged or not names:
             return output
@@ -190,12 +192,13 @@ class CromeLayer(Mergeable):
         return map_embeddings(output, self.out_features, lambda x: self._adapt(x, adapter_names, input_ids))
 
     def _adapt(self, x: torch.Tensor, adapter_names: list[str], input_ids: torch.Tensor | None) -> torch.Tensor:
-        y = x
+        y, by_id = x, bool(self.placeholders) or any(self.branches.values())
+        ids = input_ids.to(x.device) if by_id and input_ids is not None else None
         for branch, ranges in sorted(self.branches.items(), key=lambda item: len(item[1])):  # all others first
             adapted = self._weights[0](x, branch, adapter_names)
-            y = torch.where(in_ranges(input_ids, ranges)[..., None], adapted, y) if ranges else adapted
-        if self.placeholders and input_ids is not None:
-            kept = in_ranges(input_ids, [(token, token + 1) for token in self.placeholders])
+            y = torch.where(in_ranges(ids, ranges)[..., None], adapted, y) if ranges else adapted
+        if self.placeholders and ids is not None:
+            kept = in_ranges(ids, [(token, token + 1) for token in self.placeholders])
             y = torch.where(kept[..., None], x, y)
         return y
 

@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .. import checks, merging
-from ..adapter_file import check_shapes
+from ..adapter_file import check_shapes, check_tensors
+from ..attachment import roll_back, take_away_old
 from ..backbone import (
     device_and_dtype,
     embedding_rms,
@@ -85,24 +86,17 @@ class CromeModel(BaseTuner):
         self._hidden_size = hidden_size
         # The file's keys name no sites, so a state dict cannot say where to inject: the configuration does.
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        old = take_away_old(model, WEIGHTS_NAME, adapter_name, CromeLayer)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
         except Exception:
-            self._roll_back(model, adapter_name, first=not present)
+            roll_back(model, WEIGHTS_NAME, adapter_name, CromeLayer, first=not present, old=old)
             config.__dict__.update({"_described": False} | before)
             for parameter, requires_grad in flags:
                 parameter.requires_grad_(requires_grad)
             raise
+        config.__dict__.pop("_file", None)  # its weights come next; a later use of this configuration is for another
         arm(model, getattr(model, WEIGHTS_NAME))
-
-    def _roll_back(self, model: nn.Module, adapter_name: str, first: bool) -> None:
-        for module in list(model.modules()):
-            if isinstance(module, CromeWeights):
-                module.delete_adapter(adapter_name)
-            elif isinstance(module, CromeLayer) and first:
-                replace_everywhere(model, module, module.base_layer)
-        if first and hasattr(model, WEIGHTS_NAME):
-            delattr(model, WEIGHTS_NAME)
 
     def _check_target_module_exists(self, peft_config: CromeConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._branches_of
@@ -191,6 +185,7 @@ class CromeModel(BaseTuner):
         cls, model: nn.Module, config: CromeConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         weights = next(module for module in model.modules() if isinstance(module, CromeWeights))
+        check_tensors(state_dict, f"adapter {adapter_name!r}")
         found = {key.split(f"{WEIGHTS_NAME}.")[-1]: v.shape for key, v in state_dict.items() if ".crome_" in f".{key}"}
         layers = {name: getattr(weights, name)[adapter_name] for name in weights.adapter_layer_names}
         expected = {f"{name}.weight": tuple(linear.weight.shape) for name, linear in layers.items()}

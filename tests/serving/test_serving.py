@@ -115,6 +115,8 @@ def test_shapes_that_engines_take() -> None:
     assert [len(prompt) for prompt in ImageEncoder(model).prompt_embeds(**batch)] == rows
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
 def test_what_is_refused(tmp_path: Path) -> None:
     case = ZOO["llava"]()
     model = adapted(case)
@@ -136,6 +138,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     lora = get_peft_model(ZOO["llava"]().model, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="has no adapter of CROME's"):
         fold(lora, tmp_path / "new")
+    both = get_peft_model(ZOO["llava"]().model, LoraConfig(target_modules=r".*language_model.*q_proj"), "words")
+    both = attach(both.get_base_model(), "pictures")
+    with unchanged(both), pytest.raises(ValueError, match=r"carry adapters of another PEFT method"):
+        fold(both, tmp_path / "new")
     queries = attach(qformer_composite())
     with pytest.raises(ValueError, match="nothing to fold: no branch of this adapter is on an embedding table"):
         fold(queries, tmp_path / "new")

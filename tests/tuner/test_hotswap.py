@@ -69,7 +69,7 @@ def test_hotswap_carries_modules_to_save(tmp_path: Path) -> None:
     [
         ({"gate_activation": "sigmoid"}, "gate_activation='sigmoid'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"branches": {"text": ["embed_tokens"]}}, "crome_gate_vision"),
+        ({"branches": {"text": ["embed_tokens"]}}, "PeftModel.from_pretrained"),
     ],
 )
 def test_hotswap_refuses_what_differs_in_more_than_weights(config: dict[str, Any], part: str, tmp_path: Path) -> None:
@@ -103,3 +103,43 @@ def test_hotswap_refuses_an_unknown_name_and_another_method(tmp_path: Path) -> N
     lora = get_peft_model(llava().model, LoraConfig(target_modules=["q_proj"]))
     with unchanged(lora), pytest.raises(ValueError, match="No CROME adapter 'default'"):
         hotswap_adapter(lora, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        ({"trainable_token_indices": [5]}, {"trainable_token_indices": [7]}, r"trained the tokens \[\[7\]\]"),
+        ({}, {"branches": {"text": ["embed_tokens"], "vision": ["language_model.norm"]}}, "language_model.norm"),
+    ],
+    ids=["tokens", "branches"],
+)
+def test_hotswap_refuses_the_same_shapes_elsewhere(
+    old: dict[str, Any], new: dict[str, Any], part: str, tmp_path: Path
+) -> None:
+    """Tensors of equal shapes that belong to other rows of the table, or to another module."""
+    model = adapted(llava(), **old)
+    adapted(llava(), **new).save_pretrained(tmp_path, save_embedding_layers=False)
+    with unchanged(model, tmp_path), pytest.raises(ValueError, match=part):
+        hotswap_adapter(model, tmp_path)
+
+
+def test_hotswap_takes_an_adapter_whose_branches_are_named(tmp_path: Path) -> None:
+    """Named or looked up: the sites are the same."""
+    model = adapted(llava())
+    named = {"text": ["embed_tokens"], "vision": ["multi_modal_projector"]}
+    other = adapted(llava(), branches=named, trainable_token_indices=None)
+    other.save_pretrained(tmp_path)
+    hotswap_adapter(model, tmp_path)
+    assert_equal(logits(model, llava().batch), logits(other, llava().batch))
+
+
+def test_hotswap_carries_trained_tokens(tmp_path: Path) -> None:
+    model, other = (adapted(llava(), trainable_token_indices=[5, 9]) for _ in range(2))
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(0.5)
+    other.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert not torch.equal(logits(model, llava().batch), logits(other, llava().batch))
+    hotswap_adapter(model, tmp_path)
+    assert_equal(logits(model, llava().batch), logits(other, llava().batch))
