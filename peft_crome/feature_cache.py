@@ -89,6 +89,9 @@ class FeatureCache:
     def _picture_key(self, picture: torch.Tensor, row: bytes) -> str:
         digest = hashlib.blake2b(self._key, digest_size=20)
         digest.update(f"{picture.dtype} {tuple(picture.shape)} ".encode())
+        device = self.tower.device.type
+        if torch.is_autocast_enabled(device):  # the same weights and pixels give features of another precision
+            digest.update(f"autocast {torch.get_autocast_dtype(device)} ".encode())
         digest.update(_bytes(picture))
         digest.update(row)
         return digest.hexdigest()
@@ -163,8 +166,8 @@ def cache_features(model: nn.Module, directory: str | os.PathLike, max_gigabytes
     """Keep a frozen tower's features in a folder: each picture goes through the tower once, in all epochs and runs.
 
     A picture is known by the pixels that the tower is given, so a changed file or another image processing is another
-    picture; features are kept apart by the tower's weights, its dtype and its settings. The folder may be shared by
-    processes and runs, and killed processes leave nothing half-written.
+    picture; features are kept apart by the tower's weights, its dtype, its settings and autocast. The folder may be
+    shared by processes and runs, and killed processes leave nothing half-written.
 
     Args:
         model: the composite, any model of transformers whose tower reads `pixel_values` picture by picture, or a

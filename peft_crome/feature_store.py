@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class FeatureStore:
         self.max_bytes = max_bytes
         self._size = self._measure()
         self._written = 0
-        self._told = False
+        self._told = self._told_of_failure = False
 
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors of a key, on the CPU; None where there are none, or their file is damaged."""
@@ -56,7 +57,7 @@ class FeatureStore:
             return None
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> bool:
-        """Keep tensors under a key; False where there is no room for them."""
+        """Keep tensors under a key; False where there is no room for them, or the disk does not take them."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self._size + size > self.max_bytes or self._written > self.max_bytes // 50:
             self._size, self._written = self._measure(), 0  # others write too
@@ -69,17 +70,26 @@ class FeatureStore:
             self._told = True
             return False
         path = self._path(key)
-        path.parent.mkdir(exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(descriptor)
+        # Neither by `tempfile` nor by `save_file`, whose files are their owner's alone: others may share the folder.
+        temporary = path.with_name(f"{key}.{uuid4().hex}.tmp")
         try:
+            path.parent.mkdir(exist_ok=True)
             # A file may not hold one memory twice, and a slice would hold its whole batch.
-            save_file(
-                {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, temporary
-            )
+            whole = save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
+            with open(temporary, "xb") as file:
+                file.write(whole)
             os.replace(temporary, path)
+        except OSError as error:  # a full disk, or a folder that may only be read
+            _remove(temporary)
+            if not self._told_of_failure:
+                logger.warning(
+                    "%s cannot be written to (%s): features that are not there are computed each time.",
+                    self.directory, error,
+                )  # fmt: skip
+            self._told_of_failure = True
+            return False
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            _remove(temporary)
             raise
         self._size += size
         self._written += size
@@ -100,6 +110,11 @@ class FeatureStore:
                         path.unlink()
                     else:
                         total += found.st_size
-                except FileNotFoundError:
-                    continue  # another process has just renamed it
+                except OSError:
+                    continue  # another process has just renamed it, or the folder may only be read
         return total
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()

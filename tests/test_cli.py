@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from peft_crome import __version__
 from peft_crome.cli import app
 from peft_crome.data import ConversationCollator, read_rows
-from peft_crome.training import build, load_recipe, train
+from peft_crome.training import build, generate_answers, load_recipe, train
 from peft_crome.training.reading import recipe_collator
 from tests.training.conftest import backbones, dataset, values  # noqa: F401  # fixtures
 
@@ -97,12 +97,22 @@ def test_module_is_the_command() -> None:
     assert result.stdout == f"peft-crome {__version__}\n"
 
 
-def test_evaluate_says_what_is_wrong(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_evaluate_says_what_is_wrong(
+    values: dict[str, Any],  # noqa: F811
+    dataset: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     train(load_recipe(values))
     trained = values["output"]
     (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "old.scores.json").write_text("{}")
+    rows = dataset.read_bytes()
     for arguments, message in (
         ([trained, str(dataset), "--output", str(tmp_path / "no" / "a.jsonl")], "there is no folder"),
+        ([trained, str(dataset), "--output", str(tmp_path)], "is a folder. Name a file: --output"),
+        ([trained, str(dataset), "--output", str(dataset)], "rows.json is there already, and nothing is overwritten"),
+        ([trained, str(dataset), "--output", str(tmp_path / "old.jsonl")], "old.scores.json is there already"),
         ([trained, str(tmp_path / "empty.json")], "empty.json holds no rows"),
         ([trained, str(dataset), "--device", "cuda"], "--device cuda: this PyTorch sees no accelerator"),
         (["runs/nix", str(dataset)], "runs/nix is no folder, and cannot be had from the Hub"),
@@ -110,10 +120,47 @@ def test_evaluate_says_what_is_wrong(values: dict[str, Any], dataset: Path, tmp_
         result = runner.invoke(app, ["evaluate", *arguments])
         assert result.exit_code == 1
         assert message in result.stderr
+    assert dataset.read_bytes() == rows
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)
+        result = runner.invoke(app, ["evaluate", trained, str(dataset), "--output", str(tmp_path / "a.jsonl")])
+        assert "is no folder that you may write to. Name another one" in result.stderr
     (Path(trained) / "adapter_model.safetensors").unlink()
     result = runner.invoke(app, ["evaluate", trained, str(dataset)])
     assert result.exit_code == 1
     assert "is incomplete: adapter_model.safetensors (missing)" in result.stderr
+
+
+def test_evaluate_writes_over_nothing_and_strict_json(
+    values: dict[str, Any],  # noqa: F811
+    dataset: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One row has no standard error; a file that comes while rows are answered stays."""
+    train(load_recipe(values))
+    (tmp_path / "a.jsonl.tmp").write_text("mine")
+    arguments = ["evaluate", values["output"], str(dataset), "--limit", "1", "--max-new-tokens", "1", "--output"]
+    result = runner.invoke(app, [*arguments, str(tmp_path / "a.jsonl")])
+    assert result.exit_code == 0, result.output
+    assert "nan" not in result.stdout
+    text = (tmp_path / "a.scores.json").read_text()
+    scores = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["scores"]
+    assert (scores["exact_match"]["stderr"], scores["exact_match"]["n"]) == (None, 1)
+    assert (tmp_path / "a.jsonl.tmp").read_text() == "mine"
+    assert (tmp_path / "a.jsonl").stat().st_mode == (tmp_path / "a.jsonl.tmp").stat().st_mode
+
+    def meanwhile(*args: Any, **kwargs: Any) -> list[str]:
+        (tmp_path / "b.jsonl").write_text("mine")
+        return generate_answers(*args, **kwargs)
+
+    monkeypatch.setattr("peft_crome.training.evaluation.generate_answers", meanwhile)
+    result = runner.invoke(app, [*arguments, str(tmp_path / "b.jsonl")])
+    assert result.exit_code == 1
+    assert "was not there before and is now. It stays" in result.stderr
+    assert (tmp_path / "b.jsonl").read_text() == "mine"
+    (kept,) = tmp_path.glob(".b.jsonl.*")
+    assert len(kept.read_text().splitlines()) == 1
 
 
 def test_evaluate_with_several_metrics(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -170,6 +217,28 @@ def test_doctor_measures_and_shows_rows(values: dict[str, Any], dataset: Path) -
     assert "hold no whole image and answer" in result.stdout
     result = runner.invoke(app, ["doctor", str(dataset), "--show", "1"])
     assert "--show and --max-length need --model" in result.stderr
+
+
+def test_doctor_reports_and_mends_before_it_shows(
+    values: dict[str, Any],  # noqa: F811
+    dataset: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """A row that cannot be encoded is named and left out; it takes neither the report nor the copy along."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(values | {"images_after_text": True}))
+    rows = json.loads(dataset.read_text())
+    rows[0]["conversations"][0]["value"] += " w1" * 20  # more than the Q-Former reads
+    (tmp_path / "long.json").write_text(json.dumps(rows))
+    said = ["doctor", str(tmp_path / "long.json"), "--images", str(dataset.parent), "--model", str(recipe)]
+    result = runner.invoke(app, [*said, "--show", "2", "--fix", str(tmp_path / "fixed.json")])
+    assert result.exit_code == 1
+    assert not result.stderr
+    assert "something is wrong with 1" in result.stdout
+    assert len(json.loads((tmp_path / "fixed.json").read_text())) == len(rows) - 1
+    assert "row '0' cannot be shown: " in result.stdout
+    assert "row '1': " in result.stdout
+    assert result.stdout.index("something is wrong") < result.stdout.index("cannot be shown")
 
 
 def test_doctor_goes_by_a_recipe_before_anything_is_trained(

@@ -44,7 +44,11 @@ def test_plan_from_two_configurations(configs: tuple[str, str]) -> None:
     assert "so no times are given" in small.stdout
 
 
-def test_plan_from_a_recipe_and_a_stage(values: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_plan_from_a_recipe_and_a_stage(
+    values: dict[str, Any],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     result = plan(str(tmp_path / "recipe.yaml"), "--set", "backbones.quantization=4bit", "--gpu", "rtx3090")
     assert result.exit_code == 0, result.output
@@ -54,6 +58,9 @@ def test_plan_from_a_recipe_and_a_stage(values: dict[str, Any], tmp_path: Path) 
     assert result.exit_code == 1
     assert "is not there yet" in result.stderr
     train(load_recipe(values))
+    monkeypatch.setenv("HOME", str(Path(values["output"]).parent))
+    result = plan("finetune", "--set", f"previous=~/{Path(values['output']).name}")
+    assert result.exit_code == 0, result.output
     result = plan(*later)
     assert result.exit_code == 0, result.output
     assert "adapter" in result.stdout

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import InstructBlipQFormerConfig
 
@@ -142,6 +142,26 @@ def test_each_change_is_another_entry(tmp_path: Path) -> None:
         assert entries(**setting) == (0, 3), setting
 
 
+@pytest.mark.parametrize("name", ["composite", "llava"])
+def test_features_under_autocast_are_kept_apart(name: str, tmp_path: Path) -> None:
+    """A run in bf16 and one in float32 share a folder, and neither reads what the other has computed."""
+    model, batch = (frozen(), None) if name == "composite" else (llava().model, llava().batch)
+    batch = make_batch(model) if batch is None else batch
+    model.requires_grad_(False).eval()
+
+    def run(dtype: torch.dtype | None) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            return logits(model, batch)
+
+    settings = (None, torch.bfloat16, torch.float16)
+    expected = [run(dtype) for dtype in settings]
+    cache = cache_features(model, tmp_path)
+    for _ in range(2):
+        for dtype, wanted in zip(settings, expected, strict=True):
+            assert_equal(run(dtype), wanted)
+    assert cache.hits == cache.misses == 3 * len(batch["pixel_values"])
+
+
 WORKER = """
 import sys, torch
 from pathlib import Path
@@ -195,18 +215,46 @@ def test_damaged_files_are_computed_again_and_remains_are_removed(tmp_path: Path
     assert new.exists()  # of a process that may be writing it
 
 
-def test_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(tensors: Any, path: str) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError("No space left on device")
+def test_write_that_fails_leaves_nothing_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(error: BaseException) -> Any:
+        def replace(source: Path, target: Path) -> None:
+            assert source.is_file()
+            raise error
+
+        return replace
 
     store = FeatureStore(tmp_path, 10**9)
-    monkeypatch.setattr("peft_crome.feature_store.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    for _ in range(2):
+        monkeypatch.setattr(os, "replace", failing(OSError("No space left on device")))
+        assert not store.put("abkey", {"x": torch.zeros(2)})
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert caplog.text.count("cannot be written to (No space left on device): features") == 1
+    monkeypatch.setattr(os, "replace", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
         store.put("abkey", {"x": torch.zeros(2)})
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    monkeypatch.setattr("peft_crome.feature_store.save_file", save_file)
+    monkeypatch.undo()
     assert store.put("abkey", {"x": torch.zeros(2)})
+    (tmp_path / "cd").touch()  # no folder can be made there
+    assert not store.put("cdkey", {"x": torch.zeros(2)})
+    assert caplog.text.count("cannot be written to") == 1
+
+
+def test_files_have_the_permissions_of_any_other(tmp_path: Path) -> None:
+    """Whoever may read a shared folder may read what is in it."""
+    store = FeatureStore(tmp_path / "features", 10**9)
+    for umask in (0o022, 0o007, 0o077):
+        before = os.umask(umask)
+        try:
+            store.put(f"ab{umask}", {"x": torch.zeros(2)})
+            (tmp_path / "plain").unlink(missing_ok=True)
+            (tmp_path / "plain").touch()
+        finally:
+            os.umask(before)
+        (file,) = tmp_path.rglob(f"ab{umask}.safetensors")
+        assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import uuid4
 
 import typer
 from rich.table import Table
@@ -42,8 +44,8 @@ def evaluate(
 
     wanted = list(dict.fromkeys(metric or ["exact_match"]))
     try:
-        if output is not None and not output.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--output {output}: there is no folder {output.absolute().parent}.")
+        if output is not None:
+            _check_output(output)
         source: dict[str, Any] = {
             "images": pairs(images, "--images") if images else None,
             "columns": pairs(column, "--column") if column else None,
@@ -68,12 +70,19 @@ def evaluate(
     for heading in ("metric", "score", "± standard error", "rows"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
     for key, found in scores.items():
-        table.add_row(key, f"{found['score']:.1%}", f"{found['stderr']:.1%}", f"{found['n']:,}")
+        spread = f"{found['stderr']:.1%}" if metrics.plain(found["stderr"]) is not None else ""  # of one row
+        table.add_row(key, f"{found['score']:.1%}", spread, f"{found['n']:,}")
     console.print(table)
     if output is not None:
-        _write(output, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in _lines(rows, answers)))
-        record = {"directory": directory, "data": data, "max_new_tokens": max_new_tokens, "scores": scores}
-        _write(output.with_name(f"{output.stem}.scores.json"), json.dumps(record, indent=2) + "\n")
+        plain = {
+            metric: {key: metrics.plain(value) for key, value in found.items()} for metric, found in scores.items()
+        }
+        record = {"directory": directory, "data": data, "max_new_tokens": max_new_tokens, "scores": plain}
+        try:
+            _write(output, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in _lines(rows, answers)))
+            _write(_scores_file(output), json.dumps(record, indent=2, allow_nan=False) + "\n")
+        except OSError as error:
+            fail(error)
 
 
 def _lines(rows: list[dict[str, Any]], answers: list[str]) -> Iterator[dict[str, Any]]:
@@ -84,9 +93,37 @@ def _lines(rows: list[dict[str, Any]], answers: list[str]) -> Iterator[dict[str,
         yield {"id": row["id"], "answer": said, "expected": expected, **more}
 
 
+def _scores_file(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.scores.json")
+
+
+def _check_output(output: Path) -> None:
+    """Refuse, before anything is loaded, what could not be written when all is answered, and to write over a file."""
+    folder = output.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--output {output}: there is no folder {folder}.")
+    if output.is_dir():
+        raise IsADirectoryError(f"--output {output} is a folder. Name a file: --output {output / 'answers.jsonl'}")
+    for path in (output, _scores_file(output)):
+        if path.exists():
+            raise FileExistsError(f"--output: {path} is there already, and nothing is overwritten. Name another.")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--output {output}: {folder} is no folder that you may write to. Name another one.")
+
+
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    """Write a file whole or not at all, and over none."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    if path.exists():
+        raise FileExistsError(
+            f"{path} was not there before and is now. It stays; what was to be in it is {temporary}."
+        )
     temporary.replace(path)
 
 

@@ -39,7 +39,8 @@ class ConversationCollator:
         seed: of the augmentation, which depends on it and on a row's "draw" alone (see `draws`), whatever was drawn
             before and by whichever worker.
     Raises:
-        ValueError: the tokenizer cannot tell where tokens come from, or there is no chat template.
+        ValueError: the tokenizer cannot tell where tokens come from, or there is no chat template, or one that takes
+            no question with its answer.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ConversationCollator:
         self.max_instruction_length = max_instruction_length
         self.system = system
         self.seed = seed
+        self._before = self._turns_before_probes()
         self._ending = self._ending_of_own_prompts()
         self.needs_split = (
             is_encoder_decoder
@@ -93,10 +95,31 @@ class ConversationCollator:
             "max_instruction_length": getattr(config.qformer_config, "max_position_embeddings", None),
         }
 
+    def _turns_before_probes(self) -> list[dict[str, Any]]:
+        """A system message where one is given, or where the template demands one, which rows may have."""
+        system = [_turn("system", self.system if self.system is not None else "(system)")]
+        turns = [_turn("user", "(question)"), _turn("assistant", "(answer)")]
+        errors = []
+        for before in ([], system) if self.system is None else (system, []):
+            try:
+                self._render([*before, *turns])
+                self._render([*before, turns[0]], prompt=True)
+            except TemplateError as error:
+                errors.append(error)
+            else:
+                return before
+        raise ValueError(
+            f"chat_template: the language model's template does not take a question and its answer ({errors[0]}). "
+            "Write chat_template: vicuna, plain or t5 in the recipe, or mend processor.chat_template."
+        ) from errors[0]
+
     def _keeps_earlier_turns(self) -> bool:
         """Whether the template writes a conversation's beginning alike, whatever follows (Qwen 3's does not)."""
-        said = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant") * 2]
-        return self._render(said).startswith(self._render(said[:2]).rstrip())
+        said = [*self._before, *(_turn(role, role) for role in ("user", "assistant") * 2)]
+        try:
+            return self._render(said).startswith(self._render(said[:-2]).rstrip())
+        except TemplateError:  # it takes one question alone
+            return False
 
     def _ending_of_own_prompts(self) -> str | None:
         """What follows an answer, where a prompt for generation is no beginning of the conversation with its answer.
@@ -105,13 +128,10 @@ class ConversationCollator:
         write of a conversation. An answer is learnt after the prompt that it will follow, so this end is put to it.
         None: the template needs no such care.
         """
-        asked, answer = (
-            {"role": role, "content": [{"type": "text", "text": text}]}
-            for role, text in (("user", "(question)"), ("assistant", "(answer)"))
-        )
-        said = self._render([asked, answer])
-        _, found, ending = said.partition("(answer)")
-        return ending.rstrip() if found and not said.startswith(self._render([asked], prompt=True)) else None
+        asked = [*self._before, _turn("user", "(question)")]
+        said = self._render([*asked, _turn("assistant", "(answer)")])
+        _, found, ending = said.rpartition("(answer)")
+        return ending.rstrip() if found and not said.startswith(self._render(asked, prompt=True)) else None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Turn rows of `read_rows` or `load_rows` into a batch.
@@ -276,6 +296,10 @@ class ConversationCollator:
         for path in row["images"]:
             picture = open_image(path, f"Row {row['id']!r}")
             yield self.augmentation(picture, chance) if self.augmentation is not None else picture
+
+
+def _turn(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def _error(name: str, kind: str, message: str) -> RowError:

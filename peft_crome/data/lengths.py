@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from datasets import Dataset
 
 CHARACTERS_PER_TOKEN = 4  # of English; what matters is which row is longer than which
 
@@ -14,9 +15,12 @@ def row_lengths(rows: Any, image_seq_length: int) -> list[int]:
     """Tokens of each row, reckoned from its characters and its images.
 
     Args:
-        rows: `datasets.Dataset` of `load_rows`; pictures that are in the table itself are not read.
+        rows: `datasets.Dataset` of `load_rows`; pictures that are in the table itself are not read. Or a list of such
+            rows.
         image_seq_length: tokens of an image.
     """
+    if not isinstance(rows, Dataset):
+        return [_length(rows[number], image_seq_length) for number in range(len(rows))]
     lengths: list[int] = []
     for batch in rows.select_columns(["messages"]).with_format("arrow").iter(batch_size=1000):
         messages = batch["messages"].combine_chunks()
@@ -28,3 +32,10 @@ def row_lengths(rows: Any, image_seq_length: int) -> list[int]:
         tokens = characters / CHARACTERS_PER_TOKEN + images * image_seq_length
         lengths += np.bincount(row_of_part, weights=tokens, minlength=len(messages)).astype(int).tolist()
     return lengths
+
+
+def _length(row: dict[str, Any], image_seq_length: int) -> int:
+    parts = [part for message in row["messages"] for part in message["content"]]
+    characters = sum(len(part.get("text") or "") for part in parts)
+    images = sum(part["type"] == "image" for part in parts)
+    return int(characters / CHARACTERS_PER_TOKEN + images * image_seq_length)

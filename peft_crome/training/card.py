@@ -115,7 +115,8 @@ def _scores(stages: list[dict[str, Any]]) -> list[str]:
     for stage in stages:
         scores = stage.get("scores", [])  # a stage of an older release has none
         for found in [score for score in scores if score["step"] == scores[-1]["step"]]:
-            value = f"{found['score']:.1%} ± {found['stderr']:.1%}"
+            error = f" ± {found['stderr']:.1%}" if found["stderr"] is not None else ""  # None: of one row
+            value = f"{found['score']:.1%}{error}"
             cells = [stage["stage"], found["data"], found["metric"], value, f"{found['n']:,}", found["step"]]
             rows.append(f"| {' | '.join(map(str, cells))} |")
     heading = [

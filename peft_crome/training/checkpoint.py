@@ -6,7 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,14 @@ from transformers.utils import CONFIG_NAME
 
 from ..vlm.checkpoint import STAGE_RECORD
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 RECORD = STAGE_RECORD  # written last: a directory without it is not complete
 RECIPE = "recipe.json"  # in the folder of a run's checkpoints: what they belong to
+LOCK = "lock"  # beside it: held by the process that writes there
 COMPLETE = "complete.json"  # of a checkpoint, written last: its files and their sizes
 # Keys of a recipe that may change between interruption and restart: the weights do not depend on them.
 WITHOUT_EFFECT = (
@@ -157,6 +166,50 @@ def _config_digest(directory: Path) -> str | None:
     return hashlib.sha256(json.dumps(without_places(config), sort_keys=True).encode()).hexdigest()
 
 
+@contextmanager
+def only_run(checkpoints: Path, is_main: bool = True) -> Iterator[None]:
+    """Keep the folder of a run's checkpoints to one run at a time; the system frees it when the process ends.
+
+    Args:
+        checkpoints: the folder; made where it is missing.
+        is_main: whether this process writes; others do nothing.
+    Raises:
+        StageError: another run writes there, or nobody knows whose folder it is.
+    """
+    _check_own(checkpoints)
+    if not is_main or fcntl is None:
+        yield
+        return
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    with open(checkpoints / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            # Not flock: the workers that read data would inherit it, and outlive a killed run by some seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise StageError(
+                f"{checkpoints} is being written by another run ({file.read() or 'which has just begun'}). Wait until "
+                "it ends or stop it; or name another output."
+            ) from error
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s); see that no other run writes there.", checkpoints, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {platform.node()}")
+        file.flush()
+        yield
+
+
+def _check_own(checkpoints: Path) -> None:
+    """Refuse a folder that holds something and was not begun by `open_run`: what is there may be another program's."""
+    names = {path.name for path in checkpoints.iterdir()} if checkpoints.is_dir() else set()
+    others = sorted(names - {LOCK, Path(RECIPE).with_suffix(".tmp").name})
+    if others and RECIPE not in names:
+        raise StageError(
+            f"{checkpoints} holds {others[:4]} and no {RECIPE}, so it is no folder of this package's checkpoints, and "
+            "nothing in it is touched. Move it away, or name another output."
+        )
+
+
 def open_run(
     checkpoints: Path, run: dict[str, Any], is_main: bool = True, accept_changed_data: bool = False
 ) -> str | None:
@@ -170,8 +223,9 @@ def open_run(
     Returns:
         The last checkpoint that was written in full; None: there is none. Others are removed.
     Raises:
-        StageError: the folder's checkpoints belong to another run.
+        StageError: the folder's checkpoints belong to another run, or another program.
     """
+    _check_own(checkpoints)
     path = checkpoints / RECIPE
     found = {
         int(p.name.split("-")[-1]): p for p in checkpoints.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()

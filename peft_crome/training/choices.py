@@ -8,8 +8,16 @@ from string import ascii_uppercase
 
 # "B", "(b)", "B.", "B) because": the letter comes first, and ends there or at a mark.
 LEADING = re.compile(r"\(?([A-Za-z])(?:[).:,]+(?=\s|$)|$)")
-# "The answer is (B)", "Answer: B", "option B is right".
-NAMED = re.compile(r"\b(?i:answer(?:\s+is)?|option|choice)\s*:?\s*(?:\(([A-Za-z])\)|([A-Z])\b)")
+# "The answer is (B)", "Answer: B"; then "option B is right".
+LETTER = r"(?:\(([A-Za-z])\)|([A-Z])\b)"
+NAMED = [re.compile(rf"\b(?i:{word})\s*:?\s*{LETTER}") for word in (r"answer(?:\s+is)?", "option|choice")]
+# Another letter beside one: ") and (B)", " or B", "/B"; and ", B" where the letter ends there, unlike "B is wrong".
+JOINED = re.compile(
+    r"\)?(?:,?\s*(?:\b(?:and|or)\b|[&/+])\s*(?:\(([A-Za-z])\)|([A-Zb-z])\b)"
+    r"|[,\s]\s*(?:\(([A-Za-z])\)|([A-Za-z]))(?=\s*(?:[.,;:&/)+]|\b(?:and|or)\b|$)))"
+)
+# A further letter as LEADING has it, at the beginning of a sentence or a line; "B:" and "B)" after a comma too.
+SET_OFF = re.compile(r"(?:^|[.;:!?]\s+|\n\s*)\(?([A-Za-z])[).:]+(?=\s|$)|,\s*([A-Za-z])[):]+(?=\s|$)")
 # Then "(B)" anywhere.
 BRACKETED = re.compile(r"\(([A-Za-z])\)")
 
@@ -21,6 +29,11 @@ def chosen(answer: str, options: Sequence[str]) -> int | None:
     is B", a single option's words within the answer, a single letter in brackets. Where the options are letters
     themselves, as some of AI2D's, a bare letter is the option's, not its words: that is what was asked for.
 
+    Where several letters are named in one of these ways, none is chosen: letters joined ("A, B", "(A) and (B)", "the
+    answer is A or B", "A/B"), a later sentence or line that begins with a letter and a mark ("A: no. B: yes"), "the
+    answer is B" after another first letter. A letter in a sentence is no such naming ("B) because A is wrong", "(A),
+    since (B) is wrong"), nor is the article "a", and "option A" counts only where no "answer" is named.
+
     Args:
         answer: of the model, or the reference.
         options: their texts, in the order of their letters.
@@ -30,15 +43,18 @@ def chosen(answer: str, options: Sequence[str]) -> int | None:
         [1, 0, 1, 0, None]
     """
     text = answer.replace("*", "").strip()  # Markdown's bold
+    plain = [_words(option) for option in options]
+    whole = plain.index(_words(text)) if _words(text) in plain else None
     found = LEADING.match(text)
     if found is not None and (number := _number(found[1], options)) is not None:
-        return number
-    plain = [_words(option) for option in options]
-    if _words(text) in plain:
-        return plain.index(_words(text))
-    found = NAMED.search(text)
-    if found is not None and (number := _number(found[1] or found[2], options)) is not None:
-        return number
+        others = _beside(text[found.end(1) :], number, options, SET_OFF) | _named(NAMED[0], text, options)
+        return number if others <= {number} else whole
+    if whole is not None:
+        return whole
+    for pattern in NAMED:
+        numbers = _named(pattern, text, options)
+        if numbers:
+            return numbers.pop() if len(numbers) == 1 else None
     within = _within(_words(text), plain)
     if within:
         return within[0] if len(within) == 1 else None
@@ -49,6 +65,28 @@ def chosen(answer: str, options: Sequence[str]) -> int | None:
 def _number(letter: str, options: Sequence[str]) -> int | None:
     number = ascii_uppercase.index(letter.upper())
     return number if number < len(options) else None
+
+
+def _named(pattern: re.Pattern[str], text: str, options: Sequence[str]) -> set[int]:
+    """Options whose letters stand after a word such as "answer", or are joined to such a letter."""
+    numbers = set()
+    for found in pattern.finditer(text):
+        number = _number(found[1] or found[2], options)
+        if number is not None:
+            numbers |= {number} | _beside(text[found.end() :], number, options)
+    return numbers
+
+
+def _beside(rest: str, number: int, options: Sequence[str], *patterns: re.Pattern[str]) -> set[int]:
+    """Options whose letters are named beside the one that `rest` follows, whose own words count for nothing."""
+    said = rest.lstrip(" ).:,")
+    if options[number] and said.casefold().startswith(options[number].casefold()):
+        rest = said[len(options[number]) :]
+    joined = JOINED.match(rest)
+    letters = [joined] if joined is not None else []
+    letters += [found for pattern in patterns for found in pattern.finditer(rest)]
+    numbers = {_number(next(filter(None, found.groups())), options) for found in letters}
+    return {other for other in numbers if other is not None}
 
 
 def _words(text: str) -> str:

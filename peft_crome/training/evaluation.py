@@ -12,6 +12,15 @@ from tqdm.auto import tqdm
 from ..data import open_image
 from ..data.instructions import check_instructions
 
+# Of a language model's generation configuration, what makes another answer of the likeliest tokens, turned off: BART's
+# has beams and a least length, chat models' a penalty. Tokens that a model is made to begin with, or never to say,
+# belong to it and stay.
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "early_stopping": False, "num_return_sequences": 1, "min_length": 0,
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+}  # fmt: skip
+
 
 @torch.no_grad()  # not inference_mode: what a layer keeps is trained with afterwards
 def generate_answers(
@@ -24,7 +33,7 @@ def generate_answers(
     system: str | None = None,
     progress: bool = True,
 ) -> list[str]:
-    """Answer the last question of each row, greedily.
+    """Answer the last question of each row, greedily, whatever the model's generation configuration says.
 
     Args:
         model: a composite, adapted or not.
@@ -61,6 +70,9 @@ def _generate(
     progress: bool,
 ) -> list[str]:
     composite = model.get_base_model() if isinstance(model, PeftModel) else model
+    greedy: dict[str, Any] = {**GREEDY}
+    if getattr(composite.generation_config, "min_new_tokens", None):
+        greedy["min_new_tokens"] = 0  # not otherwise: transformers warns of it beside min_length
     answers: list[str] = []
     for first in tqdm(range(0, len(rows), batch_size), desc="answering", leave=False, disable=not progress):
         chosen = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
@@ -82,7 +94,7 @@ def _generate(
             return_tensors="pt",
             processor_kwargs={"padding": True, **given},
         ).to(composite.device)
-        output = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        output = model.generate(**batch, max_new_tokens=max_new_tokens, **greedy)
         read = 0 if composite.config.is_encoder_decoder else batch["input_ids"].shape[1]
         texts = processor.tokenizer.batch_decode(output[:, read:], skip_special_tokens=True)
         answers += [text.strip() for text in texts]

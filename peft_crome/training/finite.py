@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,16 +132,16 @@ def _last_before(step: int, directory: str) -> str | None:
     return str(found[max(earlier)]) if earlier else None
 
 
-def paths_of(rows: Iterable[str], sources: Mapping[str, Any]) -> list[str]:
+def paths_of(rows: Iterable[str], sources: Iterable[tuple[str, Any]]) -> list[str]:
     """The data sets that hold any of the rows; one that is streamed may.
 
     Args:
         rows: ids.
-        sources: path -> `load_rows`'s data set.
+        sources: path and `load_rows`'s data set of each; a path may come twice, as of two splits.
     """
     wanted = set(rows)
 
     def holds(source: Any) -> bool:
         return not isinstance(source, Dataset) or not wanted.isdisjoint(source["id"])
 
-    return [path for path, source in sources.items() if holds(source)]
+    return list(dict.fromkeys(path for path, source in sources if holds(source)))

@@ -123,7 +123,8 @@ def score(
         metrics: names; `METRICS` has them all. "cider", "rouge_l", "bleu" and "chrf" need the extra `metrics`.
     Returns:
         By metric: score, a share (1 is what people print as 100), its standard error, n. The standard error is that
-        of the rows' mean; of "bleu" and "chrf", which have no rows' scores, by 1,000 resamples of the rows.
+        of the rows' mean, NaN of one row; of "bleu" and "chrf", which have no rows' scores, by 1,000 resamples of the
+        rows.
     Raises:
         ValueError: a metric is unknown, or a row does not say what it needs; the message names it.
         ImportError: the extra is not installed.
@@ -142,6 +143,11 @@ def _mean(values: list[float] | tuple[float, float]) -> tuple[float, float]:
     if isinstance(values, tuple):
         return values
     return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def plain(value: float) -> float | None:
+    """A number as strict JSON has it: None for NaN, such as the standard error of one row."""
+    return None if math.isnan(value) else value
 
 
 def check_metrics(rows: Sequence[Row], metrics: Sequence[str]) -> None:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from jinja2 import Environment, TemplateSyntaxError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from transformers import InstructBlipQFormerConfig
 
 from ..data.sources import check_columns
@@ -32,7 +41,23 @@ OWNED = (
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-5 as text, and people mean a number; quoted text stays text."""
+    """YAML 1.1 reads 1e-5 as text, and people mean a number; quoted text stays text. No key stands twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping as it is written, before `<<` puts others' keys into it."""
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Node] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            before = first.setdefault((key.tag, key.value), key)
+            if before is not key:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"the key {key.value!r} stands in line {before.start_mark.line + 1} and again in line "
+                    f"{key.start_mark.line + 1}, so one of them would be left aside; take one out",
+                    key.start_mark,
+                )
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -45,7 +70,22 @@ class RecipeError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and {int, float} & {kind, *get_args(kind)}:
+            raise ValueError("expected a number; YAML's yes and true are none")
+        return value
+
+
+def _expanded(value: Any) -> Any:
+    """Paths with `~` as the folder that it stands for, as a shell would give them; names of the Hub have none."""
+    if isinstance(value, dict):
+        return {key: _expanded(item) for key, item in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 class Backbones(_Section):
@@ -81,6 +121,8 @@ class Backbones(_Section):
         default=None, description="Branch, tag or commit of the tower or InstructBLIP."
     )
     text_revision: str | None = Field(default=None, description="Branch, tag or commit of the language model.")
+
+    _home = field_validator("language", "vision", "instructblip", "qformer_tokenizer")(_expanded)
 
     @model_validator(mode="after")
     def _one_tower(self) -> Backbones:
@@ -143,6 +185,13 @@ class Images(_Section):
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
+    @field_validator("std")
+    @classmethod
+    def _divides(cls, std: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if std is not None and min(std) <= 0:
+            raise ValueError("pixels are divided by these; expected three numbers above 0")
+        return std
+
 
 class Source(_Section):
     """Where rows come from, as `peft_crome.data.read_rows` takes it."""
@@ -157,6 +206,8 @@ class Source(_Section):
     prompt: str | None = Field(default=None, description="The question, for a table without questions (captions).")
     name: str | None = Field(default=None, description="Configuration of a data set of the Hub.")
     split: str = Field(default="train", description="Of a folder or a data set of the Hub.")
+
+    _home = field_validator("path", "images")(_expanded)
 
     @model_validator(mode="after")
     def _columns(self) -> Source:
@@ -219,12 +270,17 @@ class FeatureCache(_Section):
         default=50.0, gt=0, description="Pictures that come when it is full are computed each time."
     )
 
+    _home = field_validator("directory")(_expanded)
+
 
 class Mixture(_Section):
     """How often each data set is drawn from; without it, and without weights, every row comes once an epoch."""
 
     temperature: float = Field(
-        default=2.0, gt=0, description="p proportional to rows ** (1 / temperature): 2 is the paper's square root."
+        default=2.0,
+        gt=0,
+        allow_inf_nan=True,  # infinite: all sets alike
+        description="p proportional to rows ** (1 / temperature): 2 is the paper's square root.",
     )
 
 
@@ -253,8 +309,23 @@ class Training(_Section):
     save_steps: int = Field(
         default=500, ge=1, description="A run that is started again continues from its last checkpoint."
     )
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     arguments: dict[str, Any] = Field(default_factory=dict, description="Further arguments of TrainingArguments.")
+
+    @field_validator("betas")
+    @classmethod
+    def _shares(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("expected two numbers from 0 to below 1, as [0.9, 0.999]")
+        return betas
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _rates(cls, rates: dict[str, float]) -> dict[str, float]:
+        wrong = [part for part, rate in rates.items() if rate < 0]
+        if wrong:
+            raise ValueError(f"{wrong} are below 0; expected numbers from 0 on")
+        return rates
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -304,6 +375,8 @@ class Recipe(_Section):
     )
     system: str | None = Field(default=None, description="A system message before each conversation that has none.")
 
+    _home = field_validator("output", "previous")(_expanded)
+
     @model_validator(mode="after")
     def _where_from(self) -> Recipe:
         if self.previous is None and self.stage == "finetune":
@@ -315,6 +388,8 @@ class Recipe(_Section):
             raise ValueError(
                 f"chat_template={template!r} is neither one of {list(CHAT_TEMPLATES)} nor Jinja, which has {{{{ }}}}"
             )
+        if template is not None and template not in CHAT_TEMPLATES:
+            _check_jinja(template)
         return self
 
     @model_validator(mode="after")
@@ -344,6 +419,18 @@ class Recipe(_Section):
         return self
 
 
+def _check_jinja(template: str) -> None:
+    """Raise ValueError where a chat template is no Jinja as transformers reads it."""
+    words = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tags
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(words)
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"chat_template is no sound Jinja: {error.message} (its line {error.lineno}). Mend it, or write one of "
+            f"{list(CHAT_TEMPLATES)}"
+        ) from error
+
+
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read and validate a recipe.
 
@@ -356,18 +443,18 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         FileNotFoundError: there is neither such a file nor such a preset.
     """
     values, name = _read(source)
-    preset, said = values.pop("preset", None), copy.deepcopy(values)
+    preset, said = values.pop("preset", None), _own(values)
     if preset is not None:
         if preset not in PRESETS:
             raise RecipeError(f"{name}: preset={preset!r} is unknown; expected one of {list(PRESETS)}.")
         values = _merge(yaml.load(preset_text(preset), _Loader), values)
     for key, value in (overrides or {}).items():
         for place in (values, said):
-            _set(place, key, value, name)
+            _set(place, key, _own(value), name)
             if key == "backbones.vision" and "backbones.instructblip" not in (overrides or {}):
                 place["backbones"].pop("instructblip", None)
     if preset is not None:
-        _leave_out_what_was_for_others(values, said)
+        _leave_out_what_was_for_others(preset, values, said)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -404,7 +491,7 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if isinstance(source, Mapping):
-        return _merge({}, source), "the recipe"
+        return _own(source), "the recipe"
     path = Path(source)
     if str(source) in PRESETS and not path.is_file():
         return {"preset": str(source)}, f"preset {source!r}"
@@ -425,16 +512,34 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return values, name
 
 
-def _leave_out_what_was_for_others(values: dict[str, Any], said: Mapping[str, Any]) -> None:
+def _leave_out_what_was_for_others(preset: str, values: dict[str, Any], said: Mapping[str, Any]) -> None:
     """What a preset says for its own backbones is not for those that a recipe names instead."""
     backbones = said.get("backbones")
     if not isinstance(backbones, Mapping):
         return
+    before = yaml.load(preset_text(preset), _Loader)
+    own = before.get("backbones", {}).get("instructblip")
     if "vision" in backbones and "instructblip" not in backbones:
         values["backbones"].pop("instructblip", None)
+    if backbones.get("vision") is not None or backbones.get("instructblip", own) != own:
+        images = said.get("images")
+        for section, given, keys in (
+            ("backbones", backbones, ("image_size", "vision_feature_layer")),
+            ("images", images if isinstance(images, Mapping) else {}, ("mean", "std")),
+        ):
+            for key in keys:
+                if key not in given and isinstance(values.get(section), dict):
+                    values[section].pop(key, None)  # another tower has its own
     language = str(backbones.get("language", "vicuna")).lower()
     if "chat_template" not in said and "vicuna" not in language:
         values.pop("chat_template", None)  # the presets' is Vicuna's
+
+
+def _own(value: Any) -> Any:
+    """A copy of mappings and lists, down to the last: overrides are put into it, and the caller's stay as they are."""
+    if isinstance(value, Mapping):
+        return {key: _own(item) for key, item in value.items()}
+    return [_own(item) for item in value] if isinstance(value, list) else value
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..data import Augmentation, ConversationCollator
 from ..feature_cache import cache_features
 from .build import build
 from .card import stage_card
-from .checkpoint import check_free, clear, is_finished, open_run, read_record, save_stage
+from .checkpoint import check_free, clear, is_finished, only_run, open_run, read_record, save_stage
 from .dataset import content_of, load_sources, training_rows
 from .finite import NamedRows, NotFiniteError, paths_of
 from .preflight import Preflight, preflight
@@ -90,41 +90,47 @@ def train(
     if recipe.evaluation is not None:
         trainer.add_callback(EvaluationCallback(trainer, processor, questions, recipe.evaluation, recipe.system))
     start = time.perf_counter()
-    content = {data.path: content_of(data, source) for data, source in zip(recipe.data, sources, strict=True)}
+    content = {  # two sets may be of one path: splits, or configurations
+        f"{number}: {data.path}": content_of(data, source)
+        for number, (data, source) in enumerate(zip(recipe.data, sources, strict=True))
+    }
     run = {
         **recipe.model_dump(mode="json"),
         "content of data": content,
         "content of previous": hashlib.sha256(json.dumps(previous).encode()).hexdigest(),
     }
-    last = open_run(checkpoints, run, trainer.is_world_process_zero(), accept_changed_data)
-    try:
-        trainer.train(resume_from_checkpoint=last)
-    except NotFiniteError as error:
-        named = dict(zip([data.path for data in recipe.data], sources, strict=True))
-        raise error.of(paths_of(error.rows, named)) from None
-    record = {
-        "stage": recipe.stage,
-        "trained": trained,
-        "data": [{"path": data.path, "rows": rows} for data, rows in zip(recipe.data, counts, strict=True)],
-        "steps": trainer.state.global_step,
-        "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
-        "scores": scores_of(trainer.state.log_history, questions),
-        "seconds": round(time.perf_counter() - start, 1),
-        "resumed": last is not None,  # then the seconds are those of the last part
-        "recipe": recipe.model_dump(mode="json"),
-    }
-    whole = {"stages": [*(previous["stages"] if previous else []), record]}
-    if is_sharded(model):
-        weights = gather_trained(model)
+    with only_run(checkpoints, trainer.is_world_process_zero()):
+        check_free(output)  # another run may have ended since
+        last = open_run(checkpoints, run, trainer.is_world_process_zero(), accept_changed_data)
+        try:
+            trainer.train(resume_from_checkpoint=last)
+        except NotFiniteError as error:
+            named = zip([data.path for data in recipe.data], sources, strict=True)
+            raise error.of(paths_of(error.rows, named)) from None
+        record = {
+            "stage": recipe.stage,
+            "trained": trained,
+            "data": [{"path": data.path, "rows": rows} for data, rows in zip(recipe.data, counts, strict=True)],
+            "steps": trainer.state.global_step,
+            "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
+            "scores": scores_of(trainer.state.log_history, questions),
+            "seconds": round(time.perf_counter() - start, 1),
+            "resumed": last is not None,  # then the seconds are those of the last part
+            "recipe": recipe.model_dump(mode="json"),
+        }
+        whole = {"stages": [*(previous["stages"] if previous else []), record]}
+        if is_sharded(model):
+            weights = gather_trained(model)
+            if trainer.is_world_process_zero():
+                # As the first time: a new Q-Former, frozen, is drawn again.
+                transformers.set_seed(recipe.training.seed)
+                model, processor, _ = build(recipe)
+                put_trained(model, weights)
         if trainer.is_world_process_zero():
-            transformers.set_seed(recipe.training.seed)  # as the first time: a new Q-Former, frozen, is drawn again
-            model, processor, _ = build(recipe)
-            put_trained(model, weights)
-    if trainer.is_world_process_zero():
-        save_stage(model, processor, output, whole, stage_card(whole, config))
-        clear(checkpoints)
-    trainer.accelerator.wait_for_everyone()  # a script's next stage starts from what the first process writes
-    return whole
+            save_stage(model, processor, output, whole, stage_card(whole, config))
+            clear(checkpoints)
+        trainer.accelerator.wait_for_everyone()  # a script's next stage starts from what the first process writes
+        return whole
 
 
 def _finish(output: Path, checkpoints: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
         directory: of the checkpoints.
         world_size: processes, between which a step's rows are divided.
     Raises:
-        RecipeError: an entry of `training.arguments` is unknown, or the rows cannot be divided.
+        RecipeError: an entry of `training.arguments` is unknown or of a wrong kind, or the rows cannot be divided.
     """
     settings = recipe.training
     each, rest = divmod(settings.batch_size, world_size)
@@ -66,13 +66,27 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
     unknown = [key for key in settings.arguments if key not in known]
     if unknown:
         raise RecipeError(f"training.arguments: {unknown} are no arguments of transformers' TrainingArguments.")
-    made = TrainingArguments(**(arguments | settings.arguments))
+    try:
+        made = TrainingArguments(**(arguments | settings.arguments))
+    except (TypeError, ValueError, AttributeError) as error:
+        wrong = {key: value for key, value in settings.arguments.items() if not _is_taken(arguments | {key: value})}
+        raise RecipeError(
+            f"training.arguments: TrainingArguments does not take {wrong or settings.arguments}: {error}"
+        ) from error
     if made.n_gpu > 1:
         raise RecipeError(
             f"One process sees {made.n_gpu} GPUs, between which the Trainer would split rows and pictures apart. "
             "Write accelerate launch -m peft_crome train ..., or show it one GPU: CUDA_VISIBLE_DEVICES=0."
         )
     return made
+
+
+def _is_taken(arguments: dict[str, Any]) -> bool:
+    try:
+        TrainingArguments(**arguments)
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return True
 
 
 class CromeTrainer(Trainer):

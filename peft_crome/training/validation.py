@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from ..data import check_images, read_rows
 from ..data.instructions import check_instructions
 from .evaluation import generate_answers
-from .metrics import check_metrics, score
+from .metrics import check_metrics, plain, score
 from .recipe import Evaluation, RecipeError
 
 
@@ -150,7 +150,7 @@ def scores_of(log: list[dict[str, Any]], sets: list[QuestionSet]) -> list[dict[s
         log: `TrainerState.log_history`, which checkpoints keep.
         sets: as they were answered.
     Returns:
-        step, data, label, metric, score, stderr, n of each, in their order.
+        step, data, label, metric, score, stderr (None: of one row), n of each, in their order.
     """
     return [
         {
@@ -159,7 +159,7 @@ def scores_of(log: list[dict[str, Any]], sets: list[QuestionSet]) -> list[dict[s
             "label": questions.label,
             "metric": metric,
             "score": entry[questions.key(metric)],
-            "stderr": entry[f"{questions.key(metric)}_stderr"],
+            "stderr": plain(entry[f"{questions.key(metric)}_stderr"]),
             "n": len(questions.rows),
         }
         for entry in log

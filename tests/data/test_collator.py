@@ -154,6 +154,41 @@ def test_conversation_that_the_template_does_not_take_names_the_row(processor: A
         ConversationCollator(processor, system="w3").encode(row(("w1", "w2")))
 
 
+def test_template_that_cannot_be_read_is_refused_by_name(processor: Any) -> None:  # noqa: F811
+    for template, message in (
+        ("{{ messages", r"chat_template: .*unexpected end of template.*Write chat_template: vicuna, plain or t5"),
+        ("{{ raise_exception('nothing goes') }}", r"chat_template: .*answer \(nothing goes\)\. Write chat_template"),
+    ):
+        processor.chat_template = template
+        with pytest.raises(ValueError, match=message):
+            ConversationCollator(processor)
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+def test_template_that_demands_a_system_message(rewrites: bool, composite: Any) -> None:  # noqa: F811
+    """Rows may have one, or the recipe; what the template does with turns is seen with one."""
+    demands = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('give a system message') }}{% endif %}"
+    filled = with_template(composite, demands + (FORGETS if rewrites else CHATML))
+    plain = with_template(composite, FORGETS if rewrites else CHATML)
+    system = {"role": "system", "content": [{"type": "text", "text": "colour"}]}
+    asked = row(("what", "blue"), ("is it", "red"))
+    said = {**asked, "messages": [system, *asked["messages"]]}
+    expected = ConversationCollator(plain)
+    assert expected.needs_split == rewrites
+    for collator in (ConversationCollator(filled), ConversationCollator(filled, system="colour")):
+        assert collator.needs_split == rewrites
+        assert collator.encode(said) == expected.encode(said)
+    assert ConversationCollator(filled, system="colour").encode(asked) == expected.encode(said)
+    with pytest.raises(RowError, match=r"Row 'r': .*give a system message"):
+        ConversationCollator(filled).encode(asked)
+
+
+def test_template_of_one_question_alone_splits_rows(processor: Any) -> None:  # noqa: F811
+    alone = "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}"
+    processor.chat_template = alone + CHAT_TEMPLATE
+    assert ConversationCollator(processor).needs_split
+
+
 def test_rows_in_which_nothing_is_learnt_are_refused(processor: Any) -> None:  # noqa: F811
     processor.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"

@@ -109,5 +109,5 @@ def test_lengths_need_no_picture(tmp_path: Path) -> None:
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     found = load_rows(tmp_path / "rows.json")
-    assert row_lengths(found, 9) == [3, 19, 13]
+    assert row_lengths(found, 9) == row_lengths(list(found), 9) == [3, 19, 13]
     assert row_lengths(found.select([2, 0]), 9) == [13, 3]

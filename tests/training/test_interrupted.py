@@ -3,14 +3,18 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import TrainerCallback
 
 from peft_crome.training import StageError, load_recipe, train
+from peft_crome.training.finite import paths_of
 from tests.training.conftest import weights
 
 
@@ -184,3 +188,63 @@ def test_recipe_of_checkpoints_that_cannot_be_read(values: dict[str, Any], monke
     (interrupt(values, monkeypatch) / "recipe.json").write_text("{")
     with pytest.raises(StageError, match=r"nobody knows what its checkpoints belong to. Remove that folder"):
         train(load_recipe(values))
+
+
+@pytest.mark.parametrize("inside", ["checkpoint-500/model.safetensors", "notes.txt"])
+def test_folder_of_another_program_is_left_alone(inside: str, values: dict[str, Any]) -> None:
+    """An ordinary Trainer's checkpoints have no complete.json, and are no half-written ones of ours."""
+    file = Path(values["output"] + ".checkpoints") / inside
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(StageError, match=rf"holds \['{inside.split('/')[0]}'\] and no recipe.json.*Move it away"):
+        train(load_recipe(values))
+    assert file.read_text() == "mine"
+    assert [path.name for path in Path(values["output"] + ".checkpoints").iterdir()] == [inside.split("/")[0]]
+
+
+def test_two_sets_of_one_path_are_told_apart(
+    values: dict[str, Any], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two splits of one folder: a change in the first is seen as one in the second is."""
+
+    def write(words: str) -> None:
+        shutil.rmtree(tmp_path / "splits", ignore_errors=True)
+        columns = {"question": ["w1"] * 4, "answer": [words, *["w2"] * 3]}
+        splits = {"first": columns, "second": {**columns, "answer": ["w3"] * 4}}
+        DatasetDict({name: Dataset.from_dict(found) for name, found in splits.items()}).save_to_disk(
+            str(tmp_path / "splits")
+        )
+
+    write("w2")
+    one = {"path": str(tmp_path / "splits"), "columns": {"question": "question", "answer": "answer"}}
+    values["data"] = [{**one, "split": "first"}, {**one, "split": "second"}]
+    interrupt(values, monkeypatch)
+    write("w4")
+    with pytest.raises(StageError, match=r"content of data.0: .*splits was "):
+        train(load_recipe(values))
+    assert paths_of(["a"], [("x", Dataset.from_dict({"id": ["a"]})), ("x", Dataset.from_dict({"id": ["b"]}))]) == ["x"]
+
+
+def test_folder_belongs_to_one_run_at_a_time(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process holds it until it dies, by SIGKILL too; what it is writing stays."""
+    checkpoints = interrupt(values, monkeypatch)
+    writing = checkpoints / "checkpoint-9"
+    writing.mkdir()
+    code = (
+        "import sys, time; from pathlib import Path; from peft_crome.training.checkpoint import only_run\n"
+        "with only_run(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(checkpoints)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(StageError, match=rf"is being written by another run \(process {other.pid} of .*Wait"):
+                train(load_recipe(values))
+            assert writing.is_dir()
+        finally:
+            other.kill()
+    assert train(load_recipe(values))["stages"][0]["resumed"]
+    assert not checkpoints.exists()

@@ -84,6 +84,32 @@ OPTIONS = ["photosynthesis", "cell division", "leaf", "leaf blade"]
         ("either (A) or (B)", None),
         ("(A), since (B) is wrong", 0),
         ("leaflet", None),
+        ("A, B", None),
+        ("a, b", None),
+        ("A, B and C", None),
+        ("(A) and (B)", None),
+        ("(A) (B)", None),
+        ("A) or B)", None),
+        ("(A) and (B) are both right", None),
+        ("A: no. B: yes", None),
+        ("A: no, B: yes", None),
+        ("A. photosynthesis\nB. cell division", None),
+        ("A. Photosynthesis, B. cell division", None),
+        ("A: no. The answer is B.", None),
+        ("The answer is A or B", None),
+        ("The answer is (A) and (B).", None),
+        ("Answer: A/B", None),
+        ("Option A is right, option B is not", None),
+        ("B. The answer is B.", 1),
+        ("B) because A is wrong", 1),
+        ("B. A is wrong, and a cell is no plant.", 1),
+        ("B, a cell", 1),
+        ("B, A is wrong", 1),
+        ("(B) and not (A)", 1),
+        ("B. It is from the U.S. and D.C. area.", 1),
+        ("The answer is B, since option A is wrong", 1),
+        ("Option A is wrong. The answer is B.", 1),
+        ("The answer is B, and a leaf is green", 1),
     ],
 )
 def test_choices_are_read(said: str, expected: int | None) -> None:
@@ -93,6 +119,13 @@ def test_choices_are_read(said: str, expected: int | None) -> None:
 def test_letters_as_options_are_meant_by_their_place() -> None:
     assert chosen("A", ["C", "B", "A"]) == 0
     assert chosen("A. C", ["C", "B", "A"]) == 0
+
+
+def test_letters_within_an_options_own_words_name_nothing() -> None:
+    options = ["A. Wallace", "C. Darwin", "E. coli", "A and B"]
+    assert [chosen(said, options) for said in ("B. C. Darwin", "A: A. Wallace", "D. A and B")] == [1, 0, 3]
+    assert [chosen(said, options) for said in ("(A) and (B)", "The answer is D, A and B")] == [3, 3]
+    assert chosen("B. C. Darwin, A. Wallace", options) is None
 
 
 def test_scores_of_several_metrics() -> None:

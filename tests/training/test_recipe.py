@@ -1,5 +1,6 @@
 """Recipes: the paper's presets, and what is said of a wrong one."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,15 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
         ({"training": {"arguments": {"max_steps": 2}}}, r"arguments: \['max_steps'\] are said by keys"),
         ({"training": {"arguments": {"label_smoothing_factor": 0.1}}}, "label_smoothing_factor: .*take it out"),
         ({"chat_template": "vicunna"}, r"chat_template='vicunna' is neither one of \['vicuna', 'plain', 't5'\] nor"),
+        ({"chat_template": "{{ messages"}, r"chat_template is no sound Jinja: .*\(its line 1\)\. Mend it, or write"),
+        ({"training": {"seed": -1}}, r"training.seed: .*greater than or equal to 0 \(given: -1\)"),
+        ({"training": {"betas": [2, 3]}}, r"training.betas: expected two numbers from 0 to below 1"),
+        ({"training": {"learning_rate": float("inf")}}, r"training.learning_rate: .*finite number"),
+        ({"training": {"learning_rate": float("nan")}}, r"training.learning_rate: .*\(given: nan\)"),
+        ({"training": {"learning_rates": {"adapter": -1}}}, r"training.learning_rates: \['adapter'\] are below 0"),
+        ({"training": {"batch_size": True}}, r"training.batch_size: expected a number; YAML's yes .*\(given: True\)"),
+        ({"training": {"epochs": True}}, r"training.epochs: expected a number"),
+        ({"images": {"std": [0, 0, 0]}}, r"images.std: pixels are divided by these; expected three numbers above 0"),
         ({"stage": "finetune"}, "`finetune` trains the adapter alone; give `previous`"),
         ({"backbones": None}, "give `previous`, the directory of the stage before, or `backbones`"),
     ],
@@ -123,6 +133,78 @@ def test_a_tower_takes_the_place_of_the_presets_instructblip() -> None:
     ):
         assert recipe.backbones is not None
         assert (recipe.backbones.vision, recipe.backbones.instructblip) == ("tower", None)
+
+
+def test_image_settings_of_a_preset_are_for_its_own_tower() -> None:
+    """Another tower has its own size, mean and deviation; what the recipe says itself stays."""
+    values = {"preset": "pretrain", **COMPLETE}
+    own = load_recipe(values)
+    assert own.backbones is not None
+    same = load_recipe({**values, "backbones": {"instructblip": own.backbones.instructblip, "dtype": "float32"}})
+    assert same.images == own.images
+    assert same.backbones is not None
+    assert same.backbones.image_size == 224
+    said = {"backbones.image_size": 384, "images.mean": [0.5] * 3}
+    for tower in ("vision", "instructblip"):
+        named = {"backbones": {tower: "another"}}
+        for recipe in (load_recipe({**values, **named}), load_recipe(values, {f"backbones.{tower}": "another"})):
+            assert recipe.backbones is not None
+            assert (recipe.backbones.image_size, recipe.images.mean, recipe.images.std) == (None, None, None)
+            assert (recipe.images.resample, recipe.images.random_crop) == ("bicubic", True)
+        recipe = load_recipe({**values, **named}, said)
+        assert recipe.backbones is not None
+        assert (recipe.backbones.image_size, recipe.images.mean, recipe.images.std) == (384, (0.5,) * 3, None)
+
+
+def test_what_is_given_stays_as_it_is() -> None:
+    """A sweep loads one mapping again and again, each time with other overrides."""
+    values = {"preset": "pretrain", **COMPLETE, "training": {"batch_size": 8}, "backbones": {"vision": "tower"}}
+    overrides = {"training.batch_size": 16, "data.0.path": "b.json", "data.0.columns": {"answer": "a"}}
+    overrides |= {"data.0.columns.question": "q"}
+    before, changes = copy.deepcopy(values), copy.deepcopy(overrides)
+    assert load_recipe(values, overrides).data[0].path == "b.json"
+    assert (values, overrides) == (before, changes)
+    assert load_recipe(values).training.batch_size == 8
+
+
+def test_home_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = load_recipe(
+        {
+            "preset": "instruct",
+            "output": "~/out",
+            "previous": "~/before",
+            "data": [{"path": "~/rows.json", "images": "~/pictures"}, {"path": "a/b", "images": {"coco": "~/coco"}}],
+            "feature_cache": {"directory": "~/features"},
+            "images": {"views": 2},
+            "evaluation": {"data": [{"path": "~/test.json", "images": "~/pictures"}]},
+            "backbones": {"vision": "~/tower", "language": "~/llm"},
+        }
+    )
+    said = recipe.model_dump_json()
+    assert "~" not in said
+    assert said.count('"/home/me/') == 10
+    assert recipe.data[1].path == "a/b"
+
+
+def test_a_template_of_transformers_own_tags_is_sound() -> None:
+    template = "{% for m in messages %}{%- generation -%}{{ m }}{% endgeneration %}{% continue %}{% endfor %}"
+    assert load_recipe({"preset": "pretrain", **COMPLETE, "chat_template": template}).chat_template == template
+
+
+def test_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: pretrain\ntraining:\n  epochs: 1\n  epochs: 2\n")
+    with pytest.raises(RecipeError, match=r"mine.yaml.*the key 'epochs' stands in line 3 and again in line 4"):
+        load_recipe(file)
+    with pytest.raises(RecipeError, match=r"--set 'data=.*the key 'path' stands in line 1 and again in line 2"):
+        parse_overrides(["data=[{path: a,\n path: b}]"])
+    with pytest.raises(RecipeError, match=r"the key 'path' stands in line 1 and again in line 1"):
+        parse_overrides(["data=[{path: a, path: b}]"])
+    file.write_text(
+        "preset: pretrain\noutput: out\ndata:\n  - &first {path: a, split: test}\n  - {<<: *first, path: b}\n"
+    )
+    assert [(data.path, data.split) for data in load_recipe(file).data] == [("a", "test"), ("b", "test")]
 
 
 def test_vicunas_template_is_for_vicuna() -> None:

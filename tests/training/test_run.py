@@ -159,6 +159,10 @@ def test_card_says_what_was_trained_on_what(
     [
         ({"learning_rates": {"qformer": 0.5}}, r"training.learning_rates: \['qformer'\] do not train here"),
         ({"arguments": {"report_to": "dvclive"}}, "training.arguments: .*dvclive"),
+        (
+            {"arguments": {"dataloader_num_workers": "two", "optim": "adamw_torch"}},
+            r"training.arguments: TrainingArguments does not take \{'dataloader_num_workers': 'two'\}: ",
+        ),
     ],
 )
 def test_keys_that_cannot_do_anything_are_refused(

@@ -10,7 +10,7 @@ import yaml
 
 from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
 from peft_crome.data import read_rows
-from peft_crome.training import METRICS, RecipeError, generate_answers, load_recipe, score, train
+from peft_crome.training import METRICS, RecipeError, build, generate_answers, load_recipe, score, train
 from peft_crome.training.recipe import Metric
 from tests.training.conftest import weights
 from tests.training.test_interrupted import interrupt
@@ -89,6 +89,33 @@ def test_scores_before_an_interruption_are_kept(evaluated: dict[str, Any], monke
     record = train(load_recipe(evaluated))["stages"][-1]
     assert record["resumed"]
     assert [found["step"] for found in record["scores"] if found["metric"] == "exact_match"] == [2, 6]
+
+
+def test_one_row_has_no_standard_error(evaluated: dict[str, Any]) -> None:
+    evaluated["evaluation"]["max_rows"] = 1
+    record = train(load_recipe(evaluated))["stages"][-1]
+    assert [found["stderr"] for found in record["scores"]] == [None] * 9
+    json.loads((Path(evaluated["output"]) / "crome_stage.json").read_text(), parse_constant=pytest.fail)
+    assert "nan" not in (Path(evaluated["output"]) / "README.md").read_text()
+
+
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_answers_are_greedy_whatever_the_model_says(
+    seq2seq: bool, values: dict[str, Any], dataset: Path, seq2seq_backbone: str
+) -> None:
+    """The likeliest token each time, where a generation configuration asks for beams, lengths and penalties."""
+    if seq2seq:
+        values["backbones"] = {"vision": values["backbones"]["vision"], "language": seq2seq_backbone}
+        values |= {"chat_template": "t5"}
+    model, processor, _ = build(load_recipe(values))
+    rows = list(read_rows(dataset))[:4]
+    plain = generate_answers(model, processor, rows, max_new_tokens=6, progress=False)
+    config = model.get_base_model().generation_config
+    config.update(
+        num_beams=4, early_stopping=True, no_repeat_ngram_size=1, min_length=30, repetition_penalty=5.0,
+        length_penalty=2.0, min_new_tokens=5, do_sample=True, num_return_sequences=2, encoder_no_repeat_ngram_size=1,
+    )  # fmt: skip
+    assert generate_answers(model, processor, rows, max_new_tokens=6, progress=False) == plain
 
 
 def test_model_is_left_in_its_mode(values: dict[str, Any], dataset: Path) -> None:
