@@ -21,7 +21,7 @@ EXAMPLES = 3
 
 
 def doctor(
-    data: Annotated[Path, typer.Argument(help="JSON, JSONL or parquet: LLaVA's conversations, or messages.")],
+    data: Annotated[Path, typer.Argument(help="JSON, JSONL or parquet file: LLaVA's conversations, or messages.")],
     images: Annotated[
         list[str] | None,
         typer.Option(help=IMAGES),
@@ -72,13 +72,13 @@ def doctor(
                 on_fault=told,
                 on_row=lambda rows: progress.update(task, rows=rows),
             )
-        if show and collator is not None:
-            for row in islice(read_rows(data, folders, columns=columns, prompt=prompt, faulty="drop"), show):
-                _show(row, collator)
         _report(findings, FAULTS)
         if fix is not None:
             written, mended = write_fixed(data, fix, findings, folders)
             console.print(f"{fix}: {written:,} rows, {mended:,} of them mended; {data} is as it was.", soft_wrap=True)
+        if show and collator is not None:
+            for row in islice(read_rows(data, folders, columns=columns, prompt=prompt, faulty="drop"), show):
+                _show(row, collator)
     except (OSError, ValueError) as error:
         fail(error)
     if findings.patients or findings.rows == 0:
@@ -105,7 +105,13 @@ def _collator(model: str, max_length: int | None, system: str | None) -> Any:
 
 def _show(row: dict[str, Any], collator: Any) -> None:
     """One row's tokens: those that are learnt in green, images in blue, the rest as it is."""
-    encoded = collator.encode(row)
+    from ..data import RowError
+
+    try:
+        encoded = collator.encode(row)
+    except RowError as error:  # the report has named it
+        console.print(f"row {row['id']!r} cannot be shown: {error}", markup=False, soft_wrap=True)
+        return
     processor = collator.processor
     line = Text(f"row {row['id']!r}: ", style="bold")
     labels = encoded["labels"] if not collator.is_encoder_decoder else [-100] * len(encoded["input_ids"])

@@ -5,19 +5,22 @@ from __future__ import annotations
 import gc
 import json
 import marshal
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from .files import stream
-from .formats import ROLES, kept_turns, parse, row_name, turns_key
+from .formats import ROLES, kept_turns, own_image, parse, role_of, row_name, turns_key, value_of
 from .image_paths import ImageFolders
 from .images import open_image
 from .rows import Fault, RowError
@@ -81,7 +84,7 @@ def examine(
     on_fault: Callable[[Patient], None] | None = None,
     on_row: Callable[[int], None] | None = None,
 ) -> Findings:
-    """Look at every row of a file; nothing is changed.
+    """Look at every row of a file; nothing is changed. Folders and data sets of the Hub are not looked through.
 
     Args:
         path, images, columns, prompt: as in `read_rows`.
@@ -94,6 +97,11 @@ def examine(
     """
     path = Path(path)
     check_columns(columns, prompt)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder; expected a file, JSON or parquet, as the doctor looks through files alone. "
+            f"Give it the files of the folder one by one: peft-crome doctor {path / 'FILE.parquet'}"
+        )
     folders = ImageFolders(images if images is not None else path.parent)
     findings = Findings()
     seen: set[bytes] = set()
@@ -210,6 +218,8 @@ def write_fixed(
 ) -> tuple[int, int]:
     """Write a copy without the faulty rows; rows that can be mended are written mended, all others as they are.
 
+    NaN and infinity become null: JSON has no words for them.
+
     Args:
         path: the file that was examined, JSON or JSONL; faulty rows of prompt and completion are left out, not mended.
         output: the copy, a JSON list, or JSONL where it ends so. It must not exist.
@@ -224,25 +234,54 @@ def write_fixed(
     check_copy(path, output)
     folders = ImageFolders(images if images is not None else path.parent)
     patients = {patient.number: patient for patient in findings.patients}
-    temporary = output.with_name(f"{output.name}.tmp")
+    # Not by `tempfile`, whose files are their owner's alone: others may share the folder.
+    temporary = output.with_name(f".{output.name}.{uuid4().hex}.tmp")
     lines = output.suffix == ".jsonl"
     written = mended = 0
-    # What UTF-8 cannot hold is written as the escape that it is in JSON.
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for number, row in enumerate(stream(path)):
-            patient = patients.get(number)
-            if patient is not None:
-                if not all(fault.mended for fault in patient.faults) or turns_key(row) == "prompt":
-                    continue
-                row = _mend(row, number, folders)
-                mended += 1
-            file.write("" if lines else "[\n" if written == 0 else ",\n")
-            file.write(json.dumps(row, ensure_ascii=False, default=float))
-            file.write("\n" if lines else "")
-            written += 1
-        file.write("" if lines else "\n]\n" if written else "[]\n")
-    os.replace(temporary, output)
+    try:
+        # What UTF-8 cannot hold is written as the escape that it is in JSON.
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            for number, row in enumerate(stream(path)):
+                patient = patients.get(number)
+                if patient is not None:
+                    if not all(fault.mended for fault in patient.faults) or turns_key(row) == "prompt":
+                        continue
+                    row = _mend(row, number, folders)
+                    mended += 1
+                file.write("" if lines else "[\n" if written == 0 else ",\n")
+                file.write(_as_json(row))
+                file.write("\n" if lines else "")
+                written += 1
+            file.write("" if lines else "\n]\n" if written else "[]\n")
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
     return written, mended
+
+
+def _as_json(row: Any) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False, default=float, allow_nan=False)
+    except ValueError:  # a number that is none, or too large for a float
+        return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float | Decimal):
+        return float(value) if math.isfinite(float(value)) else None
+    return value
+
+
+def _own_images(turn: Mapping[str, Any]) -> int:
+    """How many images a turn holds itself, which are none of the row's."""
+    parts = value_of(turn)
+    if not isinstance(parts, list):
+        return 0
+    return sum(part.get("type") == "image" and own_image(part) is not None for part in parts)
 
 
 def _mend(row: dict[str, Any], number: int, folders: ImageFolders) -> dict[str, Any]:
@@ -250,12 +289,12 @@ def _mend(row: dict[str, Any], number: int, folders: ImageFolders) -> dict[str, 
     parsed, _ = parse(row, number, folders)
     key = turns_key(row)
     assert parsed is not None and key is not None  # noqa: PT018  # its faults are mended ones alone
-    roles = [ROLES[turn.get("from", turn.get("role"))] for turn in row[key]]
-    fixed = {**row, key: [row[key][turn] for turn in kept_turns(roles)]}
-    shown = len(parsed["images"])
+    kept = [row[key][turn] for turn in kept_turns([ROLES[role_of(turn)] for turn in row[key]])]
+    fixed = {**row, key: kept}
+    shown = len(parsed["images"]) - sum(map(_own_images, kept))
     for name in ("image", "images"):
         if isinstance(row.get(name), list):
             fixed[name] = row[name][:shown]
-        elif isinstance(row.get(name), str) and shown == 0:
+        elif row.get(name) is not None and shown == 0:
             fixed.pop(name)
     return fixed

@@ -7,7 +7,7 @@ from numbers import Number
 from typing import Any
 
 from .image_paths import ImageFolders
-from .references import as_choice, as_texts, with_options
+from .references import MOST_OPTIONS, as_choice, as_texts, with_options
 from .rows import Fault, is_unicode
 
 PLACEHOLDER = "<image>"
@@ -50,18 +50,15 @@ def parse(
         row, faults = _turns(row)
     if faults:
         return None, faults
-    images, faults = _images(row, folders)
     messages: list[dict[str, Any]] = []
+    places: list[Any] = []  # each picture that a turn shows: itself, or None for the next one of the row
     for turn in row["turns"]:
         message, own, wrong = _message(turn)
         faults += wrong
-        for image in own:
-            found = _image(image, folders)
-            if isinstance(found, Fault):
-                faults.append(found)
-            else:
-                images.append(found)
+        places += own
         messages += [message] if message is not None else []
+    images, wrong = _images(row, places, folders)
+    faults = wrong + faults
     if faults:
         return None, faults
     faults += _place_images(messages, len(images))
@@ -70,7 +67,7 @@ def parse(
     faults += wrong
     if any(not fault.mended for fault in faults):
         return None, faults
-    said = {"answers": as_texts(row.get("answers")), "options": as_texts(row.get("options", row.get("choices")))}
+    said = {"answers": as_texts(row.get("answers")), "options": as_texts(_first_of(row, "options", "choices"))}
     images = images[: sum(map(_shown, messages))] if wrong else images  # those of turns that are left out
     parsed = {"id": row_name(row, number), "images": images, "messages": messages}
     return parsed | {key: texts for key, texts in said.items() if texts}, faults
@@ -85,6 +82,30 @@ def row_name(row: Any, number: int) -> str:
 def turns_key(row: Mapping[str, Any]) -> str | None:
     """Where a row's turns are; None: it has none."""
     return next((key for key in ("conversations", "messages", "prompt") if row.get(key) is not None), None)
+
+
+def role_of(turn: Mapping[str, Any]) -> Any:
+    """Who a turn says that it is from."""
+    return _first_of(turn, "from", "role")
+
+
+def value_of(turn: Mapping[str, Any]) -> Any:
+    """What a turn says: text, or a list of parts."""
+    return _first_of(turn, "value", "content")
+
+
+def own_image(part: Mapping[str, Any]) -> Any:
+    """The image that a part of a turn holds itself; None: it stands for the next one of the row."""
+    return next((part[key] for key in ("image", "path", "url") if not _is_nothing(part.get(key))), None)
+
+
+def _first_of(given: Mapping[str, Any], *keys: str) -> Any:
+    """The first of these that is not null: a table of two forms has columns for both, and nulls in the others."""
+    return next((given[key] for key in keys if given.get(key) is not None), None)
+
+
+def _is_nothing(given: Any) -> bool:
+    return given is None or (isinstance(given, str | list) and not given)
 
 
 def _turns(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
@@ -115,6 +136,9 @@ def _from_columns(
         answer = _most_frequent(answer)
     if "options" in columns:
         options = as_texts(row[columns["options"]])
+        if len(options) > MOST_OPTIONS:
+            wrong = f"{len(options)} options, and letters for {MOST_OPTIONS}. Take some out, or the row."
+            return {}, [Fault("answer", wrong)]
         letter = as_choice(answer, options)
         if letter is None or not isinstance(question, str):
             wrong = f"the answer {answer!r} is none of the options {row[columns['options']]!r}"
@@ -134,11 +158,13 @@ def _most_frequent(answers: list[Any]) -> Any:
     return max(texts, key=texts.count)
 
 
-def _images(row: Mapping[str, Any], folders: ImageFolders) -> tuple[list[Any], list[Fault]]:
-    key = "image" if row.get("image") is not None else "images"
-    given = row.get(key)
-    given = [] if given is None or given == "" else given if isinstance(given, list) else [given]
-    found = [_image(image, folders) for image in given]
+def _images(row: Mapping[str, Any], places: list[Any], folders: ImageFolders) -> tuple[list[Any], list[Fault]]:
+    """The images in the order in which the turns show them; the row's own that none shows come last."""
+    given = row.get("images") if _is_nothing(row.get("image")) else row["image"]
+    given = [] if _is_nothing(given) else given if isinstance(given, list) else [given]
+    rest = iter([_image(image, folders) for image in given])
+    shown = [_image(own, folders) if own is not None else next(rest, None) for own in places]
+    found = [image for image in [*shown, *rest] if image is not None]  # `_place_images` counts them
     faults = [image for image in found if isinstance(image, Fault)]
     return [image for image in found if not isinstance(image, Fault)], faults
 
@@ -150,57 +176,56 @@ def _image(image: Any, folders: ImageFolders) -> Any:
         return {"bytes": image["bytes"], "path": image.get("path")}
     if isinstance(image, Mapping) and isinstance(image.get("path"), str) and image["path"]:
         return folders.find(image["path"])
+    if isinstance(image, bytes) and image:
+        return {"bytes": image, "path": None}
     if hasattr(image, "convert") and hasattr(image, "size"):  # PIL's
         return image
     return Fault("path", f"the image {str(image)[:80]!r} is none; expected a path, a list of paths, or bytes.")
 
 
 def _message(turn: Any) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
-    """A turn as a message, the images that it holds itself, and what is wrong with it."""
+    """A turn as a message, the image that each of its places holds itself or None, and what is wrong with it."""
     given = turn if isinstance(turn, dict) else {}
-    said = given.get("from", given.get("role"))
+    said = role_of(given)
     role = ROLES.get(said) if isinstance(said, str) else None
-    value = given.get("value", given.get("content"))
+    value = value_of(given)
     if role is None or not isinstance(value, str | list):
         expected = "{'from': 'human' or 'gpt', 'value': text} or {'role': 'user' or 'assistant', 'content': ...}"
         return None, [], [Fault("turn", f"{str(turn)[:120]} is no turn; expected {expected}.")]
-    images: list[Any] = []
     if isinstance(value, str):
         if not is_unicode(value):
             return None, [], [_half_a_character(turn)]
-        shows = PLACEHOLDER in value
+        images: list[Any] = [None] * value.count(PLACEHOLDER)
         content = _split(value) if role == "user" else [{"type": "text", "text": value}]
     else:
         found = _parts(value, role)
         if isinstance(found, Fault):
             return None, [], [found]
-        content, images, shows = found
+        content, images = found
         if not all(is_unicode(part["text"]) for part in content if part["type"] == "text"):
             return None, [], [_half_a_character(turn)]
-    if shows and role != "user":
+    if images and role != "user":
         wrong = f"an image stands in a turn from {said!r}. Only the user's turns ('human') show images."
         return None, [], [Fault("placeholder", wrong)]
     return {"role": role, "content": content}, images, []
 
 
-def _parts(value: list[Any], role: str) -> tuple[list[dict[str, Any]], list[Any], bool] | Fault:
-    """A turn's parts, the images that they hold themselves, and whether they show any."""
+def _parts(value: list[Any], role: str) -> tuple[list[dict[str, Any]], list[Any]] | Fault:
+    """A turn's parts, and the image that each place for one holds itself or None."""
     content: list[dict[str, Any]] = []
     images: list[Any] = []
-    shows = False
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             content += _split(part["text"]) if role == "user" else [{"type": "text", "text": part["text"]}]
-            shows = shows or PLACEHOLDER in part["text"]
+            images += [None] * part["text"].count(PLACEHOLDER)
         elif kind == "image":
             content.append({"type": "image"})
-            images += [part[key] for key in ("image", "path", "url") if part.get(key) is not None][:1]
-            shows = True
+            images.append(own_image(part))
         else:
             expected = "{'type': 'text', 'text': ...} or {'type': 'image'}"
             return Fault("turn", f"{str(part)[:120]!a} is no part of a turn; expected {expected}.")
-    return content, images, shows
+    return content, images
 
 
 def _half_a_character(turn: Any) -> Fault:

@@ -18,14 +18,19 @@ class ImageFolders:
     Args:
         folders: one folder, or what rows' paths begin with -> folder: {"coco": "/data/coco", "": "/data/others"}; the
             longest beginning counts, and it is not repeated in the folder.
+        home: folder of a data set, of which absolute paths are taken too: `datasets` makes them where it reads the
+            pictures of a folder.
     """
 
-    def __init__(self, folders: str | Path | Mapping[str, str | Path]) -> None:
+    def __init__(self, folders: str | Path | Mapping[str, str | Path], home: str | Path | None = None) -> None:
         given = folders if isinstance(folders, Mapping) else {"": folders}
         self.folders = sorted(
             ((begin.strip("/"), os.path.join(os.path.abspath(folder), "")) for begin, folder in given.items()),
             key=lambda item: -len(item[0]),
         )
+        # `datasets` follows links.
+        at = [] if home is None else [os.path.abspath(home), os.path.realpath(home)]
+        self.homes = tuple(os.path.join(folder, "") for folder in at)
 
     def find(self, path: str) -> str | Fault:
         """The absolute path of a row's image, or why there is none."""
@@ -33,6 +38,8 @@ class ImageFolders:
             return Fault("path", f"the image {path!r} is an address. Download it, and name its file.")
         if "\0" in path or not is_unicode(path):
             return Fault("path", f"the image path {path!a} is none: it holds a zero byte or half a character.")
+        if self.homes and (full := os.path.normpath(path)).startswith(self.homes):
+            return full
         for begin, folder in self.folders:
             if begin == "" or path == begin or path.startswith(f"{begin}/"):
                 rest = path[len(begin) :].lstrip("/") if begin else path

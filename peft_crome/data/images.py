@@ -97,6 +97,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
         values = np.asarray(image).astype(np.float32)
-        if values.max(initial=0) > 255:
+        # Of 32 bits ("I") nobody knows the white: 255, or that of 16 bits.
+        if image.mode != "I" or values.max(initial=0) > 255:
             image = Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
     return image.convert("RGB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset, concatenate_datasets, interleave_datasets
 from datasets.table import InMemoryTable
 
 CHUNK = 1 << 16  # draws at a time
+MOST_DRAWS = 1 << 30  # of a mixture: its order takes 8 GiB, and at 1,000 draws a second an epoch takes 12 days
 
 
 def mixture_probabilities(sizes: Sequence[int], temperature: float = 2.0) -> list[float]:
@@ -27,23 +29,25 @@ def mixture_probabilities(sizes: Sequence[int], temperature: float = 2.0) -> lis
         >>> mixture_probabilities([100, 400])
         [0.3333333333333333, 0.6666666666666666]
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature={temperature}; expected a positive number: 1 by size, 2 by its square root.")
     if not all(size > 0 for size in sizes):
         raise ValueError(f"sizes={list(sizes)}: a data set without rows cannot be drawn from. Take it out.")
-    return normalised([size ** (1 / temperature) for size in sizes])
+    # By the largest, so that nothing overflows: what is too rare for a float becomes 0, which `mix` refuses.
+    weights = [(size / max(sizes)) ** (1 / temperature) for size in sizes]
+    return [weight / sum(weights) for weight in weights]
 
 
 def normalised(weights: Sequence[float]) -> list[float]:
     """Weights divided by their sum.
 
     Raises:
-        ValueError: a weight is not positive.
+        ValueError: a weight is not positive, or is infinite.
     """
-    if not all(weight > 0 for weight in weights):
+    if not all(0 < weight < math.inf for weight in weights):
         raise ValueError(f"weights={list(weights)}; expected positive numbers.")
-    total = sum(weights)
-    return [weight / total for weight in weights]
+    shares = [weight / max(weights) for weight in weights]  # whose sum is finite
+    return [share / sum(shares) for share in shares]
 
 
 def mix(sets: Sequence[Any], probabilities: Sequence[float] | None, seed: int) -> Any:
@@ -54,7 +58,15 @@ def mix(sets: Sequence[Any], probabilities: Sequence[float] | None, seed: int) -
         probabilities: of drawing from each, in an order that the seed gives, until every row of every set has come at
             least once; small sets come several times. None: every row once.
         seed: of the draws, and of the order within each set.
+    Raises:
+        ValueError: a set has no rows, or is drawn so rarely that its rows would not come in 2 ** 30 draws.
     """
+    for number, one in enumerate(sets):
+        if isinstance(one, Dataset) and len(one) == 0:
+            raise ValueError(
+                f"Data set {number} of {len(sets)} (counted from 0) has no rows, so nothing can be drawn from it. "
+                "Take it out, or mend its rows: `faulty: drop` leaves out those that cannot be read."
+            )
     if len(sets) == 1:
         return sets[0]
     if not all(isinstance(one, Dataset) for one in sets):
@@ -66,12 +78,26 @@ def mix(sets: Sequence[Any], probabilities: Sequence[float] | None, seed: int) -
         return interleave_datasets(
             shuffled, probabilities=list(probabilities), seed=seed, stopping_strategy="all_exhausted"
         )
+    _check_draws([len(one) for one in sets], probabilities)
     whole = concatenate_datasets(list(sets))
     rows = pa.array(_draw([len(one) for one in sets], probabilities, seed), type=pa.uint64())
     if whole._indices is not None:  # of sets that are a selection themselves
         rows = whole._indices.column(0).take(rows)
     # `select` would make a list of Python's numbers first.
     return Dataset(whole.data, whole.info, whole.split, InMemoryTable.from_arrays([rows], names=["indices"]))
+
+
+def _check_draws(sizes: Sequence[int], probabilities: Sequence[float]) -> None:
+    """See that every row comes in a number of draws that can be had."""
+    draws = [size / share if share > 0 else math.inf for size, share in zip(sizes, probabilities, strict=True)]
+    if max(draws) > MOST_DRAWS:
+        number = draws.index(max(draws))
+        raise ValueError(
+            f"Data set {number} of {len(sizes)} (counted from 0) has {sizes[number]:,} rows and the probability "
+            f"{probabilities[number]:.3g}: each of them would have come after some {draws[number]:.3g} draws, "
+            f"and at most {MOST_DRAWS:,} are made. "
+            "Give it a larger weight, or write mixture: {temperature: 2.0}."
+        )
 
 
 def _draw(sizes: Sequence[int], probabilities: Sequence[float], seed: int) -> np.ndarray:

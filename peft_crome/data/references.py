@@ -7,6 +7,7 @@ from numbers import Number
 from string import ascii_uppercase
 from typing import Any
 
+MOST_OPTIONS = len(ascii_uppercase)  # each has a letter
 INSTRUCTION = "Answer with the option's letter from the given choices directly."  # LLaVA-1.5's words
 
 
@@ -31,13 +32,16 @@ def as_texts(given: Any) -> list[str]:
 def as_choice(answer: Any, options: Sequence[str]) -> str | None:
     """The letter of the right option, given as its number from 0 (ScienceQA, AI2D), its text or its letter.
 
+    None: it is none of the options, or one after the 26th, for which there is no letter.
+
     Example:
         >>> as_choice(1, ["a cell", "a leaf"]), as_choice("a cell", ["a cell", "a leaf"])
         ('B', 'A')
     """
     letters = ascii_uppercase[: len(options)]
     if isinstance(answer, str) and answer.strip() in options:
-        return letters[list(options).index(answer.strip())]
+        number = list(options).index(answer.strip())
+        return letters[number] if number < len(letters) else None
     if isinstance(answer, str) and answer.strip().isdecimal():
         answer = int(answer)
     if isinstance(answer, int) and not isinstance(answer, bool):

@@ -68,8 +68,9 @@ def read_rows(
         ValueError: the file, or a row of it, cannot be read; the message names the row's id and what to write.
     """
     check_columns(columns, prompt)
-    table = not Path(path).is_file() and Path(path).suffix.lower() not in SUFFIXES
-    folders = ImageFolders(images if images is not None else "." if table else Path(path).parent)
+    local = Path(path)
+    table = _is_table(local)
+    folders = ImageFolders(images if images is not None else "." if table else local.parent, _home(local))
     dropped = []
     for number, given in enumerate(_records(str(path), name, split) if table else stream(Path(path))):
         row, faults = parse(given, number, folders, columns, prompt)
@@ -131,17 +132,16 @@ def load_rows(
     check_columns(columns, prompt)
     local = Path(path)
     settings: dict[str, Any] = {"columns": dict(columns) if columns else None, "prompt": prompt, "faulty": faulty}
-    if not local.is_file() and local.suffix.lower() in SUFFIXES:
-        raise FileNotFoundError(f"{path} is missing; expected a JSON list, JSONL or parquet.")
+    if _is_table(local):
+        settings["images"] = _absolute(images if images is not None else ".")
+        return _load_table(str(path), name, split, streaming, settings)
     if not local.is_file():
-        return _load_table(str(path), images, name, split, streaming, settings)
+        raise FileNotFoundError(f"{path} is missing; expected a JSON list, JSONL or parquet.")
     if local.suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"{path}: expected a file ending in .json, .jsonl or .parquet, a folder, or a name of the Hub."
         )
-    folder = images if images is not None else local.parent
-    each = {key: str(value) for key, value in folder.items()} if isinstance(folder, Mapping) else None
-    settings["images"] = each if each is not None else os.path.abspath(folder)  # type: ignore[arg-type]
+    settings["images"] = _absolute(images if images is not None else local.parent)
     if next(read_rows(path, **settings), None) is None:  # `datasets` has no words for that
         raise ValueError(f"{path} holds no rows that can be read.")
     digest = "" if streaming else file_digest(local)
@@ -158,6 +158,23 @@ def load_rows(
         return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, writer_batch_size=group)
     except DatasetGenerationError as error:
         raise _cause(error) from None
+
+
+def _is_table(path: Path) -> bool:
+    """Whether `datasets` opens it: a folder, also one named as a file (Spark, Dask), or a name of the Hub."""
+    return path.is_dir() or (not path.is_file() and path.suffix.lower() not in SUFFIXES)
+
+
+def _home(path: Path) -> str | None:
+    """The folder of a data set that is one."""
+    return os.path.abspath(path) if path.is_dir() else None
+
+
+def _absolute(images: str | Path | Mapping[str, str | Path]) -> str | dict[str, str]:
+    """Image folders from the root: `datasets` keeps rows by them, also for runs that start in another folder."""
+    if isinstance(images, Mapping):
+        return {begin: os.path.abspath(folder) for begin, folder in images.items()}
+    return os.path.abspath(images)
 
 
 def file_digest(path: Path) -> str:
@@ -224,11 +241,12 @@ def _with_names(given: dict[str, Any], labels: Mapping[str, list[str]]) -> dict[
 
 
 def _load_table(
-    path: str, images: Images, name: str | None, split: str, streaming: bool, settings: dict[str, Any]
+    path: str, name: str | None, split: str, streaming: bool, settings: dict[str, Any]
 ) -> Dataset | IterableDataset:
     table, labels = _open_table(path, name, split, streaming)
-    arguments = {"source": path, "images": images, "labels": labels, "version": __version__, **settings}
-    return table.map(
+    said = {"source": path, "home": _home(Path(path)), "labels": labels, "version": __version__}
+    arguments = said | settings
+    rows = table.map(
         _convert,
         batched=True,
         with_indices=True,
@@ -236,20 +254,24 @@ def _load_table(
         features=FEATURES,
         fn_kwargs=arguments,
     )
+    if not streaming and len(rows) == 0:
+        raise ValueError(f"{path} holds no rows that can be read.")
+    return rows
 
 
 def _convert(
     batch: Mapping[str, list[Any]],
     numbers: list[int],
     source: str,
-    images: Images,
+    home: str | None,
+    images: str | Mapping[str, str],
     labels: Mapping[str, list[str]],
     version: str,
     columns: Mapping[str, str] | None,
     prompt: str | None,
     faulty: Faulty,
 ) -> dict[str, list[Any]]:
-    folders = ImageFolders(images if images is not None else ".")
+    folders = ImageFolders(images, home)
     made: dict[str, list[Any]] = {"id": [], "images": [], "messages": []}
     for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
         given = _with_names(dict(zip(batch, values, strict=True)), labels)

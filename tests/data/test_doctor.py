@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from peft_crome.cli import app
 from peft_crome.data import ConversationCollator, load_rows, read_rows
-from peft_crome.data.doctor import examine, write_fixed
+from peft_crome.data.doctor import Patient, examine, write_fixed
 from tests.vlm.conftest import backbones, composite, processor  # noqa: F401  # fixtures
 
 runner = CliRunner()
@@ -112,6 +112,65 @@ def test_copy_keeps_what_utf8_cannot_hold(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     write_fixed(tmp_path / "a.jsonl", tmp_path / "b.jsonl", examine(tmp_path / "a.jsonl"))
     assert json.loads((tmp_path / "b.jsonl").read_text()) == row
+
+
+def test_copy_leaves_out_pictures_of_turns_that_it_leaves_out(tmp_path: Path) -> None:
+    """By LAMM's rule they would come before another question; rows' own pictures and turns' are counted apart."""
+    (tmp_path / "a.png").touch()
+    own = {"role": "user", "content": [{"type": "image", "image": "a.png"}]}
+    user, answer = {"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a", "from": None}
+    rows = [
+        {"id": "dict", "image": {"path": "a.png"}, "conversations": [QUESTION, ANSWER, SHOWN]},
+        {"id": "text", "image": "a.png", "conversations": [QUESTION, ANSWER, SHOWN]},
+        {"id": "list", "image": [{"path": "a.png"}], "conversations": [QUESTION, ANSWER, SHOWN]},
+        {"id": "kept", "image": {"path": "a.png"}, "conversations": [SHOWN, ANSWER, QUESTION]},
+        {"id": "own", "images": ["a.png"], "messages": [own, answer, user]},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    findings = examine(tmp_path / "rows.json", open_images=False)
+    findings.patients = [  # the first three are the same conversation once mended
+        Patient(one.number, one.name, tuple(fault for fault in one.faults if fault.kind != "duplicate"))
+        for one in findings.patients
+    ]
+    assert write_fixed(tmp_path / "rows.json", tmp_path / "fixed.json", findings) == (5, 5)
+    fixed = list(read_rows(tmp_path / "fixed.json"))
+    assert [len(row["images"]) for row in fixed] == [0, 0, 0, 1, 1]
+    assert [row["messages"] for row in fixed] == [row["messages"] for row in read_rows(tmp_path / "rows.json")]
+
+
+def test_copy_writes_null_for_what_json_has_no_words_for(tmp_path: Path) -> None:
+    sound = json.dumps([QUESTION, ANSWER])
+    line = f'{{"conversations": {sound}, "score": [NaN, {{"x": -Infinity}}, 0.5]}}'
+    (tmp_path / "a.jsonl").write_text(line)
+    (tmp_path / "b.json").write_text(f'[{{"conversations": {sound}, "score": [1e400, {{"x": -1e400}}, 0.5]}}]')
+    for name in ("a.jsonl", "b.json"):
+        write_fixed(tmp_path / name, tmp_path / f"fixed-{name}.json", examine(tmp_path / name))
+        findings = examine(tmp_path / f"fixed-{name}.json")
+        assert (findings.rows, findings.patients) == (1, [])
+        [row] = json.loads((tmp_path / f"fixed-{name}.json").read_text())
+        assert row == {"conversations": [QUESTION, ANSWER], "score": [None, {"x": None}, 0.5]}
+
+
+def test_copy_leaves_other_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": [QUESTION, ANSWER]}]))
+    (tmp_path / "b.json.tmp").write_text("mine")
+    findings = examine(tmp_path / "a.json")
+    with monkeypatch.context() as patched:
+        patched.setattr("peft_crome.data.doctor.json.dumps", None)
+        with pytest.raises(TypeError):
+            write_fixed(tmp_path / "a.json", tmp_path / "b.json", findings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json.tmp"], "nothing half written"
+    write_fixed(tmp_path / "a.json", tmp_path / "b.json", findings)
+    assert (tmp_path / "b.json.tmp").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json", "b.json.tmp"]
+    assert (tmp_path / "b.json").stat().st_mode == (tmp_path / "a.json").stat().st_mode, "others may read it"
+
+
+def test_folder_is_told_to_be_none(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["doctor", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "is a folder; expected a file, JSON or parquet" in " ".join(result.stderr.split())
+    assert "FILE.parquet" in result.stderr
 
 
 def test_copy_by_line_and_of_messages(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from peft_crome.data import RowError, read_rows
+from peft_crome.data import RowError, load_rows, read_rows
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]
 QUESTION = {"from": "human", "value": "Hi"}
@@ -71,6 +71,65 @@ def test_messages_as_trl_and_chat_templates_have_them(tmp_path: Path) -> None:
         assert row["messages"] == [user, {"role": "assistant", "content": [text("red")]}]
 
 
+def test_pictures_of_turns_and_of_the_row_stand_where_they_are_shown(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "red"}
+    own = {"role": "user", "content": [{"type": "image", "image": "own.png"}, text("What?")]}
+    bare = {"role": "user", "content": [IMAGE, text("And this <image>?")]}
+    rows = [
+        {"messages": [own, answer, bare, answer], "images": ["0.png", "1.png"]},
+        {"messages": [bare, answer, own, answer], "images": ["0.png", "1.png"]},
+    ]
+    orders = [["own.png", "0.png", "1.png"], ["0.png", "1.png", "own.png"]]
+    read = list(read_rows(write(tmp_path / "rows.json", rows)))
+    assert [row["images"] for row in read] == [[str(tmp_path / name) for name in names] for names in orders]
+    for images in ([], ["0.png"], ["0.png", "1.png", "2.png"]):
+        path = write(tmp_path / "rows.json", [{"messages": [own, answer, bare, answer], "images": images}])
+        with pytest.raises(RowError, match=rf"3 <image> and {len(images) + 1} images"):
+            list(read_rows(path))
+
+
+@pytest.mark.parametrize("nothing", [None, "", []])
+def test_nothing_under_image_leaves_images(nothing: Any, tmp_path: Path) -> None:
+    question = {"from": "human", "value": "LAMM"}
+    rows = [{"image": nothing, "images": ["a.png"], "conversations": [question, ANSWER]},
+            {"image": "a.png", "images": nothing, "conversations": [question, ANSWER]},
+            {"image": nothing, "images": nothing, "conversations": [question, ANSWER]}]  # fmt: skip
+    read = list(read_rows(write(tmp_path / "rows.json", rows)))
+    assert [row["images"] for row in read] == [[str(tmp_path / "a.png")]] * 2 + [[]]
+
+
+def test_nulls_of_a_table_that_holds_two_forms(tmp_path: Path) -> None:
+    turns = [
+        {"from": None, "value": None, "role": "user", "content": "q"},
+        {"from": "gpt", "value": "a", "role": None, "content": None},
+    ]
+    row = {"conversations": None, "messages": turns, "options": None, "choices": ["a", "b"]}
+    [read] = read_rows(write(tmp_path / "rows.json", [row]))
+    assert [(message["role"], message["content"]) for message in read["messages"]] == [
+        ("user", [text("q")]), ("assistant", [text("a")]),
+    ]  # fmt: skip
+    assert read["options"] == ["a", "b"]
+    parts = [{"type": "image", "text": None, "image": ""}, {"type": "text", "text": "q", "image": None}]
+    row = {
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}],
+        "images": ["a.png"],
+    }
+    [read] = read_rows(write(tmp_path / "rows.json", [row]))
+    assert read["images"] == [str(tmp_path / "a.png")]
+    assert read["messages"][0]["content"] == [IMAGE, text("q")]
+
+
+def test_pictures_as_plain_bytes(tmp_path: Path) -> None:
+    table = {"q": ["What?"] * 2, "a": ["red"] * 2, "image": [b"png", b"jpg"], "two": [[b"a", b"b"]] * 2}
+    pa.parquet.write_table(pa.table(table), tmp_path / "rows.parquet")
+    columns = {"question": "q", "answer": "a", "image": "image"}
+    read = list(read_rows(tmp_path / "rows.parquet", columns=columns))
+    assert [row["images"] for row in read] == [[{"bytes": data, "path": None}] for data in (b"png", b"jpg")]
+    [row, _] = read_rows(tmp_path / "rows.parquet", columns={**columns, "image": "two"})
+    assert row["images"] == [{"bytes": data, "path": None} for data in (b"a", b"b")]
+    assert load_rows(tmp_path / "rows.parquet", columns=columns)[1]["images"] == read[1]["images"]
+
+
 def test_tables_with_named_columns(tmp_path: Path) -> None:
     table = {
         "q": ["What?", "How many?"],
@@ -127,6 +186,7 @@ def test_what_stands_outside_question_and_answer_is_left_out(tmp_path: Path) -> 
             "placeholder",
             "row '3': an image stands in a turn from 'gpt'. Only the user's turns",
         ),
+        ({"id": 3, "conversations": TURNS, "images": [None]}, "path", "row '3': the image 'None' is none"),
         ({"id": 3, "conversations": TURNS, "image": 5}, "path", "row '3': the image '5' is none; expected a path"),
         ({"id": 3, "conversations": TURNS, "image": "../a.png"}, "path", r"row '3': the image path '../a.png' leaves"),
         (

@@ -33,6 +33,16 @@ def test_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
     assert np.asarray(image)[..., 0].flatten().tolist() == [17 * i for i in range(16)]
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_dark_pictures_of_sixteen_bits_stay_dark(mode: str, tmp_path: Path) -> None:
+    """Their highest shade says nothing about how many bits they have."""
+    shades = np.full((4, 4), 200, dtype="<u2" if mode == "I;16" else ">u2")
+    dark = Image.frombytes(mode, (4, 4), shades.tobytes())
+    for image in (dark, save(dark, tmp_path / "dark.tif")):
+        assert open_image(image, "x").getextrema() == ((1, 1),) * 3
+    assert open_image(Image.new("I", (4, 4), 200), "x").getextrema() == ((200, 200),) * 3, "nobody knows"
+
+
 def test_animations_give_their_first_frame_and_cameras_their_turn(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     path = save(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])

@@ -5,8 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peft_crome.data import mix, mixture_probabilities
+from peft_crome.data.mixture import normalised
 
 PAPER = [798_245, 443_752, 9_009, 17_056, 566_747, 361_411, 109_765]  # of InstructBLIP's and BLIVA's mixture
 
@@ -60,5 +63,42 @@ def test_streamed_and_stored_sets_mix() -> None:
 def test_bad_numbers() -> None:
     with pytest.raises(ValueError, match="temperature=0; expected a positive number"):
         mixture_probabilities([1, 2], 0)
+    with pytest.raises(ValueError, match="temperature=nan; expected a positive number"):
+        mixture_probabilities([1, 2], float("nan"))
     with pytest.raises(ValueError, match="a data set without rows"):
         mixture_probabilities([1, 0])
+    with pytest.raises(ValueError, match=r"weights=\[1, inf\]; expected positive numbers"):
+        normalised([1, float("inf")])
+    assert normalised([1e308, 1e308]) == [0.5, 0.5], "their sum is no float"
+
+
+@pytest.mark.parametrize("probabilities", [None, [0.5, 0.5]])
+def test_set_without_rows_is_named(probabilities: list[float] | None) -> None:
+    """Half of the draws would be another set's first row."""
+    full = Dataset.from_dict({"row": [1, 2, 3]})
+    empty = full.select([])
+    with pytest.raises(ValueError, match=r"Data set 1 of 2 \(counted from 0\) has no rows, so nothing"):
+        mix([full, empty], probabilities, 0)
+    with pytest.raises(ValueError, match=r"Data set 0 of 2 .* has no rows"):
+        mix([empty, full.to_iterable_dataset()], probabilities, 0)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 10**12), min_size=1, max_size=6),
+    temperature=st.floats(0, exclude_min=True, allow_infinity=False),
+)
+def test_any_temperature_gives_probabilities(sizes: list[int], temperature: float) -> None:
+    found = mixture_probabilities(sizes, temperature)
+    assert sum(found) == pytest.approx(1)
+    assert all(0 <= share <= 1 for share in found)
+    assert (np.diff([found[at] for at in np.argsort(sizes)]) >= -1e-12).all(), "larger sets as often, or more"
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005, 5e-324])
+def test_set_whose_rows_would_never_all_come_is_named(temperature: float) -> None:
+    sets = [Dataset.from_dict({"row": list(range(size))}) for size in (100, 100_000)]
+    probabilities = mixture_probabilities([100, 100_000], temperature)
+    message = r"Data set 0 of 2 .* has 100 rows and the probability (0|1e-30): each .* Give it a larger weight"
+    with pytest.raises(ValueError, match=message):
+        mix(sets, probabilities, 0)
+    assert len(mix(sets, mixture_probabilities([100, 100_000], 1), 0)) > 100_000

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from peft_crome.data import load_rows, read_rows
+from peft_crome.data import RowError, load_rows, read_rows
 from peft_crome.data.references import INSTRUCTION, as_choice, as_texts
 
 TURNS = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "red"}]
@@ -88,6 +88,17 @@ def test_names_of_classes_are_read(tmp_path: Path) -> None:
     columns = {"question": "q", "answer": "label"}
     rows = list(read_rows(tmp_path / "set", columns=columns, faulty="drop"))
     assert [row["messages"][1]["content"][0]["text"] for row in rows] == ["dog"]
+
+
+@pytest.mark.parametrize("answer", [3, "30", "option 29"])
+def test_more_options_than_letters_name_their_number(answer: Any, tmp_path: Path) -> None:
+    options = [f"option {number}" for number in range(30)]
+    (tmp_path / "rows.json").write_text(json.dumps([{"q": "Which?", "o": options, "a": answer, "n": "x"}]))
+    columns = {"question": "q", "answer": "a", "options": "o", "id": "n"}
+    with pytest.raises(RowError, match="30 options, and letters for 26") as error:
+        list(read_rows(tmp_path / "rows.json", columns=columns))
+    assert [fault.kind for fault in error.value.faults] == ["answer"]
+    assert (as_choice("option 25", options), as_choice("option 26", options)) == ("Z", None)
 
 
 def test_answer_that_is_no_option_names_the_row(tmp_path: Path) -> None:

@@ -143,3 +143,63 @@ def test_missing_pictures_are_counted(path: Path) -> None:
     for rows in (list(read_rows(path)), load_rows(path)):
         with pytest.raises(ValueError, match=r"Row '1': the image .*1.png is missing \(4 such files in all\)"):
             check_images(rows)
+
+
+def test_table_whose_rows_are_all_dropped_is_named(tmp_path: Path) -> None:
+    Dataset.from_dict({"q": ["", ""], "a": ["red", "blue"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"saved holds no rows that can be read"):
+        load_rows(tmp_path / "saved", columns={"question": "q", "answer": "a"}, faulty="drop")
+
+
+@pytest.mark.parametrize("images", ["pics", {"": "pics"}, None])
+def test_image_folder_of_a_table_is_the_one_of_where_it_is_read(
+    images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that were kept for another working directory would show its pictures."""
+    Dataset.from_dict({"q": ["What?"], "a": ["red"], "image": ["a.png"]}).save_to_disk(tmp_path / "saved")
+    columns = {"question": "q", "answer": "a", "image": "image"}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        found = load_rows(tmp_path / "saved", images, columns=columns)[0]["images"][0]["path"]
+        assert found == str(tmp_path / name / ("pics" if images else "") / "a.png")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folder_of_pictures(streaming: bool, tmp_path: Path) -> None:
+    """`datasets` makes absolute paths of them, and follows links; others' absolute paths are refused."""
+    (tmp_path / "flags" / "train").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "flags")
+    table = [{"file_name": f"{number}.png", "text": f"a{number}"} for number in range(2)]
+    (tmp_path / "flags" / "train" / "metadata.jsonl").write_text("\n".join(map(json.dumps, table)))
+    for number in range(2):
+        Image.new("L", (2, 2), number).save(tmp_path / "flags" / "train" / f"{number}.png")
+    said: dict[str, Any] = {"columns": {"image": "image", "answer": "text"}, "prompt": "What?"}
+    paths = [str(tmp_path / "flags" / "train" / f"{number}.png") for number in range(2)]
+    for folder in ("flags", "link"):
+        rows = list(load_rows(tmp_path / folder, streaming=streaming, **said))
+        assert answers(rows) == ["a0", "a1"]
+        assert [row["images"][0]["path"] for row in rows] == paths
+        assert [row["images"] for row in read_rows(tmp_path / folder, {"coco": "/data"}, **said)] == [
+            [p] for p in paths
+        ]
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
+    for outside in ("/etc/passwd", f"{tmp_path}/saved/../secret.png"):
+        Dataset.from_list([{"image": outside, "conversations": turns}]).save_to_disk(tmp_path / "saved")
+        with pytest.raises(ValueError, match=r"leaves .* Name the folder that holds all images"):
+            list(load_rows(tmp_path / "saved", streaming=streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folder_that_is_named_as_a_file(streaming: bool, tmp_path: Path) -> None:
+    """As Spark and Dask write parquet."""
+    (tmp_path / "x.parquet").mkdir()
+    for number in range(2):
+        part = Dataset.from_dict({"q": ["What?"], "a": [f"a{number}"]})
+        part.to_parquet(tmp_path / "x.parquet" / f"part-0000{number}.snappy.parquet")
+    (tmp_path / "x.parquet" / "_SUCCESS").touch()
+    columns = {"question": "q", "answer": "a"}
+    assert answers(load_rows(tmp_path / "x.parquet", columns=columns, streaming=streaming)) == ["a0", "a1"]
+    assert answers(read_rows(tmp_path / "x.parquet", columns=columns)) == ["a0", "a1"]
+    with pytest.raises(FileNotFoundError, match=r"y\.parquet is missing"):
+        load_rows(tmp_path / "y.parquet", columns=columns, streaming=streaming)
