@@ -49,7 +49,7 @@ class AdapterFile:
     host: Shapes = field(default_factory=dict)
     counts: set[str] = field(default_factory=set)
     modules_to_save: tuple[str, ...] = ()
-    bottleneck_dim: int = 0
+    bottleneck_dim: int | None = None
 
     def check_fits(self, model: nn.Module, expected: Shapes, source: str) -> None:
         """Compare the file with the model that it is loaded onto, and read its values.
@@ -62,13 +62,15 @@ class AdapterFile:
         Raises:
             ValueError: see `check_shapes`, `check_host_shapes` and `check_values`.
         """
-        if expected["crome_up.weight"][1] != self.bottleneck_dim:
+        if self.bottleneck_dim not in (None, expected["crome_up.weight"][1]):
             return
         check_shapes(self.crome, expected, source)
         self.check_host_shapes(model)
         self.check_values()
 
-    def check_host(self, modules_to_save: Iterable[str] | None, indices: Any = None, bottleneck_dim: int = 0) -> None:
+    def check_host(
+        self, modules_to_save: Iterable[str] | None, indices: Any = None, bottleneck_dim: int | None = None
+    ) -> None:
         """Refuse weights for modules of the host that the configuration does not name: PEFT would overwrite them.
 
         A table of embeddings, which PEFT saves when a vocabulary has grown, is announced by a warning.
@@ -80,7 +82,7 @@ class AdapterFile:
             ValueError: lists them, or the file's trained tokens are others than the configuration's.
         """
         self.modules_to_save, self.bottleneck_dim = tuple(modules_to_save or ()), bottleneck_dim
-        lists = list(indices.values()) if isinstance(indices, dict) else [indices] if indices else []
+        lists = token_lists(indices)
         rows = {shape[0] if shape else 0 for key, shape in self.host.items() if TRAINABLE_TOKENS in key}
         if rows != {len(ids) for ids in lists}:
             raise ValueError(
@@ -215,6 +217,11 @@ def read_adapter_file(
             "model.to(torch.float32), or torch.bfloat16."
         )
     return found
+
+
+def token_lists(indices: Any) -> list[list[int]]:
+    """`trainable_token_indices` without their tables' names, which an attached adapter has by path."""
+    return sorted(map(list, indices.values())) if isinstance(indices, dict) else [list(indices)] if indices else []
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], source: str) -> None:

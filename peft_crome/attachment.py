@@ -20,7 +20,7 @@ def take_away_old(model: nn.Module, child: str, adapter_name: str, layer_cls: ty
         child: of the model, that holds the weights.
         layer_cls: of the sites.
     Returns:
-        What was there, for `put_back`; empty where there was nothing.
+        What was there, for `roll_back`; empty where there was nothing.
     """
     weights: Any = getattr(model, child, None)
     if weights is None:

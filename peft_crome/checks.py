@@ -76,13 +76,18 @@ def present_branches(model: nn.Module, layer_cls: type[nn.Module]) -> Branches:
     return present
 
 
+def same_branches(one: Branches, other: Branches) -> bool:
+    """Whether both have the same branches on the same sites, in whichever order."""
+    return {b: set(s) for b, s in one.items()} == {b: set(s) for b, s in other.items()}
+
+
 def check_same_branches(present: Branches, branches: Branches, adapter_name: str) -> None:
     """Refuse an adapter whose sites are not those of the adapters that are there.
 
     Raises:
         ValueError: names both sets of sites.
     """
-    if present and {b: set(s) for b, s in present.items()} != {b: set(s) for b, s in branches.items()}:
+    if present and not same_branches(present, branches):
         raise ValueError(
             f"Adapter {adapter_name!r} has branches {branches}, the adapters on this model have {present}: they share "
             f"one set of sites. Write branches={present}, or unload() the others first."
@@ -106,6 +111,11 @@ def check_names(model: nn.Module, child: str, own: type, adapter_name: str, shap
         )
 
 
+def is_of_another_method(module: nn.Module, own: Any) -> bool:
+    """Whether a module carries adapters, and none of the classes `own`."""
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, own)
+
+
 def check_free(model: nn.Module, adapter_name: str, own: Any) -> None:
     """Refuse the name of another method's adapter: PEFT keeps one configuration per name, and would lose that one.
 
@@ -113,8 +123,7 @@ def check_free(model: nn.Module, adapter_name: str, own: Any) -> None:
         ValueError: names the method, and another name to write.
     """
     for module in model.modules():
-        other = isinstance(module, BaseTunerLayer) and not isinstance(module, own)
-        if other and adapter_name in cast(Any, module)._all_available_adapter_names():
+        if is_of_another_method(module, own) and adapter_name in cast(Any, module)._all_available_adapter_names():
             raise ValueError(
                 f"An adapter {adapter_name!r} is on this model already, of {type(module).__module__}. Give this one "
                 f"another name: get_peft_model(model, config, adapter_name='pictures')."

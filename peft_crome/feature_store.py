@@ -7,11 +7,12 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+
+from .new_file import beside
 
 logger = logging.getLogger(__name__)
 
@@ -70,22 +71,19 @@ class FeatureStore:
             self._told = True
             return False
         path = self._path(key)
-        # Neither by `tempfile` nor by `save_file`, whose files are their owner's alone: others may share the folder.
-        temporary = path.with_name(f"{key}.{uuid4().hex}.tmp")
+        temporary = beside(path)
         try:
             path.parent.mkdir(exist_ok=True)
             # A file may not hold one memory twice, and a slice would hold its whole batch.
             whole = save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
-            with open(temporary, "xb") as file:
+            with temporary.open("xb") as file:  # not by `save_file`: its files are their owner's alone
                 file.write(whole)
             os.replace(temporary, path)
         except OSError as error:  # a full disk, or a folder that may only be read
             _remove(temporary)
             if not self._told_of_failure:
-                logger.warning(
-                    "%s cannot be written to (%s): features that are not there are computed each time.",
-                    self.directory, error,
-                )  # fmt: skip
+                message = "%s cannot be written to (%s): features that are not there are computed each time."
+                logger.warning(message, self.directory, error)
             self._told_of_failure = True
             return False
         except BaseException:

@@ -7,8 +7,8 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-from .adapter_file import check_shapes
-from .checks import present_branches
+from .adapter_file import check_shapes, token_lists
+from .checks import present_branches, same_branches
 from .provenance import record_backbone
 from .tuner import CromeConfig, CromeLayer
 from .tuner.sites import find_branches
@@ -47,7 +47,7 @@ def hotswap_adapter(
                 f"{model_id} has {name}={getattr(new, name)!r}, the adapter to replace has {getattr(old, name)!r}. "
                 f"Write model.load_adapter({str(model_id)!r}, adapter_name=...) instead."
             )
-    old_tokens, new_tokens = (_token_lists(config.trainable_token_indices) for config in (old, new))
+    old_tokens, new_tokens = (token_lists(config.trainable_token_indices) for config in (old, new))
     if old_tokens != new_tokens:
         raise ValueError(
             f"{model_id} trained the tokens {new_tokens}, the adapter to replace {old_tokens}. "
@@ -55,7 +55,7 @@ def hotswap_adapter(
         )
     host = model.get_base_model()
     sites, others = present_branches(host, CromeLayer), find_branches(host, new.branches)
-    if {branch: set(paths) for branch, paths in sites.items()} != {b: set(paths) for b, paths in others.items()}:
+    if not same_branches(sites, others):
         raise ValueError(
             f"{model_id} has the branches {others}, the adapter to replace {sites}. Load it onto a model of its own: "
             f"PeftModel.from_pretrained(host, {str(model_id)!r})."
@@ -69,8 +69,3 @@ def hotswap_adapter(
     if new.trained_on and old.trained_on:
         record_backbone(new, old.trained_on)
     set_peft_model_state_dict(model, weights, adapter_name=adapter_name)
-
-
-def _token_lists(indices: Any) -> list[list[int]]:
-    """`trainable_token_indices`, whatever its table is called: an adapter knows it by path once it is attached."""
-    return sorted(map(list, indices.values())) if isinstance(indices, dict) else [list(indices)] if indices else []

@@ -349,3 +349,13 @@ def test_ids_on_another_device_than_the_table() -> None:
     site = model.get_base_model().get_input_embeddings()
     away = site._adapt(torch.empty(1, 3, site.out_features, device="meta"), ["first"], torch.tensor([[1, 60, 5]]))
     assert away.is_meta
+
+
+def test_which_came_first_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that reads images and videos in methods of other names."""
+    monkeypatch.setattr("peft_crome.mixed_batch.METHODS", {})
+    model, batch = image_and_video("qwen2_vl")
+    model = with_adapters(model)
+    with pytest.raises(ValueError, match=r"\['image', 'video'\] came, and which came first is not known"):
+        model(**batch, adapter_names=["first", "second"])
+    logits(model, {**batch, "adapter_names": ["first", "first"]})  # whichever: all rows have one adapter

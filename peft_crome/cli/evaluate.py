@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
-from uuid import uuid4
 
 import typer
 from rich.table import Table
 
+from ..new_file import new_file
 from .app import console, fail, place
 from .options import COLUMN, IMAGES, pairs
 
@@ -79,8 +79,10 @@ def evaluate(
         }
         record = {"directory": directory, "data": data, "max_new_tokens": max_new_tokens, "scores": plain}
         try:
-            _write(output, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in _lines(rows, answers)))
-            _write(_scores_file(output), json.dumps(record, indent=2, allow_nan=False) + "\n")
+            with new_file(output) as file:
+                file.writelines(f"{json.dumps(line, ensure_ascii=False)}\n" for line in _lines(rows, answers))
+            with new_file(_scores_file(output)) as file:
+                file.write(json.dumps(record, indent=2, allow_nan=False) + "\n")
         except OSError as error:
             fail(error)
 
@@ -109,22 +111,6 @@ def _check_output(output: Path) -> None:
             raise FileExistsError(f"--output: {path} is there already, and nothing is overwritten. Name another.")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"--output {output}: {folder} is no folder that you may write to. Name another one.")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and over none."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    if path.exists():
-        raise FileExistsError(
-            f"{path} was not there before and is now. It stays; what was to be in it is {temporary}."
-        )
-    temporary.replace(path)
 
 
 def _load(directory: str, device: str | None) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from ..training import recipe as recipes
+from ..training import RecipeError, recipe_file
 from .announce import say
 from .app import console, fail
 from .train import Settings
@@ -52,26 +52,26 @@ def plan(
         device = devices.find_gpu(gpu)
         if recipe is not None:
             if backbone or vision or qformer or quantization or image_size or stage != "pretrain":
-                raise recipes.RecipeError(
+                raise RecipeError(
                     "A recipe says what its model is. Change its keys: --set backbones.quantization=4bit."
                 )
-            parsed = recipes.load_recipe(recipe, recipes.parse_overrides(settings or []) | UNREAD)
+            parsed = recipe_file.load_recipe(recipe, recipe_file.parse_overrides(settings or []) | UNREAD)
             gradient_checkpointing = gradient_checkpointing or parsed.training.gradient_checkpointing
             length = length or parsed.training.max_length
             model = planning.recipe_skeleton(parsed)
         elif backbone is None:
-            raise recipes.RecipeError("Name a recipe, or models: peft-crome plan --backbone NAME --vision NAME.")
+            raise RecipeError("Name a recipe, or models: peft-crome plan --backbone NAME --vision NAME.")
         elif vision is not None:
             values = {"preset": stage, "backbones": {"language": backbone, **said}, **UNREAD}
-            model = planning.recipe_skeleton(recipes.load_recipe(values))
+            model = planning.recipe_skeleton(recipe_file.load_recipe(values))
         elif qformer or image_size or stage != "pretrain":
-            raise recipes.RecipeError("--qformer, --stage and --image-size are for a tower. Name it: --vision NAME.")
+            raise RecipeError("--qformer, --stage and --image-size are for a tower. Name it: --vision NAME.")
         else:
             model = planning.model_skeleton(backbone, dtype, quantization)
         picture = planning.tokens_per_picture(model)
         tokens = length or picture + planning.TEXT_TOKENS
         if tokens <= picture:
-            raise recipes.RecipeError(f"--length {tokens}: a picture alone takes {picture} tokens. Write more.")
+            raise RecipeError(f"--length {tokens}: a picture alone takes {picture} tokens. Write more.")
         found = list(planning.costs(model, device, tokens, gradient_checkpointing=gradient_checkpointing))
     except (OSError, ValueError, NotPredictable) as error:
         fail(error)

@@ -17,8 +17,8 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
+from ..new_file import new_file
 from .files import stream
 from .formats import ROLES, kept_turns, own_image, parse, role_of, row_name, turns_key, value_of
 from .image_paths import ImageFolders
@@ -234,28 +234,21 @@ def write_fixed(
     check_copy(path, output)
     folders = ImageFolders(images if images is not None else path.parent)
     patients = {patient.number: patient for patient in findings.patients}
-    # Not by `tempfile`, whose files are their owner's alone: others may share the folder.
-    temporary = output.with_name(f".{output.name}.{uuid4().hex}.tmp")
     lines = output.suffix == ".jsonl"
     written = mended = 0
-    try:
-        # What UTF-8 cannot hold is written as the escape that it is in JSON.
-        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            for number, row in enumerate(stream(path)):
-                patient = patients.get(number)
-                if patient is not None:
-                    if not all(fault.mended for fault in patient.faults) or turns_key(row) == "prompt":
-                        continue
-                    row = _mend(row, number, folders)
-                    mended += 1
-                file.write("" if lines else "[\n" if written == 0 else ",\n")
-                file.write(_as_json(row))
-                file.write("\n" if lines else "")
-                written += 1
-            file.write("" if lines else "\n]\n" if written else "[]\n")
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(output) as file:
+        for number, row in enumerate(stream(path)):
+            patient = patients.get(number)
+            if patient is not None:
+                if not all(fault.mended for fault in patient.faults) or turns_key(row) == "prompt":
+                    continue
+                row = _mend(row, number, folders)
+                mended += 1
+            file.write("" if lines else "[\n" if written == 0 else ",\n")
+            file.write(_as_json(row))
+            file.write("\n" if lines else "")
+            written += 1
+        file.write("" if lines else "\n]\n" if written else "[]\n")
     return written, mended
 
 

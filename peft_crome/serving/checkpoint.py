@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 
 from ..backbone import original_module
+from ..checks import is_of_another_method
 from ..fold import why_not_foldable
 from ..provenance import backbone_name
 from ..tuner import CromeLayer, CromeWeights
 from ..vlm import CromeVLMForConditionalGeneration
 
+OWN = (CromeLayer, CromeWeights)
 CARD = """# {name}, with a CROME adapter's text branch in its embedding table
 
 An ordinary checkpoint: whatever runs {name} runs this. It is one half of the adapted model. The other half is the
@@ -81,7 +82,7 @@ def _check(model: PeftModel) -> None:
         )
     if any(site.merged or site._merge_names for site in sites):
         raise ValueError("The adapter is merged already. Write model.unmerge_adapter() first.")
-    others = [name for name, m in model.get_base_model().named_modules() if _of_another_method(m)]
+    others = [name for name, m in model.get_base_model().named_modules() if is_of_another_method(m, OWN)]
     if others:
         raise ValueError(
             f"{others[:3]} ({len(others)} in all) carry adapters of another PEFT method, which are no part of an "
@@ -99,10 +100,6 @@ def _check(model: PeftModel) -> None:
             f"{trained} has a copy for each adapter (modules_to_save or trainable_token_indices), and a checkpoint "
             "has one. Write model.merge_and_unload() and save what it returns, or train without these."
         )
-
-
-def _of_another_method(module: torch.nn.Module) -> bool:
-    return isinstance(module, BaseTunerLayer) and not isinstance(module, (CromeLayer, CromeWeights))
 
 
 def _is_table(site: CromeLayer) -> bool:

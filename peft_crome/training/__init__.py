@@ -18,7 +18,8 @@ from .memory import NotPredictable, StepCost, StepSize, predict_step
 from .metrics import METRICS, exact_match, references, score
 from .planning import model_skeleton, recipe_skeleton
 from .preflight import Preflight
-from .recipe import Recipe, RecipeError, load_recipe
+from .recipe import Recipe, RecipeError
+from .recipe_file import load_recipe
 from .run import train
 from .stages import STAGES, Stage, count_trained, modules_to_save
 from .trainer import CromeTrainer, training_arguments

@@ -1,22 +1,20 @@
-"""A recipe: one YAML file that says what a stage trains, on what, how long. Validated before anything is loaded."""
+"""What a recipe says: what a stage trains, on what, how long. Validated before anything is loaded."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
-from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from jinja2 import Environment, TemplateSyntaxError
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
+    NonNegativeFloat,
+    PositiveFloat,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -25,9 +23,8 @@ from transformers import InstructBlipQFormerConfig
 
 from ..data.sources import check_columns
 from ..data.templates import CHAT_TEMPLATES
-from .stages import STAGES
 
-PRESETS = tuple(STAGES)
+Share = Annotated[float, Field(ge=0, lt=1)]
 Metric = Literal["exact_match", "vqa_accuracy", "multiple_choice", "cider", "rouge_l", "bleu", "chrf"]
 # Of TrainingArguments, what a recipe says in words of its own.
 OWNED = (
@@ -38,31 +35,6 @@ OWNED = (
     "length_column_name", "accelerator_config", "ddp_find_unused_parameters", "ignore_data_skip",
     "average_tokens_across_devices",
 )  # fmt: skip
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-5 as text, and people mean a number; quoted text stays text. No key stands twice."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """A mapping as it is written, before `<<` puts others' keys into it."""
-        node = super().compose_mapping_node(anchor)
-        first: dict[tuple[str, str], yaml.Node] = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            before = first.setdefault((key.tag, key.value), key)
-            if before is not key:
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"the key {key.value!r} stands in line {before.start_mark.line + 1} and again in line "
-                    f"{key.start_mark.line + 1}, so one of them would be left aside; take one out",
-                    key.start_mark,
-                )
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 class RecipeError(ValueError):
@@ -183,14 +155,7 @@ class Images(_Section):
     )
     resample: Literal["bicubic", "bilinear"] | None = Field(default=None, description="None: the tower's processor's.")
     mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-
-    @field_validator("std")
-    @classmethod
-    def _divides(cls, std: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if std is not None and min(std) <= 0:
-            raise ValueError("pixels are divided by these; expected three numbers above 0")
-        return std
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
 
 
 class Source(_Section):
@@ -294,12 +259,12 @@ class Training(_Section):
     epochs: float | None = Field(default=None, gt=0)
     max_steps: int | None = Field(default=None, ge=1)
     learning_rate: float = Field(default=1e-5, gt=0, description="The peak.")
-    learning_rates: dict[Literal["adapter", "image_projection", "text_projection", "qformer"], float] = Field(
-        default_factory=dict, description="Other peaks, by part."
+    learning_rates: dict[Literal["adapter", "image_projection", "text_projection", "qformer"], NonNegativeFloat] = (
+        Field(default_factory=dict, description="Other peaks, by part.")
     )
     initial_learning_rate: float = Field(default=1e-8, ge=0, description="Where the warm-up starts.")
     warmup_steps: int = Field(default=1000, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: float = Field(default=0.05, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping.")
     max_length: int | None = Field(default=None, ge=1, description="Tokens per row, longer ones are cut at the end.")
@@ -311,21 +276,6 @@ class Training(_Section):
     )
     seed: int = Field(default=0, ge=0, lt=2**32)
     arguments: dict[str, Any] = Field(default_factory=dict, description="Further arguments of TrainingArguments.")
-
-    @field_validator("betas")
-    @classmethod
-    def _shares(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("expected two numbers from 0 to below 1, as [0.9, 0.999]")
-        return betas
-
-    @field_validator("learning_rates")
-    @classmethod
-    def _rates(cls, rates: dict[str, float]) -> dict[str, float]:
-        wrong = [part for part, rate in rates.items() if rate < 0]
-        if wrong:
-            raise ValueError(f"{wrong} are below 0; expected numbers from 0 on")
-        return rates
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -431,158 +381,8 @@ def _check_jinja(template: str) -> None:
         ) from error
 
 
-def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read and validate a recipe.
-
-    Args:
-        source: a YAML file, the name of a preset ("pretrain", "instruct", "finetune"), or a mapping. A `preset:` key
-            takes over everything that is not said otherwise.
-        overrides: dotted keys and their values: {"training.max_steps": 100}.
-    Raises:
-        RecipeError: lists each key that is unknown, missing or has a wrong value.
-        FileNotFoundError: there is neither such a file nor such a preset.
-    """
-    values, name = _read(source)
-    preset, said = values.pop("preset", None), _own(values)
-    if preset is not None:
-        if preset not in PRESETS:
-            raise RecipeError(f"{name}: preset={preset!r} is unknown; expected one of {list(PRESETS)}.")
-        values = _merge(yaml.load(preset_text(preset), _Loader), values)
-    for key, value in (overrides or {}).items():
-        for place in (values, said):
-            _set(place, key, _own(value), name)
-            if key == "backbones.vision" and "backbones.instructblip" not in (overrides or {}):
-                place["backbones"].pop("instructblip", None)
-    if preset is not None:
-        _leave_out_what_was_for_others(preset, values, said)
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
-        raise RecipeError("\n".join([f"{name} is not a valid recipe:", *(f"  {line}" for line in lines)])) from None
-
-
-def preset_text(name: str) -> str:
-    """The YAML of a preset, to be copied and completed."""
-    return (files(__package__) / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-
-
-def parse_overrides(settings: list[str]) -> dict[str, Any]:
-    """Command-line settings, "training.max_steps=100", as `load_recipe` takes them; values are YAML.
-
-    Raises:
-        RecipeError: a setting has no "=" or no key, or its value is not YAML.
-
-    Example:
-        >>> parse_overrides(["training.max_steps=100", "previous=null"])
-        {'training.max_steps': 100, 'previous': None}
-    """
-    overrides = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key.strip():
-            raise RecipeError(f"--set {setting!r} is no setting; write --set training.max_steps=100.")
-        try:
-            overrides[key.strip()] = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {setting!r}: the value is not YAML ({error}).") from error
-    return overrides
-
-
-def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    if isinstance(source, Mapping):
-        return _own(source), "the recipe"
-    path = Path(source)
-    if str(source) in PRESETS and not path.is_file():
-        return {"preset": str(source)}, f"preset {source!r}"
-    if path.is_file():
-        name = str(path)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{name} is no text in UTF-8 ({error}); expected a recipe in YAML.") from error
-    else:
-        raise FileNotFoundError(f"{source} is neither a file nor a preset; presets are {list(PRESETS)}.")
-    try:
-        values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{name} holds {type(values).__name__}; expected keys such as `stage: pretrain`.")
-    return values, name
-
-
-def _leave_out_what_was_for_others(preset: str, values: dict[str, Any], said: Mapping[str, Any]) -> None:
-    """What a preset says for its own backbones is not for those that a recipe names instead."""
-    backbones = said.get("backbones")
-    if not isinstance(backbones, Mapping):
-        return
-    before = yaml.load(preset_text(preset), _Loader)
-    own = before.get("backbones", {}).get("instructblip")
-    if "vision" in backbones and "instructblip" not in backbones:
-        values["backbones"].pop("instructblip", None)
-    if backbones.get("vision") is not None or backbones.get("instructblip", own) != own:
-        images = said.get("images")
-        for section, given, keys in (
-            ("backbones", backbones, ("image_size", "vision_feature_layer")),
-            ("images", images if isinstance(images, Mapping) else {}, ("mean", "std")),
-        ):
-            for key in keys:
-                if key not in given and isinstance(values.get(section), dict):
-                    values[section].pop(key, None)  # another tower has its own
-    language = str(backbones.get("language", "vicuna")).lower()
-    if "chat_template" not in said and "vicuna" not in language:
-        values.pop("chat_template", None)  # the presets' is Vicuna's
-
-
-def _own(value: Any) -> Any:
-    """A copy of mappings and lists, down to the last: overrides are put into it, and the caller's stay as they are."""
-    if isinstance(value, Mapping):
-        return {key: _own(item) for key, item in value.items()}
-    return [_own(item) for item in value] if isinstance(value, list) else value
-
-
-def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _set(values: dict[str, Any], key: str, value: Any, name: str) -> None:
-    *path, last = key.split(".")
-    place: Any = values
-    for number, word in enumerate(path):
-        if isinstance(place, list) and word.isdigit() and int(word) < len(place):
-            place = place[int(word)]
-            continue
-        if not isinstance(place, dict):
-            raise RecipeError(f"{name}: cannot set {key!r}: {'.'.join(path[:number])} has no keys.")
-        if place.get(word) is None:
-            place[word] = {}
-        place = place[word]
-    if isinstance(place, list) and last.isdigit() and int(last) < len(place):
-        place[int(last)] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
-        raise RecipeError(f"{name}: cannot set {key!r}: {'.'.join(path)} has no such entry.")
-
-
-def _explain(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"]) or "recipe"
-    if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(detail["loc"][-1]), _keys(detail["loc"][:-1]), n=1)
-        return f"{key}: no such key" + (f"; did you mean {near[0]!r}?" if near else "")
-    if detail["type"] == "missing":
-        return f"{key}: missing"
-    message = detail["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(detail["input"], Mapping) else f" (given: {detail['input']!r})"
-    return f"{key}: {message}{given}"
-
-
-def _keys(location: tuple[Any, ...]) -> list[str]:
+def keys_at(location: tuple[Any, ...]) -> list[str]:
+    """The keys that a section has; `location` is pydantic's, with numbers for entries of a list."""
     sections = {
         "backbones": Backbones, "adapter": Adapter, "images": Images, "data": Data, "mixture": Mixture,
         "feature_cache": FeatureCache, "evaluation": Evaluation, "evaluation.data": Questions,

@@ -29,6 +29,7 @@ def rows(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         inner = sections(field.annotation)
         kind = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(field.annotation)).replace("|", "or")
+        kind = re.sub(r"Annotated\[(\w+)(, \w+\(([^()]|\([^()]*\))*\))+\]", r"\1", kind)  # bounds are in the messages
         value = field.get_default(call_default_factory=True)
         default = "required" if value is PydanticUndefined else "" if inner else f"`{value!r}`"
         if inner:

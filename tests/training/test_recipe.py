@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from peft_crome.training import RecipeError, load_recipe
-from peft_crome.training.recipe import PRESETS, parse_overrides, preset_text
+from peft_crome.training.recipe_file import PRESETS, parse_overrides, preset_text
 
 COMPLETE = {"output": "out", "data": [{"path": "rows.json"}]}
 
@@ -106,13 +106,16 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
         ({"chat_template": "vicunna"}, r"chat_template='vicunna' is neither one of \['vicuna', 'plain', 't5'\] nor"),
         ({"chat_template": "{{ messages"}, r"chat_template is no sound Jinja: .*\(its line 1\)\. Mend it, or write"),
         ({"training": {"seed": -1}}, r"training.seed: .*greater than or equal to 0 \(given: -1\)"),
-        ({"training": {"betas": [2, 3]}}, r"training.betas: expected two numbers from 0 to below 1"),
+        ({"training": {"betas": [2, 3]}}, r"training.betas.0: .*less than 1 \(given: 2\)"),
         ({"training": {"learning_rate": float("inf")}}, r"training.learning_rate: .*finite number"),
         ({"training": {"learning_rate": float("nan")}}, r"training.learning_rate: .*\(given: nan\)"),
-        ({"training": {"learning_rates": {"adapter": -1}}}, r"training.learning_rates: \['adapter'\] are below 0"),
+        (
+            {"training": {"learning_rates": {"adapter": -1}}},
+            r"training.learning_rates.adapter: .*greater than or equal to 0",
+        ),
         ({"training": {"batch_size": True}}, r"training.batch_size: expected a number; YAML's yes .*\(given: True\)"),
         ({"training": {"epochs": True}}, r"training.epochs: expected a number"),
-        ({"images": {"std": [0, 0, 0]}}, r"images.std: pixels are divided by these; expected three numbers above 0"),
+        ({"images": {"std": [0, 0, 0]}}, r"images.std.0: .*greater than 0"),
         ({"stage": "finetune"}, "`finetune` trains the adapter alone; give `previous`"),
         ({"backbones": None}, "give `previous`, the directory of the stage before, or `backbones`"),
     ],
@@ -167,8 +170,8 @@ def test_what_is_given_stays_as_it_is() -> None:
     assert load_recipe(values).training.batch_size == 8
 
 
-def test_home_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+def test_home_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     recipe = load_recipe(
         {
             "preset": "instruct",
@@ -183,7 +186,7 @@ def test_home_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None
     )
     said = recipe.model_dump_json()
     assert "~" not in said
-    assert said.count('"/home/me/') == 10
+    assert said.count(f'"{tmp_path}/') == 10
     assert recipe.data[1].path == "a/b"
 
 

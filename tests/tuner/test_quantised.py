@@ -11,6 +11,7 @@ import transformers as tf
 from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 
+from peft_crome.backbone import embedding_rms
 from tests.tuner.helpers import (
     FILE_KEYS,
     KEYS,
@@ -143,3 +144,18 @@ def test_merge_folds_the_text_branch_of_a_quantised_backbone(kind: str, checkpoi
     batch = wide_llava().batch
     expected = logits(model.eval(), batch)
     torch.testing.assert_close(logits(model.merge_and_unload(), batch), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [bnb.nn.Embedding8bit, bnb.nn.Embedding4bit])
+def test_scale_of_a_packed_embedding_table(packed: type[nn.Embedding]) -> None:
+    """Its weight is integers; what it gives are embeddings."""
+    weight = 3 * torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    table: nn.Embedding = nn.Embedding(2000, 64, _weight=weight)
+    model = nn.Module()
+    model.get_input_embeddings = lambda: table
+    expected = embedding_rms(model)
+    table = packed(2000, 64)
+    table.load_state_dict({"weight": weight})
+    table = table.to("cpu")
+    assert not table.weight.is_floating_point()
+    assert embedding_rms(model) == pytest.approx(expected, rel=0.02)
