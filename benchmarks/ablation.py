@@ -6,7 +6,8 @@
 
 Every run: 200 caption steps with the projection, 200 question steps without it (the projection alone keeps training),
 the same pictures and questions in the same order. A run's result is written when it ends; a second call goes on with
-the next one. The backbones are held in the dtype that the machine is fast in, which the table tells.
+the next one, in the same dtype. The first call holds the backbones in the dtype that the machine is fast in, which the
+table tells.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from benchmarks.interleaved import machine, markdown
 from benchmarks.variants import SOFT_TOKENS, VARIANTS, Variant
 from examples.easy_vqa import data, quickstart
 from examples.easy_vqa.evaluation import answer, score
-from examples.easy_vqa.model import PROJECTION, backbone, processor, vision_features
+from examples.easy_vqa.model import PROJECTION, backbone, frozen_dtype, processor, vision_features
 from examples.easy_vqa.training import Stage, fit, write_json
 
 matplotlib.use("Agg")
@@ -55,8 +56,9 @@ def run_one(
     align: Stage = quickstart.ALIGN,
     finetune: Stage = quickstart.FINETUNE,
     sample: dict[str, int] = SAMPLE,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Both stages and the answers of one variant and seed."""
+    """Both stages and the answers of one variant and seed; `dtype` is that of the backbones, else the fast one."""
     shared = processor()
     if variant.soft_prompt:
         shared = copy.copy(shared)
@@ -64,7 +66,7 @@ def run_one(
         shared.chat_template = soft + shared.chat_template
     train, test = (vision_features(split, shared.image_processor) for split in ("train", "test"))
     torch.manual_seed(seed)
-    composite = backbone("projection")
+    composite = backbone("projection", dtype)
     model = variant.attach(composite, train[:100])
     own = [parameter.requires_grad_(True) for parameter in model.parameters() if parameter.requires_grad]
     projection = list(getattr(composite, PROJECTION).parameters())
@@ -99,6 +101,21 @@ def file_of(variant: Variant, seed: int, results: Path = RESULTS) -> Path:
     """Where a run's record goes."""
     words = "".join(letter if letter.isalnum() else " " for letter in variant.name.lower()).split()
     return results / f"{'-'.join(words)}-seed{seed}.json"
+
+
+def dtype_of_all(results: Path = RESULTS) -> torch.dtype:
+    """What the records that are there were held in, so that rows compare; without any, what this machine is fast in.
+
+    Raises:
+        ValueError: The records have several; their rows do not compare.
+    """
+    found = sorted({json.loads(file.read_text())["dtype"] for file in results.glob("*-seed*.json")})
+    if len(found) > 1:
+        raise ValueError(
+            f"{results} has records in {' and '.join(found)}, whose rows do not compare. "
+            "Move those of one dtype elsewhere, or give --results another folder."
+        )
+    return getattr(torch, found[0]) if found else frozen_dtype()
 
 
 def write_report(results: Path = RESULTS) -> None:
@@ -170,11 +187,11 @@ def _replace(path: Path, write: Any) -> None:
     temporary.replace(path)
 
 
-def _run_to_file(name: str, seed: int, results: Path, threads: int) -> str:
+def _run_to_file(name: str, seed: int, results: Path, threads: int, dtype: torch.dtype | None) -> str:
     """A run in a process of its own, which is told the variant's name: a variant's functions cannot be pickled."""
     torch.set_num_threads(threads)
     variant = next(variant for variant in VARIANTS if variant.name == name)
-    write_json(file_of(variant, seed, results), run_one(variant, seed))
+    write_json(file_of(variant, seed, results), run_one(variant, seed, dtype=dtype))
     return f"{name}, seed {seed}"
 
 
@@ -187,9 +204,10 @@ def main(
     """Run what is not done yet."""
     left = [] if report else [run for run in plan(seeds) if not file_of(*run, results).is_file()]
     threads = max(1, torch.get_num_threads() // processes)
+    dtype = dtype_of_all(results) if left else None
     # Spawned: what PyTorch's threads hold does not survive a fork.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        runs = [pool.submit(_run_to_file, variant.name, seed, results, threads) for variant, seed in left]
+        runs = [pool.submit(_run_to_file, variant.name, seed, results, threads, dtype) for variant, seed in left]
         for number, run in enumerate(as_completed(runs), start=1):
             console.print(f"[bold]{run.result()}[/bold]: {number} of {len(runs)}")
             write_report(results)

@@ -53,13 +53,16 @@ def nf4() -> BitsAndBytesConfig:
     )
 
 
-def backbone(method: str) -> CromeVLMForConditionalGeneration:
-    """Both frozen backbones (the language model in nf4 for "crome-4bit") and a fresh projection in fp32."""
+def backbone(method: str, dtype: torch.dtype | None = None) -> CromeVLMForConditionalGeneration:
+    """Both frozen backbones (the language model in nf4 for "crome-4bit") and a fresh projection in fp32.
+
+    Without `dtype` the backbones are held in the one that this machine is fast in.
+    """
     model = CromeVLMForConditionalGeneration.from_backbones(
         vision=str(dinov2_small()),
         language=str(smollm2()),
         quantization_config=nf4() if method == "crome-4bit" else None,
-        dtype=frozen_dtype(),
+        dtype=dtype or frozen_dtype(),
         vision_pool_size=POOL_SIZE,
     )
     model.image_projection.float()

@@ -11,6 +11,7 @@ from peft import get_peft_model
 from benchmarks import ablation
 from benchmarks.variants import EQUAL, INITIALISATIONS, OWN_UP, VARIANTS, Bottleneck, by_hooks, table_rms
 from examples.easy_vqa import quickstart
+from examples.easy_vqa.model import frozen_dtype
 from peft_crome import CromeConfig
 from tests.vlm.conftest import build, make_batch
 
@@ -57,6 +58,16 @@ def test_every_run_has_a_file_of_its_own() -> None:
     assert len(set(files)) == len(files) == 10 * 3 + 9
 
 
+def test_a_second_call_goes_on_in_the_dtype_of_the_records(tmp_path: Path) -> None:
+    assert ablation.dtype_of_all(tmp_path) == frozen_dtype()
+    for dtype in ("float32", "bfloat16"):
+        (tmp_path / "crome-seed0.json").write_text(json.dumps({"dtype": dtype}))
+        assert ablation.dtype_of_all(tmp_path) == getattr(torch, dtype)
+    (tmp_path / "ia3-seed1.json").write_text(json.dumps({"dtype": "float32"}))
+    with pytest.raises(ValueError, match="bfloat16 and float32, whose rows do not compare"):
+        ablation.dtype_of_all(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "trained"),
@@ -73,7 +84,8 @@ def test_variant_trains_what_it_says(name: str, trained: int, tmp_path: Path) ->
     align = replace(quickstart.ALIGN, steps=2, pictures_per_step=2)
     finetune = replace(quickstart.FINETUNE, steps=2, pictures_per_step=2)
     variant = BY_NAME[name]
-    record = ablation.run_one(variant, 0, align, finetune, {"what": 4, "yes/no": 4})
+    record = ablation.run_one(variant, 0, align, finetune, {"what": 4, "yes/no": 4}, torch.float32)
+    assert record["dtype"] == "float32"
     assert record["finetune"]["trained_parameters"] == trained
     projection = 0 if name == "projection alone" else 221_760
     assert record["align"]["trained_parameters"] == trained + projection
