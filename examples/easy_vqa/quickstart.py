@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from . import data, report
@@ -102,11 +104,13 @@ def answer_again(output: Path) -> None:
 
 
 def _ask_again_in_fresh_process(output: Path, questions: list[dict[str, Any]], answers: list[str]) -> int:
-    # The first batch, whole: in another batch, bf16 would round differently.
+    # The first batch, whole, on as many threads: otherwise bf16 would round differently.
     order = sorted(range(len(questions)), key=lambda i: questions[i]["image_id"])[:RELOADED]
     chosen, first = [questions[i] for i in order], [answers[i] for i in order]
     write_json(output / "again.json", chosen)
-    subprocess.run([sys.executable, "-m", "examples.easy_vqa", "answer-again", str(output)], check=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "examples.easy_vqa", "answer-again", str(output)]
+    subprocess.run(command, check=True, env=environment)
     again = json.loads((output / "answered-again.json").read_text())
     different = [(row, a, b) for row, a, b in zip(chosen, first, again, strict=True) if a != b]
     if different:

@@ -11,7 +11,7 @@ from examples.mixture import experiment as mixture
 def test_both_sets_are_learnt(tmp_path, monkeypatch):
     """Questions of both are answered in kind; what is right at full size is in benchmarks/results/mixture."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the stages' own processes: other tests run beside them
-    results = mixture.run(tmp_path, {"pretrain": 30, "finetune": 35}, rows=4, test_rows=48)
+    results = mixture.run(tmp_path, {"pretrain": 60, "finetune": 80}, rows=8, test_rows=48)
     print(json.dumps(results, indent=1))
     before, after = (results[stage]["easy_vqa"] for stage in ("pretrain", "finetune"))
     assert after["accuracy"] > before["accuracy"] + 3 * after["stderr"], results
