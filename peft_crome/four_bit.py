@@ -1,6 +1,6 @@
 """bitsandbytes' 4-bit layers on a CPU with AVX-512 BF16, where they repack their weights when they are evaluated.
 
-What is repacked lets no gradient through, and nothing says so (bitsandbytes 0.50.2, `Linear4bit.forward` and
+What is repacked lets no gradient through, of which PyTorch only warns (bitsandbytes 0.50.2, `Linear4bit.forward` and
 `matmul_4bit`): a model that was asked something, or evaluated between two steps, would not train on. A layer whose
 sizes do not fit the other order fails. On other devices nothing is repacked.
 """
@@ -17,23 +17,19 @@ ROWS = 32  # that the other order puts together
 BLOCK = 64  # weights to a scale, unless the layer's state says otherwise
 
 
-def let_gradients_through(model: nn.Module) -> None:
-    """Have repacked layers go back to the usual order when a gradient has to pass; evaluation is as fast as before."""
-    for module in _repacking(model):
-        if _unpack not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_unpack)
+def mend_repacking(model: nn.Module) -> None:
+    """Have layers that fit go back to the usual order when a gradient has to pass, and keep others from repacking.
 
-
-def repack_what_fits(model: nn.Module) -> None:
-    """Keep layers whose sizes do not fit the other order (the MLP of SigLIP so400m) from being repacked."""
-    for module in _repacking(model):
+    Evaluation is as fast as before. Sizes that do not fit are those of the MLP of SigLIP so400m, for one.
+    """
+    for module in model.modules():
+        if not getattr(module, REPACKS, False):
+            continue
         block = getattr(getattr(module.weight, "quant_state", None), "blocksize", BLOCK)
         if module.out_features % ROWS or module.in_features % block:
             setattr(module, REPACKS, False)
-
-
-def _repacking(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if getattr(module, REPACKS, False)]
+        elif _unpack not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_unpack)
 
 
 def _unpack(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:

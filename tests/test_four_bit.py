@@ -13,9 +13,10 @@ import transformers as tf
 from torch import nn
 
 from peft_crome import CromeVLMForConditionalGeneration
-from peft_crome.four_bit import REPACKS, repack_what_fits
+from peft_crome.four_bit import REPACKS, mend_repacking
 from tests.tuner.helpers import KEYS, attach, crome_weight, logits, randomise
-from tests.tuner.test_quantised import quantised, wide_llava
+from tests.tuner.test_quantised import QUANTISATION, quantised, wide_llava
+from tests.zoo.llava import llava
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -51,6 +52,17 @@ def test_gradients_pass_where_the_base_was_evaluated_before(tmp_path: Path) -> N
     assert all(gradient.abs().max() > 0 for gradient in gradients(model).values())
 
 
+def test_host_of_sizes_that_do_not_fit(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 80}
+    case = llava(vision=sizes, hidden_size=64, intermediate_size=112)
+    case.model.save_pretrained(tmp_path)
+    base = tf.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=QUANTISATION["nf4"], dtype=torch.float32, device_map="cpu"
+    )
+    model = attach(base)
+    assert torch.isfinite(logits(model.eval(), case.batch)).all()
+
+
 def test_projection_of_a_composite_trains_after_an_evaluation(tmp_path: Path) -> None:
     """Without PEFT, and with a tower and a language model of sizes that bitsandbytes cannot repack."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}
@@ -80,5 +92,5 @@ def test_projection_of_a_composite_trains_after_an_evaluation(tmp_path: Path) ->
 def test_only_sizes_that_fit_are_repacked(in_features: int, out_features: int, fits: bool) -> None:
     layer = linear(in_features, out_features).eval()
     setattr(layer, REPACKS, True)  # as on a CPU that repacks
-    repack_what_fits(layer)
+    mend_repacking(layer)
     assert getattr(layer, REPACKS) is fits

@@ -69,8 +69,8 @@ def test_adapter_on_real_backbone_trains_and_reloads_equal(quantization_config, 
             forward(get_peft_model(base, CromeConfig()), batches[0])[1], expected, rtol=0, atol=0
         )
 
-    # A new model: on CPUs with AVX512-BF16, bitsandbytes 0.50.2 packs 4-bit weights at the first evaluation, and its
-    # kernel for packed weights has no backward, so nothing before such a layer gets a gradient any more.
+    # A new model: on CPUs with AVX512-BF16, bitsandbytes 0.50.2 packs 4-bit weights at the first evaluation, which
+    # rounds their scales.
     base = backbone(quantization_config)
     base.save_pretrained(tmp_path / "composite")
     model = get_peft_model(base, CromeConfig())

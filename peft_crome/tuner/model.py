@@ -21,7 +21,7 @@ from ..backbone import (
     placeholder_ids,
     replace_everywhere,
 )
-from ..four_bit import let_gradients_through
+from ..four_bit import mend_repacking
 from ..guard import arm, disarm
 from ..mixed_batch import rows_with_adapters
 from ..provenance import backbone_name, describe_backbone, record_backbone
@@ -97,7 +97,7 @@ class CromeModel(BaseTuner):
                 parameter.requires_grad_(requires_grad)
             raise
         config.__dict__.pop("_file", None)  # its weights come next; a later use of this configuration is for another
-        let_gradients_through(model)
+        mend_repacking(model)
         arm(model, getattr(model, WEIGHTS_NAME))
 
     def _check_target_module_exists(self, peft_config: CromeConfig, key: str) -> bool:  # type: ignore[override]

@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from ..four_bit import let_gradients_through, repack_what_fits
+from ..four_bit import mend_repacking
 from ..positions import check_positions
 from .configuration_crome_vlm import CromeVLMConfig
 from .fingerprint import Samples
@@ -83,8 +83,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             language_model if language_model is not None else auto_class.from_config(config.text_config)
         )
         check_takes_embeddings(self.language_model)
-        repack_what_fits(self)
-        let_gradients_through(self)
+        mend_repacking(self)
         self.vision_layout = infer_layout(config)
         self.num_patch_tokens = self.vision_layout.num_selected(
             config.vision_feature_select_strategy, config.vision_pool_size
