@@ -53,18 +53,18 @@ console = Console()
 def run_one(
     variant: Variant,
     seed: int,
+    dtype: torch.dtype,
     align: Stage = quickstart.ALIGN,
     finetune: Stage = quickstart.FINETUNE,
     sample: dict[str, int] = SAMPLE,
-    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Both stages and the answers of one variant and seed; `dtype` is that of the backbones, else the fast one."""
+    """Both stages and the answers of one variant and seed, with the backbones in `dtype`."""
     shared = processor()
     if variant.soft_prompt:
         shared = copy.copy(shared)
         soft = "".join(shared.tokenizer.convert_ids_to_tokens(SOFT_TOKENS))
         shared.chat_template = soft + shared.chat_template
-    train, test = (vision_features(split, shared.image_processor) for split in ("train", "test"))
+    train, test = (vision_features(split, shared.image_processor, dtype) for split in ("train", "test"))
     torch.manual_seed(seed)
     composite = backbone("projection", dtype)
     model = variant.attach(composite, train[:100])
@@ -187,11 +187,11 @@ def _replace(path: Path, write: Any) -> None:
     temporary.replace(path)
 
 
-def _run_to_file(name: str, seed: int, results: Path, threads: int, dtype: torch.dtype | None) -> str:
+def _run_to_file(name: str, seed: int, results: Path, threads: int, dtype: torch.dtype) -> str:
     """A run in a process of its own, which is told the variant's name: a variant's functions cannot be pickled."""
     torch.set_num_threads(threads)
     variant = next(variant for variant in VARIANTS if variant.name == name)
-    write_json(file_of(variant, seed, results), run_one(variant, seed, dtype=dtype))
+    write_json(file_of(variant, seed, results), run_one(variant, seed, dtype))
     return f"{name}, seed {seed}"
 
 
@@ -202,9 +202,11 @@ def main(
     results: Annotated[Path, typer.Option(help="Where records, table and plot go.")] = RESULTS,
 ) -> None:
     """Run what is not done yet."""
-    left = [] if report else [run for run in plan(seeds) if not file_of(*run, results).is_file()]
+    if report:
+        return write_report(results)
+    left = [run for run in plan(seeds) if not file_of(*run, results).is_file()]
+    dtype = dtype_of_all(results)
     threads = max(1, torch.get_num_threads() // processes)
-    dtype = dtype_of_all(results) if left else None
     # Spawned: what PyTorch's threads hold does not survive a fork.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         runs = [pool.submit(_run_to_file, variant.name, seed, results, threads, dtype) for variant, seed in left]

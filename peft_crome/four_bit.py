@@ -14,13 +14,13 @@ from torch import nn
 
 REPACKS = "support_avx512bf16_for_cpu"  # the layer's own switch
 ROWS = 32  # that the other order puts together
-BLOCK = 64  # weights to a scale, unless the layer's state says otherwise
+BLOCK = 64  # weights to a scale, in a layer that is not quantised yet
 
 
 def mend_repacking(model: nn.Module) -> None:
     """Have layers that fit go back to the usual order when a gradient has to pass, and keep others from repacking.
 
-    Evaluation is as fast as before. Sizes that do not fit are those of the MLP of SigLIP so400m, for one.
+    An evaluation packs anew what fits. What does not: the MLP of SigLIP so400m (1152 and 4304), for one.
     """
     for module in model.modules():
         if not getattr(module, REPACKS, False):

@@ -21,10 +21,6 @@ from tests.zoo.llava import llava
 bnb = pytest.importorskip("bitsandbytes")
 
 
-def linear(in_features: int, out_features: int) -> nn.Module:
-    return bnb.nn.Linear4bit(in_features, out_features, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
-
-
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     model.train().zero_grad()
     model(**wide_llava().batch).loss.backward()
@@ -90,7 +86,7 @@ def test_projection_of_a_composite_trains_after_an_evaluation(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("in_features", "out_features", "fits"), [(64, 32, True), (64, 48, False), (96, 32, False)])
 def test_only_sizes_that_fit_are_repacked(in_features: int, out_features: int, fits: bool) -> None:
-    layer = linear(in_features, out_features).eval()
+    layer = bnb.nn.Linear4bit(in_features, out_features).to("cpu")
     setattr(layer, REPACKS, True)  # as on a CPU that repacks
     mend_repacking(layer)
     assert getattr(layer, REPACKS) is fits

@@ -124,19 +124,24 @@ def load_stage(directory: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def vision_features(split: str, image_processor: Any) -> torch.Tensor:
-    """The frozen tower's pooled features of all pictures of a split, (pictures, 16, 384) fp16, computed once."""
-    path = cache_dir() / f"features-{split}-{dinov2_small().name}-112px-pool{POOL_SIZE}.safetensors"
+def vision_features(split: str, image_processor: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The frozen tower's pooled features of all pictures of a split, (pictures, 16, 384) fp16, computed once.
+
+    `dtype` is the tower's, as in `backbone`.
+    """
+    dtype = dtype or frozen_dtype()
+    held = str(dtype).removeprefix("torch.")
+    path = cache_dir() / f"features-{split}-{dinov2_small().name}-112px-pool{POOL_SIZE}-{held}.safetensors"
     with FileLock(path.with_suffix(".lock")):  # minutes of work, which another process may be at
         if not path.is_file():
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            save_file({"features": _compute_features(split, image_processor)}, temporary)
+            save_file({"features": _compute_features(split, image_processor, dtype)}, temporary)
             os.replace(temporary, path)
     return load_file(path)["features"]
 
 
-def _compute_features(split: str, image_processor: Any) -> torch.Tensor:
-    model = backbone("projection").eval()
+def _compute_features(split: str, image_processor: Any, dtype: torch.dtype) -> torch.Tensor:
+    model = backbone("projection", dtype).eval()
     folder = easy_vqa_dir() / split / "images"
     count = len(list(folder.glob("*.png")))
     batches = []

@@ -84,7 +84,7 @@ def test_variant_trains_what_it_says(name: str, trained: int, tmp_path: Path) ->
     align = replace(quickstart.ALIGN, steps=2, pictures_per_step=2)
     finetune = replace(quickstart.FINETUNE, steps=2, pictures_per_step=2)
     variant = BY_NAME[name]
-    record = ablation.run_one(variant, 0, align, finetune, {"what": 4, "yes/no": 4}, torch.float32)
+    record = ablation.run_one(variant, 0, torch.float32, align, finetune, {"what": 4, "yes/no": 4})
     assert record["dtype"] == "float32"
     assert record["finetune"]["trained_parameters"] == trained
     projection = 0 if name == "projection alone" else 221_760
