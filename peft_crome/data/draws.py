@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from itertools import count
 from typing import Any
 
@@ -105,10 +106,13 @@ class DrawStream(IterableDataset):
                 yield {**row, DRAW: draw, COUNTS: True} if draw >= self.done else {DRAWN: True}
 
     def _passes(self) -> Iterator[dict[str, Any]]:
+        rows = deepcopy(
+            self.rows
+        )  # `datasets` holds the epoch in memory that all workers share: one would set another's
         for number in count():
-            self.rows.set_epoch(number)
+            rows.set_epoch(number)
             some = False
-            for batch in self.rows.iter(batch_size=READ_AT_ONCE):  # iter(self.rows) would divide them by itself
+            for batch in rows.iter(batch_size=READ_AT_ONCE):  # iter(rows) would divide them by itself
                 some = True
                 for values in zip(*batch.values(), strict=True):
                     yield dict(zip(batch, values, strict=True))

@@ -4,13 +4,14 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import IterableDataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from peft_crome.data import Augmentation, load_rows
+from peft_crome.data import Augmentation, load_rows, mix
 from peft_crome.data.draws import DrawOrder, Draws, DrawStream
 from peft_crome.data.lengths import row_lengths
 
@@ -69,6 +70,31 @@ def test_stream_is_the_same_by_any_number_of_workers_and_has_no_end(workers: int
     assert batches[0] == [{"drawn": True}] * 2
     seen = [(row["id"], row["draw"]) for batch in batches[1:] for row in batch]
     assert seen == [(2, 2), (3, 3), (4, 4), (0, 5), (1, 6), (2, 7), (3, 8), (4, 9)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_order_of_a_stream_is_not_changed_by_another_reader(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` shares an epoch between workers: one that is late would set another, which is passes ahead, back."""
+    sets = [IterableDataset.from_generator(numbered), IterableDataset.from_generator(numbered)]
+    stream = DrawStream(mix(sets, [0.5, 0.5], seed=0), block=1)
+
+    def read() -> list[int]:
+        loader = iter(DataLoader(stream, batch_size=None, num_workers=workers))
+        return [next(loader)["id"] for _ in range(60)]
+
+    expected = read()
+    assert stream.rows.epoch == 0
+    original = IterableDataset.iter
+
+    def late(self: IterableDataset, batch_size: int) -> Iterator[dict[str, Any]]:
+        stream.rows.set_epoch(0)  # what another worker does right now
+        return original(self, batch_size)
+
+    monkeypatch.setattr(IterableDataset, "iter", late)
+    assert read() == expected
+    stream.rows.set_epoch(0)
+    first = [row["id"] for row in stream.rows]
+    assert expected[: len(first)] == first != expected[len(first) : 2 * len(first)], "each pass has another order"
 
 
 def numbered() -> Iterator[dict[str, int]]:
