@@ -21,7 +21,7 @@ from .model import frozen_dtype
 from .parts import dinov2_small, easy_vqa_dir, smollm2
 from .training import write_json
 
-SIZES = {"pretrain": 200, "instruct": 200, "finetune": 100}  # optimiser steps
+SIZES = {"pretrain": 200, "instruct": 600, "finetune": 100}  # optimiser steps
 ROWS = {"pretrain": 16, "instruct": 8, "finetune": 8}  # of a step
 QFORMER = {
     "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768,
@@ -100,8 +100,8 @@ def recipe(stage: str, output: Path, folder: Path, steps: int, rows: int, previo
     return values
 
 
-def evaluate(directory: Path, stage: str, folder: Path) -> dict[str, float]:
-    """Exact match of a stage's test questions, in a fresh process."""
+def evaluate(directory: Path, stage: str, folder: Path) -> dict[str, Any]:
+    """`scores` of a stage's test questions, answered in a fresh process."""
     answers = directory.parent / f"{directory.name}-on-{stage}.jsonl"
     if not answers.is_file():
         images = ["--images", str(easy_vqa_dir() / "test" / "images")]
@@ -115,13 +115,38 @@ def evaluate(directory: Path, stage: str, folder: Path) -> dict[str, float]:
             "--output",
             str(answers),
         )
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    return scores([row["answer"] for row in rows], [row["expected"] for row in rows])
+
+
+def scores(answers: list[str], expected: list[str]) -> dict[str, Any]:
+    """Exact match of all questions; where some are answered by yes or no and others by a word, also of each kind."""
     from peft_crome.training import exact_match
 
-    rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    return exact_match([row["answer"] for row in rows], [row["expected"] for row in rows])
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for said, wanted in zip(answers, expected, strict=True):
+        kinds.setdefault("yes/no" if wanted in ("yes", "no") else "what", []).append((said, wanted))
+    found: dict[str, Any] = exact_match(answers, expected)
+    if len(kinds) > 1:
+        found["kinds"] = {kind: exact_match(*zip(*pairs, strict=True)) for kind, pairs in sorted(kinds.items())}
+    return found
 
 
-def untrained(file: Path, stage: str, folder: Path) -> dict[str, float]:
+def by_words(stage: str, folder: Path) -> dict[str, Any]:
+    """`scores` of the most frequent answer to each question's text, which needs no picture."""
+    train, test = (
+        [
+            {"question": ask["value"].removeprefix("<image>\n"), "answer": answer["value"]}
+            for row in json.loads((folder / f"{stage}-{split}.json").read_text())
+            for ask, answer in zip(row["conversations"][::2], row["conversations"][1::2], strict=True)
+        ]
+        for split in ("train", "test")
+    )
+    answers = data.blind_baselines(train, test)["best answer to each question text"]
+    return scores(answers, [row["answer"] for row in test])
+
+
+def untrained(file: Path, stage: str, folder: Path) -> dict[str, Any]:
     """The same before any training, when there is no directory yet."""
     answers = file.with_name(f"untrained-on-{stage}.json")
     from peft_crome import training
@@ -132,7 +157,7 @@ def untrained(file: Path, stage: str, folder: Path) -> dict[str, float]:
         model, processor, _ = training.build(training.load_recipe(file))
         settings = {"system": data.SYSTEM, "batch_size": 32, "max_new_tokens": 8}
         write_json(answers, training.generate_answers(model, processor, rows, **settings))
-    return training.exact_match(json.loads(answers.read_text()), training.references(rows))
+    return scores(json.loads(answers.read_text()), training.references(rows))
 
 
 def _run(*arguments: str) -> None:
@@ -169,7 +194,8 @@ def run(
         after = evaluate(output / stage, stage, folder)
         kept = {key: record[key] for key in ("trained", "steps", "seconds")}
         kept["settings"] = settings_of(record["recipe"])
-        results.append({"stage": stage, "asked": KINDS[stage], "before": before, "after": after, **kept})
+        asked = {"asked": KINDS[stage], "by words alone": by_words(stage, folder), "before": before, "after": after}
+        results.append({"stage": stage, **asked, **kept})
         write_json(output / "results.json", results)
         previous = stage
     return results
@@ -196,5 +222,9 @@ def report(output: Path, test_questions: int, scale: float) -> None:
     for row in run(output, sizes, test_questions):
         before = f"{row['before']['accuracy']:.1%} ± {row['before']['stderr']:.1%}"
         after = f"{row['after']['accuracy']:.1%} ± {row['after']['stderr']:.1%} of {row['after']['n']}"
-        trained = sum(row["trained"].values())
+        trained, words = sum(row["trained"].values()), row["by words alone"]
         print(f"{row['stage']}: {row['asked']} {before} -> {after}; {trained:,} weights, {row['steps']} steps")
+        print(f"    by words alone, without a picture: {words['accuracy']:.1%}")
+        for kind, found in row["after"].get("kinds", {}).items():
+            alone = words["kinds"][kind]["accuracy"]
+            print(f"    {kind}: {found['accuracy']:.1%} of {found['n']} (by words alone {alone:.1%})")

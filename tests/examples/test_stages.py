@@ -38,6 +38,11 @@ def test_each_stage_improves_what_it_is_for(tmp_path, monkeypatch):
     print(json.dumps(results, indent=1))
     for row in results:
         assert row["after"]["accuracy"] > row["before"]["accuracy"] + 3 * row["after"]["stderr"], row
+    captions, questions, shapes = (row["by words alone"] for row in results)
+    assert captions["accuracy"] < 0.15, "there are 24 captions"
+    assert 0.2 < shapes["accuracy"] < 0.5, "there are three shapes"
+    assert questions["kinds"]["what"]["accuracy"] < 0.5 < questions["kinds"]["yes/no"]["accuracy"]
+    assert sum(kind["n"] for kind in results[1]["after"]["kinds"].values()) == results[1]["after"]["n"]
     trained = [list(row["trained"]) for row in results]
     assert trained[1] == ["image_projection", "qformer", "text_projection", "adapter"]
     assert results[2]["trained"] == {"adapter": 5 * 576 * 256}
