@@ -19,6 +19,7 @@ ALONE = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
 ACCELERATE += ["--num_processes", "2"]  # with --cpu, accelerate starts one process unless it is given MPI
+ACCELERATE += ["--main_process_port", "0"]  # any that is free
 
 
 def start(launcher: list[str], values: dict[str, Any], file: Path) -> subprocess.Popen[bytes]:
