@@ -25,10 +25,12 @@ CAPTION_REQUEST = "Describe the picture."
 def load_questions(split: str) -> list[dict[str, Any]]:
     """The official questions of "train" or "test": question, answer, image_id, kind ("what" or "yes/no")."""
     rows = json.loads((easy_vqa_dir() / split / "questions.json").read_text())
-    return [
-        {"question": q, "answer": a, "image_id": i, "kind": "yes/no" if a in ("yes", "no") else "what"}
-        for q, a, i in rows
-    ]
+    return [{"question": q, "answer": a, "image_id": i, "kind": kind_of(a)} for q, a, i in rows]
+
+
+def kind_of(answer: str) -> str:
+    """Of `KINDS`, the one of a question with this answer."""
+    return "yes/no" if answer in ("yes", "no") else "what"
 
 
 def yes_no_group(row: dict[str, Any]) -> str | None:

@@ -125,7 +125,7 @@ def scores(answers: list[str], expected: list[str]) -> dict[str, Any]:
 
     kinds: dict[str, list[tuple[str, str]]] = {}
     for said, wanted in zip(answers, expected, strict=True):
-        kinds.setdefault("yes/no" if wanted in ("yes", "no") else "what", []).append((said, wanted))
+        kinds.setdefault(data.kind_of(wanted), []).append((said, wanted))
     found: dict[str, Any] = exact_match(answers, expected)
     if len(kinds) > 1:
         found["kinds"] = {kind: exact_match(*zip(*pairs, strict=True)) for kind, pairs in sorted(kinds.items())}

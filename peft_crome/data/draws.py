@@ -106,9 +106,8 @@ class DrawStream(IterableDataset):
                 yield {**row, DRAW: draw, COUNTS: True} if draw >= self.done else {DRAWN: True}
 
     def _passes(self) -> Iterator[dict[str, Any]]:
-        rows = deepcopy(
-            self.rows
-        )  # `datasets` holds the epoch in memory that all workers share: one would set another's
+        # `datasets` holds the epoch in memory that all workers share: one would set another's.
+        rows = deepcopy(self.rows)
         for number in count():
             rows.set_epoch(number)
             some = False
