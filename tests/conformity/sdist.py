@@ -43,6 +43,8 @@ def unpack(cache: Path, target: Path) -> Path:
         archive.unlink()
         raise ValueError(f"{archive.name} has sha256 {found}, expected {KNOWN[peft.__version__]}. It was removed.")
     with tarfile.open(archive) as file:
-        file.extractall(target, filter="data")
+        # The argument `filter` came with Python 3.11.4; Debian 12 has 3.11.2.
+        file.extraction_filter = getattr(tarfile, "data_filter", None)
+        file.extractall(target)
     (target / name / "tests" / "__init__.py").touch()  # its modules import one another as a package
     return target / name
