@@ -1,0 +1,172 @@
+"""What an adapter costs the language model on plain text: the loss with the adapter on, and off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tqdm.auto import tqdm
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Mean loss on plain text, in nats a token.
+
+    Attributes:
+        adapted: with the active adapters.
+        base: without them.
+        cost: adapted - base; 0.0 exactly where the adapters do not touch text.
+        adapted_stderr, base_stderr, cost_stderr: standard errors over the chunks; NaN for a single chunk.
+        tokens: how many were predicted.
+        chunks: how many pieces the text was cut into.
+    """
+
+    adapted: float
+    base: float
+    cost: float
+    adapted_stderr: float
+    base_stderr: float
+    cost_stderr: float
+    tokens: int
+    chunks: int
+
+
+@torch.no_grad()
+def text_loss(
+    model: Any, tokenizer: Any, text: str, *, chunk_tokens: int = 512, batch_size: int = 4, progress: bool = True
+) -> TextLoss:
+    """Measure a model's loss on a text without images, with its adapters and without them.
+
+    The text is cut into chunks, and each token of a chunk is predicted from those before it. An encoder-decoder reads
+    the first half of a chunk and predicts the second.
+
+    Args:
+        model: a model that generates text, with adapters of any PEFT method or none; a composite or a host.
+        tokenizer: the model's.
+        text: plain text; 50,000 tokens or more give a small standard error.
+        chunk_tokens: tokens of a chunk.
+        batch_size: chunks at a time.
+        progress: show a bar.
+    Returns:
+        The losses. The model is left in the mode it was in, module by module.
+    Raises:
+        ValueError: the text has fewer than two tokens.
+    """
+    # Not the tokenizer's own call, which warns of a text that is longer than the model reads at once.
+    ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
+    if len(ids) < 2:
+        raise ValueError(f"The text has {len(ids)} tokens, and a loss takes two. Pass a longer text.")
+    chunks = [ids[first : first + chunk_tokens] for first in range(0, len(ids), chunk_tokens)]
+    if len(chunks[-1]) < 2:
+        chunks.pop()
+    encoder_decoder = _config(model).is_encoder_decoder
+    start = (
+        [] if encoder_decoder or tokenizer("a").input_ids[0] != tokenizer.bos_token_id else [tokenizer.bos_token_id]
+    )
+    sums: dict[bool, list[float]] = {True: [], False: []}
+    counts: list[int] = []
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        for first in tqdm(range(0, len(chunks), batch_size), desc="text loss", leave=False, disable=not progress):
+            batch = _batch(chunks[first : first + batch_size], start, encoder_decoder, model.device)
+            targets = batch["labels"] if encoder_decoder else batch["labels"][:, 1:]
+            counts += (targets != IGNORED).sum(-1).tolist()
+            sums[True] += _row_losses(model, batch, targets, encoder_decoder)
+            with adapters_off(model):
+                sums[False] += _row_losses(model, batch, targets, encoder_decoder)
+    finally:
+        for module in training:
+            module.training = True
+    differences = [on - off for on, off in zip(sums[True], sums[False], strict=True)]
+    (adapted, adapted_stderr), (base, base_stderr), (cost, cost_stderr) = (
+        _mean(values, counts) for values in (sums[True], sums[False], differences)
+    )
+    return TextLoss(
+        adapted=adapted,
+        base=base,
+        cost=cost,
+        adapted_stderr=adapted_stderr,
+        base_stderr=base_stderr,
+        cost_stderr=cost_stderr,
+        tokens=sum(counts),
+        chunks=len(chunks),
+    )
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Turn the adapters of a model off, whichever way they were attached, and on again those that were on."""
+    if isinstance(model, PeftModel):  # prompt tuning and its kin have no layers
+        with model.disable_adapter():
+            yield
+        return
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    active = [layer for layer in layers if not layer.disable_adapters]
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for layer in active:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in active:
+            layer.enable_adapters(True)
+        for parameter, requires_grad in trains:
+            parameter.requires_grad_(requires_grad)
+
+
+def _config(model: Any) -> Any:
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).config
+
+
+def _batch(chunks: list[list[int]], start: list[int], encoder_decoder: bool, device: Any) -> dict[str, torch.Tensor]:
+    """Padded on the right; `labels` has a token that counts, and IGNORED elsewhere."""
+    if not encoder_decoder:
+        ids, mask = _padded([start + chunk for chunk in chunks], 0)
+        labels = ids.masked_fill(mask == 0, IGNORED)
+    else:
+        ids, mask = _padded([chunk[: len(chunk) // 2] for chunk in chunks], 0)
+        labels, _ = _padded([chunk[len(chunk) // 2 :] for chunk in chunks], IGNORED)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _padded(rows: list[list[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors = [torch.tensor(row) for row in rows]
+    mask = [torch.ones_like(row) for row in tensors]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(tensors, batch_first=True, padding_value=value), pad(mask, batch_first=True)
+
+
+def _row_losses(
+    model: Any, batch: dict[str, torch.Tensor], targets: torch.Tensor, encoder_decoder: bool
+) -> list[float]:
+    """The loss of each row, summed over its tokens in float32."""
+    given = batch if encoder_decoder else {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**given).logits
+    logits = logits[:, -batch["input_ids"].shape[1] :]  # prompt tuning puts virtual tokens before the text
+    logits = logits if encoder_decoder else logits[:, :-1]
+    return [
+        float(F.cross_entropy(row.float(), target.to(row.device), ignore_index=IGNORED, reduction="sum"))
+        for row, target in zip(logits, targets, strict=True)
+    ]
+
+
+def _mean(sums: Iterable[float], counts: list[int]) -> tuple[float, float]:
+    """The mean over all tokens, and its standard error over the chunks, weighted by their tokens."""
+    values = list(sums)
+    total, count = sum(counts), len(counts)
+    mean = sum(values) / total
+    if count < 2:
+        return mean, math.nan
+    square = sum((value - mean * tokens) ** 2 for value, tokens in zip(values, counts, strict=True))
+    return mean, math.sqrt(square * count / (count - 1)) / total
