@@ -87,9 +87,8 @@ def look(
     if prompt is None:
         return View(str(adapter), report)
     network, processor = load_with_backbone(report, model, device)
-    sees = ({branch for _, layer in crome_layers(network) for branch in layer.branches} - {"text"}) | from_pictures(
-        network
-    )
+    layers = list(crome_layers(network))
+    sees = ({branch for _, layer in layers for branch in layer.branches} - {"text"}) | from_pictures(layers)
     if pictures and not sees:
         raise ValueError(
             f"{adapter} has no branch that reads pictures, only {[b.branch for b in report.branches]}. Leave the "

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTo
 
 from peft_crome import CromeConfig
 from tests.tuner.helpers import (
+    BOTH,
     KEYS,
     assert_equal,
     attach,
@@ -60,8 +61,6 @@ def test_modules_to_save_reload_equal_and_unload(names: list[str], tmp_path: Pat
     with model.disable_adapter():
         assert_equal(logits(model, host.batch), base)
 
-    merged = loaded.merge_and_unload()
-    torch.testing.assert_close(logits(merged, host.batch), expected, atol=1e-4, rtol=1e-4)
     unloaded = model.unload()
     assert not [path for path, _ in unloaded.named_modules() if "crome" in path or "modules_to_save" in path]
 
@@ -70,7 +69,7 @@ def test_modules_to_save_in_two_adapters_are_two_copies() -> None:
     host = llava()
     config = {"bottleneck_dim": 4, "modules_to_save": ["multi_modal_projector"]}
     model = attach(host.model, modules_to_save=["multi_modal_projector"])
-    model.add_adapter("other", CromeConfig(**config))
+    model.add_adapter("other", CromeConfig(branches=BOTH, **config))
     randomise(model)
     train_steps(model, host.batch)
     copies = f"base_model.model.{PROJECTOR}.base_layer.modules_to_save"
@@ -113,7 +112,7 @@ def test_a_configuration_can_be_used_for_another_model() -> None:
 )
 def test_a_table_that_trains_folds_when_it_is_unloaded(config: dict) -> None:
     host = llava()
-    model = attach(host.model, **config)
+    model = attach(host.model, branches=["text"], **config)
     randomise(model)
     train_steps(model, host.batch)
     expected = logits(model.eval(), host.batch)

@@ -12,7 +12,17 @@ from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, load_peft_w
 from torch import nn
 
 from peft_crome import CromeConfig, CromeLayer
-from tests.tuner.helpers import FILE_KEYS, adapted, assert_equal, attach, crome_weight, file_keys, logits, trainable
+from tests.tuner.helpers import (
+    BOTH,
+    FILE_KEYS,
+    adapted,
+    assert_equal,
+    attach,
+    crome_weight,
+    file_keys,
+    logits,
+    trainable,
+)
 from tests.zoo.case import TEXT, Batch, words
 from tests.zoo.llava import llava
 
@@ -118,7 +128,7 @@ def test_auto_model_for_causal_lm_loads_a_text_only_host(tmp_path: Path) -> None
 def test_transformers_add_adapter_attaches_and_saves(tmp_path: Path, saved: tuple) -> None:
     path, _, _, batch = saved
     model = base(path)
-    model.add_adapter(CromeConfig(bottleneck_dim=4, init_weights=False))
+    model.add_adapter(CromeConfig(branches=BOTH, bottleneck_dim=4, init_weights=False))
     expected = logits(model, batch)
     assert not torch.allclose(expected, logits(base(path), batch))
     model.save_pretrained(tmp_path)
