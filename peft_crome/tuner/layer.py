@@ -142,15 +142,13 @@ class CromeLayer(Mergeable):
 
     other_param_names = ("branches_of",)  # deleted with an adapter; the weights are `CromeWeights`'
 
-    def __init__(
-        self, base_layer: nn.Module, weights: CromeWeights, hidden_size: int, placeholders: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, weights: CromeWeights, hidden_size: int) -> None:
         super().__init__()
         self.base_layer = base_layer
         self._weights = (weights,)  # in a tuple: referred to, not registered a second time
         weights.sites += 1
         self.branches_of: dict[str, dict[str, TokenRanges]] = {}
-        self.placeholders = placeholders
+        self.placeholders: tuple[int, ...] = ()
         widths = (getattr(base_layer, name, None) for name in ("in_features", "num_embeddings"))
         self.in_features = next((width for width in widths if isinstance(width, int)), hidden_size)
         self.out_features = hidden_size

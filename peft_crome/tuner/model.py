@@ -18,6 +18,7 @@ from ..backbone import (
     embedding_rms,
     embedding_rows,
     input_embeddings,
+    original_module,
     placeholder_ids,
     replace_everywhere,
 )
@@ -131,14 +132,13 @@ class CromeModel(BaseTuner):
                 linear.to(device=None if on_meta else device, dtype=dtype)
             weights.train(self.model.training)
         if not isinstance(target, CromeLayer):
-            is_table = (
-                isinstance(target, nn.Embedding) and "text" in self._branches_of[current_key]
-            )  # Ovis 2 has a table of images as well
-            placeholders = placeholder_ids(self.model) if is_table else ()
-            target = CromeLayer(target, weights, self._hidden_size, placeholders)
+            target = CromeLayer(target, weights, self._hidden_size)
             target.train(self.model.training)
             replace_everywhere(self.model, target.base_layer, target)
-        target.branches_of[adapter_name] = self._branches_of[current_key]
+        branches = target.branches_of[adapter_name] = self._branches_of[current_key]
+        # Ovis 2 has a table of images as well.
+        if "text" in branches and isinstance(original_module(target.get_base_layer()), nn.Embedding):
+            target.placeholders = placeholder_ids(self.model)
         target._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

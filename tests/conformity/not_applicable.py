@@ -16,11 +16,6 @@ NOT_APPLICABLE: dict[str, list[str]] = {
     "It loads a pickle without being told to. CROME refuses one, which may hold code, unless use_safetensors=False.": [
         r"_pickle\[",
     ],
-    "All adapters on a model share one set of sites, which one error says.": [
-        r"non_overlapping_modules\[",
-        r"test_set_requires_grad\[",
-        r"different_target_layers|partly_overlapping_target_layers",
-    ],
     "Adapters with a gate are not linear: there is no weighted sum of two of them.": [
         r"weighted",
     ],

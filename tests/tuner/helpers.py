@@ -24,8 +24,8 @@ FILE_KEYS = [f"base_model.model.crome.{name}.weight" for name in KEYS]
 
 def attach(model: nn.Module, adapter_name: str = "default", **config: Any) -> PeftModel:
     """With both branches where nothing else is said: what holds for them holds for the default, one of the two."""
-    config.setdefault("branches", BOTH)
-    return get_peft_model(model, CromeConfig(bottleneck_dim=M, **config), adapter_name=adapter_name)
+    config = {"bottleneck_dim": M, "branches": BOTH, **config}
+    return get_peft_model(model, CromeConfig(**config), adapter_name=adapter_name)
 
 
 def crome_weight(model: nn.Module, name: str, adapter: str = "default") -> nn.Parameter:
