@@ -22,6 +22,7 @@ def answer(
     questions: list[dict[str, Any]],
     batch_size: int = 64,
     description: str = "answering",
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
     """Greedy free generation, one answer per question; a picture is read once for all its questions in a batch.
 
@@ -64,7 +65,7 @@ def answer(
             past_key_values=read.past_key_values,
             # The number 1, generate's own choice, slices a view; PyTorch then copies the head's weight for each row.
             logits_to_keep=torch.tensor([-1], device=model.device),
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=max_new_tokens,
             do_sample=False,
         )
         texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
@@ -75,19 +76,20 @@ def answer(
 
 def score(questions: list[dict[str, Any]], answers: list[str]) -> dict[str, dict[str, float]]:
     """Exact match by kind: kind -> accuracy, standard error, n."""
-    return _accuracies(data.KINDS, [row["kind"] for row in questions], questions, answers)
+    return accuracies(data.KINDS, [row["kind"] for row in questions], questions, answers)
 
 
 def score_yes_no(questions: list[dict[str, Any]], answers: list[str]) -> dict[str, dict[str, float]]:
     """Exact match of the yes/no questions by wording and truth: who answers by the wording alone is right where the
     thing asked for is not shown, and wrong where it is."""
     groups = [data.yes_no_group(row) for row in questions]
-    return _accuracies(data.YES_NO_GROUPS, groups, questions, answers)
+    return accuracies(data.YES_NO_GROUPS, groups, questions, answers)
 
 
-def _accuracies(
+def accuracies(
     names: tuple[str, ...], groups: list[str | None], questions: list[dict[str, Any]], answers: list[str]
 ) -> dict[str, dict[str, float]]:
+    """Exact match of the questions of each group: name -> accuracy, standard error, n; groups without any left out."""
     result = {}
     for name in names:
         rows = zip(groups, questions, answers, strict=True)
