@@ -106,7 +106,9 @@ def summarise(results: Path) -> list[dict[str, Any]]:
         weights = f"{own[0]['align']['trained_parameters']:,} / {own[0]['finetune']['trained_parameters']:,}"
         scores = [record["score"] for record in own]
         cells = [NAMES[method], len(own), _each(scores, "what"), _each(scores, "yes/no")]
-        cells += [*language.columns([r["language"] for r in own if "language" in r]), f"{minutes:.0f}", weights]
+        measured = records if method == "projection" else own
+        columns = language.base_columns if method == "projection" else language.columns
+        cells += [*columns([r["language"] for r in measured if "language" in r]), f"{minutes:.0f}", weights]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", f"| yes/no questions | {' | '.join(data.YES_NO_GROUPS)} |", "| --- | --- | --- | --- | --- |"]
     for method in METHODS:

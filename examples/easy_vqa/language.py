@@ -75,5 +75,17 @@ def columns(kept: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def base_columns(kept: list[dict[str, Any]]) -> list[str]:
+    """The same cells for a projection alone, which attaches nothing to the language model.
+
+    Args:
+        kept: what `language_kept` returned for any method; what it measured without the adapter is shown.
+    """
+    if not kept:
+        return ["-", "-", "-"]
+    base = f"{kept[0]['text_loss']['base']:.3f}"
+    return [f"{base} (nothing attached)", base, f'"{kept[0]["base_answer"]}"']
+
+
 def _range(costs: list[float]) -> str:
     return f"+{min(costs):.3f} to +{max(costs):.3f}"
