@@ -102,7 +102,7 @@ def file_of(method: str, seed: int, results: Path = RESULTS) -> Path:
 
 
 def write_report(results: Path = RESULTS) -> str:
-    """Write the table of the records that are there, and return it; into the docs as well from the repository's own."""
+    """Write the table of the records that are there, and return it; the repository's own go into the docs too."""
     records = [json.loads(file.read_text()) for file in sorted(results.glob("*-seed*.json"))]
     header = ["", "seeds", *TESTS, "text loss, with", "without", "capital of France", "minutes (a) + (b)", "weights"]
     rows = []
