@@ -1,4 +1,4 @@
-"""Emoji as a task: 725 objects in 30 kinds, drawn by Google and by Twitter; to name an object or its kind.
+"""Emoji as a task: to name the kind of an object; 725 objects in 30 kinds, drawn by Google and by Twitter.
 
 The drawings are Noto Emoji (Google, Apache-2.0) and Twemoji (Twitter, CC-BY 4.0), from npm's `emoji-datasource-google`
 and `emoji-datasource-twitter`.
@@ -21,8 +21,7 @@ from examples.easy_vqa.model import cached_features
 from examples.easy_vqa.parts import fetch
 
 VENDORS = ("google", "twitter")
-ASK_KIND = "What kind of thing is this?"
-ASK_NAME = "What is this?"
+QUESTION = "What kind of thing is this?"
 SIDE = 64  # pixels
 VIEWS = 8  # of each of Google's drawings, to train on; the first is the drawing as it is
 HELD_OUT = 0.25  # of the objects of a kind
@@ -37,7 +36,7 @@ KINDS = {
     "computer": "computer",
     "drink": "drink",
     "event": "celebration",
-    "food-asian": "Asian food",
+    "food-asian": "asian food",
     "food-fruit": "fruit",
     "food-prepared": "dish",
     "food-sweet": "sweet",
@@ -64,10 +63,9 @@ LEFT_OUT = ("People & Body", "Smileys & Emotion", "Symbols", "Flags", "Component
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its number among `things()`, its name and kind in lower case, and its drawings' file name."""
+    """One object: its number among `things()`, its kind in plain words, and its drawings' file name."""
 
     number: int
-    name: str
     kind: str
     image: str
 
@@ -77,10 +75,7 @@ def things() -> tuple[Thing, ...]:
     """The objects, in the order of the file."""
     rows = json.loads((fetch("emoji-datasource-google") / "package" / "emoji.json").read_text())
     kept = [row for row in rows if row["category"] not in LEFT_OUT and row["subcategory"] in KINDS]
-    return tuple(
-        Thing(number, row["name"].lower(), KINDS[row["subcategory"]].lower(), row["image"])
-        for number, row in enumerate(kept)
-    )
+    return tuple(Thing(number, KINDS[row["subcategory"]], row["image"]) for number, row in enumerate(kept))
 
 
 def split(objects: tuple[Thing, ...], seed: int) -> tuple[list[Thing], list[Thing]]:
@@ -129,7 +124,7 @@ def rows(objects: list[Thing], count: int, seed: int, stage: str) -> list[dict[s
     """`count` training rows of one view of an object each; every object comes before one comes again.
 
     Args:
-        stage: "align", where the caption is the object's name; or "finetune", where its kind and name are asked for.
+        stage: "align", where the kind is the drawing's caption; or "finetune", where it is asked for.
     """
     generator = random.Random(seed)
     order: list[Thing] = []
@@ -137,20 +132,14 @@ def rows(objects: list[Thing], count: int, seed: int, stage: str) -> list[dict[s
         order += generator.sample(objects, len(objects))
     result = []
     for thing in order[:count]:
-        turns = [[CAPTION_REQUEST, thing.name]]
-        if stage == "finetune":
-            turns = [[ASK_KIND, thing.kind], [ASK_NAME, thing.name]]
-        result.append({"image_id": thing.number * VIEWS + generator.randrange(VIEWS), "turns": turns})
+        turn = [CAPTION_REQUEST if stage == "align" else QUESTION, thing.kind]
+        result.append({"image_id": thing.number * VIEWS + generator.randrange(VIEWS), "turns": [turn]})
     return result
 
 
-def questions(objects: list[Thing], ask: str) -> list[dict[str, Any]]:
+def questions(objects: list[Thing]) -> list[dict[str, Any]]:
     """Test questions for `evaluation.answer`, whose features have one row per object."""
-    answers = [thing.kind if ask == ASK_KIND else thing.name for thing in objects]
-    return [
-        {"image_id": thing.number, "question": ask, "answer": answer}
-        for thing, answer in zip(objects, answers, strict=True)
-    ]
+    return [{"image_id": thing.number, "question": QUESTION, "answer": thing.kind} for thing in objects]
 
 
 def most_frequent_kind(train: list[Thing]) -> str:

@@ -22,7 +22,6 @@ def answer(
     questions: list[dict[str, Any]],
     batch_size: int = 64,
     description: str = "answering",
-    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
     """Greedy free generation, one answer per question; a picture is read once for all its questions in a batch.
 
@@ -65,7 +64,7 @@ def answer(
             past_key_values=read.past_key_values,
             # The number 1, generate's own choice, slices a view; PyTorch then copies the head's weight for each row.
             logits_to_keep=torch.tensor([-1], device=model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
         )
         texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)

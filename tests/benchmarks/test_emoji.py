@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from benchmarks import emoji, emoji_data
-from benchmarks.emoji_data import ASK_KIND, ASK_NAME, VIEWS, Thing
+from benchmarks.emoji_data import QUESTION, VIEWS, Thing
 
 KINDS = ("bird", "bird", "tool", "drink")
-OBJECTS = tuple(Thing(number, f"thing {number}", KINDS[number % 4], f"{number}.png") for number in range(64))
+OBJECTS = tuple(Thing(number, KINDS[number % 4], f"{number}.png") for number in range(64))
 
 
 def test_a_quarter_of_each_kind_is_held_out() -> None:
@@ -35,16 +35,15 @@ def test_rows_show_every_object_before_one_comes_again(stage: str) -> None:
     by_number = {thing.number: thing for thing in OBJECTS}
     for number, row in zip(shown, rows, strict=True):
         thing = by_number[number]
-        captions = [["Describe the picture.", thing.name]]
-        asked = [[ASK_KIND, thing.kind], [ASK_NAME, thing.name]]
-        assert row["turns"] == (captions if stage == "align" else asked)
+        asked = "Describe the picture." if stage == "align" else QUESTION
+        assert row["turns"] == [[asked, thing.kind]]
     assert rows == emoji_data.rows(train, 2 * len(train), 5, stage)
 
 
-def test_questions_ask_for_the_kind_or_the_name() -> None:
-    first = {"image_id": 0, "question": ASK_KIND, "answer": "bird"}
-    assert emoji_data.questions(list(OBJECTS), ASK_KIND)[0] == first
-    assert emoji_data.questions(list(OBJECTS), ASK_NAME)[0] == {**first, "question": ASK_NAME, "answer": "thing 0"}
+def test_questions_ask_for_the_kind() -> None:
+    asked = emoji_data.questions(list(OBJECTS))
+    assert asked[2] == {"image_id": 2, "question": QUESTION, "answer": "tool"}
+    assert len(asked) == 64
 
 
 def test_drawings_lie_on_white_and_later_views_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
