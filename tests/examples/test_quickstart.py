@@ -154,7 +154,7 @@ def test_quickstart_runs_draws_and_continues_after_an_interruption(tmp_path, mon
     rows = quickstart.run(tmp_path, align, finetune, large=SMALL, small=SMALL)
     assert json.loads((tmp_path / "align" / "record.json").read_text())["resumed"] is True
     assert [row["name"] for row in rows][-1] == "after (b) fine-tune"
-    assert rows[-1]["trained_parameters"] == 737_280
+    assert rows[-1]["trained_parameters"] == 732_672
     assert rows[-1]["score"]["what"]["n"] == 40
     assert "of 60 answers equal" in capsys.readouterr().out
     for picture in ("contact_sheet.png", "learning_curves.png"):
