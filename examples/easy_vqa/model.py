@@ -86,9 +86,8 @@ def adapter_config(method: str, stage: str) -> PeftConfig | None:
         # 748,800 weights, 2.2% more than CROME's 732,672. The regex spares the tower: its layers have the same names.
         target = r".*language_model.*\.(q_proj|v_proj)"
         return LoraConfig(r=13, lora_alpha=26, target_modules=target, modules_to_save=projection)
-    text: dict[str, list[str] | str] = {} if method == "crome" else {"text": ["embed_tokens"]}
-    branches = {**text, "vision": ["vision_fusion"]}
-    return CromeConfig(branches=branches, bottleneck_dim=256 if text else 424, modules_to_save=projection)
+    branches = None if method == "crome" else ["text", "vision"]
+    return CromeConfig(branches=branches, modules_to_save=projection)
 
 
 def attach(method: str, stage: str, previous: Path | None = None) -> torch.nn.Module:
