@@ -292,7 +292,7 @@ class Guard:
         zero: Any = 0.0
         for name, branch in sorted(missed):
             up = self.weights.crome_up[name].weight
-            nothing = torch.zeros(0, self.weights.out_features, dtype=up.dtype, device=up.device)
+            nothing = torch.zeros(0, up.shape[0], dtype=up.dtype, device=up.device)
             zero = zero + self.weights(nothing, branch, name).sum()  # the sum of no embeddings
         for parameter in (p for copy in self.copies for p in copy.parameters() if p.requires_grad):
             zero = zero + parameter.flatten()[:0].sum().to(zero.device)

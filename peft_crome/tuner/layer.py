@@ -55,16 +55,15 @@ class CromeWeights(nn.Module, BaseTunerLayer):
 
     So W_u is one tensor however many sites use it, and a file's keys do not depend on where the sites are. Children,
     each a ModuleDict from adapter name to a CromeLinear: `crome_up` (m -> d), and for each branch of any adapter
-    `crome_gate_<branch>` and `crome_down_<branch>` (d -> m); d is `hidden_size`, the language model's width.
+    `crome_gate_<branch>` and `crome_down_<branch>` (d -> m); d is the language model's width.
     """
 
     weight = bias = None  # BaseTunerLayer would look for them in a base layer, and there is none
 
     other_param_names = ("settings",)  # deleted with an adapter
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.in_features = self.out_features = hidden_size
         self.adapter_layer_names: tuple[str, ...] = ("crome_up",)
         self.crome_up = nn.ModuleDict()
         self.settings: dict[str, tuple[str, float]] = {}  # adapter name -> gate activation, dropout
@@ -84,15 +83,18 @@ class CromeWeights(nn.Module, BaseTunerLayer):
         dicts = {name: getattr(self, name) for name in self.adapter_layer_names}
         return {name: linears[adapter_name] for name, linears in dicts.items() if adapter_name in linears}
 
-    def add(self, adapter_name: str, config: CromeConfig, branches: Iterable[str], rms: float) -> None:
+    def add(
+        self, adapter_name: str, config: CromeConfig, branches: Iterable[str], hidden_size: int, rms: float
+    ) -> None:
         """Create one adapter's weights in fp32: (2·branches + 1)·d·m of them.
 
         Args:
             config: `bottleneck_dim` is filled in.
+            hidden_size: d.
             rms: root mean square of the language model's own embeddings. The scheme "scaled" divides by rms·sqrt(d),
                 so that what enters gate and product has unit variance on text, whatever the backbone's scale.
         """
-        m, hidden_size = config.bottleneck_dim, self.out_features
+        m = config.bottleneck_dim
         assert m is not None
         self.settings[adapter_name] = (config.gate_activation, float(config.dropout))
         for name in ["crome_up", *(kind + branch for branch in branches for kind in (GATE, DOWN))]:

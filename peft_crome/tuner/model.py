@@ -121,11 +121,11 @@ class CromeModel(BaseTuner):
         # All is made here: PEFT puts what this call makes on the meta device for low_cpu_mem_usage, and would take a
         # tuner layer that is there before the first injection for an older adapter.
         if not hasattr(self.model, WEIGHTS_NAME):
-            self.model.add_module(WEIGHTS_NAME, CromeWeights(self._hidden_size))
+            self.model.add_module(WEIGHTS_NAME, CromeWeights())
         weights: CromeWeights = getattr(self.model, WEIGHTS_NAME)
         if adapter_name not in weights.crome_up:
             names = dict.fromkeys(branch for site in self._branches_of.values() for branch in site)
-            weights.add(adapter_name, peft_config, names, embedding_rms(self.model))
+            weights.add(adapter_name, peft_config, names, self._hidden_size, embedding_rms(self.model))
             device, dtype = device_and_dtype(self.model)
             for linear in weights.linears_of(adapter_name).values():
                 on_meta = linear.weight.is_meta  # then it stays there until its weights are loaded

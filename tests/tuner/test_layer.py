@@ -32,9 +32,9 @@ class Site(nn.Module):
 def make_layer(
     *, adapters: dict[str, CromeConfig] | None = None, branch: str = "vision", width: int = D, random: bool = True
 ) -> CromeLayer:
-    weights = CromeWeights(width)
+    weights = CromeWeights()
     for i, (name, config) in enumerate((adapters or {"default": CromeConfig(bottleneck_dim=M_HIDDEN)}).items()):
-        weights.add(name, config, ["text", "vision"], 0.7)
+        weights.add(name, config, ["text", "vision"], width, 0.7)
         if random:
             nn.init.normal_(weights.crome_up[name].weight, generator=torch.Generator().manual_seed(i))
     layer = CromeLayer(Site(), weights, width)
@@ -199,8 +199,8 @@ def test_layer_refuses_what_holds_no_embeddings(output: Any) -> None:
 
 def test_layer_hands_public_attributes_on() -> None:
     table = nn.Embedding(10, D, padding_idx=3)
-    weights = CromeWeights(D)
-    weights.add("default", CromeConfig(bottleneck_dim=2), ["text"], 1.0)
+    weights = CromeWeights()
+    weights.add("default", CromeConfig(bottleneck_dim=2), ["text"], D, 1.0)
     layer = CromeLayer(table, weights, D)
     assert (layer.num_embeddings, layer.padding_idx, layer.in_features, layer.out_features) == (10, 3, 10, D)
     assert layer.weight is table.weight
