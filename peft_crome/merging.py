@@ -135,9 +135,10 @@ def check_allowed(model: nn.Module, sites: list[Any], names: list[str] | None, u
     kept = [name for name, reason in reasons.items() if reason]
     trained = [name for name in folded if isinstance(layers[name].base_layer, AuxiliaryTrainingWrapper)]
     if trained and not unload:
+        remedy = "Keep the adapter attached." if kept else "Write merge_and_unload(), which keeps the trained one."
         raise ValueError(
             f"{trained} trains as well (modules_to_save or trainable_token_indices), and an adapter cannot be "
-            "folded into two copies of a table. Write merge_and_unload(), which keeps the trained one."
+            f"folded into two copies of a table. {remedy}"
         )
     if not folded or (kept and unload):
         raise ValueError(
