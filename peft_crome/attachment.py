@@ -22,13 +22,13 @@ def take_away_old(model: nn.Module, child: str, adapter_name: str, layer_cls: ty
     Returns:
         What was there, for `roll_back`; empty where there was nothing.
     """
-    weights: Any = getattr(model, child, None)
+    weights: Any = model._modules.get(child)
     if weights is None:
         return {}
     layers: list[Any] = [module for module in model.modules() if isinstance(module, layer_cls)]
     if not layers:
         disarm(model)
-        delattr(model, child)
+        del model._modules[child]
         return {}
     if adapter_name not in weights.crome_up:
         return {}
@@ -49,7 +49,7 @@ def roll_back(
         child, layer_cls: as in `take_away_old`.
         old: of `take_away_old`.
     """
-    weights: Any = getattr(model, child, None)
+    weights: Any = model._modules.get(child)
     if weights is not None:
         weights.delete_adapter(adapter_name)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, layer_cls)]
@@ -62,7 +62,7 @@ def roll_back(
             weights.sites -= 1
     if weights is not None and not weights.sites:
         disarm(model)
-        delattr(model, child)
+        del model._modules[child]
     elif old:
         for name, linear in old["linears"].items():
             getattr(weights, name)[adapter_name] = linear

@@ -87,7 +87,7 @@ def check_names(model: nn.Module, child: str, own: type, adapter_name: str, shap
     Raises:
         ValueError: names what is taken, and another name to write.
     """
-    if not isinstance(getattr(model, child, None), (own, type(None))):
+    if not isinstance(model._modules.get(child, getattr(model, child, None)), (own, type(None))):
         raise ValueError(f"{type(model).__name__} has an attribute {child!r} of its own, where CROME's weights go.")
     taken = {part for key in shapes for part in f"base_model.model.{child}.{key}".split(".")}
     no_folder = not adapter_name.strip() or re.search(r"[/\\\x00]", adapter_name)  # PEFT saves to a folder of its name

@@ -19,6 +19,7 @@ from .tuner.layer import DOWN, GATE, CromeLayer, CromeWeights, in_ranges
 TEXT_INPUTS = re.compile(r"(decoder_)?input_ids")
 AUDIO_INPUTS = re.compile(r".*(audio|speech|input_features|input_values).*")
 VISION_INPUTS = re.compile(r".*(pixel_values|image|video|vision|patches).*")
+COMPILED = "_orig_mod"  # what `torch.compile` calls the module that it wraps
 PATIENCE = 20  # forward passes in training that nothing may reach before a warning
 
 Pair = tuple[str, str]  # adapter name, branch
@@ -212,7 +213,9 @@ class Guard:
         self.layers = list(crome_layers(model))
         self.copies = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         self.from_pictures = from_pictures(self.layers)
-        self.unproven = {branch for _, layer in self.layers for branch in layer.branches}
+        # What runs inside a compiled part of a host cannot be watched.
+        seen = [layer for path, layer in self.layers if COMPILED not in path.split(".")]
+        self.unproven = {branch for layer in seen for branch in layer.branches}
         self.patience = PATIENCE
         self.handles = (
             model.register_forward_pre_hook(self.before, with_kwargs=True),
@@ -221,12 +224,12 @@ class Guard:
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin to watch a forward pass in training."""
-        if self._trains(model) and not torch.compiler.is_compiling():
+        if self._trains(model) and not self._is_compiled(model):
             self.weights.observer = Watch()
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         """Prove branches that had input; connect those that met nothing."""
-        if torch.compiler.is_compiling():  # nothing is watched there: what came out says whether anything was reached
+        if self._is_compiled(model):  # nothing is watched there: what came out says whether anything was reached
             if outputs is None or any(x.requires_grad for x in _tensors(outputs)) or not self._trains(model):
                 return None
             return self._connected(outputs, training_pairs(self.weights, self.layers))
@@ -243,6 +246,9 @@ class Guard:
         """Take the hooks off the model."""
         for handle in self.handles:
             handle.remove()
+
+    def _is_compiled(self, model: nn.Module) -> bool:
+        return torch.compiler.is_compiling() or COMPILED in model._modules
 
     def _trains(self, model: nn.Module) -> bool:
         replica = getattr(model, "_is_replica", False)  # nn.DataParallel: sites refer to the first device's weights

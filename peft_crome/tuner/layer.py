@@ -96,6 +96,7 @@ class CromeWeights(nn.Module, BaseTunerLayer):
         """
         m = config.bottleneck_dim
         assert m is not None
+        self.in_features = self.out_features = hidden_size
         self.settings[adapter_name] = (config.gate_activation, float(config.dropout))
         for name in ["crome_up", *(kind + branch for branch in branches for kind in (GATE, DOWN))]:
             if name not in self.adapter_layer_names:
@@ -189,7 +190,7 @@ class CromeLayer(Mergeable):
         if self.disable_adapters or self.merged or not names:
             return output
         adapted = self.adapt(output, names, input_ids)
-        if self._weights[0].observer is not None:
+        if self._weights[0].observer is not None and not torch.compiler.is_compiling():
             self._weights[0].observer.see(self, names, input_ids, adapted)
         return adapted
 

@@ -100,7 +100,7 @@ class CromeModel(BaseTuner):
             raise
         config.__dict__.pop("_file", None)  # its weights come next; a later use of this configuration is for another
         mend_repacking(model)
-        arm(model, getattr(model, WEIGHTS_NAME))
+        arm(model, model._modules[WEIGHTS_NAME])  # type: ignore[arg-type]
 
     def _check_target_module_exists(self, peft_config: CromeConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._branches_of
@@ -120,9 +120,8 @@ class CromeModel(BaseTuner):
     ) -> None:
         # All is made here: PEFT puts what this call makes on the meta device for low_cpu_mem_usage, and would take a
         # tuner layer that is there before the first injection for an older adapter.
-        if not hasattr(self.model, WEIGHTS_NAME):
-            self.model.add_module(WEIGHTS_NAME, CromeWeights())
-        weights: CromeWeights = getattr(self.model, WEIGHTS_NAME)
+        # Not by attributes: a compiled host reads them from the module that it wraps.
+        weights: Any = self.model._modules.setdefault(WEIGHTS_NAME, CromeWeights())
         if adapter_name not in weights.crome_up:
             names = dict.fromkeys(branch for site in self._branches_of.values() for branch in site)
             weights.add(adapter_name, peft_config, names, self._hidden_size, embedding_rms(self.model))
@@ -191,7 +190,7 @@ class CromeModel(BaseTuner):
             for layer in self._sites():  # of adapters that were not to be merged
                 replace_everywhere(model, layer, layer.base_layer)
         disarm(model)
-        delattr(model, WEIGHTS_NAME)
+        del self.model._modules[WEIGHTS_NAME]
         return model
 
     @classmethod

@@ -30,7 +30,7 @@ def attach(model: nn.Module, adapter_name: str = "default", **config: Any) -> Pe
 
 def crome_weight(model: nn.Module, name: str, adapter: str = "default") -> nn.Parameter:
     """The adapter's parameter, e.g. name="up", "gate_text"."""
-    return model.get_parameter(f"base_model.model.crome.crome_{name}.{adapter}.weight")
+    return dict(model.named_parameters())[f"base_model.model.crome.crome_{name}.{adapter}.weight"]
 
 
 def randomise(model: nn.Module, adapter: str = "default", seed: int = 3) -> None:
