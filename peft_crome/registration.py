@@ -68,6 +68,28 @@ def keep_card() -> None:
     PeftModel._upload_modified_files = upload_with_card
 
 
+def look_at_trainers() -> None:
+    """Have each `Trainer` looked at once it is made (`trainers.prepare`); idempotent.
+
+    Called by what can be trained, an adapter or a composite: the import alone would take half a second.
+    """
+    from transformers import Trainer
+
+    start = Trainer.__init__
+    if getattr(start, "knows_crome", False):
+        return
+
+    @functools.wraps(start)
+    def start_and_prepare(self: Any, *args: Any, **kwargs: Any) -> None:
+        from .trainers import prepare
+
+        start(self, *args, **kwargs)
+        prepare(self)
+
+    start_and_prepare.knows_crome = True  # type: ignore[attr-defined]
+    Trainer.__init__ = start_and_prepare
+
+
 def register() -> None:
     """Register the method with PEFT; idempotent."""
     extend_peft_type()

@@ -57,7 +57,6 @@ class CromeWeights(nn.Module, BaseTunerLayer):
     """
 
     weight = bias = None  # BaseTunerLayer would look for them in a base layer, and there is none
-
     other_param_names = ("settings",)  # deleted with an adapter
 
     def __init__(self, branches: list[str], hidden_size: int) -> None:
