@@ -68,14 +68,14 @@ def keep_card() -> None:
     PeftModel._upload_modified_files = upload_with_card
 
 
-def look_at_trainers() -> None:
-    """Have each `Trainer` looked at once it is made (`trainers.prepare`); idempotent.
+def reach_transformers() -> None:
+    """Look at each `Trainer` once it is made, and let a vocabulary change its size under an adapter; idempotent.
 
-    Called by what can be trained, an adapter or a composite: the import alone would take half a second.
+    Called by what needs it, an adapter or a composite: importing the trainer alone would take half a second.
     """
-    from transformers import Trainer
+    from transformers import PreTrainedModel, Trainer
 
-    start = Trainer.__init__
+    start, resize = Trainer.__init__, PreTrainedModel.resize_token_embeddings
     if getattr(start, "knows_crome", False):
         return
 
@@ -86,8 +86,16 @@ def look_at_trainers() -> None:
         start(self, *args, **kwargs)
         prepare(self)
 
+    @functools.wraps(resize)
+    def resize_without_sites(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from .resizing import without_sites
+
+        with without_sites(self):
+            return resize(self, *args, **kwargs)
+
     start_and_prepare.knows_crome = True  # type: ignore[attr-defined]
     Trainer.__init__ = start_and_prepare
+    PreTrainedModel.resize_token_embeddings = resize_without_sites
 
 
 def register() -> None:

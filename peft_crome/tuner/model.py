@@ -43,7 +43,7 @@ class CromeModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # sites.py has the hosts
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
-        registration.look_at_trainers()
+        registration.reach_transformers()
         checks.check_free(model, adapter_name, self.tuner_layer_cls)
         super().__init__(model, peft_config, adapter_name, **kwargs)
 

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from ..four_bit import mend_repacking
 from ..positions import check_positions
-from ..registration import look_at_trainers
+from ..registration import reach_transformers
 from .configuration_crome_vlm import CromeVLMConfig
 from .fingerprint import Samples
 from .generation_crome_vlm import CromeVLMGenerationMixin
@@ -83,7 +83,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         qformer: QFormer | None = None,
     ) -> None:
         super().__init__(config)
-        look_at_trainers()
+        reach_transformers()
         given = [part for part in (vision_tower, language_model, qformer) if part is not None]
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         self.vision_tower = vision_tower if vision_tower is not None else build_tower(config.vision_config)
@@ -173,6 +173,12 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the language model's output head."""
         self.language_model.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the language model's table and head in its own way; arguments as in transformers."""
+        table = self.language_model.resize_token_embeddings(*args, **kwargs)
+        self.config.get_text_config().vocab_size = self.language_model.config.get_text_config().vocab_size
+        return table
 
     @property
     def accepts_loss_kwargs(self) -> bool:

@@ -104,7 +104,7 @@ def test_generation_config_is_the_language_models():
 
 
 def first_turn(model, pixel_values=None, rows=2, cache=None):
-    """A conversation's beginning, with an image in each row and padding in the second, and the cache that it leaves."""
+    """A conversation's beginning, an image in each row and padding in the second, and the cache that it leaves."""
     image = [IMAGE_ID] * model.image_seq_length
     ids = torch.tensor([[1, 10, *image, 20], [0, 1, *image, 30]][:rows])
     mask = ids.ne(0).long()
