@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
 import shutil
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import peft
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
+from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from .card_details import CardDetails
-from .card_text import THIS, card_text, hub_name, pipeline_tag
+from .card_text import IMPORT, THIS, card_text, hub_name, pipeline_tag
 
 # The part that is ours; the digest tells whether somebody has edited it.
 BEGIN = "<!-- written by peft_crome {digest}: text between this line and the last one is replaced when you save -->"
@@ -25,9 +28,15 @@ PART = re.compile(r"<!-- written by peft_crome (?P<digest>\w+):[^\n]*-->\n(?P<te
 NOT_A_USER_S = re.compile(
     r"^(### Framework versions|- PEFT .*|This is the model card of a .* been pushed on the Hub.*)$"
 )
+# What TRL says of loading, which lacks the import.
+QUICK_START = re.compile(r"## Quick start\n+```python\n[^`]*pipeline\([^`]*```")
+TRAINERS = ("generated_from_trainer",)  # tags of cards that transformers' and TRL's trainers write
+PAGE = "README.md"
 QUANTISATION = re.compile(r"^(## Training procedure|The following `bitsandbytes` .*|- \w+: .*)$")
 
 logger = logging.getLogger(__name__)
+# What authors have said of adapters that this process has saved: by folder, and by what adapter_config.json holds.
+_said: dict[str, CardDetails] = {}
 
 
 def write_card(
@@ -43,7 +52,8 @@ def write_card(
     """
     directory = Path(save_directory)
     details: CardDetails = config._card or CardDetails()
-    path = directory / "README.md"
+    _said.update(dict.fromkeys(_names(directory), details))
+    path = directory / PAGE
     card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData())
     _fill_in(card.data, config, details)
     if details.picture is not None:
@@ -66,6 +76,8 @@ def write_card(
         title = f"# CROME adapter{f' for {Path(base).name}' if base else ''}"
         # The last lines are PEFT's, which it would add at the next save.
         card.text = f"\n{title}\n\n{part}\n\n### Framework versions\n\n- PEFT {peft.__version__}"
+    elif QUICK_START.search(card.text):
+        card.text = QUICK_START.sub(lambda _: part, card.text, count=1)
     else:
         card.text = f"{card.text.rstrip()}\n\n{part}\n"
     temporary = path.with_suffix(".tmp")
@@ -73,22 +85,104 @@ def write_card(
     os.replace(temporary, path)
 
 
-def card_of_upload(working_dir: str | os.PathLike, repo_id: str, peft_config: dict[str, Any]) -> None:
-    """Put the cards right before `push_to_hub` uploads a folder, where transformers has replaced them by its own.
+def correct_card(folder: str | os.PathLike, where: str = THIS, subfolder: str | None = None) -> bool:
+    """Put our part into README.md beside an adapter where somebody has written another card over it.
+
+    transformers and TRL write cards of their own beside what `save_pretrained` has written. A card that has the
+    import in a person's own words stays; so does all else of any card.
 
     Args:
-        peft_config: adapter name -> configuration, as a PEFT model has it.
+        folder: may hold a CROME adapter, or adapters in its folders; nothing is done to any other.
+        where: the name to load the adapter by.
+        subfolder: of `where`, that `folder` is.
+    Returns:
+        Whether README.md was written.
     """
-    root = Path(working_dir)
-    named = {name: config for name, config in peft_config.items() if hasattr(type(config), "_card")}
-    for name, config in named.items():
-        subfolder = None if name == "default" else name
-        folder = root / (subfolder or "")
-        if (folder / CONFIG_NAME).is_file():
-            write_card(folder, config, repo_id, subfolder)
-    if named and not (root / CONFIG_NAME).is_file():  # the repository's own page: of the first of its adapters
-        name, config = next(iter(named.items()))
-        write_card(root, config, repo_id, name)
+    folder = Path(folder)
+    path = folder / PAGE
+    try:
+        card = ModelCard.load(path) if path.is_file() else None
+        adapter = _adapter_of(folder, card)
+        if adapter is None:
+            return False
+        part = PART.search(card.text) if card is not None else None
+        if card is not None and part is None and IMPORT in card.text:
+            return False
+        said = next((_said[name] for name in _names(adapter) if name in _said), None)
+        if part is not None and said is None:  # saved by another process, whose author may have said more
+            return False
+        config = PeftConfig.from_pretrained(str(adapter))
+        config._card = said or CardDetails()
+        below = adapter.name if adapter != folder else None
+        write_card(folder, config, where, "/".join(filter(None, (subfolder, below))) or None)
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s: the line `%s` could not be put into the model card (%s).", path, IMPORT, error)
+        return False
+    return True
+
+
+def correct_upload(repo_id: str, operations: Iterable[Any]) -> list[Any]:
+    """A commit's operations, with the cards of CROME adapters in it as `correct_card` writes them.
+
+    Args:
+        repo_id: where the commit goes.
+        operations: of `HfApi.create_commit`.
+    """
+    operations = list(operations)
+    places = {_place(operation): i for i, operation in enumerate(operations) if _is_file(operation)}
+    folders = {
+        place.parent: Path(operations[i].path_or_fileobj).parent
+        for place, i in places.items()
+        if place.name in (CONFIG_NAME, PAGE) and Path(operations[i].path_or_fileobj).name == place.name
+    }
+    for place, folder in folders.items():
+        if not correct_card(folder, repo_id, str(place) if place.parts else None):
+            continue
+        for file in (folder / PAGE, *folder.glob("picture.*")):
+            operation = CommitOperationAdd(path_in_repo=str(place / file.name), path_or_fileobj=str(file))
+            if place / file.name in places:
+                operations[places[place / file.name]] = operation
+            else:
+                operations.append(operation)
+    return operations
+
+
+def _is_file(operation: Any) -> bool:
+    return isinstance(operation, CommitOperationAdd) and isinstance(operation.path_or_fileobj, (str, Path))
+
+
+def _place(operation: CommitOperationAdd) -> PurePosixPath:
+    return PurePosixPath(operation.path_in_repo.replace(os.sep, "/"))
+
+
+def _adapter_of(folder: Path, card: ModelCard | None) -> Path | None:
+    """The folder of the CROME adapter that a page is about: its own, or the first below where a machine wrote it."""
+    if _is_adapter(folder):
+        return folder
+    if (folder / CONFIG_NAME).is_file() or card is None:
+        return None
+    by_machine = card.data.get("library_name") == "peft" or set(TRAINERS) & set(card.data.get("tags") or [])
+    if not by_machine and not PART.search(card.text) and not _is_template(card.text):
+        return None
+    below = [path.parent for path in folder.glob(f"*/{CONFIG_NAME}") if _is_adapter(path.parent)]
+    # Checkpoints are named by their steps, and the last one counts; named adapters come in the order of saving.
+    return min(below, key=lambda path: (-_step(path), (path / CONFIG_NAME).stat().st_mtime_ns), default=None)
+
+
+def _is_adapter(folder: Path) -> bool:
+    path = folder / CONFIG_NAME
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("peft_type") == "CROME"
+
+
+def _step(folder: Path) -> int:
+    name, _, step = folder.name.rpartition("-")
+    return int(step) if name == "checkpoint" and step.isdigit() else 0
+
+
+def _names(folder: Path) -> list[str]:
+    """What an adapter's folder is remembered by."""
+    path = folder / CONFIG_NAME
+    return [str(folder.resolve()), *([_digest(path.read_text(encoding="utf-8"))] if path.is_file() else [])]
 
 
 def _fill_in(data: ModelCardData, config: Any, details: CardDetails) -> None:

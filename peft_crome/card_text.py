@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from .card_details import CardDetails
 from .stage_table import stage_table
 
+IMPORT = "import peft_crome"
 HEADING = "## How to load this adapter"
 COMPOSITE = "crome_vlm"
 THIS = "<this repository>"

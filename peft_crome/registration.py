@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import peft.auto
-from peft import PeftModel
+from huggingface_hub import HfApi, RepoCard
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -48,24 +49,70 @@ def allow_import() -> None:
 
 
 def keep_card() -> None:
-    """Let `push_to_hub` upload the adapter's own model card; idempotent.
+    """Let an adapter's card keep what loads it, wherever cards are written and whatever uploads them; idempotent.
 
-    transformers' `push_to_hub`, which PEFT inherits, saves the model and then writes a card of its own over the one
-    that was saved. What it calls next uploads the folder.
+    transformers' `push_to_hub`, its `Trainer` and TRL's write cards of their own beside an adapter. All of them save
+    one by `RepoCard.save`, or upload by `HfApi.create_commit`.
     """
-    upload = PeftModel._upload_modified_files
-    if getattr(upload, "keeps_card", False):
+    save, commit = RepoCard.save, HfApi.create_commit
+    if getattr(save, "keeps_card", False):
         return
 
-    @functools.wraps(upload)
-    def upload_with_card(self: PeftModel, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        from .card import card_of_upload
+    @functools.wraps(save)
+    def save_and_correct(self: RepoCard, filepath: Any) -> None:
+        from .card import PAGE, correct_card
+        from .card_text import IMPORT
 
-        card_of_upload(working_dir, repo_id, self.peft_config)
-        return upload(self, working_dir, repo_id, *args, **kwargs)
+        save(self, filepath)
+        path = Path(filepath)
+        if path.name == PAGE and IMPORT not in self.content:
+            correct_card(path.parent)
 
-    upload_with_card.keeps_card = True  # type: ignore[attr-defined]
-    PeftModel._upload_modified_files = upload_with_card
+    @functools.wraps(commit)
+    def commit_corrected(self: HfApi, repo_id: str, operations: Any, **kwargs: Any) -> Any:
+        from .card import correct_upload
+
+        if kwargs.get("repo_type") in (None, "model"):
+            operations = correct_upload(repo_id, operations)
+        return commit(self, repo_id, operations, **kwargs)
+
+    save_and_correct.keeps_card = True  # type: ignore[attr-defined]
+    RepoCard.save = save_and_correct  # type: ignore[method-assign]
+    HfApi.create_commit = commit_corrected  # type: ignore[method-assign]
+
+
+def reach_transformers() -> None:
+    """Look at each `Trainer` once it is made, and let a vocabulary change its size under an adapter; idempotent.
+
+    Called by what needs it, an adapter or a composite: importing the trainer alone would take half a second.
+    """
+    from transformers import PreTrainedModel, Trainer
+
+    from .card import correct_card
+
+    start, resize = Trainer.__init__, PreTrainedModel.resize_token_embeddings
+    if getattr(start, "knows_crome", False):
+        return
+
+    @functools.wraps(start)
+    def start_and_prepare(self: Any, *args: Any, **kwargs: Any) -> None:
+        from .trainers import prepare
+
+        start(self, *args, **kwargs)
+        prepare(self)
+
+    @functools.wraps(resize)
+    def resize_without_sites(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from .resizing import without_sites
+
+        with without_sites(self):
+            return resize(self, *args, **kwargs)
+
+    start_and_prepare.knows_crome = True  # type: ignore[attr-defined]
+    Trainer.__init__ = start_and_prepare
+    PreTrainedModel.resize_token_embeddings = resize_without_sites
+    # `Trainer` calls it where a card says that a model is PEFT's; that of an integrated adapter says so, too.
+    PreTrainedModel.create_or_update_model_card = lambda self, output_dir: correct_card(output_dir)
 
 
 def register() -> None:

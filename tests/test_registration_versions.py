@@ -45,7 +45,11 @@ auto = types.ModuleType("peft.auto")
 auto.get_default_import_allowlist = lambda: ["peft", "transformers"]
 tuner = types.ModuleType("peft_crome.tuner")
 tuner.CromeConfig, tuner.CromeModel = type("CromeConfig", (), {}), type("CromeModel", (), {"prefix": "crome_"})
+hub = types.ModuleType("huggingface_hub")
+save, commit = (lambda self, filepath: None), (lambda self, repo_id, operations: None)
+hub.RepoCard, hub.HfApi = type("RepoCard", (), {"save": save}), type("HfApi", (), {"create_commit": commit})
 for name, module in {
+    "huggingface_hub": hub,
     "peft": types.ModuleType("peft"),
     "peft.auto": auto,
     "peft.mapping": mapping,
@@ -55,8 +59,6 @@ for name, module in {
 }.items():
     sys.modules[name] = module
 sys.modules["peft"].auto = auto
-upload = lambda self, working_dir, repo_id: None
-sys.modules["peft"].PeftModel = type("PeftModel", (), {"_upload_modified_files": upload})
 
 registration = load("peft_crome.registration", registration_path)
 registration.register()
@@ -98,7 +100,7 @@ assert mapping.PEFT_TYPE_TO_TUNER_MAPPING == {member: tuner.CromeModel}
 assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING == {member: "crome_"}
 assert mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING == {}
 assert auto.get_default_import_allowlist() == ["peft", "transformers", "peft_crome.vlm.modeling_crome_vlm"]
-assert sys.modules["peft"].PeftModel._upload_modified_files.__wrapped__ is upload  # wrapped once
+assert hub.RepoCard.save.__wrapped__ is save and hub.HfApi.create_commit.__wrapped__ is commit  # wrapped once
 assert not {"torch", "transformers"} & set(sys.modules)
 print("registered under", sys.version.split()[0])
 """

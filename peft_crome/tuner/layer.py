@@ -59,7 +59,6 @@ class CromeWeights(nn.Module, BaseTunerLayer):
     """
 
     weight = bias = None  # BaseTunerLayer would look for them in a base layer, and there is none
-
     other_param_names = ("settings",)  # deleted with an adapter
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .. import checks, merging
+from .. import checks, merging, registration
 from ..adapter_file import check_shapes, check_tensors
 from ..attachment import roll_back, take_away_old
 from ..backbone import (
@@ -44,6 +44,7 @@ class CromeModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # sites.py has the hosts
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        registration.reach_transformers()
         checks.check_free(model, adapter_name, self.tuner_layer_cls)
         super().__init__(model, peft_config, adapter_name, **kwargs)
 

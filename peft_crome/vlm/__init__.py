@@ -1,6 +1,6 @@
 """The composite model: any vision tower and any language model; importing it registers the auto classes."""
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_crome_vlm import CromeVLMConfig
 from .modeling_crome_vlm import CromeVLMForConditionalGeneration
@@ -8,6 +8,8 @@ from .processing_crome_vlm import CromeVLMProcessor
 
 AutoConfig.register(CromeVLMConfig.model_type, CromeVLMConfig, exist_ok=True)
 AutoModelForImageTextToText.register(CromeVLMConfig, CromeVLMForConditionalGeneration, exist_ok=True)
+# The class that TRL falls back on for a model that transformers does not have.
+AutoModelForCausalLM.register(CromeVLMConfig, CromeVLMForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(CromeVLMConfig, CromeVLMProcessor, exist_ok=True)
 
 __all__ = ["CromeVLMConfig", "CromeVLMForConditionalGeneration", "CromeVLMProcessor"]

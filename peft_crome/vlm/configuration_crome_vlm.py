@@ -57,6 +57,7 @@ class CromeVLMConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
         "qformer_config": SubConfigSpec(config_class=AutoConfig, model_type="instructblip_qformer", optional=True),
     }
+    auto_map: ClassVar[dict[str, str]] = {}  # there is no code on the Hub; TRL asks every model that it loads by name
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
         "image_hidden_states",

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
 from ..positions import check_positions
-from .image_token import move_padding
+from .image_token import move_padding, neutral_token_id
 from .language_inputs import arguments_by_token, generator
 
 
@@ -53,9 +53,11 @@ class CromeVLMGenerationMixin(GenerationMixin):
             qformer_attention_mask: the same shape, 1 where a token counts.
             attention_mask: (batch, tokens); None: pads are found by id, as in transformers.
             inputs_embeds: (batch, tokens, hidden), instead of input_ids, with any images already in place.
-            kwargs: everything that the language model's `generate` takes.
+            kwargs: everything that the language model's `generate` takes. With `past_key_values` of a conversation so
+                far, input_ids are all of it or the new tokens alone, and the images those of the new tokens; with new
+                tokens alone attention_mask still counts every token, (batch, cached + tokens).
         Returns:
-            What the language model returns; for decoder-only models the prompt, with its image ids, comes first.
+            What the language model returns; for decoder-only models input_ids, with their image ids, come first.
         Raises:
             ValueError: as in `forward`, or tokens are to be guessed ahead (`assistant_model`,
                 `prompt_lookup_num_tokens`, `assistant_early_exit`).
@@ -79,18 +81,26 @@ class CromeVLMGenerationMixin(GenerationMixin):
             if inputs_embeds is not None:
                 arguments |= arguments_by_token(language_model, None, kwargs)
             return language_model.generate(generation_config=generation_config, **arguments, **kwargs)
+        cached = 0 if self.config.is_encoder_decoder else _cached_tokens(kwargs.get("past_key_values"))
+        unseen = _unseen_tokens(cached, input_ids, attention_mask)  # of the cached ones, that input_ids leave out
+        neutral = neutral_token_id(self.language_model.config, self.generation_config)
+        prompt_ids = torch.cat([input_ids.new_full((input_ids.shape[0], unseen), neutral), input_ids], dim=1)
         if attention_mask is None:
-            attention_mask = self._infer_mask(input_ids, generation_config)
-        prompt_ids = input_ids
+            attention_mask = torch.ones_like(prompt_ids) if cached else self._infer_mask(input_ids, generation_config)
         images = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask)
-        valid_ids, inputs_embeds, _ = self.embed_inputs(input_ids, *images)
+        valid_ids, inputs_embeds = self._embed_prompt(prompt_ids, cached, images)
         if self.config.is_encoder_decoder and attention_mask.ndim == 2:
             attention_mask, inputs_embeds = move_padding("right", attention_mask, inputs_embeds)
         arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         if self.config.is_encoder_decoder:
             check_positions(language_model, inputs_embeds, None)
             return language_model.generate(generation_config=generation_config, **arguments, **kwargs)
-        if attention_mask.ndim == 2 and "position_ids" not in kwargs and not bool(attention_mask[:, -1].all()):
+        if (
+            not cached
+            and attention_mask.ndim == 2
+            and "position_ids" not in kwargs
+            and not bool(attention_mask[:, -1].all())
+        ):
             padded = move_padding("left", attention_mask, prompt_ids, valid_ids, inputs_embeds)
             arguments["attention_mask"], prompt_ids, valid_ids, arguments["inputs_embeds"] = padded
         arguments |= arguments_by_token(language_model, valid_ids, kwargs)
@@ -101,7 +111,25 @@ class CromeVLMGenerationMixin(GenerationMixin):
         copies = sequences.shape[0] // prompt_ids.shape[0]  # beams or num_return_sequences
         prompt = prompt_ids.repeat_interleave(copies, dim=0).to(sequences.device)
         sequences[:, : prompt.shape[1]] = prompt
+        if isinstance(outputs, torch.Tensor):
+            return outputs[:, unseen:]
+        outputs.sequences = sequences[:, unseen:]
         return outputs
+
+    def _embed_prompt(
+        self, input_ids: torch.LongTensor, cached: int, images: tuple[torch.Tensor | None, ...]
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """Valid ids and embeddings of a prompt; no image has to be there again for tokens that a cache holds."""
+        given = next((value.shape[0] for value in images[:2] if value is not None), 0)
+        wanted = int((input_ids == self.config.image_token_id).sum())
+        if not cached or given * self.image_seq_length == wanted:
+            return self.embed_inputs(input_ids, *images)[:2]
+        valid_ids, embeddings, _ = self.embed_inputs(input_ids[:, cached:], *images)
+        neutral = neutral_token_id(self.language_model.config, self.generation_config)
+        before = input_ids[:, :cached]
+        before = before.masked_fill(before == self.config.image_token_id, neutral)
+        unread = embeddings.new_zeros(embeddings.shape[0], cached, embeddings.shape[2])
+        return torch.cat([before, valid_ids], dim=1), torch.cat([unread, embeddings], dim=1)
 
     def _infer_mask(self, input_ids: torch.LongTensor, generation_config: GenerationConfig | None) -> torch.Tensor:
         """A mask by pad id, where the pad id is not an end id; else every token counts."""
@@ -111,6 +139,26 @@ class CromeVLMGenerationMixin(GenerationMixin):
         if pad is None or pad in ends:
             return torch.ones_like(input_ids)
         return input_ids.ne(pad).long()
+
+
+def _cached_tokens(past_key_values: Cache | None) -> int:
+    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
+
+
+def _unseen_tokens(cached: int, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> int:
+    """How many of the cached tokens input_ids do not repeat: all or none.
+
+    Raises:
+        ValueError: neither fits the attention mask.
+    """
+    tokens = input_ids.shape[1]
+    counted = (tokens if tokens > cached else cached + tokens) if attention_mask is None else attention_mask.shape[-1]
+    if cached and (counted not in (tokens, cached + tokens) or counted <= cached):
+        raise ValueError(
+            f"past_key_values hold {cached} tokens, input_ids have {tokens} and attention_mask counts {counted}. Pass "
+            f"the new tokens alone and a mask over all of them, (batch, {cached + tokens}), or all tokens again."
+        )
+    return counted - tokens if cached else 0
 
 
 def _refuse_guessing(generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:

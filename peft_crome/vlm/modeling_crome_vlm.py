@@ -1,6 +1,8 @@
 """The composite model: a frozen vision tower and a frozen language model, joined by linear projections."""
 
+import copy
 import inspect
+from collections import OrderedDict
 from typing import Any, ClassVar
 
 import torch
@@ -17,12 +19,14 @@ from transformers.utils import ModelOutput
 
 from ..four_bit import mend_repacking
 from ..positions import check_positions
+from ..registration import reach_transformers
 from .configuration_crome_vlm import CromeVLMConfig
 from .fingerprint import Samples
 from .generation_crome_vlm import CromeVLMGenerationMixin
 from .image_token import check_image_tokens, move_padding, neutral_token_id
+from .language_head import check_head, decoder_of
 from .language_inputs import arguments_by_token, check_takes_embeddings
-from .outputs import OUTPUT_FIELDS, CromeVLMOutput
+from .outputs import CromeVLMModelOutput, CromeVLMOutput, as_output
 from .qformer import QFormer
 from .vision import build_tower, infer_layout, run_tower, size_arguments
 
@@ -43,7 +47,8 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     """Any vision tower and any causal or encoder-decoder language model as one image-text-to-text model.
 
     `vision_tower` -> `image_projection` -> `vision_fusion` -> `language_model`, and with a Q-Former also
-    `vision_tower` -> `qformer` -> `text_projection` -> `text_fusion` -> `language_model`. A tower or Q-Former without
+    `vision_tower` -> `qformer` -> `text_projection` -> `text_fusion` -> `language_model`. `model` is the same without
+    the language model's head, as in transformers' own vision-language models. A tower or Q-Former without
     trained parameters stays in evaluation mode under `train()`, so the tower's features are a function of the picture
     and can be cached; the language model follows `train()`, since gradient checkpointing depends on it.
 
@@ -59,6 +64,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
 
     config_class = CromeVLMConfig
     config: CromeVLMConfig
+    base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -67,6 +73,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _is_headless: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -76,6 +83,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         qformer: QFormer | None = None,
     ) -> None:
         super().__init__(config)
+        reach_transformers()
         given = [part for part in (vision_tower, language_model, qformer) if part is not None]
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         self.vision_tower = vision_tower if vision_tower is not None else build_tower(config.vision_config)
@@ -140,6 +148,16 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
 
     # ---- parts and their access ----
 
+    @property
+    def model(self) -> "CromeVLMModel":
+        """The same parts and weights, up to the last hidden states; what `base_model` returns."""
+        view = copy.copy(self)  # its modules are these, in one dictionary
+        view.__class__ = CromeVLMModel
+        view.__dict__.pop("forward", None)  # what TRL or accelerate put around the whole
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            view.__dict__[hooks] = OrderedDict()
+        return view
+
     def get_input_embeddings(self) -> nn.Module:
         """The language model's embedding table: (batch, tokens) ids -> (batch, tokens, hidden)."""
         return self.language_model.get_input_embeddings()
@@ -155,6 +173,12 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the language model's output head."""
         self.language_model.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the language model's table and head in its own way; arguments as in transformers."""
+        table = self.language_model.resize_token_embeddings(*args, **kwargs)
+        self.config.get_text_config().vocab_size = self.language_model.config.get_text_config().vocab_size
+        return table
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -380,7 +404,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         encoder_outputs: ModelOutput | tuple[torch.Tensor, ...] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CromeVLMOutput | tuple[Any, ...]:
+    ) -> CromeVLMOutput | CromeVLMModelOutput | tuple[Any, ...]:
         """Run the language model over text and images.
 
         Args:
@@ -448,19 +472,17 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         }
         arguments = {name: value for name, value in arguments.items() if value is not None}
         num_items = kwargs.pop("num_items_in_batch", None) if self._averages_by_itself() else None
-        outputs = self.language_model(**arguments, **kwargs, return_dict=True)
+        outputs = self._run_language_model(**arguments, **kwargs)
         if num_items is not None and labels is not None:
             shifted = {"shift_labels": labels} if self.config.is_encoder_decoder else {}
             logits = outputs.logits
             outputs["loss"] = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items, **shifted)
-        result = CromeVLMOutput(
-            **{k: v for k, v in outputs.items() if k in OUTPUT_FIELDS}, image_hidden_states=image_features
-        )
-        for name, value in outputs.items():
-            if name not in OUTPUT_FIELDS:
-                result[name] = value  # what only some models return, such as router logits
+        result = as_output(outputs, image_features, self._is_headless)
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return result if return_dict else result.to_tuple()
+
+    def _run_language_model(self, **arguments: Any) -> ModelOutput:
+        return self.language_model(**arguments, return_dict=True)
 
     def _continues(self, past_key_values: Cache | None) -> bool:
         return past_key_values is not None and int(past_key_values.get_seq_length()) > 0
@@ -505,6 +527,33 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         return save(self, super().save_pretrained, save_directory, **kwargs)
 
 
+class CromeVLMModel(CromeVLMForConditionalGeneration):
+    """A composite up to its language model's last hidden states: what `LlavaModel` is to LLaVA.
+
+    `composite.model` makes it, of the composite's own modules, so that no saved key names it. The language model is
+    in it whole, since it scales, caps and ties its logits in its own way; only its decoder runs.
+
+    Raises:
+        ValueError: labels are given, or the language model has no such decoder; see `check_head`.
+    """
+
+    _is_headless = True
+
+    @property
+    def model(self) -> "CromeVLMModel":
+        """It is the model itself that has no head."""
+        raise AttributeError("model")
+
+    def _run_language_model(self, **arguments: Any) -> ModelOutput:
+        if "labels" in arguments:
+            raise ValueError(
+                "Got labels, and the model without its head has no loss. Write composite(..., labels=...)."
+            )
+        arguments.pop("logits_to_keep", None)
+        check_head(self.language_model)
+        return decoder_of(self.language_model)(**arguments, return_dict=True)
+
+
 def _project(projection: nn.Module, features: torch.Tensor) -> torch.Tensor:
     """Run a projection in its own dtype and on its own device."""
     weight = projection.weight  # an attribute, since a PEFT wrapper hands out the active copy's
@@ -513,4 +562,4 @@ def _project(projection: nn.Module, features: torch.Tensor) -> torch.Tensor:
     return projection(features)
 
 
-__all__ = ["CromeVLMConfig", "CromeVLMForConditionalGeneration", "CromeVLMOutput"]
+__all__ = ["CromeVLMConfig", "CromeVLMForConditionalGeneration", "CromeVLMModel", "CromeVLMOutput"]

@@ -36,4 +36,35 @@ class CromeVLMOutput(ModelOutput):
     image_hidden_states: torch.FloatTensor | None = None
 
 
-OUTPUT_FIELDS = frozenset(field.name for field in fields(CromeVLMOutput))
+@dataclass
+class CromeVLMModelOutput(ModelOutput):
+    """What the language model's decoder returned, plus the image embeddings that it read.
+
+    Args:
+        last_hidden_state: (batch, tokens, hidden), of which the language model's head makes logits.
+        past_key_values, hidden_states, attentions, image_hidden_states: as in `CromeVLMOutput`.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+def names_of(output_class: type[ModelOutput]) -> frozenset[str]:
+    """What an output of this class holds by name."""
+    return frozenset(field.name for field in fields(output_class))
+
+
+OUTPUT_NAMES, MODEL_OUTPUT_NAMES = names_of(CromeVLMOutput), names_of(CromeVLMModelOutput)  # torch.compile reads these
+
+
+def as_output(outputs: ModelOutput, image_features: torch.Tensor | None, headless: bool) -> ModelOutput:
+    """The language model's output as the composite's, with all that it holds."""
+    output_class, names = (CromeVLMModelOutput, MODEL_OUTPUT_NAMES) if headless else (CromeVLMOutput, OUTPUT_NAMES)
+    result = output_class(**{k: v for k, v in outputs.items() if k in names}, image_hidden_states=image_features)
+    for name, value in outputs.items():
+        if name not in names:
+            result[name] = value  # what only some models return, such as router logits
+    return result

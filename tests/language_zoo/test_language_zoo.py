@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Dinov2Config, PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
 
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
 from tests.language_zoo.small import VOCABULARY, architectures, small_config
@@ -35,6 +36,11 @@ NO_FOLD = {
 }
 OTHER_POSITIONS = {  # count from the pad id on in forward, and from 0 in generate, which the composite follows
     "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+MORE_THAN_A_HEAD = {  # between the last hidden states and the logits
+    "bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "inkling_text", "megatron-bert",
+    "modernbert-decoder", "prophetnet", "recurrent_gemma", "rembert", "roberta", "roberta-prelayernorm", "roc_bert",
+    "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
 NOT_THE_SAME_CACHED = {("prophetnet", False), ("prophetnet", True), ("rwkv", False)}  # nor by themselves
 QUICK = {"llama", "qwen3", "gemma4_text", "gemma3n_text", "falcon_h1", "t5"}
@@ -113,8 +119,26 @@ def test_language_model(name: str, seq2seq: bool) -> None:
         assert (parameter.grad is not None) == parameter.requires_grad, parameter_name
         assert parameter.grad is None or (parameter.grad.isfinite().all() and parameter.grad.any()), parameter_name
 
+    check_base_model(joined, name, batch)
     check_generation(adapted, name, batch)
     check_fold(adapted, name, {**batch, **targets(joined, PROMPT)})
+
+
+@torch.no_grad()
+def check_base_model(joined: CromeVLMForConditionalGeneration, name: str, batch: dict[str, Any]) -> None:
+    """TRL's log-probabilities, from hidden states and the head, are those of the logits, or there is an error."""
+    if joined.config.is_encoder_decoder or name in MORE_THAN_A_HEAD:
+        more = "no decoder that reads" if joined.config.is_encoder_decoder else "does more than its head"
+        with pytest.raises(ValueError, match=more):
+            joined.model(**batch)
+        return
+    expected = joined(**batch).logits.log_softmax(dim=-1)[:, :-1].gather(-1, TEXT[:, 1:, None])[..., 0]
+    add_fused_lm_head(joined)
+    try:
+        found = joined(**batch, labels=TEXT, fused_lm_head=True).log_probs
+    finally:
+        del joined.forward
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -163,3 +187,5 @@ def test_docs_list_them() -> None:
     assert listed.strip() == ", ".join(f"`{name}`" for name in works)
     assert f"{len(works)} of the {len(all_of_them)} architectures" in page
     assert f"{len(works)} of {len(all_of_them)}" in (root / "README.md").read_text()
+    conformity = " ".join((root / "docs" / "conformity.md").read_text().split())
+    assert f"language model](models.md) of the composite but {len(MORE_THAN_A_HEAD)}," in conformity

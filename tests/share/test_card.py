@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from PIL import Image
 
 from peft_crome import CromeConfig, describe_adapter
-from peft_crome.card import END, card_of_upload, write_card
+from peft_crome.card import END, correct_card, write_card
 from tests.examples.tiny_llava import save_tokenizer_and_model
 from tests.tuner.helpers import adapted, attach
 from tests.zoo.case import TEXT
@@ -246,7 +246,8 @@ def test_a_repository_of_named_adapters_has_a_page(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     template = ModelCard.from_template(ModelCardData(), model_description=PUSHED).text
     (tmp_path / "README.md").write_text(f"---\ntags: []\n---\n{template}")
-    card_of_upload(tmp_path, "user/gauges", model.peft_config)
+    assert correct_card(tmp_path, "user/gauges")
+    assert correct_card(tmp_path / "gauges", "user/gauges", "gauges")
     for folder in (tmp_path, tmp_path / "gauges"):
         text = card_of(folder).text
         assert 'PeftModel.from_pretrained(model, "user/gauges", subfolder="gauges")' in text

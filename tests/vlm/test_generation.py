@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from peft import get_peft_model
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
+from peft_crome import CromeConfig
 from tests.vlm.conftest import IMAGE_ID, LANGUAGE_MODELS, SEQ2SEQ, build, make_batch
+from tests.vlm.test_qformer import with_qformer
 
 
 @pytest.mark.parametrize("language", LANGUAGE_MODELS)
@@ -98,3 +101,112 @@ def test_generation_config_is_the_language_models():
     model.generation_config.max_new_tokens = 2
     assert model.language_model.generation_config is model.generation_config
     assert model.generate(torch.tensor([[1, 5]]), min_new_tokens=2).shape == (1, 4)
+
+
+def first_turn(model, pixel_values=None, rows=2, cache=None):
+    """A conversation's beginning, an image in each row and padding in the second, and the cache that it leaves."""
+    image = [IMAGE_ID] * model.image_seq_length
+    ids = torch.tensor([[1, 10, *image, 20], [0, 1, *image, 30]][:rows])
+    mask = ids.ne(0).long()
+    cache = DynamicCache(config=model.config.get_text_config()) if cache is None else cache
+    instruction = {} if model.qformer is None else {"qformer_input_ids": torch.tensor([[5, 6]] * rows)}
+    with torch.no_grad():
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=pixel_values[:rows],
+            past_key_values=cache,
+            use_cache=True,
+            **instruction,
+        )
+    return ids, mask, cache
+
+
+SECOND = torch.tensor([[22, 23, 24], [32, 33, 34]])
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("form", ["all tokens", "new tokens"])
+@pytest.mark.parametrize("language", ["llama", "gpt2", "qwen3", "gemma"])
+def test_a_second_turn_goes_on_from_the_cache_without_the_first_one_s_images(language, form, adapted):
+    model = build(language=language)
+    if adapted:
+        model = get_peft_model(model, CromeConfig(bottleneck_dim=4, init_weights=False)).eval()
+    host = model.get_base_model() if adapted else model
+    pictures = torch.randn(2, 3, 30, 30)
+    ids, mask, cache = first_turn(host, pictures)
+    whole = torch.cat([ids, SECOND], dim=1)
+    mask = torch.cat([mask, torch.ones_like(SECOND)], dim=1)
+    expected = model.generate(input_ids=whole, attention_mask=mask, pixel_values=pictures, **GREEDY)
+    given = whole if form == "all tokens" else SECOND
+    found = model.generate(input_ids=given, attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert torch.equal(found[:, : given.shape[1]], given)
+    assert torch.equal(found, expected[:, -found.shape[1] :])
+
+
+@pytest.mark.parametrize("form", ["all tokens", "new tokens", "all tokens and images"])
+@pytest.mark.parametrize("with_reader", [False, True])
+def test_a_second_turn_brings_its_own_image(with_reader, form):
+    model = with_qformer() if with_reader else build()
+    pictures = torch.randn(4, 3, 30, 30)
+    ids, mask, cache = first_turn(model, pictures[[0, 2]])
+    new = torch.tensor(
+        [[22, *[IMAGE_ID] * model.image_seq_length, 23], [32, *[IMAGE_ID] * model.image_seq_length, 33]]
+    )
+    whole, mask = torch.cat([ids, new], dim=1), torch.cat([mask, torch.ones_like(new)], dim=1)
+    read = {"qformer_input_ids": torch.tensor([[5, 6], [7, 8], [5, 6], [7, 8]])} if with_reader else {}
+    expected = model.generate(input_ids=whole, attention_mask=mask, pixel_values=pictures, **read, **GREEDY)
+    given = new if form == "new tokens" else whole
+    images = {"pixel_values": pictures} | read
+    if form != "all tokens and images":
+        images = {name: value[[1, 3]] for name, value in images.items()}
+    found = model.generate(input_ids=given, attention_mask=mask, past_key_values=cache, **images, **GREEDY)
+    assert torch.equal(found, expected[:, -found.shape[1] :])
+
+
+def test_a_cache_goes_on_without_a_mask_in_a_static_one_and_in_a_dictionary_of_outputs():
+    model = build()
+    pictures = torch.randn(1, 3, 30, 30)
+    ids, _, cache = first_turn(model, pictures, rows=1)
+    whole = torch.cat([ids, SECOND[:1]], dim=1)
+    expected = model.generate(input_ids=whole, pixel_values=pictures, **GREEDY)
+    found = model.generate(input_ids=SECOND[:1], past_key_values=cache, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(found.sequences, expected[:, -found.sequences.shape[1] :])
+    _, _, static = first_turn(model, pictures, rows=1, cache=StaticCache(model.config.text_config, max_cache_len=64))
+    assert torch.equal(model.generate(input_ids=whole, past_key_values=static, **GREEDY), expected)
+    _, _, cache = first_turn(model, pictures, rows=1)
+    turns = model.generate(input_ids=SECOND[:1], past_key_values=cache, **GREEDY)  # and a third turn after the second
+    third = torch.cat([ids, turns, SECOND[1:]], dim=1)
+    again = model.generate(input_ids=third, past_key_values=cache, **GREEDY)
+    assert torch.equal(again, model.generate(input_ids=third, pixel_values=pictures, **GREEDY))
+
+
+@pytest.mark.parametrize("language", ["llama", "gpt2"])
+def test_forward_goes_on_from_a_cache_as_if_it_had_read_all(language):
+    model = build(language=language)
+    pictures = torch.randn(2, 3, 30, 30)
+    ids, mask, cache = first_turn(model, pictures)
+    whole = torch.cat([ids, SECOND], dim=1)
+    mask = torch.cat([mask, torch.ones_like(SECOND)], dim=1)
+    with torch.no_grad():
+        expected = model(input_ids=whole, attention_mask=mask, pixel_values=pictures).logits[:, -3:]
+        found = model(input_ids=SECOND, attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_cache_that_does_not_fit_the_mask_is_refused():
+    model = build()
+    ids, mask, cache = first_turn(model, torch.randn(2, 3, 30, 30))
+    message = rf"hold {ids.shape[1]} tokens, input_ids have 3 and attention_mask counts 3"
+    with pytest.raises(ValueError, match=message):
+        model.generate(input_ids=SECOND, attention_mask=torch.ones_like(SECOND), past_key_values=cache, **GREEDY)
+    both = torch.cat([ids, SECOND], dim=1)
+    pictures = torch.randn(1, 3, 30, 30)
+    with pytest.raises(ValueError, match="0 image tokens"):
+        model.generate(
+            input_ids=both,
+            attention_mask=torch.cat([mask, torch.ones_like(SECOND)], dim=1),
+            pixel_values=pictures,
+            past_key_values=cache,
+        )
