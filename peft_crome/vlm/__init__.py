@@ -4,10 +4,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_crome_vlm import CromeVLMConfig
 from .modeling_crome_vlm import CromeVLMForConditionalGeneration
+from .pipeline import read_images_of_pipelines
 from .processing_crome_vlm import CromeVLMProcessor
 
 AutoConfig.register(CromeVLMConfig.model_type, CromeVLMConfig, exist_ok=True)
 AutoModelForImageTextToText.register(CromeVLMConfig, CromeVLMForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(CromeVLMConfig, CromeVLMProcessor, exist_ok=True)
+read_images_of_pipelines()
 
 __all__ = ["CromeVLMConfig", "CromeVLMForConditionalGeneration", "CromeVLMProcessor"]

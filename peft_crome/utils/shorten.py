@@ -1,0 +1,30 @@
+"""A value in a message: enough of it to find it, however large it is."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+MOST = 80  # characters of a value
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = MOST
+_SHORT.maxlevel = 3
+
+
+def short(value: Any, most: int = MOST) -> str:
+    """What `repr` gives, with the middle left out where it is long.
+
+    Args:
+        most: characters; a nested value may take twice as many as text.
+
+    Example:
+        >>> short("a.png"), short("iVBORw0KGgo" * 100_000)
+        ("'a.png'", "'iVBORw0KGgoiVBORw0KGgoiVBORw0KGgoiVBO...gOiVBORw0KGgoiVBORw0KGgoiVBORw0KGgo'")
+    """
+    text = _SHORT.repr(value) if not isinstance(value, bytes | bytearray | memoryview) else f"{len(value):,} bytes"
+    limit = most if isinstance(value, str) else 2 * most
+    if len(text) <= limit:
+        return text
+    half = (limit - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
