@@ -16,6 +16,8 @@ from .instructions import check_instruction
 from .rows import COUNTS, DRAW, DRAWN, Fault, RowError
 
 IGNORE = -100
+ANSWER = "(answer)"  # stands for one
+REMEDY = "Write another chat_template in the recipe."
 
 
 class ConversationCollator:
@@ -76,11 +78,11 @@ class ConversationCollator:
         self.system = system
         self.seed = seed
         self._before = self._turns_before_probes()
-        self._ending = self._ending_of_own_prompts()
+        self._writes_prompts_apart = self._has_prompts_of_its_own()
         self.needs_split = (
             is_encoder_decoder
             or processor.qformer_tokenizer is not None
-            or self._ending is not None
+            or self._writes_prompts_apart
             or not self._keeps_earlier_turns()
         )
 
@@ -98,7 +100,7 @@ class ConversationCollator:
     def _turns_before_probes(self) -> list[dict[str, Any]]:
         """A system message where one is given, or where the template demands one, which rows may have."""
         system = [_turn("system", self.system if self.system is not None else "(system)")]
-        turns = [_turn("user", "(question)"), _turn("assistant", "(answer)")]
+        turns = [_turn("user", "(question)"), _turn("assistant", ANSWER)]
         errors = []
         for before in ([], system) if self.system is None else (system, []):
             try:
@@ -121,17 +123,15 @@ class ConversationCollator:
         except TemplateError:  # it takes one question alone
             return False
 
-    def _ending_of_own_prompts(self) -> str | None:
-        """What follows an answer, where a prompt for generation is no beginning of the conversation with its answer.
+    def _has_prompts_of_its_own(self) -> bool:
+        """Whether a prompt for generation is no beginning of the conversation with its answer.
 
         Gemma 4's closes an empty thought before the answer, DeepSeek R1's opens one, and neither stands in what they
-        write of a conversation. An answer is learnt after the prompt that it will follow, so this end is put to it.
-        None: the template needs no such care.
+        write of a conversation. An answer is learnt after the prompt that it will follow.
         """
         asked = [*self._before, _turn("user", "(question)")]
-        said = self._render([*asked, _turn("assistant", "(answer)")])
-        _, found, ending = said.rpartition("(answer)")
-        return ending.rstrip() if found and not said.startswith(self._render(asked, prompt=True)) else None
+        said = self._render([*asked, _turn("assistant", ANSWER)])
+        return ANSWER in said and not said.startswith(self._render(asked, prompt=True))
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Turn rows of `read_rows` or `load_rows` into a batch.
@@ -219,14 +219,24 @@ class ConversationCollator:
         return encoded
 
     def _decoder_only(self, messages: list[dict[str, Any]], name: str) -> dict[str, Any]:
-        if self._ending is not None:
+        if self._writes_prompts_apart:
             prompt = self._render(messages[:-1], prompt=True)
-            text = prompt + "".join(part["text"] for part in messages[-1]["content"]).strip() + self._ending
+            text = prompt + self._answer(messages, name)
             return self._with_labels(text, [(len(prompt), len(text))], name)
         text = self._render(messages)
         answers = [end for end, message in enumerate(messages) if message["role"] == "assistant"]
         spans = [self._span(messages, end, text, name) for end in (answers[-1:] if self.needs_split else answers)]
         return self._with_labels(text, spans, name)
+
+    def _answer(self, messages: list[dict[str, Any]], name: str) -> str:
+        """The last answer as the template writes it, with what ends it."""
+        before, _, ending = self._render([*messages[:-1], _turn("assistant", ANSWER)]).rpartition(ANSWER)
+        said = self._render(messages)
+        if not (said.startswith(before) and said.endswith(ending)):
+            raise _error(
+                name, "answer", "the chat template writes what comes before an answer by its words. " + REMEDY
+            )
+        return said[len(before) :].rstrip()
 
     def _with_labels(self, text: str, spans: list[tuple[int, int]], name: str) -> dict[str, Any]:
         """Tokens, and labels where a token is part of what stands between a span's first and last character."""
@@ -255,7 +265,7 @@ class ConversationCollator:
                 name,
                 "answer",
                 f"the chat template writes the prompt {prompt[-40:]!r} in another way once the answer follows, so "
-                "what is to be learnt cannot be told. Write another chat_template in the recipe.",
+                f"what is to be learnt cannot be told. {REMEDY}",
             )
         return len(prompt), len(said)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from numbers import Number
 from typing import Any
 
+from ..utils.turn_text import turn_text
 from .image_paths import ImageFolders
 from .references import MOST_OPTIONS, as_choice, as_texts, with_options
 from .rows import Fault, is_unicode
@@ -193,39 +194,33 @@ def _message(turn: Any) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
         expected = "{'from': 'human' or 'gpt', 'value': text} or {'role': 'user' or 'assistant', 'content': ...}"
         return None, [], [Fault("turn", f"{str(turn)[:120]} is no turn; expected {expected}.")]
     if isinstance(value, str):
-        if not is_unicode(value):
-            return None, [], [_half_a_character(turn)]
         images: list[Any] = [None] * value.count(PLACEHOLDER)
-        content = _split(value) if role == "user" else [{"type": "text", "text": value}]
     else:
-        found = _parts(value, role)
+        found = _parts(value)
         if isinstance(found, Fault):
             return None, [], [found]
-        content, images = found
-        if not all(is_unicode(part["text"]) for part in content if part["type"] == "text"):
-            return None, [], [_half_a_character(turn)]
+        value, images = found
+    if not is_unicode(value):
+        return None, [], [_half_a_character(turn)]
     if images and role != "user":
         wrong = f"an image stands in a turn from {said!r}. Only the user's turns ('human') show images."
         return None, [], [Fault("placeholder", wrong)]
-    return {"role": role, "content": content}, images, []
+    return {"role": role, "content": _split(value)}, images, []
 
 
-def _parts(value: list[Any], role: str) -> tuple[list[dict[str, Any]], list[Any]] | Fault:
-    """A turn's parts, and the image that each place for one holds itself or None."""
-    content: list[dict[str, Any]] = []
+def _parts(value: list[Any]) -> tuple[str, list[Any]] | Fault:
+    """The text of a turn that comes in parts, and the image that each place for one holds itself or None."""
     images: list[Any] = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            content += _split(part["text"]) if role == "user" else [{"type": "text", "text": part["text"]}]
             images += [None] * part["text"].count(PLACEHOLDER)
         elif kind == "image":
-            content.append({"type": "image"})
             images.append(own_image(part))
         else:
             expected = "{'type': 'text', 'text': ...} or {'type': 'image'}"
             return Fault("turn", f"{str(part)[:120]!a} is no part of a turn; expected {expected}.")
-    return content, images
+    return turn_text(value, PLACEHOLDER), images
 
 
 def _half_a_character(turn: Any) -> Fault:
@@ -233,14 +228,22 @@ def _half_a_character(turn: Any) -> Fault:
 
 
 def _split(text: str) -> list[dict[str, Any]]:
-    if PLACEHOLDER not in text:
-        text = text.strip()
-        return [{"type": "text", "text": text}] if text else []
-    content: list[dict[str, Any]] = []
-    for number, piece in enumerate(text.split(PLACEHOLDER)):
-        content += [{"type": "image"}] if number else []
-        content += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
-    return content
+    """A turn's text in parts, of which `turn_text` makes the same text again."""
+    pieces = text.split(PLACEHOLDER)
+    lines = [piece.removeprefix("\n") if number else piece for number, piece in enumerate(pieces)]
+    lines = [piece.removesuffix("\n") for piece in lines[:-1]] + lines[-1:]
+    parts = _between({"type": "image"}, lines)
+    if len(pieces) == 1 or turn_text(parts, PLACEHOLDER) == text:
+        return parts
+    return _between({"type": "image", "text": ""}, pieces)  # an image within a line
+
+
+def _between(image: dict[str, Any], pieces: list[str]) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces):
+        parts += [{**image}] if number else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
 
 
 def _place_images(messages: list[dict[str, Any]], given: int) -> list[Fault]:

@@ -18,7 +18,7 @@ from .. import __version__
 from .files import stream
 from .formats import COLUMNS, parse, row_name
 from .image_paths import ImageFolders
-from .rows import RowError
+from .rows import FORM, RowError
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,9 @@ def read_rows(
         faulty: "stop" raises at the first row that cannot be read, "drop" leaves such rows out and logs how many.
     Yields:
         id: text; images: list of absolute paths, or {"bytes", "path"} where a file holds the pictures; messages:
-        [{"role", "content"}], where content is a list of {"type": "image"} and {"type": "text", "text"}. Rows that say
-        them: answers, of several people, and options, of a multiple choice; lists of text.
+        [{"role", "content"}], where content is a list of {"type": "image"} and {"type": "text", "text"}, of which
+        `processor.apply_chat_template` makes the text of the row again; an image within a line has "text": "". Rows
+        that say them: answers, of several people, and options, of a multiple choice; lists of text.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file, or a row of it, cannot be read; the message names the row's id and what to write.
@@ -147,7 +148,7 @@ def load_rows(
     digest = "" if streaming else file_digest(local)
     arguments = {
         "path": str(local.absolute()),
-        "version": f"{__version__} {digest}",  # so that nothing stale is served
+        "version": f"{__version__} {FORM} {digest}",  # so that nothing stale is served
         **settings,
     }
     if streaming:
@@ -244,7 +245,7 @@ def _load_table(
     path: str, name: str | None, split: str, streaming: bool, settings: dict[str, Any]
 ) -> Dataset | IterableDataset:
     table, labels = _open_table(path, name, split, streaming)
-    said = {"source": path, "home": _home(Path(path)), "labels": labels, "version": __version__}
+    said = {"source": path, "home": _home(Path(path)), "labels": labels, "version": f"{__version__} {FORM}"}
     arguments = said | settings
     rows = table.map(
         _convert,

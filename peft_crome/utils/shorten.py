@@ -19,8 +19,8 @@ def short(value: Any, most: int = MOST) -> str:
         most: characters; a nested value may take twice as many as text.
 
     Example:
-        >>> short("a.png"), short("iVBORw0KGgo" * 100_000)
-        ("'a.png'", "'iVBORw0KGgoiVBORw0KGgoiVBORw0KGgoiVBO...gOiVBORw0KGgoiVBORw0KGgoiVBORw0KGgo'")
+        >>> short("a.png"), short("iVBORw0KGgo" * 100_000, 30)
+        ("'a.png'", "'iVBORw0KGgoi...oiVBORw0KGgo'")
     """
     text = _SHORT.repr(value) if not isinstance(value, bytes | bytearray | memoryview) else f"{len(value):,} bytes"
     limit = most if isinstance(value, str) else 2 * most

@@ -10,6 +10,8 @@ from transformers.image_utils import is_pil_image, is_valid_image
 from transformers.utils import logging
 
 from ..utils.read_image import read_image
+from ..utils.shorten import short
+from ..utils.turn_text import turn_text
 from .configuration_crome_vlm import CromeVLMConfig
 from .image_size import with_image_size
 from .image_token import ensure_image_token
@@ -361,17 +363,13 @@ class CromeVLMProcessor(ProcessorMixin):
             return {}
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
-        text = ""
         for part in content:
             kind = part.get("type")
             if kind not in ("text", "image", "image_url"):
-                raise ValueError(f"Content part of type {kind!r} is not supported; expected 'text' or 'image'.")
-            piece = part["text"] if kind == "text" else self.image_token
-            # An image stands on its own line beside text, as most vision-language prompts have it.
-            meet = text.endswith(self.image_token) != piece.startswith(self.image_token)
-            text += "\n" + piece if text and piece and meet and not (text + "|" + piece).count("\n|") else piece
+                raise ValueError(f"Content part of type {short(kind)} is not supported; expected 'text' or 'image'.")
             found = [part[key] for key in IMAGE_KEYS if kind != "text" and part.get(key) is not None]
             images.extend(found[:1])
+        text = turn_text(content, self.image_token)
         if reorder and (count := text.count(self.image_token)):
             words = " ".join(piece.strip() for piece in text.split(self.image_token) if piece.strip())
             text = f"{words}\n{self.image_token * count}" if words else self.image_token * count
