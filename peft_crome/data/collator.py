@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from ..positions import position_limit
+from ..utils.shorten import cut, short
 from .images import Augmentation, open_image
 from .instructions import check_instruction
 from .rows import COUNTS, DRAW, DRAWN, Fault, RowError
@@ -190,8 +191,8 @@ class ConversationCollator:
             raise _error(
                 name,
                 "template",
-                f"the language model's chat template says: {error}. Change the row (or system: in the recipe), or "
-                "write another chat_template in the recipe.",
+                f"the language model's chat template says: {cut(str(error), 300)}. Change the row (or system: in the "
+                "recipe), or write another chat_template in the recipe.",
             ) from error
         tokens = encoded["input_ids"].count(self.processor.image_token_id)
         if tokens != len(row["images"]) * self.processor.image_seq_length:
@@ -304,7 +305,7 @@ class ConversationCollator:
     def _pictures(self, row: dict[str, Any]) -> Iterator[Image.Image]:
         chance = random.Random(f"{self.seed} {row[DRAW]}") if DRAW in row else None
         for path in row["images"]:
-            picture = open_image(path, f"Row {row['id']!r}")
+            picture = open_image(path, f"Row {short(row['id'])}")
             yield self.augmentation(picture, chance) if self.augmentation is not None else picture
 
 
@@ -313,7 +314,7 @@ def _turn(role: str, text: str) -> dict[str, Any]:
 
 
 def _error(name: str, kind: str, message: str) -> RowError:
-    return RowError(f"Row {name!r}", [Fault(kind, message)])
+    return RowError(f"Row {short(name)}", [Fault(kind, message)])
 
 
 def _first_turns(row: dict[str, Any], count: int) -> dict[str, Any]:

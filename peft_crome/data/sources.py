@@ -15,6 +15,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, load_datas
 from datasets.exceptions import DatasetGenerationError
 
 from .. import __version__
+from ..utils.shorten import cut, short
 from .files import stream
 from .formats import COLUMNS, parse, row_name
 from .image_paths import ImageFolders
@@ -78,7 +79,7 @@ def read_rows(
         if row is not None:
             yield row
             continue
-        error = RowError(f"{path}, row {row_name(given, number)!r}", faults)
+        error = RowError(f"{path}, row {short(row_name(given, number))}", faults)
         if faulty == "stop":
             raise error
         dropped.append(str(error))
@@ -282,9 +283,9 @@ def _convert(
             for key, kept in made.items():
                 kept.append(row[key])
         elif faulty == "stop":
-            raise RowError(f"{source}, row {row_name(given, number)!r}", faults)
+            raise RowError(f"{source}, row {short(row_name(given, number))}", faults)
         else:
-            logger.warning("%s, row %r was left out: %s", source, row_name(given, number), faults[0].message)
+            logger.warning("%s, row %s was left out: %s", source, short(row_name(given, number)), faults[0].message)
     return made
 
 
@@ -297,8 +298,9 @@ def check_images(rows: Iterable[dict[str, Any]]) -> None:
     missing = [(name, path) for name, path in _image_files(rows) if not os.path.isfile(path)]
     if missing:
         raise ValueError(
-            f"Row {missing[0][0]!r}: the image {missing[0][1]} is missing ({len(missing)} such files in all). Name "
-            "the folder that image paths start from, or take these rows out: peft-crome doctor shows them all."
+            f"Row {short(missing[0][0])}: the image {cut(missing[0][1])} is missing ({len(missing)} such files in "
+            "all). Name the folder that image paths start from, or take these rows out: peft-crome doctor shows them "
+            "all."
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # as transformers has it
 from PIL import Image, ImageOps
 
-from .shorten import short
+from .shorten import cut, short
 
 SOURCES = ("bytes", "path", "url", "base64")  # where a mapping holds its image
 BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{32,}={0,2}\s*")
@@ -57,8 +57,7 @@ def read_image(image: Any, channels: Channels | None = None) -> Image.Image:
             return _to_rgb(opened)
     except Exception as error:  # each format's decoder has errors of its own
         cause = str(error) or type(error).__name__
-        cause = cause if len(cause) <= 200 else f"{cause[:200]}..."
-        raise ValueError(f"cannot read the image {_described(image)} ({cause})") from error
+        raise ValueError(f"cannot read the image {_described(image)} ({cut(cause, 200)})") from error
 
 
 def embedded_image(text: str) -> bytes | None:
@@ -131,7 +130,7 @@ def _described(image: Any) -> str:
     if isinstance(image, np.ndarray | torch.Tensor):
         return f"of shape {tuple(image.shape)}, {image.dtype}"
     if isinstance(image, str | os.PathLike):
-        return short(os.fspath(image))[1:-1]
+        return cut(os.fspath(image))
     return short(image)
 
 

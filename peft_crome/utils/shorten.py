@@ -9,6 +9,7 @@ MOST = 80  # characters of a value
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = MOST
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 30
 _SHORT.maxlevel = 3
 
 
@@ -23,8 +24,15 @@ def short(value: Any, most: int = MOST) -> str:
         ("'a.png'", "'iVBORw0KGgoi...oiVBORw0KGgo'")
     """
     text = _SHORT.repr(value) if not isinstance(value, bytes | bytearray | memoryview) else f"{len(value):,} bytes"
-    limit = most if isinstance(value, str) else 2 * most
-    if len(text) <= limit:
-        return text
-    half = (limit - 3) // 2
-    return f"{text[:half]}...{text[-half:]}"
+    return cut(text, most if isinstance(value, str) else 2 * most)
+
+
+def cut(text: str, most: int = MOST) -> str:
+    """A text with its middle left out where it is longer than `most` characters.
+
+    Example:
+        >>> cut("a.png"), cut("a" * 1000 + ".png", 12)
+        ('a.png', 'aaaa....png')
+    """
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")  # where a part holds its image
+
 
 def turn_text(parts: Sequence[Mapping[str, Any]], image_token: str) -> str:
     """Join a turn's parts; nothing of their text is left out.

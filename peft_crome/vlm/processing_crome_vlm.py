@@ -11,14 +11,13 @@ from transformers.utils import logging
 
 from ..utils.read_image import read_image
 from ..utils.shorten import short
-from ..utils.turn_text import turn_text
+from ..utils.turn_text import IMAGE_KEYS, turn_text
 from .configuration_crome_vlm import CromeVLMConfig
 from .image_size import with_image_size
 from .image_token import ensure_image_token
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "qformer_input_ids", "qformer_attention_mask")
 QFORMER_TOKENIZER = "qformer_tokenizer"
-IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 logger = logging.get_logger(__name__)
 
