@@ -51,9 +51,10 @@ def parse(
     if faults:
         return None, faults
     messages: list[dict[str, Any]] = []
+    has_images = bool(image_fields(row))
     places: list[Any] = []  # each picture that a turn shows: itself, or None for the next one of the row
     for turn in row["turns"]:
-        message, own, wrong = _message(turn)
+        message, own, wrong = _message(turn, len(places) if has_images else None)
         faults += wrong
         places += own
         messages += [message] if message is not None else []
@@ -220,7 +221,7 @@ def _image(image: Any, folders: ImageFolders) -> Any:
     return Fault("path", f"the image {short(str(image))} is none; expected a path, a list of paths, or bytes.")
 
 
-def _message(turn: Any) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
+def _message(turn: Any, before: int | None = None) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
     """A turn as a message, the image that each of its places holds itself or None, and what is wrong with it."""
     given = turn if isinstance(turn, dict) else {}
     said = role_of(given)
@@ -233,9 +234,9 @@ def _message(turn: Any) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
     if wrong is not None:
         return None, [], [wrong]
     if isinstance(value, str):
-        value, images = shown_in(value)
+        value, images = shown_in(value, before)
     else:
-        found = _parts(value)
+        found = _parts(value, before)
         if isinstance(found, Fault):
             return None, [], [found]
         value, images = found
@@ -247,7 +248,7 @@ def _message(turn: Any) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
     return {"role": role, "content": _split(value)}, images, []
 
 
-def _parts(value: list[Any]) -> tuple[str, list[Any]] | Fault:
+def _parts(value: list[Any], before: int | None) -> tuple[str, list[Any]] | Fault:
     """The text of a turn that comes in parts, and the image that each place for one holds itself or None."""
     parts: list[dict[str, Any]] = []
     images: list[Any] = []
@@ -255,7 +256,7 @@ def _parts(value: list[Any]) -> tuple[str, list[Any]] | Fault:
         kind = part.get("type") if isinstance(part, dict) else None
         own = own_image(part) if kind is not None else None
         if kind == "text" and isinstance(part.get("text"), str) and own is None:
-            text, shown = shown_in(part["text"])
+            text, shown = shown_in(part["text"], None if before is None else before + len(images))
             parts.append({"type": "text", "text": text})
             images += shown
         elif kind in ("image", "image_url") and not part.get("text"):

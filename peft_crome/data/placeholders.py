@@ -12,14 +12,24 @@ from .rows import Fault
 
 PLACEHOLDER = "<image>"
 WITH_PATH = re.compile(r"<image>|<img>\s*([^<>]*?)\s*</img>")  # Qwen-VL's
+NUMBERED = re.compile(r"<(?:image|img)[ _-]?(\d+)>|<\|image_(\d+)\|>", re.IGNORECASE)  # MMMU's, Phi-3's
 MEDIA = re.compile(r"<(video|audio|speech)>|<\|\w*(image|img|vision|video|audio)\w*\|>", re.IGNORECASE)
 OF_OTHERS = re.compile(
     r"<(image|img)[ _-]?\d+>|<img>|<image_?here>|<image[_-](placeholder|token|pad)>|<start_of_image>", re.IGNORECASE
 )  # words, where a row has no image
 
 
-def shown_in(text: str) -> tuple[str, list[Any]]:
-    """A text with `<image>` where it shows an image, and for each the path that stands there, or None."""
+def shown_in(text: str, before: int | None = None) -> tuple[str, list[Any]]:
+    """A text with `<image>` where it shows an image, and for each the path that stands there, or None.
+
+    Args:
+        text: of a turn, or of a part of one.
+        before: images shown before it; None: the row has none. Numbered places that go on from it are images.
+    """
+    if before is not None and "<" in text and PLACEHOLDER not in text:
+        numbers = [int(found.group(1) or found.group(2)) for found in NUMBERED.finditer(text)]
+        if numbers == list(range(before + 1, before + 1 + len(numbers))):
+            text = NUMBERED.sub(PLACEHOLDER, text)
     if "</img>" not in text:
         return text, [None] * text.count(PLACEHOLDER)
     images = [found.group(1) for found in WITH_PATH.finditer(text)]

@@ -29,7 +29,7 @@ Channels = Literal["channels_first", "channels_last"]
 def read_image(image: Any, channels: Channels | None = None) -> Image.Image:
     """Give the RGB pixels of an image; the composite's processor, training and evaluation all read with this function.
 
-    - The EXIF orientation is applied. Of an animation the first frame is taken.
+    - The EXIF orientation is applied. Of an animation the first frame is taken; a PIL image gives the frame it is at.
     - Transparent pixels lie on white, as a page shows them; Qwen-VL and vLLM do the same. Dropping the alpha channel
       would show whatever color a transparent pixel hides, which is often black.
     - Of 16 bits the higher 8 are kept, as Pillow does with 16-bit RGB files. White stays white.

@@ -204,13 +204,14 @@ class CromeVLMProcessor(ProcessorMixin):
 
     def _read(self, rows: list[list[Any]], kwargs: dict[str, Any]) -> list[list[Any]]:
         """The images' pixels; arrays that need no rescaling are as the image processor wants them."""
-        settings = {**kwargs, **kwargs.get("images_kwargs", {})}
+        of_images = kwargs.get("images_kwargs") or {}
+        settings = {**kwargs, **of_images}
         if settings.get("do_rescale") is False:
             return [[image if _is_array(image) else read_image(image) for image in row] for row in rows]
         channels = settings.get("input_data_format")
         if channels is not None:  # what is read has its channels last
-            kwargs |= {"images_kwargs": {**kwargs.get("images_kwargs", {}), "input_data_format": None}}
             kwargs.pop("input_data_format", None)
+            kwargs["images_kwargs"] = {**of_images, "input_data_format": None}
         return [[read_image(image, channels) for image in row] for row in rows]
 
     def _instructions(self, texts: list[str], qformer_text: str | Sequence[str] | None) -> list[str]:
@@ -405,7 +406,7 @@ def _is_array(image: Any) -> bool:
 
 def _image_rows(images: Any) -> list[list[Any]]:
     """Pictures by row; one row for a flat list."""
-    if isinstance(images, str | bytes | Mapping | os.PathLike):
+    if isinstance(images, str | bytes | Mapping | os.PathLike) or hasattr(images, "read"):
         return [[images]]
     if is_valid_image(images):
         return [list(images)] if getattr(images, "ndim", 3) == 4 else [[images]]

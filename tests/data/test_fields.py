@@ -110,6 +110,22 @@ def test_images_that_the_text_names(tmp_path: Path) -> None:
     assert texts == ["Picture 1: ", "", "\nPicture 2: ", "", "\nand ", "", "?"]
 
 
+def test_images_that_the_text_numbers(tmp_path: Path) -> None:
+    """MMMU's and Phi-3's form, where the numbers go on from the images before."""
+    turns = [
+        {"from": "human", "value": "<image 1> or <image 2>?"},
+        SAID[1],
+        {"from": "human", "value": "And <image 3>"},
+        SAID[1],
+    ]
+    chat = [{"role": "user", "content": [{"type": "text", "text": "<|image_1|>\nw1"}]}, CHAT[1]]
+    rows = [{"images": ["a.png", "b.png", "c.png"], "conversations": turns}, {"images": ["a.png"], "messages": chat}]
+    first, second = read_rows(write(tmp_path, *rows))
+    shown = [part["type"] for message in first["messages"] for part in message["content"]]
+    assert shown == ["image", "text", "image", "text", "text", "text", "image", "text"]
+    assert second["messages"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "w1"}]
+
+
 @pytest.mark.parametrize("field", ["system", "system_prompt", "system_message"])
 def test_system_message_of_a_row(field: str, tmp_path: Path) -> None:
     system = {"role": "system", "content": [{"type": "text", "text": " Be brief.\n"}]}
@@ -132,7 +148,14 @@ FOREIGN = [
     for mark in ("<video>", "<audio>", "<|vision_start|><|image_pad|><|vision_end|>", "<|image_1|>")
 ] + [
     {"image": "a.png", "conversations": [{"from": "human", "value": f"w1 {mark}"}, SAID[1]]}
-    for mark in ("<image 1>", "<image_1>", "<img>", "<ImageHere>", "<start_of_image>")
+    for mark in (
+        "<image 2>",
+        "<image_1> <image_1>",
+        "<image>, or <image_2>",
+        "<img>",
+        "<ImageHere>",
+        "<start_of_image>",
+    )
 ]
 OF_TURNS: list[tuple[dict[str, Any], str]] = [
     ({"images": ["a.png"]}, r"a turn has \['images'\] of its own, which are not read"),

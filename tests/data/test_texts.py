@@ -119,6 +119,7 @@ def test_training_reads_the_text_of_inference(
     [row] = read_rows(tmp_path / "rows.json")
     expected = ids_of_inference(processor, messages, str(picture), images)
     assert ConversationCollator(processor).encode(row)["input_ids"] == expected
+    assert processor.instruction(row["messages"]) == processor.instruction(messages)
     assert ids_of_inference(processor, row["messages"], str(picture), images) == expected, "rows are conversations"
 
 
