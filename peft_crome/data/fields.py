@@ -159,9 +159,9 @@ def _is_an_image(value: Any, has_images: bool) -> bool:
 
 
 def _file_name(image: Any) -> str:
-    """The name of an image's file; empty where it is given by its content."""
+    """The name of an image's file without its ending; empty where the image is given by its content."""
     if isinstance(image, Mapping):
         image = image.get("path") or image.get("url")
     if not isinstance(image, str) or image[:5].lower() == "data:" or embedded_image(image) is not None:
         return ""
-    return PurePosixPath(image).name
+    return PurePosixPath(image).stem

@@ -13,7 +13,12 @@ from .rows import Fault
 PLACEHOLDER = "<image>"
 WITH_PATH = re.compile(r"<image>|<img>\s*([^<>]*?)\s*</img>")  # Qwen-VL's
 NUMBERED = re.compile(r"<(?:image|img)[ _-]?(\d+)>|<\|image_(\d+)\|>", re.IGNORECASE)  # MMMU's, Phi-3's
-MEDIA = re.compile(r"<(video|audio|speech)>|<\|\w*(image|img|vision|video|audio)\w*\|>", re.IGNORECASE)
+MEDIA = re.compile(
+    # not HTML, and not words about it
+    r"(?<!`)<(video|audio|speech)>(?!`|\s+(tag|element)|\s*</?(?!image|video|audio)\w)"
+    r"|<\|\w*(image|img|vision|video|audio)\w*\|>",
+    re.IGNORECASE,
+)
 OF_OTHERS = re.compile(
     r"<(image|img)[ _-]?\d+>|<img>|<image_?here>|<image[_-](placeholder|token|pad)>|<start_of_image>", re.IGNORECASE
 )  # words, where a row has no image

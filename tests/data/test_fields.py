@@ -86,6 +86,7 @@ def test_images_as_text_are_read(row: dict[str, Any], processor: Any, tmp_path: 
         {"photo": "a.png"},
         {"image": "a.png", "images": ["a.png"]},
         {"images": ["a.png"], "image_path": "/data/coco/a.png"},
+        {"image": "a.png", "image_name": "a"},
         {"image": "a.png", "image_url": "http://images.example/1234"},
         {"image": None, "images": [], "img_path": "a.png"},
         {"image": "a.png", "image_id": 7, "image_size": [40, 30]},
@@ -145,7 +146,15 @@ def test_system_message_of_a_row(field: str, tmp_path: Path) -> None:
 
 FOREIGN = [
     {"conversations": [{"from": "human", "value": f"{mark}\nw1"}, SAID[1]]}
-    for mark in ("<video>", "<audio>", "<|vision_start|><|image_pad|><|vision_end|>", "<|image_1|>")
+    for mark in (
+        "<video>",
+        "In <video>,",
+        "<video>a.mp4</video>",
+        "<video>\n<video>",
+        "<audio>",
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        "<|image_1|>",
+    )
 ] + [
     {"image": "a.png", "conversations": [{"from": "human", "value": f"w1 {mark}"}, SAID[1]]}
     for mark in (
@@ -201,7 +210,10 @@ def test_what_is_not_read_is_refused_by_name(row: dict[str, Any], message: str, 
 
 
 def test_words_that_are_no_placeholders_stay(tmp_path: Path) -> None:
-    said = "Why does <img> need no end, and what does <div> or <image 1> mean? a < b"
+    said = (
+        "Why does <img> need no end, and what does <div> or <image 1> mean? a < b. What does the <video> tag, or "
+        "`<audio>`, do in <video>\n  <source src='a.mp4'></video>?"
+    )
     answer = "Write <video controls>, <audio> and <|image_1|>."
     turns = [{"from": "human", "value": said}, {"from": "gpt", "value": answer, "weight": 1}]
     [row] = read_rows(write(tmp_path, {"conversations": turns}))
