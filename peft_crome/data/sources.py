@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, load_datas
 from datasets.exceptions import DatasetGenerationError
 
 from .. import __version__
+from ..utils.read_image import read_image
 from ..utils.shorten import cut, short
 from .files import stream
 from .formats import COLUMNS, parse, row_name
@@ -194,7 +196,11 @@ def _generate(path: str, version: str, **arguments: Any) -> Iterator[dict[str, A
 def _stored(image: Any) -> dict[str, Any]:
     if isinstance(image, str):
         return {"path": image, "bytes": None}
-    return image if isinstance(image, dict) else datasets.Image().encode_example(image)
+    if isinstance(image, dict):
+        return image
+    file = io.BytesIO()
+    read_image(image).save(file, "PNG")
+    return {"path": None, "bytes": file.getvalue()}
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -222,13 +228,25 @@ def _open_table(path: str, name: str | None, split: str, streaming: bool) -> tup
         table = table.to_iterable_dataset()
     labels = {}
     for column, feature in (table.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, datasets.Image):
-            table = table.cast_column(column, List(datasets.Image(decode=False)))
+        undecoded = _undecoded(feature)
+        if undecoded != feature:
+            table = table.cast_column(column, undecoded)
         elif isinstance(feature, datasets.ClassLabel):
             labels[column] = feature.names
     return table, labels
+
+
+def _undecoded(feature: Any) -> Any:
+    """A column's type with its images as they are stored, wherever they are: decoded JPEG would be encoded again."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {key: _undecoded(inner) for key, inner in feature.items()}
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature), length=feature.length)
+    if isinstance(feature, datasets.LargeList):
+        return datasets.LargeList(_undecoded(feature.feature))
+    return feature
 
 
 def _records(path: str, name: str | None, split: str) -> Iterator[dict[str, Any]]:
