@@ -1,6 +1,6 @@
 """Naming emoji on real weights: trained on one style, tested on new objects and on another vendor's style.
 
-    python -m benchmarks.emoji            # everything that is not done yet; each run takes some six minutes
+    python -m benchmarks.emoji            # everything that is not done yet; each run takes some ten minutes
     python -m benchmarks.emoji --report   # the table from the records alone
 
 Every run: captions (the object's kind) with the projection, then questions for it without the projection (which keeps
@@ -38,7 +38,7 @@ BEGIN, END = "<!-- begin: written by python -m benchmarks.emoji -->", "<!-- end 
 METHODS = ("crome", "crome-both", "lora", "projection")
 SEEDS = 3
 ALIGN = Stage("align", steps=120, pictures_per_step=16, questions_per_picture=1, learning_rate=5e-4, word_weight=1.0)
-FINETUNE = Stage("finetune", steps=120, pictures_per_step=16, questions_per_picture=1, learning_rate=1e-3)
+FINETUNE = Stage("finetune", steps=160, pictures_per_step=16, questions_per_picture=1, learning_rate=1e-3)
 # Each test set: the vendor, and whether its objects are new.
 TESTS = {
     "new objects, Google": ("google", True),
