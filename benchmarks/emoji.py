@@ -99,19 +99,18 @@ def file_of(method: str, seed: int, results: Path = RESULTS) -> Path:
 def write_report(results: Path = RESULTS) -> str:
     """Write the table of the records that are there, and return it; the repository's own go into the docs too."""
     records = [json.loads(file.read_text()) for file in sorted(results.glob("*-seed*.json"))]
-    header = ["", "seeds", *TESTS, "text loss, with", "without", "capital of France", "minutes (a) + (b)", "weights"]
+    header = ["", "seeds", *TESTS, "text loss, with", "without", "capital of France", "weights"]
     rows = []
     if records:
         by_seed = {record["seed"]: record["most frequent kind"] for record in records}
         guesses = [_each(list(by_seed.values()), name) for name in TESTS]
-        rows.append(["most frequent kind", len(by_seed), *guesses, "-", "-", "-", "-", "-"])
+        rows.append(["most frequent kind", len(by_seed), *guesses, "-", "-", "-", "-"])
     for method in METHODS:
         own = [record for record in records if record["method"] == method]
         if not own:
             continue
-        minutes = statistics.median(r["align"]["seconds"] + r["finetune"]["seconds"] for r in own) / 60
         cells = [_each([record["score"] for record in own], name) for name in TESTS]
-        cells += [*columns([record["language"] for record in own]), f"{minutes:.1f}"]
+        cells += columns([record["language"] for record in own])
         rows.append([NAMES[method], len(own), *cells, f"{own[0]['finetune']['trained_parameters']:,}"])
     table = markdown(header, rows)
     results.mkdir(parents=True, exist_ok=True)
