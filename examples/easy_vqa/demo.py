@@ -36,7 +36,6 @@ FINETUNE = Stage(
 ALIGN_RATES = {"lora": 1e-3}
 FINETUNE_RATES = {"lora": 2e-3, "projection": 3e-4}
 
-STAGES = ("align", "finetune")
 NAMES = {
     "crome": "CROME, vision branch alone (the default)",
     "crome-both": "CROME, text and vision branches",
@@ -91,24 +90,23 @@ def summarise(results: Path) -> list[dict[str, Any]]:
     baselines = data.blind_baselines(data.load_questions("train"), data.load_questions("test"))
     test = data.load_questions("test")
     lines = [
-        "| | seeds | what colour / shape | yes/no | text loss, with | without | capital of France | minutes (a) + (b) "
+        "| | seeds | what colour / shape | yes/no | text loss, with | without | capital of France "
         "| weights (a) / (b) |",
-        "|" + " --- |" * 9,
+        "|" + " --- |" * 8,
     ]
     for name, said in baselines.items():
         blind = [score(test, said)]
-        lines.append(f"| {name} | - | {_each(blind, 'what')} | {_each(blind, 'yes/no')} |" + " - |" * 5)
+        lines.append(f"| {name} | - | {_each(blind, 'what')} | {_each(blind, 'yes/no')} |" + " - |" * 4)
     for method in METHODS:
         own = [record for record in records if record["method"] == method]
         if not own:
             continue
-        minutes = statistics.median(sum(r[stage]["seconds"] for stage in STAGES) for r in own) / 60
         weights = f"{own[0]['align']['trained_parameters']:,} / {own[0]['finetune']['trained_parameters']:,}"
         scores = [record["score"] for record in own]
         cells = [NAMES[method], len(own), _each(scores, "what"), _each(scores, "yes/no")]
         measured = records if method == "projection" else own
         columns = language.base_columns if method == "projection" else language.columns
-        cells += [*columns([r["language"] for r in measured if "language" in r]), f"{minutes:.0f}", weights]
+        cells += [*columns([r["language"] for r in measured if "language" in r]), weights]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", f"| yes/no questions | {' | '.join(data.YES_NO_GROUPS)} |", "| --- | --- | --- | --- | --- |"]
     for method in METHODS:
