@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
 from torch import nn
 
 from .. import checks, merging, registration
@@ -144,6 +144,12 @@ class CromeModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would also copy a weight that a projector does not have.
         replace_everywhere(self.model, child, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Not inside the sites: what `modules_to_save` trains there is a host's module, in the host's dtype.
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, CromeLayer):
+                cast_adapter_dtype(module, adapter_name, autocast_adapter_dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,16 @@ from tests.tuner.helpers import (
     assert_equal,
     attach,
     changed,
+    crome_weight,
     frozen_logits,
     logits,
     randomise,
     snapshot,
+    to_dtype,
     train_steps,
     trainable,
 )
+from tests.zoo import ZOO, Case
 from tests.zoo.llava import internvl, llava
 
 PROJECTOR = "model.multi_modal_projector"
@@ -145,3 +149,38 @@ def test_heads_that_peft_adds_for_a_task(task_type: str, tmp_path: Path) -> None
     assert_equal(logits(loaded, batch), logits(model.eval(), batch))
     with pytest.raises(ValueError, match="'classifer' matches no module"):
         attach(classifier(), task_type=task_type, branches=branches, modules_to_save=["classifer"])
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", ["llava", "gemma3", "smolvlm", "internvl", "qwen2_5_vl"])
+@pytest.mark.parametrize("what", ["projector", "table", "tokens"])
+def test_a_copy_on_a_half_precision_host_stays_in_its_dtype(
+    what: str, name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Fresh, trained, reloaded: `forward` and `generate` work without autocast, as LoRA's do."""
+
+    def host() -> Any:
+        case = ZOO[name]()
+        return Case(case.model.to(dtype), to_dtype(case.batch, dtype), case.sites, None)
+
+    case = host()
+    sites = case.sites["vision"] if what == "projector" else case.sites["text"]
+    also = {"trainable_token_indices": [5, 6]} if what == "tokens" else {"modules_to_save": sites}
+    model = attach(case.model, branches=[*case.sites], **also)
+    randomise(model)
+    copies = {n: p for n, p in model.named_parameters() if ".modules_to_save.default." in n}
+    assert {parameter.dtype for parameter in copies.values()} <= {dtype}
+    assert bool(copies) == (what != "tokens")
+    assert crome_weight(model, "up").dtype == torch.float32
+    expected = logits(model.eval(), case.batch)
+    assert expected.dtype == dtype
+    model.generate(**case.generate_inputs(), max_new_tokens=2, do_sample=False)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(host().model, tmp_path).eval()
+    assert_equal(logits(loaded, case.batch), expected)
+    loaded.generate(**case.generate_inputs(), max_new_tokens=2, do_sample=False)
+    model.train()(**case.batch).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
