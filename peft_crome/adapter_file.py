@@ -27,8 +27,8 @@ COUNTS = ("I64", "I32", "U8", "BOOL")  # of buffers in a host's module, such as 
 TRAINABLE_TOKENS = "trainable_tokens_"  # rows of trainable_token_indices are saved with any method
 HEADER_LIMIT = 16 << 20  # bytes; the header of a thousand tensors has 200 kB
 EMBEDDINGS = tuple(f"{name}.weight" for name in EMBEDDING_LAYER_NAMES)
-# What PEFT and torch.compile put into a module's path, between the host's own parts.
-WRAPPERS = ("base_layer", "original_module", "token_adapter", "_orig_mod")
+# What PEFT puts into a module's path, between the host's own parts.
+WRAPPERS = ("base_layer", "original_module", "token_adapter")
 
 Shapes = dict[str, tuple[int, ...]]
 

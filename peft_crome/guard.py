@@ -106,7 +106,8 @@ def check(model: nn.Module, batch: dict[str, Any]) -> list[SiteReport]:
     model.eval()  # no dropout, no statistics
     weights.observer = watch = Watch()
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        # Inside a compiled graph nothing can be watched.
+        with torch.compiler.set_stance("force_eager"), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             outputs = model(**batch)
         rows = watch.report(layers, outputs)
     finally:

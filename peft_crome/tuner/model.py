@@ -130,10 +130,10 @@ class CromeModel(BaseTuner):
             for linear in weights.linears_of(adapter_name).values():
                 on_meta = linear.weight.is_meta  # then it stays there until its weights are loaded
                 linear.to(device=None if on_meta else device, dtype=dtype)
-            weights.train(self.model.training)
+            weights.train(target.training)
         if not isinstance(target, CromeLayer):
             target = CromeLayer(target, weights, self._hidden_size)
-            target.train(self.model.training)
+            target.training = target.base_layer.training  # a wrapper around the host may be in another mode
             replace_everywhere(self.model, target.base_layer, target)
         branches = target.branches_of[adapter_name] = self._branches_of[current_key]
         # Ovis 2 has a table of images as well.
