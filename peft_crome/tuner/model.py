@@ -62,7 +62,7 @@ class CromeModel(BaseTuner):
             ValueError: see `find_branches`, and `checks.py` for what must fit.
         """
         config: CromeConfig = self.peft_config[adapter_name]
-        branches = find_branches(model, config.branches)
+        branches = find_branches(model, config.branches, of_before=config.trained_on is not None)
         hidden_size = checks.find_hidden_size(model, branches)
         bottleneck_dim = config.bottleneck_dim or default_bottleneck_dim(len(branches))
         expected = checks.expected_shapes(branches, hidden_size, bottleneck_dim)

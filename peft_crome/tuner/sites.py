@@ -54,7 +54,9 @@ def default_bottleneck_dim(branches: int) -> int:
     return 8 * max(1, round(WEIGHTS_PER_WIDTH / (2 * branches + 1) / 8))
 
 
-def find_branches(model: nn.Module, branches: list[str] | dict[str, list[str] | str] | None) -> Branches:
+def find_branches(
+    model: nn.Module, branches: list[str] | dict[str, list[str] | str] | None, of_before: bool = False
+) -> Branches:
     """Resolve a configuration's `branches`, or look the architecture up, to full module paths.
 
     A path may end in a range of token ids, "embed_tokens[4:8196]": only these tokens' embeddings are the branch's.
@@ -62,6 +64,7 @@ def find_branches(model: nn.Module, branches: list[str] | dict[str, list[str] | 
     Args:
         branches: None: those that carry images and sound. Without a Q-Former, the text branch would be on the
             embedding table, and is left out.
+        of_before: None means all that are known, as in adapters that were trained before the default left words out.
     Raises:
         ValueError: nothing is known of the architecture, or a name matches no branch, no module or two branches.
     """
@@ -80,7 +83,9 @@ def find_branches(model: nn.Module, branches: list[str] | dict[str, list[str] | 
         raise no_vision_site(model, paths, tables, [suffix for suffixes in table.values() for suffix in suffixes])
     if missing:
         raise no_such_branch(model, missing, found)
-    return images if branches is None else {branch: found[branch] for branch in branches}
+    if branches is None:
+        return found if of_before else images
+    return {branch: found[branch] for branch in branches}
 
 
 def adaptable_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
