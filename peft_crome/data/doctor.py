@@ -22,11 +22,12 @@ from ..new_file import new_file
 from ..utils.shorten import cut
 from .fields import ignored_fields, image_fields
 from .files import stream
-from .formats import ROLES, kept_turns, own_images, parse, role_of, row_name, turns_key
+from .formats import kept_turns, parse, row_name, turns_key
 from .image_paths import ImageFolders
 from .images import open_image
 from .rows import Fault, RowError
 from .sources import Images, check_columns
+from .turns import ROLES, own_images, role_of
 
 CHUNK = 256
 

@@ -87,14 +87,27 @@ def test_images_as_text_are_read(row: dict[str, Any], processor: Any, tmp_path: 
         {"image": "a.png", "images": ["a.png"]},
         {"images": ["a.png"], "image_path": "/data/coco/a.png"},
         {"image": "a.png", "image_name": "a"},
+        {"image": "file:///TMP/a.png"},
         {"image": "a.png", "image_url": "http://images.example/1234"},
         {"image": None, "images": [], "img_path": "a.png"},
         {"image": "a.png", "image_id": 7, "image_size": [40, 30]},
     ],
 )
 def test_images_of_other_fields_are_read(fields: dict[str, Any], tmp_path: Path) -> None:
-    [row] = read_rows(write(tmp_path, {**fields, "conversations": SHOWN}))
+    given = json.loads(json.dumps(fields).replace("/TMP", str(tmp_path)))
+    [row] = read_rows(write(tmp_path, {**given, "conversations": SHOWN}))
     assert row["images"] == [str(tmp_path / "a.png")]
+
+
+def test_images_that_parts_number(tmp_path: Path) -> None:
+    """As llava-instruct-mix-vsft has them, in the order of the row's images."""
+    text = {"type": "text", "text": "w1", "index": None}
+    turns = [
+        {"role": "user", "content": [{"type": "image", "index": 0, "text": None}, text]}, CHAT[1],
+        {"role": "user", "content": [text, {"type": "image", "index": 1, "text": None}]}, CHAT[1],
+    ]  # fmt: skip
+    [row] = read_rows(write(tmp_path, {"images": ["a.png", "b.png"], "messages": turns}))
+    assert row["images"] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
 
 
 def test_embedded_image_beside_its_path_is_one_image(tmp_path: Path) -> None:
@@ -166,6 +179,7 @@ FOREIGN = [
         "<start_of_image>",
     )
 ]
+INDEXED = [{"type": "image", "index": 1}, {"type": "image", "index": 0}, {"type": "text", "text": "w1"}]
 OF_TURNS: list[tuple[dict[str, Any], str]] = [
     ({"images": ["a.png"]}, r"a turn has \['images'\] of its own, which are not read"),
     ({"reasoning_content": "x"}, r"a turn has \['reasoning_content'\] of its own"),
@@ -199,6 +213,15 @@ OF_TURNS: list[tuple[dict[str, Any], str]] = [
             ({"messages": [{**CHAT[0], **more}, CHAT[1]], "conversations": None}, message)
             for more, message in OF_TURNS
         ),
+        (
+            {
+                "images": ["a.png", "b.png"],
+                "messages": [{"role": "user", "content": INDEXED}, CHAT[1]],
+                "conversations": None,
+            },
+            "an image has 'index': 1, and is number 0 of those that turns show",
+        ),
+        ({"image": "file:///etc/passwd.png", "conversations": SHOWN}, "leaves"),
         ({"conversations": [SAID[0], {"from": "gpt", "value": "<img>a.png</img>"}]}, "an image stands in a turn from"),
     ],
 )
