@@ -247,14 +247,14 @@ def test_fields_that_are_not_read_are_counted_once(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     turn = {**SHOWN[0], "timestamp": 3}
     rows = [
-        {"id": 1, "image": "a.png", "conversations": SHOWN, "model": "m", "image_id": 4},
+        {"id": 1, "image": "a.png", "conversations": SHOWN, "model": "m", "image_id": 4, "prompt": "x"},
         {"id": 2, "image": "a.png", "conversations": [turn, {**SHOWN[1], "value": "w3"}], "model": "m", "empty": ""},
     ]
     path = write(tmp_path, *rows)
-    assert dict(examine(path).ignored) == {"model": 2, "image_id": 1, "conversations[].timestamp": 1}
+    assert dict(examine(path).ignored) == {"model": 2, "image_id": 1, "prompt": 1, "conversations[].timestamp": 1}
     result = runner.invoke(app, ["doctor", str(path)])
     assert result.exit_code == 0, result.output
-    counted = "model (2 rows), image_id (1 rows), conversations[].timestamp (1 rows)"
+    counted = "model (2 rows), image_id (1 rows), prompt (1 rows), conversations[].timestamp (1 rows)"
     assert f"fields that are not read: {counted}" in result.stdout
     table = write(tmp_path, {"q": "w1", "a": "w2", "image": "a.png", "other": 1})
     assert dict(examine(table, columns={"question": "q", "answer": "a"}).ignored) == {"image": 1, "other": 1}
