@@ -212,7 +212,11 @@ def _reads_in_order(name: str, tree: nodes.Template, parents: dict[int, nodes.No
         if isinstance(parent, nodes.For) and parent.iter is node:
             loops += [parent] if all(parent is not loop for loop in loops) else []
         elif isinstance(parent, nodes.Assign) and isinstance(parent.target, nodes.Name):
-            if parent.target.name == name or not _reads_in_order(parent.target.name, tree, parents, loops):
+            alias = parent.target.name
+            if alias != name and not _reads_in_order(alias, tree, parents, loops):
+                return False
+        elif isinstance(parent, nodes.Filter) and parent.name == "length":
+            if not _compares_with_few(parents[id(parent)]):
                 return False
         elif isinstance(parent, nodes.Getitem) and parent.node is node:
             if _attribute(parent) != 0 and _attribute(parents[id(parent)]) != "role":
@@ -220,6 +224,13 @@ def _reads_in_order(name: str, tree: nodes.Template, parents: dict[int, nodes.No
         elif not isinstance(parent, nodes.Test | nodes.If | nodes.And | nodes.Or):
             return False
     return True
+
+
+def _compares_with_few(node: nodes.Node) -> bool:
+    """Whether a number of messages is compared with one that the conversation exceeds by which templates are tried."""
+    return isinstance(node, nodes.Compare) and all(
+        isinstance(operand.expr, nodes.Const) and operand.expr.value in range(4) for operand in node.ops
+    )
 
 
 def _writes_by_roles(used: nodes.Node, parents: dict[int, nodes.Node], inputs: set[str], loop: nodes.For) -> bool:

@@ -173,7 +173,7 @@ def _of_images(row: dict[str, Any], pictures: dict[str, Fault | int], findings: 
 
 
 def _twice(row: dict[str, Any], seen: set[bytes]) -> Iterator[Fault]:
-    content = [row["messages"], [image if isinstance(image, str) else str(image) for image in row["images"]]]
+    content = [row["messages"], [image if isinstance(image, str | dict) else str(image) for image in row["images"]]]
     # Version 0 gives equal bytes for equal values, in a seventh of the time that JSON takes.
     digest = blake2b(marshal.dumps(content, 0), digest_size=8).digest()
     if digest in seen:

@@ -162,6 +162,8 @@ def _from_array(array: Any, channels: Channels | None) -> Image.Image:
     if isinstance(array, torch.Tensor):
         tensor = array.detach().cpu()
         array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    while array.ndim > 3 and len(array) == 1:
+        array = array[0]
     if array.ndim == 3:
         array = np.moveaxis(array, 0, -1) if (channels or _channels(array.shape)) == "channels_first" else array
         array = array[..., 0] if array.shape[-1] == 1 else array

@@ -216,6 +216,8 @@ ARRAYS: dict[str, tuple[Any, np.ndarray]] = {
     "integers": (COLORS.astype(np.int64), COLORS),
     "16 bits": (COLORS.astype(np.uint16) * 256 + 200, COLORS),
     "32 bits of 16": (torch.from_numpy(COLORS.astype(np.int32) * 256 + 200).permute(2, 0, 1), COLORS),
+    "a batch of one": (torch.from_numpy(COLORS).permute(2, 0, 1)[None], COLORS),
+    "not contiguous": (COLORS[::-1], COLORS[::-1]),
     "booleans": (RAMP > 100, gray((RAMP > 100).astype(np.uint8) * 255)),
     "gray": (RAMP, gray(RAMP)),
     "gray, one channel": (torch.from_numpy(RAMP)[None], gray(RAMP)),
