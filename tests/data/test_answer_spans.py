@@ -83,7 +83,8 @@ LLAMA32 = """{{- bos_token }}
 """
 ALONE = {
     "chatml": CHATML, "vicuna": CHAT_TEMPLATES["vicuna"], "plain": CHAT_TEMPLATES["plain"],
-    "llama 3": LLAMA3, "llama 3.2": LLAMA32, "zephyr": ZEPHYR, "qwen 2.5": QWEN25, "mistral": MISTRAL, "gemma": GEMMA, "llama 2": LLAMA2,
+    "llama 3": LLAMA3, "llama 3.2": LLAMA32,
+    "zephyr": ZEPHYR, "qwen 2.5": QWEN25, "mistral": MISTRAL, "gemma": GEMMA, "llama 2": LLAMA2,
     "trimmed chatml": CHATML.replace("m['content']", "m['content'] | trim"),
     "left line ends off": CHATML.replace("m['content']", "m['content'].lstrip('\n')"),
     "trimmed plain": CHAT_TEMPLATES["plain"].replace("message['content']", "message['content'] | trim"),
