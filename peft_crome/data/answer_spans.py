@@ -114,7 +114,8 @@ class AnswerSpans:
 
 
 def _said(message: dict[str, Any]) -> str:
-    return "".join(part["text"] for part in message["content"])
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _marked(messages: Messages) -> Messages:

@@ -195,6 +195,13 @@ def test_two_renderings_find_all_answers(name: str, processor: Any, monkeypatch:
     assert "question" not in learnt
 
 
+def test_contents_that_are_strings_give_the_same_tokens(processor: Any) -> None:  # noqa: F811
+    row = conversation(3)
+    plain = [{"role": message["role"], "content": message["content"][0]["text"]} for message in row["messages"]]
+    collator = ConversationCollator(processor)
+    assert collator.encode({**row, "messages": plain}) == collator.encode(row)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_templates_that_look_at_other_turns_are_known(name: str) -> None:
     assert not writes_turns_alone(OTHERS[name])
