@@ -12,6 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -181,6 +182,7 @@ def test_training_evaluation_and_inference_read_alike(
         "path": str(path), "Path": path, "PIL": opened, "bytes": data, "datasets": {"bytes": data, "path": None},
         "datasets path": {"bytes": None, "path": str(path)}, "data URI": uri, "base64": uri.partition(",")[2],
         "file": io.BytesIO(data), "address": f"{address}/image.bin", "file address": path.as_uri(),
+        "datasets decoded": datasets.Image().decode_example({"bytes": data, "path": None}),
     }  # fmt: skip
     said = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     for form, image in forms.items():
