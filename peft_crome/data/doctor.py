@@ -54,7 +54,7 @@ class Findings:
     Args:
         rows: of the file.
         text_rows: rows without an image, of those that can be read.
-        ignored: fields that are not read -> in how many rows they stand.
+        ignored: fields that are not read -> how many of the rows that can be read have them.
         histograms: "images in a row", "turns in a row", "longer side of images", "characters in a row" and, where a
             model is known, "tokens in a row": value -> how many. Lengths and sizes are rounded up to powers of two.
     """
@@ -119,8 +119,8 @@ def examine(
             new = sorted(files - pictures.keys())
             pictures.update(zip(new, pool.map(_size, new) if open_images else map(_find, new), strict=True))
             for number, given, row, faults in parsed:
-                findings.ignored.update(ignored_fields(given, columns))
                 if row is not None:
+                    findings.ignored.update(ignored_fields(given, columns))
                     faults = [*faults, *_of_images(row, pictures, findings), *_twice(row, seen)]
                     faults += _measure(row, encode, findings)
                 if faults:
