@@ -143,10 +143,14 @@ def _described(image: Any) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    deep = image.mode == "I" and image.format == "PNG"  # of 16 bits, by a Pillow that has no other mode for them
+    if image.format == "TIFF":
+        image.load()  # turns it; an older Pillow keeps the tag and would turn it twice
+    else:
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         key = image.info.get("transparency")
-        values = np.asarray(image)
+        values = np.asarray(image).astype(np.uint16) if deep else np.asarray(image)
         image = Image.fromarray(_eight_bits(values))
         if isinstance(key, int):
             image.putalpha(Image.fromarray((values != key).astype(np.uint8) * 255))

@@ -51,8 +51,11 @@ def rotated(kind: str) -> bytes:
     """As a camera stores an upright image that it was turned for."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    arguments = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
-    return stored(Image.fromarray(COLORS).transpose(Image.Transpose.ROTATE_90), kind, exif=exif, **arguments)
+    arguments = {
+        "WEBP": {"lossless": True, "exif": exif}, "JPEG": {"quality": 100, "subsampling": 0, "exif": exif},
+        "PNG": {"exif": exif}, "TIFF": {"tiffinfo": {0x0112: 6}},
+    }[kind]  # fmt: skip
+    return stored(Image.fromarray(COLORS).transpose(Image.Transpose.ROTATE_90), kind, **arguments)
 
 
 def png_of_16_bits(values: np.ndarray, color: int, transparent: bytes = b"") -> bytes:
