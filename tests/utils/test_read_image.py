@@ -187,6 +187,8 @@ def test_training_evaluation_and_inference_read_alike(
         "file": io.BytesIO(data), "address": f"{address}/image.bin", "file address": path.as_uri(),
         "datasets decoded": datasets.Image().decode_example({"bytes": data, "path": None}),
     }  # fmt: skip
+    if name == "EXIF, TIFF":
+        del forms["datasets decoded"]  # which turns it twice with Pillow 10.0
     said = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     for form, image in forms.items():
         seen[f"processor, {form}"] = processor(images=[image], text="<image> w1", return_tensors="pt")["pixel_values"]
