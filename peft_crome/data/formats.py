@@ -13,7 +13,7 @@ from .image_paths import ImageFolders
 from .placeholders import PLACEHOLDER, foreign_placeholder
 from .references import MOST_OPTIONS, as_choice, as_texts, with_options
 from .rows import Fault
-from .turns import first_of, read_turn, said_by
+from .turns import first_of, place_by_others, read_turn, said_by
 
 COLUMNS = ("question", "answer", "image", "id", "options")
 
@@ -194,6 +194,8 @@ def _image(image: Any, folders: ImageFolders) -> Any:
 
 def _place_images(messages: list[dict[str, Any]], given: int) -> list[Fault]:
     """Put pictures without a placeholder before the first user's turn (LAMM); refuse other numbers."""
+    if given and not any(map(_shown, messages)):
+        place_by_others(messages, given)
     placed = sum(map(_shown, messages))
     if placed == given:
         return []

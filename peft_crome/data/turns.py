@@ -8,7 +8,7 @@ from typing import Any
 from ..utils.shorten import short
 from ..utils.turn_text import turn_text
 from .fields import unread_of_turn
-from .placeholders import PLACEHOLDER, own_image, shown_in
+from .placeholders import OF_ONE_IMAGE, PLACEHOLDER, own_image, shown_in
 from .rows import Fault, is_unicode
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -97,6 +97,16 @@ def _parts(value: list[Any], before: Sequence[Any] | None) -> tuple[str, list[An
             expected = "{'type': 'text', 'text': ...} or {'type': 'image'}"
             return Fault("turn", f"{short(part)} is no part of a turn; expected {expected}.")
     return turn_text(parts, PLACEHOLDER), images
+
+
+def place_by_others(messages: list[dict[str, Any]], given: int) -> None:
+    """Read another model's placeholder as `<image>`, where no image has a place and there are as many as images."""
+    users = [message for message in messages if message["role"] == "user"]
+    texts = [turn_text(message["content"], PLACEHOLDER) for message in users]
+    found = [mark.group() for text in texts for mark in OF_ONE_IMAGE.finditer(text)]
+    if len(found) == given and len(set(found)) == 1:
+        for message, text in zip(users, texts, strict=True):
+            message["content"] = _split(OF_ONE_IMAGE.sub(PLACEHOLDER, text))
 
 
 def _half_a_character(turn: Any) -> Fault:

@@ -99,6 +99,21 @@ def test_images_of_other_fields_are_read(fields: dict[str, Any], tmp_path: Path)
     assert row["images"] == [str(tmp_path / "a.png")]
 
 
+@pytest.mark.parametrize("mark", ["<ImageHere>", "<start_of_image>", "<|image|>", "<image_placeholder>"])
+def test_placeholders_of_other_models_where_there_are_as_many(mark: str, tmp_path: Path) -> None:
+    said = [
+        {"from": "human", "value": f"{mark}\n({mark})?"},
+        SAID[1],
+        {"from": "human", "value": f"{mark} w1"},
+        SAID[1],
+    ]
+    plain = [{**turn, "value": turn["value"].replace(mark, "<image>")} for turn in said]
+    images = ["a.png", "b.png", "c.png"]
+    rows = [{"id": 1, "image": images, "conversations": turns} for turns in (said, plain)]
+    first, second = read_rows(write(tmp_path, *rows))
+    assert first == second
+
+
 def test_images_that_parts_number(tmp_path: Path) -> None:
     """As llava-instruct-mix-vsft has them, in the order of the row's images."""
     text = {"type": "text", "text": "w1", "index": None}
@@ -175,8 +190,8 @@ FOREIGN = [
         "<image_1> <image_1>",
         "<image>, or <image_2>",
         "<img>",
-        "<ImageHere>",
-        "<start_of_image>",
+        "<ImageHere><ImageHere>",
+        "<start_of_image>, <start_of_image>",
     )
 ]
 INDEXED = [{"type": "image", "index": 1}, {"type": "image", "index": 0}, {"type": "text", "text": "w1"}]
