@@ -102,6 +102,11 @@ OTHERS = {
         "<|im_end|>\n{% if add_generation_prompt and loop.last and 'red' in m['content'] %}!{% endif %}",
     ) + ENDS,
     "a preamble by the last": "{% if 'red' in messages[-1]['content'] %}!{% endif %}" + CHATML,
+    "a preamble by the last, in a slice": "{% set last = messages[-1:] %}"
+    "{% if 'red' in last[0]['content'] %}!{% endif %}" + CHATML,
+    "a preamble by the last, of another name": "{% set all = messages or [] %}{% set messages = all %}"
+    "{% if 'red' in all[-1]['content'] %}!{% endif %}" + CHATML,
+    "a preamble by the last, by a filter": "{% if 'red' in (messages | last)['content'] %}!{% endif %}" + CHATML,
     "by how many there are": "{% if messages | length > 7 %}!{% endif %}" + CHATML,
     "a preamble by any": "{% for m in messages %}{% if 'red' in m['content'] %}!{% endif %}{% endfor %}" + CHATML,
     "by what came before": "{% set ns = namespace(seen=false) %}" + CHATML.replace(
