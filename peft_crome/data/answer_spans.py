@@ -114,7 +114,8 @@ class AnswerSpans:
 
 
 def _said(message: dict[str, Any]) -> str:
-    return "".join(part["text"] for part in message["content"])
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _marked(messages: Messages) -> Messages:
@@ -196,30 +197,52 @@ def _attribute(node: nodes.Node | None) -> Any:
     return None
 
 
-def _reads_in_order(name: str, tree: nodes.Template, parents: dict[int, nodes.Node], loops: list[nodes.For]) -> bool:
+def _reads_in_order(
+    name: str,
+    tree: nodes.Template,
+    parents: dict[int, nodes.Node],
+    loops: list[nodes.For],
+    known: frozenset[str] = frozenset(),
+) -> bool:
     """Whether the messages are used in one loop, else for the first of them and for roles alone."""
     for used in tree.find_all(nodes.Name):
         if used.name != name or used.ctx != "load":
             continue
         node: nodes.Node = used
         parent = parents[id(node)]
-        while (isinstance(parent, nodes.Getitem) and isinstance(parent.arg, nodes.Slice) and parent.node is node) or (
-            isinstance(parent, nodes.CondExpr) and parent.test is not node
-        ):
-            if isinstance(parent, nodes.Getitem) and (parent.arg.stop is not None or parent.arg.step is not None):  # type: ignore[attr-defined]
-                return False
+        while _gives_messages(parent, node):
             node, parent = parent, parents[id(parent)]
         if isinstance(parent, nodes.For) and parent.iter is node:
             loops += [parent] if all(parent is not loop for loop in loops) else []
         elif isinstance(parent, nodes.Assign) and isinstance(parent.target, nodes.Name):
-            if parent.target.name == name or not _reads_in_order(parent.target.name, tree, parents, loops):
+            alias = parent.target.name
+            if alias not in {name, *known} and not _reads_in_order(alias, tree, parents, loops, known | {name}):
+                return False
+        elif isinstance(parent, nodes.Filter) and parent.name == "length":
+            if not _compares_with_few(parents[id(parent)]):
                 return False
         elif isinstance(parent, nodes.Getitem) and parent.node is node:
             if _attribute(parent) != 0 and _attribute(parents[id(parent)]) != "role":
                 return False
-        elif not isinstance(parent, nodes.Test | nodes.If | nodes.And | nodes.Or):
+        elif not isinstance(parent, nodes.Test | nodes.If | nodes.CondExpr | nodes.Not):
             return False
     return True
+
+
+def _gives_messages(parent: nodes.Node, node: nodes.Node) -> bool:
+    """Whether an expression has the value of its part, the messages, or those after the first."""
+    if isinstance(parent, nodes.Getitem) and isinstance(parent.arg, nodes.Slice):
+        start, stop, step = parent.arg.start, parent.arg.stop, parent.arg.step
+        first = start is None or (isinstance(start, nodes.Const) and start.value in (0, 1))
+        return parent.node is node and first and stop is None and step is None
+    return isinstance(parent, nodes.And | nodes.Or) or (isinstance(parent, nodes.CondExpr) and parent.test is not node)
+
+
+def _compares_with_few(node: nodes.Node) -> bool:
+    """Whether a number of messages is compared with one that the conversation exceeds by which templates are tried."""
+    return isinstance(node, nodes.Compare) and all(
+        isinstance(operand.expr, nodes.Const) and operand.expr.value in range(4) for operand in node.ops
+    )
 
 
 def _writes_by_roles(used: nodes.Node, parents: dict[int, nodes.Node], inputs: set[str], loop: nodes.For) -> bool:

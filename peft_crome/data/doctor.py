@@ -22,11 +22,12 @@ from ..new_file import new_file
 from ..utils.shorten import cut
 from .fields import ignored_fields, image_fields
 from .files import stream
-from .formats import ROLES, kept_turns, own_images, parse, role_of, row_name, turns_key
+from .formats import kept_turns, parse, row_name, turns_key
 from .image_paths import ImageFolders
 from .images import open_image
 from .rows import Fault, RowError
 from .sources import Images, check_columns
+from .turns import ROLES, own_images, role_of
 
 CHUNK = 256
 
@@ -53,7 +54,7 @@ class Findings:
     Args:
         rows: of the file.
         text_rows: rows without an image, of those that can be read.
-        ignored: fields that are not read -> in how many rows they stand.
+        ignored: fields that are not read -> how many of the rows that can be read have them.
         histograms: "images in a row", "turns in a row", "longer side of images", "characters in a row" and, where a
             model is known, "tokens in a row": value -> how many. Lengths and sizes are rounded up to powers of two.
     """
@@ -118,8 +119,8 @@ def examine(
             new = sorted(files - pictures.keys())
             pictures.update(zip(new, pool.map(_size, new) if open_images else map(_find, new), strict=True))
             for number, given, row, faults in parsed:
-                findings.ignored.update(ignored_fields(given, columns))
                 if row is not None:
+                    findings.ignored.update(ignored_fields(given, columns))
                     faults = [*faults, *_of_images(row, pictures, findings), *_twice(row, seen)]
                     faults += _measure(row, encode, findings)
                 if faults:
@@ -172,7 +173,7 @@ def _of_images(row: dict[str, Any], pictures: dict[str, Fault | int], findings: 
 
 
 def _twice(row: dict[str, Any], seen: set[bytes]) -> Iterator[Fault]:
-    content = [row["messages"], [image if isinstance(image, str) else str(image) for image in row["images"]]]
+    content = [row["messages"], [image if isinstance(image, str | dict) else str(image) for image in row["images"]]]
     # Version 0 gives equal bytes for equal values, in a seventh of the time that JSON takes.
     digest = blake2b(marshal.dumps(content, 0), digest_size=8).digest()
     if digest in seen:

@@ -115,6 +115,8 @@ def ignored_fields(row: Any, columns: Mapping[str, str] | None = None) -> Iterat
     if not isinstance(row, Mapping):
         return
     read = READ | set(image_fields(row)) if columns is None else set(columns.values())
+    if columns is None and not isinstance(row.get("prompt"), list):
+        read -= {"prompt", "completion"}
     yield from (str(key) for key, value in row.items() if key not in read and not is_nothing(value))
     for key in TURNS if columns is None else ():
         turns = row.get(key)

@@ -8,14 +8,13 @@ from typing import Any
 
 from ..utils.read_image import SOURCES, embedded_image
 from ..utils.shorten import short
-from ..utils.turn_text import turn_text
-from .fields import TURNS, are_alike, image_fields, is_nothing, system_of, unread_content, unread_of_turn
+from .fields import TURNS, are_alike, image_fields, is_nothing, system_of, unread_content
 from .image_paths import ImageFolders
-from .placeholders import PLACEHOLDER, foreign_placeholder, own_image, shown_in
+from .placeholders import PLACEHOLDER, foreign_placeholder
 from .references import MOST_OPTIONS, as_choice, as_texts, with_options
-from .rows import Fault, is_unicode
+from .rows import Fault
+from .turns import first_of, place_by_others, read_turn, said_by
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 COLUMNS = ("question", "answer", "image", "id", "options")
 
 
@@ -54,7 +53,7 @@ def parse(
     has_images = bool(image_fields(row))
     places: list[Any] = []  # each picture that a turn shows: itself, or None for the next one of the row
     for turn in row["turns"]:
-        message, own, wrong = _message(turn, len(places) if has_images else None)
+        message, own, wrong = read_turn(turn, places if has_images else None)
         faults += wrong
         places += own
         messages += [message] if message is not None else []
@@ -72,7 +71,7 @@ def parse(
     faults += wrong
     if any(not fault.mended for fault in faults):
         return None, faults
-    said = {"answers": as_texts(row.get("answers")), "options": as_texts(_first_of(row, "options", "choices"))}
+    said = {"answers": as_texts(row.get("answers")), "options": as_texts(first_of(row, "options", "choices"))}
     images = images[: sum(map(_shown, messages))] if wrong else images  # those of turns that are left out
     parsed = {"id": row_name(row, number), "images": images, "messages": messages}
     return parsed | {key: texts for key, texts in said.items() if texts}, faults
@@ -90,26 +89,6 @@ def turns_key(row: Mapping[str, Any]) -> str | None:
     return next((key for key in given if row[key]), given[0] if given else None)
 
 
-def role_of(turn: Mapping[str, Any]) -> Any:
-    """Who a turn says that it is from."""
-    return _first_of(turn, "from", "role")
-
-
-def value_of(turn: Mapping[str, Any]) -> Any:
-    """What a turn says: text, or a list of parts."""
-    return _first_of(turn, "value", "content")
-
-
-def own_images(turn: Any) -> int:
-    """How many images a turn holds itself, which are none of the row's."""
-    return sum(image is not None for image in _message(turn)[1])
-
-
-def _first_of(given: Mapping[str, Any], *keys: str) -> Any:
-    """The first of these that is not null: a table of two forms has columns for both, and nulls in the others."""
-    return next((given[key] for key in keys if given.get(key) is not None), None)
-
-
 def _turns(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
     key = turns_key(row)
     turns = _turns_of(row, key) if key is not None else None
@@ -119,11 +98,11 @@ def _turns(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
         return {}, [Fault("row", f"{given}; expected {expected}; the row has {short(sorted(map(str, row)), 150)}.")]
     others = [other for other in TURNS if other != key and isinstance(row.get(other), list) and row[other]]
     for other in others:
-        if list(map(_said, _turns_of(row, other))) != list(map(_said, turns)):
+        if list(map(said_by, _turns_of(row, other))) != list(map(said_by, turns)):
             return {}, [Fault("row", f"{key!r} and {other!r} hold different turns. Take one of them out.")]
     system, faults = system_of(row)
     if system is not None:
-        said = [what for role, what in map(_said, turns) if role == "system"]
+        said = [what for role, what in map(said_by, turns) if role == "system"]
         turns = turns if said else [{"role": "system", "content": system}, *turns]
         if said not in ([], [system]):
             wrong = f"the row's system message {short(system)} is not that of its turns. Take one out."
@@ -136,14 +115,6 @@ def _turns_of(row: Mapping[str, Any], key: str) -> Any:
     if key == "prompt" and isinstance(turns, list) and isinstance(row.get("completion"), list):
         return [*turns, *row["completion"]]
     return turns
-
-
-def _said(turn: Any) -> tuple[Any, Any]:
-    """A turn's role and what it says."""
-    if not isinstance(turn, Mapping):
-        return None, turn
-    role = role_of(turn)
-    return (ROLES.get(role) if isinstance(role, str) else None), value_of(turn)
 
 
 def _from_columns(
@@ -221,80 +192,10 @@ def _image(image: Any, folders: ImageFolders) -> Any:
     return Fault("path", f"the image {short(str(image))} is none; expected a path, a list of paths, or bytes.")
 
 
-def _message(turn: Any, before: int | None = None) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
-    """A turn as a message, the image that each of its places holds itself or None, and what is wrong with it."""
-    given = turn if isinstance(turn, dict) else {}
-    said = role_of(given)
-    role = ROLES.get(said) if isinstance(said, str) else None
-    value = value_of(given)
-    if role is None or not isinstance(value, str | list):
-        expected = "{'from': 'human' or 'gpt', 'value': text} or {'role': 'user' or 'assistant', 'content': ...}"
-        return None, [], [Fault("turn", f"{short(turn)} is no turn; expected {expected}.")]
-    wrong = unread_of_turn(given)
-    if wrong is not None:
-        return None, [], [wrong]
-    if isinstance(value, str):
-        value, images = shown_in(value, before)
-    else:
-        found = _parts(value, before)
-        if isinstance(found, Fault):
-            return None, [], [found]
-        value, images = found
-    if not is_unicode(value):
-        return None, [], [_half_a_character(turn)]
-    if images and role != "user":
-        message = f"an image stands in a turn from {said!r}. Only the user's turns ('human') show images."
-        return None, [], [Fault("placeholder", message)]
-    return {"role": role, "content": _split(value)}, images, []
-
-
-def _parts(value: list[Any], before: int | None) -> tuple[str, list[Any]] | Fault:
-    """The text of a turn that comes in parts, and the image that each place for one holds itself or None."""
-    parts: list[dict[str, Any]] = []
-    images: list[Any] = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        own = own_image(part) if kind is not None else None
-        if kind == "text" and isinstance(part.get("text"), str) and own is None:
-            text, shown = shown_in(part["text"], None if before is None else before + len(images))
-            parts.append({"type": "text", "text": text})
-            images += shown
-        elif kind in ("image", "image_url") and not part.get("text"):
-            parts.append({"type": "image", "text": part.get("text")})
-            images.append(own)
-        else:
-            expected = "{'type': 'text', 'text': ...} or {'type': 'image'}"
-            return Fault("turn", f"{short(part)} is no part of a turn; expected {expected}.")
-    return turn_text(parts, PLACEHOLDER), images
-
-
-def _half_a_character(turn: Any) -> Fault:
-    return Fault("turn", f"{short(turn)} holds half a character (a lone surrogate). Mend the text.")
-
-
-def _split(text: str) -> list[dict[str, Any]]:
-    """A turn's text in parts, of which `turn_text` makes the same text again."""
-    if PLACEHOLDER not in text:
-        return [{"type": "text", "text": text}] if text else []
-    pieces = text.split(PLACEHOLDER)
-    lines = [piece.removeprefix("\n") if number else piece for number, piece in enumerate(pieces)]
-    lines = [piece.removesuffix("\n") for piece in lines[:-1]] + lines[-1:]
-    parts = _between({"type": "image"}, lines)
-    if turn_text(parts, PLACEHOLDER) == text:
-        return parts
-    return _between({"type": "image", "text": ""}, pieces)  # an image within a line
-
-
-def _between(image: dict[str, Any], pieces: list[str]) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(pieces):
-        parts += [{**image}] if number else []
-        parts += [{"type": "text", "text": piece}] if piece else []
-    return parts
-
-
 def _place_images(messages: list[dict[str, Any]], given: int) -> list[Fault]:
     """Put pictures without a placeholder before the first user's turn (LAMM); refuse other numbers."""
+    if given and not any(map(_shown, messages)):
+        place_by_others(messages, given)
     placed = sum(map(_shown, messages))
     if placed == given:
         return []

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..utils.read_image import local_path
 from ..utils.shorten import short
 from .rows import Fault, is_unicode
 
@@ -37,6 +38,7 @@ class ImageFolders:
 
     def find(self, path: str) -> str | Fault:
         """The absolute path of a row's image, or why there is none."""
+        path = local_path(path)
         if "://" in path:
             return Fault("path", f"the image {short(path)} is an address. Download it, and name its file.")
         if len(path) > LONGEST:

@@ -24,6 +24,12 @@ OF_OTHERS = re.compile(
 )  # words, where a row has no image
 
 
+OF_ONE_IMAGE = re.compile(
+    r"<image_?here>|<image[_-](placeholder|token|pad)>|<start_of_image>|<\|image(_pad|_token|_placeholder)?\|>",
+    re.IGNORECASE,
+)  # each stands for an image where there are as many
+
+
 def shown_in(text: str, before: int | None = None) -> tuple[str, list[Any]]:
     """A text with `<image>` where it shows an image, and for each the path that stands there, or None.
 

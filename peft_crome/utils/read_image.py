@@ -9,7 +9,8 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 Channels = Literal["channels_first", "channels_last"]
 
 
-def read_image(image: Any, channels: Channels | None = None) -> Image.Image:
+def read_image(image: Any, channels: Channels | None = None, timeout: float | None = None) -> Image.Image:
     """Give the RGB pixels of an image; the composite's processor, training and evaluation all read with this function.
 
     - The EXIF orientation is applied. Of an animation the first frame is taken; a PIL image gives the frame it is at.
@@ -37,10 +38,11 @@ def read_image(image: Any, channels: Channels | None = None) -> Image.Image:
       white at 1, any values up to 255 at 255, integers up to 65,535 at 65,535.
 
     Args:
-        image: a path, an http(s) address, a data URI, base64 text, bytes, an open file, {"bytes", "path", "url" or
-            "base64"}, a PIL image, or an array or tensor of (height, width), (height, width, channels) or (channels,
-            height, width) with 1 to 4 channels.
+        image: a path, an http(s) or file address, a data URI, base64 text, bytes, an open file, a PIL image, {"bytes",
+            "path", "url" or "base64"}, or an array or tensor of (height, width), (height, width, channels) or
+            (channels, height, width) with 1 to 4 channels.
         channels: where an array has its channels; None: found by their number.
+        timeout: seconds to wait for an address; None: as long as it takes.
     Raises:
         ValueError: there is no such file, it is not an image, it is damaged, its white is unknown, or it is larger
             than Pillow's limit against decompression bombs.
@@ -50,7 +52,7 @@ def read_image(image: Any, channels: Channels | None = None) -> Image.Image:
             return _to_rgb(image)
         if isinstance(image, np.ndarray | torch.Tensor):
             return _to_rgb(_from_array(image, channels))
-        with Image.open(_file(image)) as opened:
+        with Image.open(_file(image, timeout)) as opened:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and opened.width * opened.height > limit:
                 raise ValueError(f"{opened.width} x {opened.height} pixels; Pillow takes {limit:,}")
@@ -72,13 +74,18 @@ def embedded_image(text: str) -> bytes | None:
     return data if data is not None and _looks_like_an_image(data) else None
 
 
-def _file(image: Any) -> Any:
+def local_path(text: str) -> str:
+    """The path that a file:// address names; any other text as it is."""
+    return url2pathname(urlsplit(text).path) if text[:7].lower() == "file://" else text
+
+
+def _file(image: Any, timeout: float | None) -> Any:
     """A path or an open file for Pillow."""
     if isinstance(image, Mapping):
         source = next((image[key] for key in SOURCES if image.get(key) is not None), None)
         if source is None or isinstance(source, Mapping):
             raise ValueError(f"it has {sorted(map(str, image))}; expected one of {SOURCES}")
-        return _file(source)
+        return _file(source, timeout)
     if isinstance(image, bytes | bytearray | memoryview):
         return io.BytesIO(image)
     if hasattr(image, "read"):
@@ -88,7 +95,8 @@ def _file(image: Any) -> Any:
     if not isinstance(image, str):
         raise ValueError("expected a path, an address, bytes, base64 text, a PIL image, an array or a tensor")
     if image.startswith(("http://", "https://")):
-        return io.BytesIO(httpx.get(image, follow_redirects=True).raise_for_status().content)
+        return io.BytesIO(httpx.get(image, timeout=timeout, follow_redirects=True).raise_for_status().content)
+    image = local_path(image)
     if os.path.isfile(image):
         return image
     data = embedded_image(image)
@@ -135,10 +143,14 @@ def _described(image: Any) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    deep = image.mode == "I" and image.format == "PNG"  # of 16 bits, by a Pillow that has no other mode for them
+    if image.format == "TIFF":
+        image.load()  # turns it; an older Pillow keeps the tag and would turn it twice
+    else:
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         key = image.info.get("transparency")
-        values = np.asarray(image)
+        values = np.asarray(image).astype(np.uint16) if deep else np.asarray(image)
         image = Image.fromarray(_eight_bits(values))
         if isinstance(key, int):
             image.putalpha(Image.fromarray((values != key).astype(np.uint8) * 255))
@@ -154,6 +166,8 @@ def _from_array(array: Any, channels: Channels | None) -> Image.Image:
     if isinstance(array, torch.Tensor):
         tensor = array.detach().cpu()
         array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    while array.ndim > 3 and len(array) == 1:
+        array = array[0]
     if array.ndim == 3:
         array = np.moveaxis(array, 0, -1) if (channels or _channels(array.shape)) == "channels_first" else array
         array = array[..., 0] if array.shape[-1] == 1 else array

@@ -22,12 +22,14 @@ def read_images_of_pipelines() -> None:
     @functools.wraps(preprocess)
     def read_first(self: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(inputs, dict) and isinstance(self.processor, CromeVLMProcessor):
-            inputs = {**inputs, "images": _read(inputs["images"])}
+            inputs = {**inputs, "images": _read(inputs["images"], kwargs.get("timeout"))}
         return preprocess(self, inputs, *args, **kwargs)
 
     read_first.reads_as_training = True  # type: ignore[attr-defined]
     ImageTextToTextPipeline.preprocess = read_first
 
 
-def _read(images: Any) -> Any:
-    return [_read(image) for image in images] if isinstance(images, list | tuple) else read_image(images)
+def _read(images: Any, timeout: float | None) -> Any:
+    if isinstance(images, list | tuple):
+        return [_read(image, timeout) for image in images]
+    return read_image(images, timeout=timeout)

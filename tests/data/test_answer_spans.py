@@ -55,8 +55,35 @@ LLAMA2 = (
     "{{ bos_token + '[INST] ' + content | trim + ' [/INST]' }}{% else %}{{ ' ' + content | trim + ' ' + eos_token }}"
     "{% endif %}{% endfor %}"
 )
+LLAMA32 = """{{- bos_token }}
+{%- if not date_string is defined %}{%- set date_string = "26 Jul 2024" %}{%- endif %}
+{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|h|>system<|/h|>\n\n" + date_string + system_message + "<|eot|>" }}
+{%- if not tools is none %}
+    {%- if messages | length != 0 %}
+        {%- set first_user_message = messages[0]['content']|trim %}
+        {%- set messages = messages[1:] %}
+    {%- endif %}
+    {{- first_user_message }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|h|>' + message['role'] + '<|/h|>\n\n'+ message['content'] | trim + '<|eot|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|h|>assistant<|/h|>\n\n' }}
+{%- endif %}
+"""
 ALONE = {
-    "chatml": CHATML, "vicuna": CHAT_TEMPLATES["vicuna"], "plain": CHAT_TEMPLATES["plain"], "llama 3": LLAMA3,
+    "chatml": CHATML, "vicuna": CHAT_TEMPLATES["vicuna"], "plain": CHAT_TEMPLATES["plain"],
+    "llama 3": LLAMA3, "llama 3.2": LLAMA32,
     "zephyr": ZEPHYR, "qwen 2.5": QWEN25, "mistral": MISTRAL, "gemma": GEMMA, "llama 2": LLAMA2,
     "trimmed chatml": CHATML.replace("m['content']", "m['content'] | trim"),
     "left line ends off": CHATML.replace("m['content']", "m['content'].lstrip('\n')"),
@@ -75,6 +102,12 @@ OTHERS = {
         "<|im_end|>\n{% if add_generation_prompt and loop.last and 'red' in m['content'] %}!{% endif %}",
     ) + ENDS,
     "a preamble by the last": "{% if 'red' in messages[-1]['content'] %}!{% endif %}" + CHATML,
+    "a preamble by the last, in a slice": "{% set last = messages[-1:] %}"
+    "{% if 'red' in last[0]['content'] %}!{% endif %}" + CHATML,
+    "a preamble by the last, of another name": "{% set all = messages or [] %}{% set messages = all %}"
+    "{% if 'red' in all[-1]['content'] %}!{% endif %}" + CHATML,
+    "a preamble by the last, by a filter": "{% if 'red' in (messages | last)['content'] %}!{% endif %}" + CHATML,
+    "by how many there are": "{% if messages | length > 7 %}!{% endif %}" + CHATML,
     "a preamble by any": "{% for m in messages %}{% if 'red' in m['content'] %}!{% endif %}{% endfor %}" + CHATML,
     "by what came before": "{% set ns = namespace(seen=false) %}" + CHATML.replace(
         "{% endfor %}", "{% if 'red' in m['content'] %}{% set ns.seen = true %}{% endif %}{% endfor %}"
@@ -129,6 +162,13 @@ def test_answers_are_those_that_rendering_each_finds(
     expected = outcome(lambda: [spans.by_prefix(messages, end, text) for end in ends])
     found = outcome(lambda: spans.find(messages, text, earlier=True))
     assert found == expected or (isinstance(found, str) and isinstance(expected, str))
+    if isinstance(expected, list) and all(start < stop for start, stop in expected):
+        tokens = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        labels = [
+            token if any(start < last and first < stop for start, stop in expected) else -100
+            for token, (first, last) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+        ]
+        assert collator._with_labels(text, found, "r")["labels"] == labels
 
 
 def conversation(answers: int) -> dict[str, Any]:
@@ -158,6 +198,13 @@ def test_two_renderings_find_all_answers(name: str, processor: Any, monkeypatch:
     learnt = processor.tokenizer.decode([label for label in encoded["labels"] if label != -100])
     assert [f"answer {number}" in learnt for number in range(40)] == [True] * 40
     assert "question" not in learnt
+
+
+def test_contents_that_are_strings_give_the_same_tokens(processor: Any) -> None:  # noqa: F811
+    row = conversation(3)
+    plain = [{"role": message["role"], "content": message["content"][0]["text"]} for message in row["messages"]]
+    collator = ConversationCollator(processor)
+    assert collator.encode({**row, "messages": plain}) == collator.encode(row)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -87,14 +87,42 @@ def test_images_as_text_are_read(row: dict[str, Any], processor: Any, tmp_path: 
         {"image": "a.png", "images": ["a.png"]},
         {"images": ["a.png"], "image_path": "/data/coco/a.png"},
         {"image": "a.png", "image_name": "a"},
+        {"image": "file:///TMP/a.png"},
         {"image": "a.png", "image_url": "http://images.example/1234"},
         {"image": None, "images": [], "img_path": "a.png"},
         {"image": "a.png", "image_id": 7, "image_size": [40, 30]},
     ],
 )
 def test_images_of_other_fields_are_read(fields: dict[str, Any], tmp_path: Path) -> None:
-    [row] = read_rows(write(tmp_path, {**fields, "conversations": SHOWN}))
+    given = json.loads(json.dumps(fields).replace("/TMP", str(tmp_path)))
+    [row] = read_rows(write(tmp_path, {**given, "conversations": SHOWN}))
     assert row["images"] == [str(tmp_path / "a.png")]
+
+
+@pytest.mark.parametrize("mark", ["<ImageHere>", "<start_of_image>", "<|image|>", "<image_placeholder>"])
+def test_placeholders_of_other_models_where_there_are_as_many(mark: str, tmp_path: Path) -> None:
+    said = [
+        {"from": "human", "value": f"{mark}\n({mark})?"},
+        SAID[1],
+        {"from": "human", "value": f"{mark} w1"},
+        SAID[1],
+    ]
+    plain = [{**turn, "value": turn["value"].replace(mark, "<image>")} for turn in said]
+    images = ["a.png", "b.png", "c.png"]
+    rows = [{"id": 1, "image": images, "conversations": turns} for turns in (said, plain)]
+    first, second = read_rows(write(tmp_path, *rows))
+    assert first == second
+
+
+def test_images_that_parts_number(tmp_path: Path) -> None:
+    """As llava-instruct-mix-vsft has them, in the order of the row's images."""
+    text = {"type": "text", "text": "w1", "index": None}
+    turns = [
+        {"role": "user", "content": [{"type": "image", "index": 0, "text": None}, text]}, CHAT[1],
+        {"role": "user", "content": [text, {"type": "image", "index": 1, "text": None}]}, CHAT[1],
+    ]  # fmt: skip
+    [row] = read_rows(write(tmp_path, {"images": ["a.png", "b.png"], "messages": turns}))
+    assert row["images"] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
 
 
 def test_embedded_image_beside_its_path_is_one_image(tmp_path: Path) -> None:
@@ -162,10 +190,11 @@ FOREIGN = [
         "<image_1> <image_1>",
         "<image>, or <image_2>",
         "<img>",
-        "<ImageHere>",
-        "<start_of_image>",
+        "<ImageHere><ImageHere>",
+        "<start_of_image>, <start_of_image>",
     )
 ]
+INDEXED = [{"type": "image", "index": 1}, {"type": "image", "index": 0}, {"type": "text", "text": "w1"}]
 OF_TURNS: list[tuple[dict[str, Any], str]] = [
     ({"images": ["a.png"]}, r"a turn has \['images'\] of its own, which are not read"),
     ({"reasoning_content": "x"}, r"a turn has \['reasoning_content'\] of its own"),
@@ -199,6 +228,15 @@ OF_TURNS: list[tuple[dict[str, Any], str]] = [
             ({"messages": [{**CHAT[0], **more}, CHAT[1]], "conversations": None}, message)
             for more, message in OF_TURNS
         ),
+        (
+            {
+                "images": ["a.png", "b.png"],
+                "messages": [{"role": "user", "content": INDEXED}, CHAT[1]],
+                "conversations": None,
+            },
+            "an image has 'index': 1, and is number 0 of those that turns show",
+        ),
+        ({"image": "file:///etc/passwd.png", "conversations": SHOWN}, "leaves"),
         ({"conversations": [SAID[0], {"from": "gpt", "value": "<img>a.png</img>"}]}, "an image stands in a turn from"),
     ],
 )
@@ -224,14 +262,14 @@ def test_fields_that_are_not_read_are_counted_once(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     turn = {**SHOWN[0], "timestamp": 3}
     rows = [
-        {"id": 1, "image": "a.png", "conversations": SHOWN, "model": "m", "image_id": 4},
+        {"id": 1, "image": "a.png", "conversations": SHOWN, "model": "m", "image_id": 4, "prompt": "x"},
         {"id": 2, "image": "a.png", "conversations": [turn, {**SHOWN[1], "value": "w3"}], "model": "m", "empty": ""},
     ]
     path = write(tmp_path, *rows)
-    assert dict(examine(path).ignored) == {"model": 2, "image_id": 1, "conversations[].timestamp": 1}
+    assert dict(examine(path).ignored) == {"model": 2, "image_id": 1, "prompt": 1, "conversations[].timestamp": 1}
     result = runner.invoke(app, ["doctor", str(path)])
     assert result.exit_code == 0, result.output
-    counted = "model (2 rows), image_id (1 rows), conversations[].timestamp (1 rows)"
+    counted = "model (2 rows), image_id (1 rows), prompt (1 rows), conversations[].timestamp (1 rows)"
     assert f"fields that are not read: {counted}" in result.stdout
     table = write(tmp_path, {"q": "w1", "a": "w2", "image": "a.png", "other": 1})
     assert dict(examine(table, columns={"question": "q", "answer": "a"}).ignored) == {"image": 1, "other": 1}
