@@ -41,7 +41,7 @@ help:
 quickstart: $(QUICKSTART_READY)  ## a frozen language model learns to see, in minutes
 	$(RUN) -m examples.easy_vqa quickstart
 
-demo: $(DEV_READY)  ## the long version, four to five hours; it continues where it was stopped
+demo: $(DEV_READY)  ## the long version, six hours; it continues where it was stopped
 	$(RUN) -m examples.easy_vqa demo
 
 # ---- what a contributor runs ----

@@ -22,7 +22,7 @@ from peft import get_peft_model
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.interleaved import machine, markdown, middle, plot_ratios, ratios
-from benchmarks.methods import CONFIGS, backbone, base_of, batch_of
+from benchmarks.methods import BOTH, CONFIGS, backbone, base_of, batch_of
 from examples.easy_vqa.training import write_json
 from peft_crome import CromeConfig
 
@@ -59,7 +59,7 @@ def with_random_weights(name: str, make: Any) -> Any:
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.02)
         return model.eval()
-    model = get_peft_model(make(), CromeConfig(bottleneck_dim=256, init_weights=False)).eval()
+    model = get_peft_model(make(), CromeConfig(branches=BOTH, init_weights=False)).eval()
     if name == FOLDED:
         model.merge_adapter()
     return model

@@ -19,7 +19,7 @@ import typer
 from peft import LoraConfig, PeftConfig, get_peft_model
 
 from benchmarks.interleaved import machine, markdown, middle, plot_ratios, ratios, seconds_in_turn
-from benchmarks.methods import LANGUAGE, backbone, batch_of
+from benchmarks.methods import BOTH, LANGUAGE, backbone, batch_of
 from examples.easy_vqa.training import write_json
 from peft_crome import CromeConfig
 
@@ -31,7 +31,7 @@ WORK = ("a pass", "decoding")
 def configurations() -> dict[str, PeftConfig]:
     """Both methods, with weights that act."""
     return {
-        "CROME": CromeConfig(bottleneck_dim=256, init_weights=False),
+        "CROME": CromeConfig(branches=BOTH, init_weights=False),
         "LoRA r=8 on q, v": LoraConfig(
             r=8, target_modules=f"{LANGUAGE}(q_proj|v_proj)", init_lora_weights=False
         ),

@@ -132,7 +132,12 @@ def warm_up() -> None:
     composite = CromeVLMForConditionalGeneration.from_backbones(
         vision=tower, language=language, image_token_id=2999, image_size=28
     )
-    train_two_steps(get_peft_model(composite.bfloat16(), CromeConfig(bottleneck_dim=8)), 2, 64, checkpointing=True)
+    train_two_steps(
+        get_peft_model(composite.bfloat16(), CromeConfig(branches=["text", "vision"], bottleneck_dim=8)),
+        2,
+        64,
+        checkpointing=True,
+    )
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
 
 FLOOR = "frozen model alone"
 CROME = "CROME"
+BOTH = ["text", "vision"]  # what CROME can cost: the default has no text branch, and costs less
 POOL_SIZE = 2  # 16 image tokens
 FIRST_WORD, LAST_WORD = 20, 2000  # random text of ordinary tokens
 
 CONFIGS: dict[str, PeftConfig | None] = {
     FLOOR: None,
-    CROME: CromeConfig(bottleneck_dim=256),
+    CROME: CromeConfig(branches=BOTH),
     "LoRA r=8 on q, v": LoraConfig(r=8, target_modules=f"{LANGUAGE}(q_proj|v_proj)"),
     "LoRA r=16 on all linear layers": LoraConfig(r=16, target_modules=f"{LANGUAGE}({ALL_LINEAR})"),
     "prompt tuning, 15 tokens": PROMPT,

@@ -21,14 +21,14 @@ from peft.utils.hotswap import hotswap_adapter as hotswap_lora
 
 from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in_turn
 from benchmarks.memory import settle, status
-from benchmarks.methods import LANGUAGE, backbone
+from benchmarks.methods import BOTH, LANGUAGE, backbone
 from examples.easy_vqa.training import write_json
 from peft_crome import CromeConfig
 from peft_crome.hotswap import hotswap_adapter
 
 RESULTS = Path(__file__).parent / "results" / "speed"
 CONFIGS: dict[str, PeftConfig] = {
-    "CROME": CromeConfig(bottleneck_dim=256, init_weights=False),
+    "CROME": CromeConfig(branches=BOTH, init_weights=False),
     "LoRA": LoraConfig(r=13, target_modules=f"{LANGUAGE}(q_proj|v_proj)", init_lora_weights=False),
 }
 OPERATIONS = ("attach", "save", "load", "load a second", "hot-swap")

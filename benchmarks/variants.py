@@ -111,7 +111,7 @@ def crome(init: str = "scaled", **kwargs: Any) -> Callable[[nn.Module, torch.Ten
         rows = table(model)
         with torch.no_grad():
             projected = model.image_projection(features.float()).flatten(0, 1)
-        adapted = get_peft_model(model, CromeConfig(**kwargs))
+        adapted = get_peft_model(model, CromeConfig(**{"branches": ["text", "vision"], **kwargs}))
         weights = adapted.get_base_model().crome
         if init == "scaled":
             return adapted
@@ -157,8 +157,7 @@ INITIALISATIONS = {"normal": normal, "kaiming": kaiming, "per branch": per_branc
 
 def only(branch: str) -> Callable[[nn.Module, torch.Tensor], nn.Module]:
     """One branch alone; as many weights by a larger m."""
-    module = {"text": "embed_tokens", "vision": "vision_fusion"}[branch]
-    return crome(branches={branch: [module]}, bottleneck_dim=EQUAL)
+    return crome(branches=[branch], bottleneck_dim=EQUAL)
 
 
 def lora(target: str, rank: int) -> Callable[[nn.Module, torch.Tensor], nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import stat
 import warnings
 from collections.abc import Iterable, Mapping
@@ -50,6 +51,16 @@ class AdapterFile:
     counts: set[str] = field(default_factory=set)
     modules_to_save: tuple[str, ...] = ()
     bottleneck_dim: int | None = None
+
+    def branches(self) -> list[str] | None:
+        """The branches that the keys name, in a fixed order."""
+        found = (re.fullmatch(r"crome_gate_(\w+)\.weight", key) for key in sorted(self.crome))
+        return [match[1] for match in found if match] or None
+
+    def hidden_features(self) -> int | None:
+        """m, as W_u has it; None: there is no W_u, which `check_fits` reports."""
+        shape = self.crome.get("crome_up.weight", ())
+        return shape[1] if len(shape) == 2 else None
 
     def check_fits(self, model: nn.Module, expected: Shapes, source: str) -> None:
         """Compare the file with the model that it is loaded onto, and read its values.

@@ -66,12 +66,12 @@ def find_hidden_size(model: nn.Module, branches: Branches) -> int:
     return hidden_size
 
 
-def present_branches(model: nn.Module, layer_cls: type[nn.Module]) -> Branches:
-    """The sites that a model has already, by branch."""
+def present_branches(model: nn.Module, layer_cls: type[nn.Module], adapter_name: str) -> Branches:
+    """The sites of an adapter that is on a model, by branch."""
     present: Branches = {}
     for name, module in model.named_modules():
         if isinstance(module, layer_cls):
-            for branch, ranges in cast(Any, module).branches.items():
+            for branch, ranges in cast(Any, module).branches_of.get(adapter_name, {}).items():
                 present.setdefault(branch, []).extend(with_ranges(name, ranges))
     return present
 
@@ -81,26 +81,13 @@ def same_branches(one: Branches, other: Branches) -> bool:
     return {b: set(s) for b, s in one.items()} == {b: set(s) for b, s in other.items()}
 
 
-def check_same_branches(present: Branches, branches: Branches, adapter_name: str) -> None:
-    """Refuse an adapter whose sites are not those of the adapters that are there.
-
-    Raises:
-        ValueError: names both sets of sites.
-    """
-    if present and not same_branches(present, branches):
-        raise ValueError(
-            f"Adapter {adapter_name!r} has branches {branches}, the adapters on this model have {present}: they share "
-            f"one set of sites. Write branches={present}, or unload() the others first."
-        )
-
-
 def check_names(model: nn.Module, child: str, own: type, adapter_name: str, shapes: Shapes) -> None:
     """Refuse names that could not be told apart: of the adapter in its file's keys, of the child that holds weights.
 
     Raises:
         ValueError: names what is taken, and another name to write.
     """
-    if not isinstance(getattr(model, child, None), (own, type(None))):
+    if not isinstance(model._modules.get(child, getattr(model, child, None)), (own, type(None))):
         raise ValueError(f"{type(model).__name__} has an attribute {child!r} of its own, where CROME's weights go.")
     taken = {part for key in shapes for part in f"base_model.model.{child}.{key}".split(".")}
     no_folder = not adapter_name.strip() or re.search(r"[/\\\x00]", adapter_name)  # PEFT saves to a folder of its name
@@ -242,6 +229,14 @@ def no_such_module(branch: str, missing: list[str], paths: Iterable[str]) -> Val
     )
 
 
+def no_such_branch(model: nn.Module, missing: list[str], found: Branches) -> ValueError:
+    """The error for branches that were asked for by name and are not known of this architecture."""
+    return ValueError(
+        f"branches: {missing} are not known for {type(model).__name__}; known: {found}. Write branches={[*found]}, or "
+        f"name the modules: branches={{{missing[0]!r}: ['<module path>']}}."
+    )
+
+
 def no_vision_site(model: nn.Module, paths: dict[str, nn.Module], text: list[str], tried: Iterable[str]) -> ValueError:
     """The error for an architecture without a known vision site: modules of the right width, and the line to write."""
     hidden_size = text_hidden_size(model)
@@ -250,7 +245,7 @@ def no_vision_site(model: nn.Module, paths: dict[str, nn.Module], text: list[str
     # A projector is likelier than a tower that also happens to have this width inside.
     towers = {path for path in wide if any(isinstance(part, nn.ModuleList) for part in paths[path].modules())}
     wide.sort(key=lambda path: (path in towers, path in text, len(possible_widths(paths[path])), path.count(".")))
-    example = {"text": text[:1] or ["<module path>"], "vision": wide[:1] or ["<module path>"]}
+    example = {"vision": wide[:1] or ["<module path>"]}
     return ValueError(
         f"No vision site is known for {type(model).__name__} (model_type "
         f"{getattr(getattr(model, 'config', None), 'model_type', None)!r}); tried {sorted(set(tried)) or 'nothing'}. "

@@ -33,14 +33,12 @@ def check_config(config: Any) -> None:
     """
     if not isinstance(config.inference_mode, bool):
         raise TypeError(f"inference_mode={config.inference_mode!r} is not a bool. Write inference_mode=False.")
-    if isinstance(config.bottleneck_dim, bool) or not isinstance(config.bottleneck_dim, int):
-        raise TypeError(f"bottleneck_dim={config.bottleneck_dim!r} is not an int. Write bottleneck_dim=256.")
-    if config.bottleneck_dim < 1:
-        raise ValueError(f"bottleneck_dim={config.bottleneck_dim} is not positive. Write bottleneck_dim=256.")
-    if config.bottleneck_dim > LARGEST_BOTTLENECK:
+    width = config.bottleneck_dim
+    if isinstance(width, bool) or not isinstance(width, (int, type(None))):
+        raise TypeError(f"bottleneck_dim={width!r} is not an int. Write bottleneck_dim=256, or None.")
+    if width is not None and not 1 <= width <= LARGEST_BOTTLENECK:
         raise ValueError(
-            f"bottleneck_dim={config.bottleneck_dim} is more than {LARGEST_BOTTLENECK}, wider than the embeddings. "
-            "Write bottleneck_dim=256."
+            f"bottleneck_dim={width} is not between 1 and {LARGEST_BOTTLENECK}. Write bottleneck_dim=256, or None."
         )
     if config.gate_activation not in GATE_ACTIVATIONS:
         raise ValueError(
@@ -70,14 +68,20 @@ def check_config(config: Any) -> None:
 
 
 def _check_branches(branches: Any) -> None:
-    example = "branches={'text': ['embed_tokens'], 'vision': ['multi_modal_projector']}"
+    example = "branches=['text', 'vision'], or branches={'vision': ['multi_modal_projector']}"
     if branches is None:
         return
-    if not isinstance(branches, dict) or not branches:
-        raise TypeError(f"branches={branches!r} is not a dict with an entry per branch. Write {example}.")
-    for name, modules in branches.items():
+    if not isinstance(branches, (list, tuple, dict)) or not branches:
+        raise TypeError(f"branches={branches!r} is neither a list of names nor a dict of modules. Write {example}.")
+    for name in branches:
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"branches: the name {name!r} is not an identifier. Write {example}.")
+    if not isinstance(branches, dict):
+        twice = sorted({name for name in branches if list(branches).count(name) > 1})
+        if twice:
+            raise ValueError(f"branches={branches!r} names {twice} twice. Write each once: {example}.")
+        return
+    for name, modules in branches.items():
         names = [modules] if isinstance(modules, str) else modules
         if not isinstance(names, (list, tuple)) or not names or not all(n and isinstance(n, str) for n in names):
             raise TypeError(f"branches[{name!r}]={modules!r} is no list of names and no regex. Write {example}.")

@@ -54,7 +54,7 @@ def hotswap_adapter(
             f"Write model.load_adapter({str(model_id)!r}, adapter_name=...) instead."
         )
     host = model.get_base_model()
-    sites, others = present_branches(host, CromeLayer), find_branches(host, new.branches)
+    sites, others = present_branches(host, CromeLayer, adapter_name), find_branches(host, new.branches)
     if not same_branches(sites, others):
         raise ValueError(
             f"{model_id} has the branches {others}, the adapter to replace {sites}. Load it onto a model of its own: "

@@ -29,7 +29,6 @@ class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the 
     """What PEFT asks of a layer to merge, unmerge and unload it; `CromeLayer` has the rest."""
 
     base_layer: nn.Module
-    branches: dict[str, Any]
     _weights: tuple[Any]
     _unmerged: list[nn.Parameter]  # in a list: a merged model's state_dict has one table
     _merge_names: list[str]  # what a site that cannot fold goes on with while the others are merged
@@ -84,22 +83,20 @@ class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return what takes this layer's place in a model without PEFT."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
+        """Return what takes this layer's place in a model without PEFT: what it wraps.
+
+        `CromeModel` merges before it unloads, so a layer that is not merged stays: another method merges its own.
+        """
+        if merge and not self.merged:
+            return self
+        if not merge:
             self.unmerge()
             self.unload_trained_copy(merge=False)
-        base, names = self.base_layer, self._own(self._merge_names)  # those of merges before as well
         weights = self._weights[0]
-        if merge and not self.merged and names:
-            from .unloaded import UnloadedSite  # which needs this file
-
-            base = UnloadedSite(base, weights, next(iter(self.branches)), names)
         weights.sites -= 1
-        for name in weights.adapter_layer_names if not weights.sites else ():  # another method's merge leaves these
+        for name in weights.adapter_layer_names if not weights.sites else ():  # another method's unload leaves these
             getattr(weights, name).clear()
-        return base
+        return self.base_layer
 
     def unload_trained_copy(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, merge: bool = True
@@ -114,12 +111,13 @@ class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the 
         return self._unmerged[0] if self._unmerged else None
 
 
-def check_allowed(model: nn.Module, sites: list[Any], unload: bool = False) -> None:
+def check_allowed(model: nn.Module, sites: list[Any], names: list[str] | None, unload: bool = False) -> None:
     """Refuse a merge that would give another model, before anything is changed; say in the log what is kept.
 
     Args:
         sites: the model's `CromeLayer`s.
-        unload: whether PEFT's layers go, so that modules that train beside the adapter are settled.
+        names: of the adapters to merge; None: the active ones.
+        unload: whether PEFT's layers go, so that what cannot be folded would be lost.
     Raises:
         ValueError: nothing can be folded, or a folded table would mean something else; says why.
     """
@@ -130,26 +128,24 @@ def check_allowed(model: nn.Module, sites: list[Any], unload: bool = False) -> N
             f"Nothing can be merged: {type(parts[0]).__name__} {because}. Keep the adapter attached, or unload() it."
         )
     layers = {name: m for name, m in model.named_modules() if any(m is site for site in sites)}
+    layers = {name: m for name, m in layers.items() if m._own(m.active_adapters if names is None else names)}
     tables = {name: original_module(layer.get_base_layer()) for name, layer in layers.items()}
     reasons = {name: why_not_foldable(table) for name, table in tables.items()}
     folded = [name for name, reason in reasons.items() if not reason]
     kept = [name for name, reason in reasons.items() if reason]
     trained = [name for name in folded if isinstance(layers[name].base_layer, AuxiliaryTrainingWrapper)]
     if trained and not unload:
+        remedy = "Keep the adapter attached." if kept else "Write merge_and_unload(), which keeps the trained one."
         raise ValueError(
             f"{trained} trains as well (modules_to_save or trainable_token_indices), and an adapter cannot be "
-            "folded into two copies of a table. Write merge_and_unload(), which keeps the trained one."
+            f"folded into two copies of a table. {remedy}"
         )
-    if not folded:
+    if not folded or (kept and unload):
         raise ValueError(
-            f"Nothing can be merged: {'; '.join(f'{name}: {reason}' for name, reason in reasons.items())}. Only a "
-            "branch on an embedding table folds into weights. Keep the adapter attached, or unload() it."
-        )
-    several = [name for name in kept if len(layers[name].branches) > 1 or layers[name].placeholders]
-    if unload and several:
-        raise ValueError(
-            f"{several} feeds several branches or keeps placeholders as they are, and its table cannot be folded "
-            f"({reasons[several[0]]}): what would be left of it adapts all tokens alike. Keep the adapter attached."
+            f"{'Nothing' if not folded else 'Not all'} can be merged: "
+            f"{'; '.join(f'{name}: {reasons[name]}' for name in kept) or 'no site has these adapters'}. Only a branch "
+            "on an embedding table folds into weights. Keep the adapter attached: a decoded token does not meet a "
+            "vision branch. To serve it, see peft_crome.serving; to take it off, unload()."
         )
     scales: dict[int, set[float]] = {}
     for name in folded:
@@ -159,8 +155,10 @@ def check_allowed(model: nn.Module, sites: list[Any], unload: bool = False) -> N
             f"Nothing can be merged: {folded} share one table and scale its rows differently, so no one table holds "
             "what the adapter adds. Keep the adapter attached, or unload() it."
         )
-    message = "CROME merge: folded into the embedding table: %s; kept as a small module, not being linear: %s. "
-    logger.warning(message + "Only an adapter's files carry the latter: save it, not the merged model.", folded, kept)
+    message = "CROME folded into the embedding table, so that prompts without an image change as well: %s."
+    logger.warning(
+        message + (" Not linear, and still attached: %s." if kept else ""), folded, *([kept] if kept else [])
+    )
 
 
 def share_and_untie(model: nn.Module, sites: list[Any]) -> None:

@@ -35,7 +35,7 @@ def rows_with_adapters(
         ValueError: the model is in training mode or merged, an adapter is unknown, or there are more or fewer names
             than rows.
     """
-    weights: Any = model.crome
+    weights: Any = model._modules["crome"]
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Write model.eval().")
     if any(getattr(module, "merged", False) or getattr(module, "_merge_names", ()) for module in model.modules()):

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
+from tests.tuner.helpers import BOTH
 
 LANGUAGE_MODELS = {
     "bart": lambda: BartForConditionalGeneration(
@@ -99,7 +100,7 @@ def build(name):
 def test_adapter_on_composite_finds_both_sites_and_starts_as_identity(name):
     model, batch, labels = build(name)
     expected = model.requires_grad_(False)(**batch, labels=labels).logits
-    adapted = get_peft_model(model, CromeConfig(bottleneck_dim=4))
+    adapted = get_peft_model(model, CromeConfig(branches=BOTH, bottleneck_dim=4))
     sites = [status.name for status in adapted.get_layer_status() if status.module_type == "CromeLayer"]
     assert sites == [*(f"model.{site}" for site in SITES[name]), "model.vision_fusion"]
     assert adapted.get_nb_trainable_parameters()[0] == 5 * 32 * 4
@@ -109,7 +110,7 @@ def test_adapter_on_composite_finds_both_sites_and_starts_as_identity(name):
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_adapter_on_composite_trains_generates_folds_and_reloads(name, tmp_path):
     model, batch, labels = build(name)
-    adapted = get_peft_model(model, CromeConfig(bottleneck_dim=4, init_weights=False))
+    adapted = get_peft_model(model, CromeConfig(branches=BOTH, bottleneck_dim=4, init_weights=False))
     adapted(**batch, labels=labels).loss.backward()
     for parameter_name, parameter in adapted.named_parameters():
         assert (parameter.grad is not None) == ("crome_" in parameter_name), parameter_name
@@ -134,7 +135,7 @@ def test_adapter_on_composite_trains_generates_folds_and_reloads(name, tmp_path)
 
 def test_projection_trains_inside_the_wrapped_site():
     model, batch, labels = build("llama")
-    adapted = get_peft_model(model, CromeConfig(bottleneck_dim=4, modules_to_save=["image_projection"]))
+    adapted = get_peft_model(model, CromeConfig(branches=BOTH, bottleneck_dim=4, modules_to_save=["image_projection"]))
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert len(trained) == 5 + 2
     adapted(**batch, labels=labels).loss.backward()
@@ -147,8 +148,10 @@ def test_projection_trains_inside_the_wrapped_site():
 def test_switching_while_merged_switches_every_branch(tmp_path):
     """PEFT unmerges what says that it is merged; the vision branch cannot, and must follow all the same."""
     model, batch, labels = build("llama")
-    adapted = get_peft_model(model, CromeConfig(bottleneck_dim=4, init_weights=False), adapter_name="a").eval()
-    adapted.add_adapter("b", CromeConfig(bottleneck_dim=6, init_weights=False))
+    adapted = get_peft_model(
+        model, CromeConfig(branches=BOTH, bottleneck_dim=4, init_weights=False), adapter_name="a"
+    ).eval()
+    adapted.add_adapter("b", CromeConfig(branches=BOTH, bottleneck_dim=6, init_weights=False))
     adapted.save_pretrained(tmp_path)
     expected = {}
     with torch.no_grad():
@@ -172,7 +175,7 @@ def test_merge_is_refused_inside_a_composite_too():
         model, batch, labels = build("umt5")
     finally:
         del LANGUAGE_MODELS["umt5"]
-    adapted = get_peft_model(model, CromeConfig(bottleneck_dim=4)).eval()
+    adapted = get_peft_model(model, CromeConfig(branches=BOTH, bottleneck_dim=4)).eval()
     with torch.no_grad():
         before = adapted(**batch, labels=labels).logits
         for merge in (adapted.merge_adapter, adapted.merge_and_unload):
@@ -181,19 +184,11 @@ def test_merge_is_refused_inside_a_composite_too():
         torch.testing.assert_close(adapted(**batch, labels=labels).logits, before, rtol=0, atol=0)
 
 
-def test_merged_composite_is_not_saved_without_its_adapter(tmp_path):
-    model, _, _ = build("llama")
-    merged = get_peft_model(model, CromeConfig(bottleneck_dim=4)).merge_and_unload()
-    with pytest.raises(ValueError, match=r"holds what a merged adapter leaves .*Save the adapter"):
-        merged.save_pretrained(tmp_path)
-    assert not (tmp_path / "model.safetensors").exists()
-
-
 def test_adapter_by_automatic_classes(tmp_path):
     """AutoPeftModel finds the composite; the composite's own class, and transformers', take an adapter's directory."""
     build("llama")[0].save_pretrained(tmp_path / "composite")
     composite = CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "composite")
-    adapted = get_peft_model(composite, CromeConfig(bottleneck_dim=4, init_weights=False)).eval()
+    adapted = get_peft_model(composite, CromeConfig(branches=BOTH, bottleneck_dim=4, init_weights=False)).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     _, batch, _ = build("llama")
     with torch.no_grad():
@@ -213,5 +208,5 @@ def test_adapter_where_a_table_is_narrower_than_its_model():
     settings = {"ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
     language = OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=32, word_embed_proj_dim=16, **settings))
     model = CromeVLMForConditionalGeneration.from_backbones(model.vision_tower, language, image_token_id=64)
-    adapted = get_peft_model(model, CromeConfig(bottleneck_dim=4))
+    adapted = get_peft_model(model, CromeConfig(branches=BOTH, bottleneck_dim=4))
     assert adapted.get_nb_trainable_parameters()[0] == 5 * 16 * 4

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import peft_crome
-from tests.tuner.helpers import attach, randomise, snapshot
+from peft_crome.guard import PATIENCE, Guard
+from tests.tuner.helpers import attach, crome_weight, randomise, snapshot
 from tests.zoo import ZOO
 from tests.zoo.case import WIDTH, words
 from tests.zoo.llava import llava
@@ -86,19 +87,23 @@ def test_silent_no_op_is_an_error(build: Any, words_of_error: list[str]) -> None
     model.eval()(**batch)  # nothing is refused where nothing trains
 
 
-def test_guard_leaves_once_every_branch_has_acted() -> None:
+def guard_of(model: nn.Module) -> Guard:
+    found = (h.__self__ for m in model.modules() for h in m._forward_hooks.values() if hasattr(h, "__self__"))
+    return next(hook for hook in found if isinstance(hook, Guard))
+
+
+def test_guard_proves_each_branch_once() -> None:
     case = llava()
     model = attach(case.model)
-    armed = hooks(model)
     model.eval()(**case.batch)
     model.train()
     with model.disable_adapter():
         model(**case.batch)
+    assert guard_of(model).unproven == {"text", "vision"}
     model(**words())
-    assert hooks(model) == armed == 2  # no picture yet
+    assert guard_of(model).unproven == {"vision"}  # no image yet
     model(**case.batch)
-    assert hooks(model) == 0
-    model(**words())
+    assert not guard_of(model).unproven
 
 
 def test_guard_watches_a_second_adapter() -> None:
@@ -107,9 +112,54 @@ def test_guard_watches_a_second_adapter() -> None:
     model(**case.batch)
     model.add_adapter("other", model.peft_config["default"])
     assert hooks(model) == 2
+    assert guard_of(model).unproven == {"text", "vision"}
     model.set_adapter("other")
     model(**case.batch)
-    assert hooks(model) == 0
+    assert not guard_of(model).unproven
+
+
+def test_a_branch_that_is_not_to_train_is_not_missed() -> None:
+    """Only the vision branch trains, W_u and the text branch are frozen on purpose."""
+    case = llava()
+    model = attach(case.model)
+    randomise(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("_vision.default.weight"))
+    model.train()(**case.batch).loss.backward()
+    assert crome_weight(model, "gate_vision").grad.any()
+    assert crome_weight(model, "gate_text").grad is None
+    assert guard_of(model).unproven == {"text"}
+
+
+def test_training_while_merged_says_so() -> None:
+    case = llava()
+    model = attach(case.model)
+    randomise(model)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"\['text'\] do not train: they are merged .*unmerge_adapter"):
+        model.train()(**case.batch)
+    model.unmerge_adapter()
+    model.train()(**case.batch)
+
+
+def test_passes_without_images_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the model's modules nor autograd's graph are walked, however many passes it takes."""
+    case = llava()
+    model = attach(case.model, branches=["vision"]).train()
+    monkeypatch.setattr("peft_crome.guard._reachable", lambda *_: pytest.fail("walked the graph"))
+    monkeypatch.setattr("peft_crome.guard.crome_layers", lambda *_: pytest.fail("walked the modules"))
+    for _ in range(3):
+        model(**words())
+
+
+def test_a_run_that_never_meets_an_image_is_warned_of() -> None:
+    case = llava()
+    model = attach(case.model, branches=None).train()
+    for _ in range(PATIENCE - 1):
+        model(**words())
+    with pytest.warns(UserWarning, match=r"\['vision'\], so nothing was trained.*remove_unused_columns=False"):
+        model(**words())
+    model(**words())  # once
 
 
 def test_unload_takes_the_guard_away() -> None:
@@ -123,8 +173,8 @@ def test_guarded_model_can_be_copied_and_pickled() -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert hooks(other) == 2
         other.train()(**case.batch)
-        assert hooks(other) == 0
-    assert hooks(model) == 2
+        assert not guard_of(other).unproven
+    assert guard_of(model).unproven == {"text", "vision"}
 
 
 def test_embeddings_given_by_the_user_need_no_text_branch() -> None:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_crome import CromeConfig
-from tests.tuner.helpers import M, adapted, logits, randomise
+from tests.tuner.helpers import BOTH, M, adapted, logits, randomise
 from tests.vlm.conftest import build, make_batch
 from tests.zoo import ZOO, Batch
 
@@ -18,6 +18,7 @@ ADAPTERS = ("first", "second", "__base__")
 
 def with_adapters(model: Any, **config: Any) -> PeftModel:
     """Two adapters that differ from each other and from an identity."""
+    config.setdefault("branches", BOTH)
     model = get_peft_model(model, CromeConfig(bottleneck_dim=M, **config), adapter_name="first")
     model.add_adapter("second", CromeConfig(bottleneck_dim=2 * M, **config))
     for seed, name in enumerate(("first", "second")):
@@ -145,7 +146,7 @@ def test_many_adapters_on_one_batch() -> None:
     model = build()
     peft_model = with_adapters(model)
     for number in range(14):
-        peft_model.add_adapter(f"a{number}", CromeConfig(bottleneck_dim=M))
+        peft_model.add_adapter(f"a{number}", CromeConfig(branches=BOTH, bottleneck_dim=M))
         randomise(peft_model, f"a{number}", seed=100 + number)
     names = [f"a{number}" for number in range(14)] + ["first", "second"]
     batch = make_batch(model, images_per_row=tuple(number % 3 for number in range(16)))

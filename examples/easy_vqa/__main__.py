@@ -39,7 +39,7 @@ def demo(
     results: Annotated[Path, typer.Option(help="Records, table and pictures.")] = Path("benchmarks/results/easy_vqa"),
     seeds: Annotated[int, typer.Option(help="Seeds per method.")] = 3,
 ) -> None:
-    """The long version, four to five hours: five methods, three seeds, the full test split."""
+    """The long version, six hours: five methods, three seeds, the full test split, the loss on plain text."""
     from .demo import run
 
     run(output, results, seeds)

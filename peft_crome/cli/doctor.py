@@ -13,6 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..utils.shorten import cut, short
 from .app import console, fail
 from .options import COLUMN, IMAGES, pairs
 
@@ -60,7 +61,7 @@ def doctor(
 
             def told(patient: Patient) -> None:
                 for fault in patient.faults:
-                    progress.console.print(f"row {patient.name!r}: {fault.message}", markup=False, soft_wrap=True)
+                    progress.console.print(f"row {short(patient.name)}: {fault.message}", markup=False, soft_wrap=True)
 
             findings = examine(
                 data,
@@ -110,10 +111,10 @@ def _show(row: dict[str, Any], collator: Any) -> None:
     try:
         encoded = collator.encode(row)
     except RowError as error:  # the report has named it
-        console.print(f"row {row['id']!r} cannot be shown: {error}", markup=False, soft_wrap=True)
+        console.print(f"row {short(row['id'])} cannot be shown: {error}", markup=False, soft_wrap=True)
         return
     processor = collator.processor
-    line = Text(f"row {row['id']!r}: ", style="bold")
+    line = Text(f"row {short(row['id'])}: ", style="bold")
     labels = encoded["labels"] if not collator.is_encoder_decoder else [-100] * len(encoded["input_ids"])
     run = 0
     for token, label in zip(encoded["input_ids"], labels, strict=True):
@@ -145,8 +146,11 @@ def _report(findings: Any, names: dict[str, str]) -> None:
             rows = list(dict.fromkeys(patient for patient, _ in kinds.get(kind, [])))
             if rows:
                 mended = " (read without that part)" if all(fault.mended for _, fault in kinds[kind]) else ""
-                table.add_row(name + mended, f"{len(kinds[kind]):,}", escape(", ".join(rows[:EXAMPLES])))
+                table.add_row(name + mended, f"{len(kinds[kind]):,}", escape(", ".join(map(cut, rows[:EXAMPLES]))))
         console.print(table)
+    if findings.ignored:
+        fields = (f"{cut(name)} ({count:,} rows)" for name, count in findings.ignored.most_common())
+        console.print(f"fields that are not read: {', '.join(fields)}", markup=False, soft_wrap=True)
     for name, counts in findings.histograms.items():
         _histogram(name, counts)
 

@@ -14,12 +14,17 @@ from rich.table import Table
 
 from ..new_file import new_file
 from .app import console, fail, place
+from .evaluate_text import evaluate_text
 from .options import COLUMN, IMAGES, pairs
 
 
 def evaluate(
-    directory: Annotated[str, typer.Argument(help="A stage's directory, or a Hub repository of one.")],
-    data: Annotated[str, typer.Argument(help="JSON, JSONL or parquet, a folder of `datasets`, or a name of the Hub.")],
+    directory: Annotated[
+        str, typer.Argument(help="A stage's directory, or a Hub repository of one; with --text also an adapter's.")
+    ],
+    data: Annotated[
+        str | None, typer.Argument(help="JSON, JSONL or parquet, a folder of `datasets`, or a name of the Hub.")
+    ] = None,
     images: Annotated[list[str] | None, typer.Option(help=IMAGES)] = None,
     metric: Annotated[
         list[str] | None,
@@ -37,8 +42,16 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Where to write the answers, JSONL; the scores go to NAME.scores.json.")
     ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of DATA: measure the loss on plain text, with the adapter and without; several."),
+    ] = None,
 ) -> None:
-    """Answer a data set by free generation and score the answers."""
+    """Answer a data set by free generation and score the answers; or measure what text costs with the adapter."""
+    if text:
+        return evaluate_text(directory, data, text, batch_size, device, output)
+    if data is None:
+        fail(ValueError("DATA is missing. Name a data set, or text files: --text FILE."))
     from ..data import check_images, read_rows
     from ..training import evaluation, metrics
 

@@ -39,12 +39,20 @@ def inspect(
             raise ValueError("--image, --model and --system need --prompt, which the backbone is run on.")
         if output is not None:
             check_output(output, overwrite)
-        pictures = [open_image(path, f"--image {path}") for path in image or []]
+        for path in image or []:
+            open_image(path, f"--image {path}")  # before a backbone is loaded
         names = [adapter] if other is None else [adapter, other]
         views = []
         for name, short in zip(names, _short(names), strict=True):
             told = system if system is not None or prompt is None else system_of(name)
-            view = look(name, prompt=prompt, pictures=pictures, model=model, system=told, device=place(device))
+            view = look(
+                name,
+                prompt=prompt,
+                pictures=[str(path) for path in image or []],
+                model=model,
+                system=told,
+                device=place(device),
+            )
             views.append(dataclasses.replace(view, name=short))
         _report(views)
         if output is not None:

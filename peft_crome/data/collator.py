@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,11 +12,14 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from ..positions import position_limit
+from ..utils.shorten import cut, short
+from .answer_spans import ANSWER, AnswerSpans, PromptRewritten, turn
 from .images import Augmentation, open_image
 from .instructions import check_instruction
 from .rows import COUNTS, DRAW, DRAWN, Fault, RowError
 
 IGNORE = -100
+REMEDY = "Write another chat_template in the recipe."
 
 
 class ConversationCollator:
@@ -76,13 +80,14 @@ class ConversationCollator:
         self.system = system
         self.seed = seed
         self._before = self._turns_before_probes()
-        self._ending = self._ending_of_own_prompts()
+        self._writes_prompts_apart = self._has_prompts_of_its_own()
         self.needs_split = (
             is_encoder_decoder
             or processor.qformer_tokenizer is not None
-            or self._ending is not None
+            or self._writes_prompts_apart
             or not self._keeps_earlier_turns()
         )
+        self._spans = AnswerSpans(self._render, processor.chat_template, self._before)
 
     @staticmethod
     def limits(config: Any) -> dict[str, Any]:
@@ -97,8 +102,8 @@ class ConversationCollator:
 
     def _turns_before_probes(self) -> list[dict[str, Any]]:
         """A system message where one is given, or where the template demands one, which rows may have."""
-        system = [_turn("system", self.system if self.system is not None else "(system)")]
-        turns = [_turn("user", "(question)"), _turn("assistant", "(answer)")]
+        system = [turn("system", self.system if self.system is not None else "(system)")]
+        turns = [turn("user", "(question)"), turn("assistant", ANSWER)]
         errors = []
         for before in ([], system) if self.system is None else (system, []):
             try:
@@ -115,23 +120,21 @@ class ConversationCollator:
 
     def _keeps_earlier_turns(self) -> bool:
         """Whether the template writes a conversation's beginning alike, whatever follows (Qwen 3's does not)."""
-        said = [*self._before, *(_turn(role, role) for role in ("user", "assistant") * 2)]
+        said = [*self._before, *(turn(role, role) for role in ("user", "assistant") * 2)]
         try:
             return self._render(said).startswith(self._render(said[:-2]).rstrip())
         except TemplateError:  # it takes one question alone
             return False
 
-    def _ending_of_own_prompts(self) -> str | None:
-        """What follows an answer, where a prompt for generation is no beginning of the conversation with its answer.
+    def _has_prompts_of_its_own(self) -> bool:
+        """Whether a prompt for generation is no beginning of the conversation with its answer.
 
         Gemma 4's closes an empty thought before the answer, DeepSeek R1's opens one, and neither stands in what they
-        write of a conversation. An answer is learnt after the prompt that it will follow, so this end is put to it.
-        None: the template needs no such care.
+        write of a conversation. An answer is learnt after the prompt that it will follow.
         """
-        asked = [*self._before, _turn("user", "(question)")]
-        said = self._render([*asked, _turn("assistant", "(answer)")])
-        _, found, ending = said.rpartition("(answer)")
-        return ending.rstrip() if found and not said.startswith(self._render(asked, prompt=True)) else None
+        asked = [*self._before, turn("user", "(question)")]
+        said = self._render([*asked, turn("assistant", ANSWER)])
+        return ANSWER in said and not said.startswith(self._render(asked, prompt=True))
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Turn rows of `read_rows` or `load_rows` into a batch.
@@ -190,8 +193,8 @@ class ConversationCollator:
             raise _error(
                 name,
                 "template",
-                f"the language model's chat template says: {error}. Change the row (or system: in the recipe), or "
-                "write another chat_template in the recipe.",
+                f"the language model's chat template says: {cut(str(error), 300)}. Change the row (or system: in the "
+                "recipe), or write another chat_template in the recipe.",
             ) from error
         tokens = encoded["input_ids"].count(self.processor.image_token_id)
         if tokens != len(row["images"]) * self.processor.image_seq_length:
@@ -219,24 +222,42 @@ class ConversationCollator:
         return encoded
 
     def _decoder_only(self, messages: list[dict[str, Any]], name: str) -> dict[str, Any]:
-        if self._ending is not None:
+        if self._writes_prompts_apart:
             prompt = self._render(messages[:-1], prompt=True)
-            text = prompt + "".join(part["text"] for part in messages[-1]["content"]).strip() + self._ending
+            text = prompt + self._answer(messages, name)
             return self._with_labels(text, [(len(prompt), len(text))], name)
         text = self._render(messages)
-        answers = [end for end, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [self._span(messages, end, text, name) for end in (answers[-1:] if self.needs_split else answers)]
+        try:
+            spans = self._spans.find(messages, text, earlier=not self.needs_split)
+        except PromptRewritten as error:
+            raise _error(
+                name,
+                "answer",
+                f"the chat template writes the prompt {error.prompt[-40:]!r} in another way once the answer follows, "
+                f"so what is to be learnt cannot be told. {REMEDY}",
+            ) from error
         return self._with_labels(text, spans, name)
+
+    def _answer(self, messages: list[dict[str, Any]], name: str) -> str:
+        """The last answer as the template writes it, with what ends it."""
+        before, _, ending = self._render([*messages[:-1], turn("assistant", ANSWER)]).rpartition(ANSWER)
+        said = self._render(messages)
+        if not (said.startswith(before) and said.endswith(ending)):
+            raise _error(
+                name, "answer", "the chat template writes what comes before an answer by its words. " + REMEDY
+            )
+        return said[len(before) :].rstrip()
 
     def _with_labels(self, text: str, spans: list[tuple[int, int]], name: str) -> dict[str, Any]:
         """Tokens, and labels where a token is part of what stands between a span's first and last character."""
         encoded = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]
-        labels = [
+        starts, stops = ([*edges] for edges in zip(*spans, strict=True))
+        labels = []
+        for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True):
             # A token may hold the space before an answer too; one that ends before it is none of it.
-            token if any(start < last and first < stop for start, stop in spans) else IGNORE
-            for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True)
-        ]
+            span = bisect_right(stops, first)
+            labels.append(token if span < len(starts) and starts[span] < last else IGNORE)
         if all(label == IGNORE for label in labels):
             raise _error(
                 name, "answer", "no token is learnt; the answer is empty, or the chat template leaves it out."
@@ -245,19 +266,6 @@ class ConversationCollator:
         if self.max_length is not None and length > self.max_length:
             ids, labels = self._cut(ids, labels, name)
         return {"input_ids": ids, "labels": labels, "length": length}
-
-    def _span(self, messages: list[dict[str, Any]], end: int, text: str, name: str) -> tuple[int, int]:
-        """Where the answer messages[end] stands in the text, from the end of what generation would be given."""
-        prompt = self._render(messages[:end], prompt=True)
-        said = self._render(messages[: end + 1]).rstrip()
-        if not (text.startswith(prompt) and text.startswith(said)):
-            raise _error(
-                name,
-                "answer",
-                f"the chat template writes the prompt {prompt[-40:]!r} in another way once the answer follows, so "
-                "what is to be learnt cannot be told. Write another chat_template in the recipe.",
-            )
-        return len(prompt), len(said)
 
     def _cut(self, ids: list[int], labels: list[int], name: str) -> tuple[list[int], list[int]]:
         image = self.processor.image_token_id
@@ -294,16 +302,12 @@ class ConversationCollator:
     def _pictures(self, row: dict[str, Any]) -> Iterator[Image.Image]:
         chance = random.Random(f"{self.seed} {row[DRAW]}") if DRAW in row else None
         for path in row["images"]:
-            picture = open_image(path, f"Row {row['id']!r}")
+            picture = open_image(path, f"Row {short(row['id'])}")
             yield self.augmentation(picture, chance) if self.augmentation is not None else picture
 
 
-def _turn(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": text}]}
-
-
 def _error(name: str, kind: str, message: str) -> RowError:
-    return RowError(f"Row {name!r}", [Fault(kind, message)])
+    return RowError(f"Row {short(name)}", [Fault(kind, message)])
 
 
 def _first_turns(row: dict[str, Any], count: int) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ..new_file import new_file
+from ..utils.shorten import cut
+from .fields import ignored_fields, image_fields
 from .files import stream
-from .formats import ROLES, kept_turns, own_image, parse, role_of, row_name, turns_key, value_of
+from .formats import ROLES, kept_turns, own_images, parse, role_of, row_name, turns_key
 from .image_paths import ImageFolders
 from .images import open_image
 from .rows import Fault, RowError
@@ -51,12 +53,14 @@ class Findings:
     Args:
         rows: of the file.
         text_rows: rows without an image, of those that can be read.
+        ignored: fields that are not read -> in how many rows they stand.
         histograms: "images in a row", "turns in a row", "longer side of images", "characters in a row" and, where a
             model is known, "tokens in a row": value -> how many. Lengths and sizes are rounded up to powers of two.
     """
 
     rows: int = 0
     text_rows: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
     patients: list[Patient] = field(default_factory=list)
     histograms: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
 
@@ -114,6 +118,7 @@ def examine(
             new = sorted(files - pictures.keys())
             pictures.update(zip(new, pool.map(_size, new) if open_images else map(_find, new), strict=True))
             for number, given, row, faults in parsed:
+                findings.ignored.update(ignored_fields(given, columns))
                 if row is not None:
                     faults = [*faults, *_of_images(row, pictures, findings), *_twice(row, seen)]
                     faults += _measure(row, encode, findings)
@@ -142,7 +147,7 @@ def _with_rare_collections() -> Iterator[None]:
 
 
 def _find(path: str) -> Fault | int:
-    return 0 if os.path.isfile(path) else Fault("missing", f"the image {path} is missing.")
+    return 0 if os.path.isfile(path) else Fault("missing", f"the image {cut(path)} is missing.")
 
 
 def _size(image: Any) -> Fault | int:
@@ -269,14 +274,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _own_images(turn: Mapping[str, Any]) -> int:
-    """How many images a turn holds itself, which are none of the row's."""
-    parts = value_of(turn)
-    if not isinstance(parts, list):
-        return 0
-    return sum(part.get("type") == "image" and own_image(part) is not None for part in parts)
-
-
 def _mend(row: dict[str, Any], number: int, folders: ImageFolders) -> dict[str, Any]:
     """The row without the turns that are not read, and without their images; its other fields as they are."""
     parsed, _ = parse(row, number, folders)
@@ -284,10 +281,10 @@ def _mend(row: dict[str, Any], number: int, folders: ImageFolders) -> dict[str, 
     assert parsed is not None and key is not None  # noqa: PT018  # its faults are mended ones alone
     kept = [row[key][turn] for turn in kept_turns([ROLES[role_of(turn)] for turn in row[key]])]
     fixed = {**row, key: kept}
-    shown = len(parsed["images"]) - sum(map(_own_images, kept))
-    for name in ("image", "images"):
-        if isinstance(row.get(name), list):
+    shown = len(parsed["images"]) - sum(map(own_images, kept))
+    for name in image_fields(row):
+        if isinstance(row[name], list):
             fixed[name] = row[name][:shown]
-        elif row.get(name) is not None and shown == 0:
+        elif shown == 0:
             fixed.pop(name)
     return fixed

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from numbers import Number
 from typing import Any
 
+from ..utils.read_image import SOURCES, embedded_image
+from ..utils.shorten import short
+from ..utils.turn_text import turn_text
+from .fields import TURNS, are_alike, image_fields, is_nothing, system_of, unread_content, unread_of_turn
 from .image_paths import ImageFolders
+from .placeholders import PLACEHOLDER, foreign_placeholder, own_image, shown_in
 from .references import MOST_OPTIONS, as_choice, as_texts, with_options
 from .rows import Fault, is_unicode
 
-PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-NOT_READ = ("video", "videos", "audio", "audios")  # nothing is trained without what its row is about
 COLUMNS = ("question", "answer", "image", "id", "options")
 
 
@@ -41,9 +44,6 @@ def parse(
         return None, [row]
     if not isinstance(row, Mapping):
         return None, [Fault("row", f"{type(row).__name__} instead of an object with 'conversations' or 'messages'.")]
-    other = [key for key in NOT_READ if row.get(key)]
-    if other and columns is None:
-        return None, [Fault("row", f"{other} cannot be read; rows have text, and images in 'image' or 'images'.")]
     if columns is not None:
         row, faults = _from_columns(row, columns, prompt)
     else:
@@ -51,17 +51,22 @@ def parse(
     if faults:
         return None, faults
     messages: list[dict[str, Any]] = []
+    has_images = bool(image_fields(row))
     places: list[Any] = []  # each picture that a turn shows: itself, or None for the next one of the row
     for turn in row["turns"]:
-        message, own, wrong = _message(turn)
+        message, own, wrong = _message(turn, len(places) if has_images else None)
         faults += wrong
         places += own
         messages += [message] if message is not None else []
     images, wrong = _images(row, places, folders)
     faults = wrong + faults
+    if columns is None:
+        faults += unread_content(row, bool(images))
     if faults:
         return None, faults
     faults += _place_images(messages, len(images))
+    foreign = [foreign_placeholder(message, bool(images)) for message in messages]
+    faults += [fault for fault in foreign if fault is not None]
     faults += [_empty(message["role"]) for message in messages if not _says(message["content"])]
     messages, wrong = _ordered(messages)
     faults += wrong
@@ -81,7 +86,8 @@ def row_name(row: Any, number: int) -> str:
 
 def turns_key(row: Mapping[str, Any]) -> str | None:
     """Where a row's turns are; None: it has none."""
-    return next((key for key in ("conversations", "messages", "prompt") if row.get(key) is not None), None)
+    given = [key for key in TURNS if row.get(key) is not None]
+    return next((key for key in given if row[key]), given[0] if given else None)
 
 
 def role_of(turn: Mapping[str, Any]) -> Any:
@@ -94,9 +100,9 @@ def value_of(turn: Mapping[str, Any]) -> Any:
     return _first_of(turn, "value", "content")
 
 
-def own_image(part: Mapping[str, Any]) -> Any:
-    """The image that a part of a turn holds itself; None: it stands for the next one of the row."""
-    return next((part[key] for key in ("image", "path", "url") if not _is_nothing(part.get(key))), None)
+def own_images(turn: Any) -> int:
+    """How many images a turn holds itself, which are none of the row's."""
+    return sum(image is not None for image in _message(turn)[1])
 
 
 def _first_of(given: Mapping[str, Any], *keys: str) -> Any:
@@ -104,22 +110,40 @@ def _first_of(given: Mapping[str, Any], *keys: str) -> Any:
     return next((given[key] for key in keys if given.get(key) is not None), None)
 
 
-def _is_nothing(given: Any) -> bool:
-    return given is None or (isinstance(given, str | list) and not given)
-
-
 def _turns(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
     key = turns_key(row)
-    turns = row.get(key) if key is not None else None
-    if key == "prompt" and isinstance(turns, list) and isinstance(row.get("completion"), list):
-        turns = [*turns, *row["completion"]]
+    turns = _turns_of(row, key) if key is not None else None
     if not isinstance(turns, list) or not turns:
-        if key is None:
-            key, turns = "conversations", None
-        given = f"{key!r} is {turns!r}" if turns is None or len(repr(turns)) < 80 else f"{key!r} is no list"
+        given = f"{key or 'conversations'!r} is {short(turns)}"
         expected = "[{'from': 'human', 'value': '...'}, ...]; a table needs its columns named"
-        return {}, [Fault("row", f"{given}; expected {expected}; the row has {sorted(map(str, row))}.")]
-    return {**row, "turns": turns}, []
+        return {}, [Fault("row", f"{given}; expected {expected}; the row has {short(sorted(map(str, row)), 150)}.")]
+    others = [other for other in TURNS if other != key and isinstance(row.get(other), list) and row[other]]
+    for other in others:
+        if list(map(_said, _turns_of(row, other))) != list(map(_said, turns)):
+            return {}, [Fault("row", f"{key!r} and {other!r} hold different turns. Take one of them out.")]
+    system, faults = system_of(row)
+    if system is not None:
+        said = [what for role, what in map(_said, turns) if role == "system"]
+        turns = turns if said else [{"role": "system", "content": system}, *turns]
+        if said not in ([], [system]):
+            wrong = f"the row's system message {short(system)} is not that of its turns. Take one out."
+            faults.append(Fault("row", wrong))
+    return {**row, "turns": turns}, faults
+
+
+def _turns_of(row: Mapping[str, Any], key: str) -> Any:
+    turns = row[key]
+    if key == "prompt" and isinstance(turns, list) and isinstance(row.get("completion"), list):
+        return [*turns, *row["completion"]]
+    return turns
+
+
+def _said(turn: Any) -> tuple[Any, Any]:
+    """A turn's role and what it says."""
+    if not isinstance(turn, Mapping):
+        return None, turn
+    role = role_of(turn)
+    return (ROLES.get(role) if isinstance(role, str) else None), value_of(turn)
 
 
 def _from_columns(
@@ -127,7 +151,7 @@ def _from_columns(
 ) -> tuple[dict[str, Any], list[Fault]]:
     absent = [field for field in columns.values() if field not in row]
     if absent:
-        return {}, [Fault("row", f"no column {absent}; there are {sorted(map(str, row))}.")]
+        return {}, [Fault("row", f"no column {absent}; there are {short(sorted(map(str, row)), 150)}.")]
     question = row[columns["question"]] if "question" in columns else prompt
     answer = row[columns["answer"]]
     said: dict[str, Any] = {}
@@ -141,7 +165,7 @@ def _from_columns(
             return {}, [Fault("answer", wrong)]
         letter = as_choice(answer, options)
         if letter is None or not isinstance(question, str):
-            wrong = f"the answer {answer!r} is none of the options {row[columns['options']]!r}"
+            wrong = f"the answer {short(answer)} is none of the options {short(row[columns['options']])}"
             return {}, [Fault("answer", f"{wrong}; expected its number from 0, its letter, or its text.")]
         said["options"] = options
         question, answer = with_options(question, options), letter
@@ -160,30 +184,44 @@ def _most_frequent(answers: list[Any]) -> Any:
 
 def _images(row: Mapping[str, Any], places: list[Any], folders: ImageFolders) -> tuple[list[Any], list[Fault]]:
     """The images in the order in which the turns show them; the row's own that none shows come last."""
-    given = row.get("images") if _is_nothing(row.get("image")) else row["image"]
-    given = [] if _is_nothing(given) else given if isinstance(given, list) else [given]
+    given, faults = _given_images(row)
     rest = iter([_image(image, folders) for image in given])
     shown = [_image(own, folders) if own is not None else next(rest, None) for own in places]
     found = [image for image in [*shown, *rest] if image is not None]  # `_place_images` counts them
-    faults = [image for image in found if isinstance(image, Fault)]
+    faults += [image for image in found if isinstance(image, Fault)]
     return [image for image in found if not isinstance(image, Fault)], faults
 
 
+def _given_images(row: Mapping[str, Any]) -> tuple[list[Any], list[Fault]]:
+    """The images of the first field that has some; another field may hold the same ones, by their names."""
+    fields = image_fields(row)
+    lists = [row[key] if isinstance(row[key], list) else [row[key]] for key in fields]
+    faults = [
+        Fault("row", f"{fields[0]!r} and {key!r} hold different images. Take one of them out.")
+        for key, other in zip(fields[1:], lists[1:], strict=True)
+        if not are_alike(lists[0], other)
+    ]
+    return (lists[0] if lists else []), faults
+
+
 def _image(image: Any, folders: ImageFolders) -> Any:
+    if isinstance(image, Mapping) and (sources := [image[key] for key in SOURCES if not is_nothing(image.get(key))]):
+        found = _image(sources[0], folders)
+        return found | {"path": image.get("path")} if isinstance(found, dict) else found
     if isinstance(image, str) and image:
-        return folders.find(image)
-    if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
-        return {"bytes": image["bytes"], "path": image.get("path")}
-    if isinstance(image, Mapping) and isinstance(image.get("path"), str) and image["path"]:
-        return folders.find(image["path"])
+        try:
+            data = embedded_image(image)
+        except ValueError as error:
+            return Fault("unreadable", f"the image {short(image)} cannot be read: {error}.")
+        return folders.find(image) if data is None else {"bytes": data, "path": None}
     if isinstance(image, bytes) and image:
         return {"bytes": image, "path": None}
     if hasattr(image, "convert") and hasattr(image, "size"):  # PIL's
         return image
-    return Fault("path", f"the image {str(image)[:80]!r} is none; expected a path, a list of paths, or bytes.")
+    return Fault("path", f"the image {short(str(image))} is none; expected a path, a list of paths, or bytes.")
 
 
-def _message(turn: Any) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
+def _message(turn: Any, before: int | None = None) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
     """A turn as a message, the image that each of its places holds itself or None, and what is wrong with it."""
     given = turn if isinstance(turn, dict) else {}
     said = role_of(given)
@@ -191,56 +229,68 @@ def _message(turn: Any) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
     value = value_of(given)
     if role is None or not isinstance(value, str | list):
         expected = "{'from': 'human' or 'gpt', 'value': text} or {'role': 'user' or 'assistant', 'content': ...}"
-        return None, [], [Fault("turn", f"{str(turn)[:120]} is no turn; expected {expected}.")]
+        return None, [], [Fault("turn", f"{short(turn)} is no turn; expected {expected}.")]
+    wrong = unread_of_turn(given)
+    if wrong is not None:
+        return None, [], [wrong]
     if isinstance(value, str):
-        if not is_unicode(value):
-            return None, [], [_half_a_character(turn)]
-        images: list[Any] = [None] * value.count(PLACEHOLDER)
-        content = _split(value) if role == "user" else [{"type": "text", "text": value}]
+        value, images = shown_in(value, before)
     else:
-        found = _parts(value, role)
+        found = _parts(value, before)
         if isinstance(found, Fault):
             return None, [], [found]
-        content, images = found
-        if not all(is_unicode(part["text"]) for part in content if part["type"] == "text"):
-            return None, [], [_half_a_character(turn)]
+        value, images = found
+    if not is_unicode(value):
+        return None, [], [_half_a_character(turn)]
     if images and role != "user":
-        wrong = f"an image stands in a turn from {said!r}. Only the user's turns ('human') show images."
-        return None, [], [Fault("placeholder", wrong)]
-    return {"role": role, "content": content}, images, []
+        message = f"an image stands in a turn from {said!r}. Only the user's turns ('human') show images."
+        return None, [], [Fault("placeholder", message)]
+    return {"role": role, "content": _split(value)}, images, []
 
 
-def _parts(value: list[Any], role: str) -> tuple[list[dict[str, Any]], list[Any]] | Fault:
-    """A turn's parts, and the image that each place for one holds itself or None."""
-    content: list[dict[str, Any]] = []
+def _parts(value: list[Any], before: int | None) -> tuple[str, list[Any]] | Fault:
+    """The text of a turn that comes in parts, and the image that each place for one holds itself or None."""
+    parts: list[dict[str, Any]] = []
     images: list[Any] = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            content += _split(part["text"]) if role == "user" else [{"type": "text", "text": part["text"]}]
-            images += [None] * part["text"].count(PLACEHOLDER)
-        elif kind == "image":
-            content.append({"type": "image"})
-            images.append(own_image(part))
+        own = own_image(part) if kind is not None else None
+        if kind == "text" and isinstance(part.get("text"), str) and own is None:
+            text, shown = shown_in(part["text"], None if before is None else before + len(images))
+            parts.append({"type": "text", "text": text})
+            images += shown
+        elif kind in ("image", "image_url") and not part.get("text"):
+            parts.append({"type": "image", "text": part.get("text")})
+            images.append(own)
         else:
             expected = "{'type': 'text', 'text': ...} or {'type': 'image'}"
-            return Fault("turn", f"{str(part)[:120]!a} is no part of a turn; expected {expected}.")
-    return content, images
+            return Fault("turn", f"{short(part)} is no part of a turn; expected {expected}.")
+    return turn_text(parts, PLACEHOLDER), images
 
 
 def _half_a_character(turn: Any) -> Fault:
-    return Fault("turn", f"{str(turn)[:120]!a} holds half a character (a lone surrogate). Mend the text.")
+    return Fault("turn", f"{short(turn)} holds half a character (a lone surrogate). Mend the text.")
 
 
 def _split(text: str) -> list[dict[str, Any]]:
+    """A turn's text in parts, of which `turn_text` makes the same text again."""
     if PLACEHOLDER not in text:
-        text = text.strip()
         return [{"type": "text", "text": text}] if text else []
-    content: list[dict[str, Any]] = []
-    for number, piece in enumerate(text.split(PLACEHOLDER)):
-        content += [{"type": "image"}] if number else []
-        content += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
-    return content
+    pieces = text.split(PLACEHOLDER)
+    lines = [piece.removeprefix("\n") if number else piece for number, piece in enumerate(pieces)]
+    lines = [piece.removesuffix("\n") for piece in lines[:-1]] + lines[-1:]
+    parts = _between({"type": "image"}, lines)
+    if turn_text(parts, PLACEHOLDER) == text:
+        return parts
+    return _between({"type": "image", "text": ""}, pieces)  # an image within a line
+
+
+def _between(image: dict[str, Any], pieces: list[str]) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(pieces):
+        parts += [{**image}] if number else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
 
 
 def _place_images(messages: list[dict[str, Any]], given: int) -> list[Fault]:

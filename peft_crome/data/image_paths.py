@@ -6,7 +6,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..utils.shorten import short
 from .rows import Fault, is_unicode
+
+LONGEST = 4096  # characters of a path
 
 
 class ImageFolders:
@@ -35,9 +38,11 @@ class ImageFolders:
     def find(self, path: str) -> str | Fault:
         """The absolute path of a row's image, or why there is none."""
         if "://" in path:
-            return Fault("path", f"the image {path!r} is an address. Download it, and name its file.")
+            return Fault("path", f"the image {short(path)} is an address. Download it, and name its file.")
+        if len(path) > LONGEST:
+            return Fault("path", f"the image {short(path)} is neither a path nor an image in base64.")
         if "\0" in path or not is_unicode(path):
-            return Fault("path", f"the image path {path!a} is none: it holds a zero byte or half a character.")
+            return Fault("path", f"the image path {short(path)} is none: it holds a zero byte or half a character.")
         if self.homes and (full := os.path.normpath(path)).startswith(self.homes):
             return full
         for begin, folder in self.folders:
@@ -48,7 +53,8 @@ class ImageFolders:
                     return full
                 return Fault(
                     "path",
-                    f"the image path {path!r} leaves {folder}. Name the folder that holds all images.",
+                    f"the image path {short(path)} leaves {folder}. Name the folder that holds all images.",
                 )
         known = ", ".join(repr(begin) for begin, _ in self.folders)
-        return Fault("path", f"the image path {path!r} begins with none of {known}. Name a folder for it in `images`.")
+        wrong = f"the image path {short(path)} begins with none of {known}. Name a folder for it in `images`."
+        return Fault("path", wrong)

@@ -1,17 +1,16 @@
-"""Pictures as RGB, and the paper's augmentation; resizing and normalising are the image processor's."""
+"""Images of rows, and the paper's augmentation; resizing and normalising are the image processor's."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageOps
+
+from ..utils.read_image import read_image
 
 AREA = (0.5, 1.0)  # of a random crop; reconstructed: the paper says "random crop", LAVIS's recipes keep 50% or more
 RATIO = (3 / 4, 4 / 3)
@@ -65,39 +64,16 @@ def _box(draw: random.Random, width: int, height: int) -> tuple[int, int, int, i
 
 
 def open_image(image: Any, name: str) -> Image.Image:
-    """Read a picture as RGB, turned as its EXIF data say; of an animation the first frame.
+    """Read an image of a row as `read_image` does, as the composite's processor reads it too.
 
     Args:
-        image: a path, {"path", "bytes"} as `datasets` keeps pictures, or PIL's.
+        image: a path, {"path", "bytes"} as `datasets` keeps images, or anything else that `read_image` takes.
         name: what the message of an error begins with.
     Raises:
-        ValueError: there is no such file, it is no picture, or it is damaged or larger than Pillow's limit against
+        ValueError: there is no such file, it is not an image, or it is damaged or larger than Pillow's limit against
             decompression bombs.
     """
-    data = image.get("bytes") if isinstance(image, Mapping) else None
-    path = image.get("path") if isinstance(image, Mapping) else image
     try:
-        if isinstance(image, Image.Image):
-            return _rgb(image)
-        with Image.open(io.BytesIO(data) if data is not None else str(path)) as opened:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and opened.width * opened.height > limit:
-                raise ValueError(f"{opened.width} x {opened.height} pixels; Pillow takes {limit:,}")
-            return _rgb(opened)
-    except Exception as error:  # each format's decoder has errors of its own
-        cause = str(error) or type(error).__name__
-        raise ValueError(
-            f"{name}: cannot read the image {path} ({cause}). Replace the file or drop the row."
-        ) from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("its pixels are floats, and nobody knows what is white; save it with 8 bits")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-        values = np.asarray(image).astype(np.float32)
-        # Of 32 bits ("I") nobody knows the white: 255, or that of 16 bits.
-        if image.mode != "I" or values.max(initial=0) > 255:
-            image = Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
-    return image.convert("RGB")
+        return read_image(image)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}. Replace the file or drop the row.") from error

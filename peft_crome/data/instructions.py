@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..utils.shorten import short
 from .rows import Fault, RowError
 
 
@@ -23,7 +24,7 @@ def check_instruction(processor: Any, name: str, instruction: str, limit: int | 
         message = (
             f"the instruction has {read} tokens, and the Q-Former reads {limit}. Shorten it, or take the row out."
         )
-        raise RowError(f"Row {name!r}", [Fault("long", message)])
+        raise RowError(f"Row {short(name)}", [Fault("long", message)])
 
 
 def check_instructions(processor: Any, config: Any, rows: Sequence[dict[str, Any]]) -> None:

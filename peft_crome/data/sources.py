@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,10 +16,12 @@ from datasets import Dataset, Features, IterableDataset, List, Value, load_datas
 from datasets.exceptions import DatasetGenerationError
 
 from .. import __version__
+from ..utils.read_image import read_image
+from ..utils.shorten import cut, short
 from .files import stream
 from .formats import COLUMNS, parse, row_name
 from .image_paths import ImageFolders
-from .rows import RowError
+from .rows import FORM, RowError
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +64,9 @@ def read_rows(
         faulty: "stop" raises at the first row that cannot be read, "drop" leaves such rows out and logs how many.
     Yields:
         id: text; images: list of absolute paths, or {"bytes", "path"} where a file holds the pictures; messages:
-        [{"role", "content"}], where content is a list of {"type": "image"} and {"type": "text", "text"}. Rows that say
-        them: answers, of several people, and options, of a multiple choice; lists of text.
+        [{"role", "content"}], where content is a list of {"type": "image"} and {"type": "text", "text"}, of which
+        `processor.apply_chat_template` makes the text of the row again; an image within a line has "text": "". Rows
+        that say them: answers, of several people, and options, of a multiple choice; lists of text.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file, or a row of it, cannot be read; the message names the row's id and what to write.
@@ -77,7 +81,7 @@ def read_rows(
         if row is not None:
             yield row
             continue
-        error = RowError(f"{path}, row {row_name(given, number)!r}", faults)
+        error = RowError(f"{path}, row {short(row_name(given, number))}", faults)
         if faulty == "stop":
             raise error
         dropped.append(str(error))
@@ -147,7 +151,7 @@ def load_rows(
     digest = "" if streaming else file_digest(local)
     arguments = {
         "path": str(local.absolute()),
-        "version": f"{__version__} {digest}",  # so that nothing stale is served
+        "version": f"{__version__} {FORM} {digest}",  # so that nothing stale is served
         **settings,
     }
     if streaming:
@@ -192,7 +196,11 @@ def _generate(path: str, version: str, **arguments: Any) -> Iterator[dict[str, A
 def _stored(image: Any) -> dict[str, Any]:
     if isinstance(image, str):
         return {"path": image, "bytes": None}
-    return image if isinstance(image, dict) else datasets.Image().encode_example(image)
+    if isinstance(image, dict):
+        return image
+    file = io.BytesIO()
+    read_image(image).save(file, "PNG")
+    return {"path": None, "bytes": file.getvalue()}
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -220,13 +228,25 @@ def _open_table(path: str, name: str | None, split: str, streaming: bool) -> tup
         table = table.to_iterable_dataset()
     labels = {}
     for column, feature in (table.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, datasets.Image):
-            table = table.cast_column(column, List(datasets.Image(decode=False)))
+        undecoded = _undecoded(feature)
+        if undecoded != feature:
+            table = table.cast_column(column, undecoded)
         elif isinstance(feature, datasets.ClassLabel):
             labels[column] = feature.names
     return table, labels
+
+
+def _undecoded(feature: Any) -> Any:
+    """A column's type with its images as they are stored, wherever they are: decoded JPEG would be encoded again."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {key: _undecoded(inner) for key, inner in feature.items()}
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature), length=feature.length)
+    if isinstance(feature, datasets.LargeList):
+        return datasets.LargeList(_undecoded(feature.feature))
+    return feature
 
 
 def _records(path: str, name: str | None, split: str) -> Iterator[dict[str, Any]]:
@@ -244,7 +264,7 @@ def _load_table(
     path: str, name: str | None, split: str, streaming: bool, settings: dict[str, Any]
 ) -> Dataset | IterableDataset:
     table, labels = _open_table(path, name, split, streaming)
-    said = {"source": path, "home": _home(Path(path)), "labels": labels, "version": __version__}
+    said = {"source": path, "home": _home(Path(path)), "labels": labels, "version": f"{__version__} {FORM}"}
     arguments = said | settings
     rows = table.map(
         _convert,
@@ -281,9 +301,9 @@ def _convert(
             for key, kept in made.items():
                 kept.append(row[key])
         elif faulty == "stop":
-            raise RowError(f"{source}, row {row_name(given, number)!r}", faults)
+            raise RowError(f"{source}, row {short(row_name(given, number))}", faults)
         else:
-            logger.warning("%s, row %r was left out: %s", source, row_name(given, number), faults[0].message)
+            logger.warning("%s, row %s was left out: %s", source, short(row_name(given, number)), faults[0].message)
     return made
 
 
@@ -296,8 +316,9 @@ def check_images(rows: Iterable[dict[str, Any]]) -> None:
     missing = [(name, path) for name, path in _image_files(rows) if not os.path.isfile(path)]
     if missing:
         raise ValueError(
-            f"Row {missing[0][0]!r}: the image {missing[0][1]} is missing ({len(missing)} such files in all). Name "
-            "the folder that image paths start from, or take these rows out: peft-crome doctor shows them all."
+            f"Row {short(missing[0][0])}: the image {cut(missing[0][1])} is missing ({len(missing)} such files in "
+            "all). Name the folder that image paths start from, or take these rows out: peft-crome doctor shows them "
+            "all."
         )
 
 

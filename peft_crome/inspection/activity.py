@@ -113,7 +113,7 @@ def _recording(
             first = next(iter([*args, *kwargs.values()]), None)
             for x in embeddings_in(given.pop(site), layer.out_features):
                 ids = first if _is_ids(first, x) else None
-                for branch in layer.branches:
+                for branch in layer.branches_of[adapter_name]:
                     record = records.setdefault((branch, site), _Record())
                     record.add(layer, branch, adapter_name, x, ids, _counts(layer, branch, x, ids, batch, held))
 

@@ -17,9 +17,11 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoProcessor,
 )
+from transformers.image_utils import load_image
 from transformers.utils import cached_file
 
 from ..guard import crome_layers, from_pictures
+from ..utils.read_image import read_image
 from ..vlm import CromeVLMConfig, CromeVLMProcessor
 from .activity import BranchActivity, inspect_activity
 from .places import PictureMap, map_pictures, words
@@ -64,7 +66,7 @@ def look(
     adapter: str | Path,
     *,
     prompt: str | None = None,
-    pictures: Sequence[Image.Image] = (),
+    pictures: Sequence[Image.Image | str] = (),
     model: str | None = None,
     system: str | None = None,
     device: str | None = None,
@@ -74,7 +76,7 @@ def look(
     Args:
         adapter: a directory, or a Hub repository.
         prompt: what the user says; None: files alone, no backbone is loaded.
-        pictures: before the prompt, in their order.
+        pictures: before the prompt, in their order; images, or their paths.
         model: the backbone's directory or name; None: the adapter's own directory where it holds one (a stage's
             does), else the base model that the adapter names.
         system: a system message.
@@ -87,19 +89,21 @@ def look(
     if prompt is None:
         return View(str(adapter), report)
     network, processor = load_with_backbone(report, model, device)
-    sees = ({branch for _, layer in crome_layers(network) for branch in layer.branches} - {"text"}) | from_pictures(
-        network
-    )
+    layers = list(crome_layers(network))
+    sees = ({branch for _, layer in layers for branch in layer.branches} - {"text"}) | from_pictures(layers)
     if pictures and not sees:
         raise ValueError(
             f"{adapter} has no branch that reads pictures, only {[b.branch for b in report.branches]}. Leave the "
             "picture out, or give an adapter of a model that sees."
         )
-    batch = encode(processor, network, prompt, pictures, system)
+    # As the model's own processor reads them: a composite's by our rules, a host's by transformers'.
+    read = read_image if isinstance(processor, CromeVLMProcessor) else load_image
+    opened = [read(picture) for picture in pictures]
+    batch = encode(processor, network, prompt, opened, system)
     tokenizer = getattr(processor, "tokenizer", processor)
     base = network.get_base_model() if isinstance(network, PeftModel) else network
     branches = [
-        BranchView(activity, map_pictures(base, batch, activity, pictures, processor), words(activity, tokenizer))
+        BranchView(activity, map_pictures(base, batch, activity, opened, processor), words(activity, tokenizer))
         for activity in inspect_activity(network, batch)
     ]
     return View(str(adapter), report, branches, prompt, len(pictures))

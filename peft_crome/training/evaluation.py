@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..data import open_image
 from ..data.instructions import check_instructions
+from ..utils.shorten import short
 
 # Of a language model's generation configuration, what makes another answer of the likeliest tokens, turned off: BART's
 # has beams and a least length, chat models' a penalty. Tokens that a model is made to begin with, or never to say,
@@ -84,7 +85,7 @@ def _generate(
             if system is not None and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
             prompts.append(messages)
-            pictures.append([open_image(path, f"Row {row['id']!r}") for path in row["images"]])
+            pictures.append([open_image(path, f"Row {short(row['id'])}") for path in row["images"]])
         given = {"images": pictures} if any(pictures) else {}
         batch = processor.apply_chat_template(
             prompts,

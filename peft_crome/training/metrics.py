@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ..extras import missing
+from ..utils.shorten import short
 from . import captions
 from .choices import chosen
 from .vqa import LEAST, agreement
@@ -24,8 +25,8 @@ def references(rows: Sequence[Row]) -> list[str]:
     unanswered = [row["id"] for row in rows if row["messages"][-1]["role"] != "assistant"]
     if unanswered:
         raise ValueError(
-            f"{len(unanswered)} rows end without an answer to compare with, the first is {unanswered[0]!r}. Take them "
-            "out."
+            f"{len(unanswered)} rows end without an answer to compare with, the first is {short(unanswered[0])}. Take "
+            "them out."
         )
     return ["".join(part["text"] for part in row["messages"][-1]["content"]).strip() for row in rows]
 
@@ -62,8 +63,8 @@ def _vqa(answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
         people = row.get("answers") or []
         if len(people) < LEAST:
             raise ValueError(
-                f"vqa_accuracy: row {row['id']!r} has {len(people)} answers in `answers`, expected those of several "
-                f"people, ten in VQAv2, {LEAST} at least. Choose --metric exact_match."
+                f"vqa_accuracy: row {short(row['id'])} has {len(people)} answers in `answers`, expected those of "
+                f"several people, ten in VQAv2, {LEAST} at least. Choose --metric exact_match."
             )
     return [agreement(said, row["answers"]) for said, row in zip(answers, rows, strict=True)]
 
@@ -75,8 +76,9 @@ def _choice(answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
         right = chosen(wanted, options)
         if right is None:
             raise ValueError(
-                f"multiple_choice: row {row['id']!r} has the options {options}, and its answer {wanted[:80]!r} names "
-                "none of them. Write `options` into the row, a list of text, or choose --metric exact_match."
+                f"multiple_choice: row {short(row['id'])} has the options {short(options)}, and its answer "
+                f"{short(wanted)} names none of them. Write `options` into the row, a list of text, or choose "
+                "--metric exact_match."
             )
         named = chosen(said, options)
         hits.append(float(named is not None and options[named] == options[right]))

@@ -135,7 +135,12 @@ def _is_count(value: Any) -> bool:
 class Adapter(_Section):
     """The CROME adapter, as in `CromeConfig`; a stage that starts from a directory goes on with its adapter."""
 
-    bottleneck_dim: int = Field(default=256, ge=1)
+    bottleneck_dim: int | None = Field(default=None, ge=1, description="None: about 1280 weights per unit of width.")
+    branches: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="By default what carries images; [text, vision] adapts words as well, in every prompt.",
+    )
     gate_activation: Literal["silu", "sigmoid"] = "silu"
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     init_weights: bool | Literal["scaled", "normal"] = True

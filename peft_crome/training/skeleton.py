@@ -12,7 +12,6 @@ from transformers.initialization import no_init_weights
 
 from ..guard import disarm
 from ..tuner import CromeConfig
-from ..tuner.layer import CromeWeights
 from ..vlm import CromeVLMConfig, CromeVLMForConditionalGeneration
 from ..vlm.blip_parts import PARTS_CLASSES
 from ..vlm.convert import Loading, language_class, processor_image_size
@@ -98,9 +97,7 @@ def skeleton(config: CromeVLMConfig, stage: Stage, adapter: CromeConfig) -> Peft
         adapter = copy.deepcopy(adapter)
         adapter.modules_to_save = trained or None
         model = get_peft_model(composite, adapter)
-    for module in model.modules():
-        if isinstance(module, CromeWeights):
-            disarm(module)  # there are no values that it could look at
+        disarm(composite)  # there are no values that the guard could look at
     return model
 
 

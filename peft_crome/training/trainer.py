@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -57,7 +58,7 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
         "remove_unused_columns": False,  # the rows are the collator's, not the model's
         "label_names": ["labels"],  # the Trainer does not look for them through a PeftModel
         "accelerator_config": {"dispatch_batches": False},  # a batch's pictures are not one to a row
-        "ddp_find_unused_parameters": False,  # all have a gradient: see `embed_inputs` of the composite
+        "ddp_find_unused_parameters": False,  # all have a gradient: see guard.py
         "report_to": "none",
         "use_cpu": not torch.accelerator.is_available(),  # bf16 is refused otherwise
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -113,7 +114,9 @@ class CromeTrainer(Trainer):
         self._order: DrawOrder | None = None
         super().__init__(*args, **kwargs)
         composite = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        composite.blank_picture = True
+        # These wait for every process to call the same modules, the tower among them.
+        sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        composite.blank_picture = self.accelerator.distributed_type in sharded
         if self.train_dataset is not None and has_length(self.train_dataset):
             self.train_dataset = Draws(self.train_dataset)
         elif self.train_dataset is not None:

@@ -22,15 +22,20 @@ class CromeConfig(PeftConfig):
         ValueError, TypeError: a field is wrong; the message names the field, the value and what to write.
     """
 
-    bottleneck_dim: int = field(
-        default=256,
-        metadata={"help": "Hidden features m; 256 costs 5.2M weights at width 4096 (5·d·m, two branches)."},
-    )
-    branches: dict[str, list[str] | str] | None = field(
+    bottleneck_dim: int | None = field(
         default=None,
         metadata={
-            "help": "Branch -> names (full paths or last parts) of the modules that produce its embeddings, or a "
-            "regex for full paths: {'text': ['embed_tokens'], 'vision': '.*projector'}. None: looked up."
+            "help": "Hidden features m. None: about 1280·d weights at width d, 5.2M at width 4096, whatever the "
+            "branches: 424 for one branch, 256 for two, 184 for three. Filled in at attachment."
+        },
+    )
+    branches: list[str] | dict[str, list[str] | str] | None = field(
+        default=None,
+        metadata={
+            "help": "None: the branches that carry images and sound, so that a prompt without them gives the base "
+            "model's answer. A list: branches by name, ['text', 'vision']; 'text' on an embedding table changes every "
+            "prompt. A dict: branch -> names (full paths or last parts) of the modules that produce its embeddings, "
+            "or a regex for full paths: {'vision': '.*projector'}. Filled in with names at attachment."
         },
     )
     gate_activation: str = field(
@@ -77,6 +82,9 @@ class CromeConfig(PeftConfig):
         allow_pickle = kwargs.get("use_safetensors") is False
         config._file = read_adapter_file(pretrained_model_name_or_path, subfolder, allow_pickle, **hub_kwargs)
         if config._file is not None:
+            # An adapter of an earlier release does not say which branches it has, and the default was another one.
+            config.branches = config.branches or config._file.branches()
+            config.bottleneck_dim = config.bottleneck_dim or config._file.hidden_features()
             config._file.check_host(config.modules_to_save, config.trainable_token_indices, config.bottleneck_dim)
         return config
 

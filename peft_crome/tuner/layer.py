@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..containers import map_embeddings
 from ..merging import Mergeable
 from .config import CromeConfig
 
+GATE, DOWN = "crome_gate_", "crome_down_"
 ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
@@ -52,40 +54,53 @@ class CromeWeights(nn.Module, BaseTunerLayer):
     """All adapters' weights, registered once on the wrapped model as its child `crome`; sites only refer to it.
 
     So W_u is one tensor however many sites use it, and a file's keys do not depend on where the sites are. Children,
-    each a ModuleDict from adapter name to a CromeLinear: `crome_up` (m -> d), and for each branch
-    `crome_gate_<branch>` and `crome_down_<branch>` (d -> m); d is `hidden_size`, the language model's width.
+    each a ModuleDict from adapter name to a CromeLinear: `crome_up` (m -> d), and for each branch of any adapter
+    `crome_gate_<branch>` and `crome_down_<branch>` (d -> m); d is the language model's width.
     """
 
     weight = bias = None  # BaseTunerLayer would look for them in a base layer, and there is none
     other_param_names = ("settings",)  # deleted with an adapter
 
-    def __init__(self, branches: list[str], hidden_size: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.branches = list(branches)
-        self.in_features = self.out_features = hidden_size
-        pairs = [f"crome_{kind}_{branch}" for branch in branches for kind in ("gate", "down")]
-        self.adapter_layer_names = ("crome_up", *pairs)
-        for name in self.adapter_layer_names:
-            self.add_module(name, nn.ModuleDict())
+        self.adapter_layer_names: tuple[str, ...] = ("crome_up",)
+        self.crome_up = nn.ModuleDict()
         self.settings: dict[str, tuple[str, float]] = {}  # adapter name -> gate activation, dropout
-        self.watch: Any = None  # guard.py looks on through this
+        self.observer: Any = None  # sees what goes through the sites: guard.py
         self.rows: Any = None  # mixed_batch.py: calls in which each row has its own adapter
         self.sites = 0  # that refer to these weights
-        self.guard: tuple[Any, ...] = ()
-        self.unproven: set[str] = set()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
-    def add(self, adapter_name: str, config: CromeConfig, rms: float) -> None:
+    def branches_of(self, adapter_name: str) -> list[str]:
+        """The branches of one adapter, in the order in which branches came to the model."""
+        gates = [name for name in self.adapter_layer_names if name.startswith(GATE)]
+        return [name.removeprefix(GATE) for name in gates if adapter_name in getattr(self, name)]
+
+    def linears_of(self, adapter_name: str) -> dict[str, CromeLinear]:
+        """The maps of one adapter by name, "crome_up" the first."""
+        dicts = {name: getattr(self, name) for name in self.adapter_layer_names}
+        return {name: linears[adapter_name] for name, linears in dicts.items() if adapter_name in linears}
+
+    def add(
+        self, adapter_name: str, config: CromeConfig, branches: Iterable[str], hidden_size: int, rms: float
+    ) -> None:
         """Create one adapter's weights in fp32: (2·branches + 1)·d·m of them.
 
         Args:
+            config: `bottleneck_dim` is filled in.
+            hidden_size: d.
             rms: root mean square of the language model's own embeddings. The scheme "scaled" divides by rms·sqrt(d),
                 so that what enters gate and product has unit variance on text, whatever the backbone's scale.
         """
-        m, hidden_size = config.bottleneck_dim, self.out_features
+        m = config.bottleneck_dim
+        assert m is not None
+        self.in_features = self.out_features = hidden_size
         self.settings[adapter_name] = (config.gate_activation, float(config.dropout))
-        for name in self.adapter_layer_names:
+        for name in ["crome_up", *(kind + branch for branch in branches for kind in (GATE, DOWN))]:
+            if name not in self.adapter_layer_names:
+                self.add_module(name, nn.ModuleDict())
+                self.adapter_layer_names += (name,)
             is_up = name == "crome_up"
             linear = CromeLinear(m, hidden_size) if is_up else CromeLinear(hidden_size, m)
             getattr(self, name)[adapter_name] = linear
@@ -100,16 +115,12 @@ class CromeWeights(nn.Module, BaseTunerLayer):
             else:
                 nn.init.zeros_(linear.weight)
 
-    def forward(self, x: torch.Tensor, branch: str, adapter_names: list[str]) -> torch.Tensor:
-        """y = x + the sum of the adapters' gated products of x; (..., d), in x's dtype."""
-        y = x
-        for name in adapter_names:
-            activation, dropout = self.settings[name]
-            gate, down = getattr(self, f"crome_gate_{branch}")[name], getattr(self, f"crome_down_{branch}")[name]
-            dropout = dropout if self.training else 0.0
-            # Type promotion keeps the sum in the wider dtype.
-            y = y + gated_product(x, gate, down, self.crome_up[name], activation, dropout)
-        return y.to(x.dtype)
+    def forward(self, x: torch.Tensor, branch: str, adapter_name: str) -> torch.Tensor:
+        """What one adapter adds to embeddings of a branch; (..., d), in the adapter's dtype."""
+        activation, dropout = self.settings[adapter_name]
+        gate, down = getattr(self, GATE + branch)[adapter_name], getattr(self, DOWN + branch)[adapter_name]
+        dropout = dropout if self.training else 0.0
+        return gated_product(x, gate, down, self.crome_up[adapter_name], activation, dropout)
 
     def _nothing_to_do(self, *args: Any, **kwargs: Any) -> None:
         """The sites do it; these weights only serve them."""
@@ -123,35 +134,39 @@ class CromeLayer(Mergeable):
     The site may return a tensor, a list or tuple of tensors, or a ModelOutput; the container is kept. Unknown public
     attributes are handed on to the wrapped module.
 
-    Args:
-        branches: the branches that this site feeds, each with the half-open ranges of token ids that are its own; no
-            ranges: all other tokens, which is the one branch of any site but a table that holds image tokens as well.
+    Attributes:
+        branches_of: adapter name -> the branches that this site feeds in it, each with the half-open ranges of token
+            ids that are its own; no ranges: all other tokens, which is the one branch of any site but a table that
+            holds image tokens as well.
         placeholders: token ids that a table leaves as they are. The model puts images in their place, and finds them
             by comparing embeddings bit for bit where it is given no ids; a product may round one row unlike many.
     """
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        weights: CromeWeights,
-        branches: dict[str, TokenRanges],
-        hidden_size: int,
-        placeholders: tuple[int, ...] = (),
-    ) -> None:
+    other_param_names = ("branches_of",)  # deleted with an adapter; the weights are `CromeWeights`'
+
+    def __init__(self, base_layer: nn.Module, weights: CromeWeights, hidden_size: int) -> None:
         super().__init__()
         self.base_layer = base_layer
         self._weights = (weights,)  # in a tuple: referred to, not registered a second time
         weights.sites += 1
-        self.branches = branches
-        self.placeholders = placeholders
+        self.branches_of: dict[str, dict[str, TokenRanges]] = {}
+        self.placeholders: tuple[int, ...] = ()
         widths = (getattr(base_layer, name, None) for name in ("in_features", "num_embeddings"))
         self.in_features = next((width for width in widths if isinstance(width, int)), hidden_size)
         self.out_features = hidden_size
-        self.adapter_layer_names = tuple(f"crome_{kind}_{branch}" for branch in branches for kind in ("gate", "down"))
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: list[nn.Parameter] = []  # in a list: a merged model's state_dict has one table
         self._merge_names: list[str] = []  # what a site that cannot fold goes on with while the others are merged
+
+    @property
+    def branches(self) -> dict[str, TokenRanges]:
+        """The branches that this site feeds in any adapter."""
+        found: dict[str, TokenRanges] = {}
+        for own in self.branches_of.values():
+            for branch, ranges in own.items():
+                found[branch] = [*dict.fromkeys([*found.get(branch, []), *ranges])]
+        return found
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -174,8 +189,8 @@ class CromeLayer(Mergeable):
         if self.disable_adapters or self.merged or not names:
             return output
         adapted = self.adapt(output, names, input_ids)
-        if self._weights[0].watch is not None:
-            self._weights[0].watch.see(self, input_ids, adapted)
+        if self._weights[0].observer is not None and not torch.compiler.is_compiling():
+            self._weights[0].observer.see(self, names, input_ids, adapted)
         return adapted
 
     def acts(self) -> bool:
@@ -191,26 +206,38 @@ class CromeLayer(Mergeable):
         return map_embeddings(output, self.out_features, lambda x: self._adapt(x, adapter_names, input_ids))
 
     def _adapt(self, x: torch.Tensor, adapter_names: list[str], input_ids: torch.Tensor | None) -> torch.Tensor:
-        y, by_id = x, bool(self.placeholders) or any(self.branches.values())
+        """y = x + the sum of what the adapters add; (..., d), in x's dtype."""
+        by_id = bool(self.placeholders) or any(self.branches.values())
         ids = input_ids.to(x.device) if by_id and input_ids is not None else None
-        for branch, ranges in sorted(self.branches.items(), key=lambda item: len(item[1])):  # all others first
-            adapted = self._weights[0](x, branch, adapter_names)
-            y = torch.where(in_ranges(ids, ranges)[..., None], adapted, y) if ranges else adapted
+        y = x
+        for name in adapter_names:
+            added: Any = 0.0
+            for branch, ranges in sorted(
+                self.branches_of[name].items(), key=lambda item: len(item[1])
+            ):  # others first
+                part = self._weights[0](x, branch, name)
+                added = torch.where(in_ranges(ids, ranges)[..., None], part, added) if ranges else part
+            y = y + added  # type promotion keeps the sum in the wider dtype
         if self.placeholders and ids is not None:
-            kept = in_ranges(ids, [(token, token + 1) for token in self.placeholders])
-            y = torch.where(kept[..., None], x, y)
-        return y
+            held = in_ranges(ids, [(token, token + 1) for token in self.placeholders])
+            y = torch.where(held[..., None], x, y)
+        return y.to(x.dtype)
 
-    def _own(self, adapter_names: list[str]) -> list[str]:
-        return [name for name in adapter_names if name in getattr(self, self.adapter_layer_names[0])]
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.branches_of)
+
+    def _own(self, adapter_names: Iterable[str]) -> list[str]:
+        return [name for name in adapter_names if name in self.branches_of]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # A projector has no weight of its own, and an identity no parameter at all: it keeps the adapter where it is.
         parameter = next((p for p in self.base_layer.parameters() if not p.is_meta), None)
         target = device or (parameter.device if parameter is not None else None)
-        names: tuple[str, ...] = self.adapter_layer_names
-        if self._weights[0].branches[0] in self.branches:
-            names += ("crome_up",)  # shared, so it follows one branch
-        for linears in (getattr(self, name) for name in names):
-            if target is not None and adapter_name in linears and not linears[adapter_name].weight.is_meta:
-                linears[adapter_name].to(target)
+        branches = self.branches_of.get(adapter_name, {})
+        names = [kind + branch for branch in branches for kind in (GATE, DOWN)]
+        if self._weights[0].branches_of(adapter_name)[:1] == list(branches)[:1]:
+            names.append("crome_up")  # shared, so it follows one branch
+        linears = self._weights[0].linears_of(adapter_name)
+        for linear in (linears[name] for name in names if name in linears):
+            if target is not None and not linear.weight.is_meta:
+                linear.to(target)

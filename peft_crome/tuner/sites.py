@@ -8,7 +8,16 @@ from collections.abc import Iterable
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..checks import Branches, check_not_nested, no_regex, no_such_module, no_vision_site, site_path
+from ..backbone import original_module
+from ..checks import (
+    Branches,
+    check_not_nested,
+    no_regex,
+    no_such_branch,
+    no_such_module,
+    no_vision_site,
+    site_path,
+)
 from ..site_rules import by_token_id, projectors, text_sites
 
 # model_type -> branch -> last parts of the paths of its sites, for architectures that the rules miss. Adding one is a
@@ -33,23 +42,50 @@ HOSTS: dict[str, dict[str, list[str]]] = {
     "evolla": {"protein": ["sequence_compressor_resampler"]},
 }
 
-ONE_BRANCH = ("crome_vlm",)  # its Q-Former's tokens may be all that it sees, and their branch is called text
+WEIGHTS_PER_WIDTH = 1280  # the paper's adapter has 5·d·256 weights, and so have others, whatever their branches
 
 
-def find_branches(model: nn.Module, branches: dict[str, list[str] | str] | None) -> Branches:
+def default_bottleneck_dim(branches: int) -> int:
+    """The hidden features m with which (2·branches + 1)·d·m is about 1280·d; a multiple of 8.
+
+    >>> [default_bottleneck_dim(branches) for branches in (1, 2, 3)]
+    [424, 256, 184]
+    """
+    return 8 * max(1, round(WEIGHTS_PER_WIDTH / (2 * branches + 1) / 8))
+
+
+def find_branches(
+    model: nn.Module, branches: list[str] | dict[str, list[str] | str] | None, of_before: bool = False
+) -> Branches:
     """Resolve a configuration's `branches`, or look the architecture up, to full module paths.
 
     A path may end in a range of token ids, "embed_tokens[4:8196]": only these tokens' embeddings are the branch's.
 
+    Args:
+        branches: None: those that carry images and sound. Without a Q-Former, the text branch would be on the
+            embedding table, and is left out.
+        of_before: None means all that are known, as in adapters that were trained before the default left words out.
     Raises:
-        ValueError: nothing is known of the architecture, or a name matches no module or two branches.
+        ValueError: nothing is known of the architecture, or a name matches no branch, no module or two branches.
     """
     paths = dict(adaptable_modules(model))
+    if isinstance(branches, dict):
+        found = {branch: _match(branch, wanted, paths) for branch, wanted in branches.items()}
+        check_not_nested(found)
+        return found
+    table = HOSTS.get(str(getattr(getattr(model, "config", None), "model_type", None)), {})
+    found = _find_by_rules(model, paths, table)
+    tables = text_sites(model, paths)
+    words = any(site in tables or _is_table(paths[site]) for site in found.get("text", []))
+    images = {branch: sites for branch, sites in found.items() if branch != "text" or not words}
+    missing = [branch for branch in branches or [] if branch not in found]
+    if not images and (missing or branches is None):
+        raise no_vision_site(model, paths, tables, [suffix for suffixes in table.values() for suffix in suffixes])
+    if missing:
+        raise no_such_branch(model, missing, found)
     if branches is None:
-        return _find_by_rules(model, paths)
-    found = {branch: _match(branch, wanted, paths) for branch, wanted in branches.items()}
-    check_not_nested(found)
-    return found
+        return found if of_before else images
+    return {branch: found[branch] for branch in branches}
 
 
 def adaptable_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
@@ -65,20 +101,21 @@ def adaptable_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
         yield path, module
 
 
-def _find_by_rules(model: nn.Module, paths: dict[str, nn.Module]) -> Branches:
-    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
-    table = HOSTS.get(model_type, {})
+def _find_by_rules(model: nn.Module, paths: dict[str, nn.Module], table: dict[str, list[str]]) -> Branches:
     named = {
         branch: [path for path in paths for suffix in suffixes if f".{path}".endswith("." + suffix)]
         for branch, suffixes in table.items()
     }
     text = named.get("text") or text_sites(model, paths)
     found: Branches = {"text": text} if text else {}
-    found |= by_token_id(model, text) or projectors(model, paths, text)
-    found |= {branch: sites for branch, sites in named.items() if sites}
-    if not text or (len(found) == 1 and model_type not in ONE_BRANCH):
-        raise no_vision_site(model, paths, text, [suffix for suffixes in table.values() for suffix in suffixes])
-    return found
+    if text:
+        found |= by_token_id(model, text) or projectors(model, paths, text)
+    return found | {branch: sites for branch, sites in named.items() if sites}
+
+
+def _is_table(module: nn.Module) -> bool:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(original_module(base), nn.Embedding)
 
 
 def _match(branch: str, wanted: list[str] | str, paths: dict[str, nn.Module]) -> list[str]:

@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from .configuration_crome_vlm import CromeVLMConfig
 from .modeling_crome_vlm import CromeVLMForConditionalGeneration
+from .pipeline import read_images_of_pipelines
 from .processing_crome_vlm import CromeVLMProcessor
 
 AutoConfig.register(CromeVLMConfig.model_type, CromeVLMConfig, exist_ok=True)
@@ -11,5 +12,6 @@ AutoModelForImageTextToText.register(CromeVLMConfig, CromeVLMForConditionalGener
 # The class that TRL falls back on for a model that transformers does not have.
 AutoModelForCausalLM.register(CromeVLMConfig, CromeVLMForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(CromeVLMConfig, CromeVLMProcessor, exist_ok=True)
+read_images_of_pipelines()
 
 __all__ = ["CromeVLMConfig", "CromeVLMForConditionalGeneration", "CromeVLMProcessor"]

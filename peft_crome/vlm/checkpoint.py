@@ -59,20 +59,13 @@ def select_weights(model: Any, state_dict: Weights) -> Weights:
         composite was put together, or was loaded from a composite's checkpoint; the whole of a backbone without a
         name.
     Raises:
-        ValueError: a backbone without a name is quantised, a quantised one changed, or adapters are attached or
-            merged.
+        ValueError: a backbone without a name is quantised, a quantised one changed, or adapters are attached.
     """
     wrapped = [name for name, module in model.named_modules() if _is_peft_layer(module)]
     if wrapped:
         raise ValueError(
             f"The model holds PEFT layers ({wrapped[:3]}). Save the adapter with peft_model.save_pretrained(...), and "
             "the composite before get_peft_model or after peft_model.unload()."
-        )
-    merged = [key for key in state_dict if key.split(".", 1)[0].endswith("_fusion")]
-    if merged:
-        raise ValueError(
-            f"The model holds what a merged adapter leaves ({merged[:3]}), which a composite's checkpoint does not. "
-            "Save the adapter, with peft_model.save_pretrained(...), and merge after loading."
         )
     names = _names(model.config)
     unnamed = [part for part, name in names.items() if name is None]

@@ -341,9 +341,8 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     ) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor | None]:
         """Embed text and images into one sequence; each token's embedding is looked up once.
 
-        With `blank_picture`, a batch without images looks at one black picture, whose embeddings go nowhere: all that
-        trains has a gradient then, if only zero, and every process of a distributed run calls the same modules. DDP
-        waits for gradients, FSDP and ZeRO-3 for modules, that others have.
+        With `blank_picture`, a batch without images looks at one black image, whose embeddings go nowhere, so that
+        every process of a run with FSDP or ZeRO-3 calls the same modules.
 
         Args:
             input_ids: (batch, tokens), each image as image_seq_length placeholders.

@@ -6,16 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
-from transformers.image_utils import is_valid_image
+from transformers.image_utils import is_pil_image, is_valid_image
 from transformers.utils import logging
 
+from ..utils.read_image import read_image
+from ..utils.shorten import short
+from ..utils.turn_text import IMAGE_KEYS, turn_text
 from .configuration_crome_vlm import CromeVLMConfig
 from .image_size import with_image_size
 from .image_token import ensure_image_token
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "qformer_input_ids", "qformer_attention_mask")
 QFORMER_TOKENIZER = "qformer_tokenizer"
-IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 
 logger = logging.get_logger(__name__)
 
@@ -173,7 +175,9 @@ class CromeVLMProcessor(ProcessorMixin):
 
         Args:
             images: one picture, a list in reading order over the batch, or per row a list, a picture or None
-                (`[[a, b], [], None, c]`). A picture is a PIL image, an array, a tensor, a path or a URL.
+                (`[[a, b], [], None, c]`). An image is whatever `read_image` takes, which gives every form of one image
+                the same pixels: a path, an address, a data URI, base64, bytes, {"bytes", "path"} as `datasets` has
+                it, a PIL image, an array or a tensor. With do_rescale=False, arrays and tensors are taken as prepared.
             text: one string or a list; each `<image>` stands for one picture.
             qformer_text: the instruction of each row, for a Q-Former that reads it; None: what the user says, of a
                 text that `apply_chat_template` has returned, else the text without `<image>`.
@@ -183,10 +187,10 @@ class CromeVLMProcessor(ProcessorMixin):
             pixel_values, (images, channels, height, width), absent without pictures; with a Q-Former's tokenizer also
             qformer_input_ids and qformer_attention_mask, (images, instruction tokens), a row per picture.
         Raises:
-            ValueError: a row's placeholders and pictures differ, truncation would cut an image, or the instructions
-                are not one per row.
+            ValueError: an image cannot be read, a row's placeholders and images differ, truncation would cut an image,
+                or the instructions are not one per row.
         """
-        rows = None if images is None else _image_rows(images)
+        rows = None if images is None else self._read(_image_rows(images), kwargs)
         texts = [text] if isinstance(text, str) else text
         if texts is not None:
             self._check_rows(rows or [], list(texts))
@@ -197,6 +201,18 @@ class CromeVLMProcessor(ProcessorMixin):
             encoded = self.qformer_tokenizer(read, padding=True, return_tensors=kwargs.get("return_tensors"))
             inputs.update({f"qformer_{name}": encoded[name] for name in ("input_ids", "attention_mask")})
         return inputs
+
+    def _read(self, rows: list[list[Any]], kwargs: dict[str, Any]) -> list[list[Any]]:
+        """The images' pixels; arrays that need no rescaling are as the image processor wants them."""
+        of_images = kwargs.get("images_kwargs") or {}
+        settings = {**kwargs, **of_images}
+        if settings.get("do_rescale") is False:
+            return [[image if _is_array(image) else read_image(image) for image in row] for row in rows]
+        channels = settings.get("input_data_format")
+        if channels is not None:  # what is read has its channels last
+            kwargs.pop("input_data_format", None)
+            kwargs["images_kwargs"] = {**of_images, "input_data_format": None}
+        return [[read_image(image, channels) for image in row] for row in rows]
 
     def _instructions(self, texts: list[str], qformer_text: str | Sequence[str] | None) -> list[str]:
         """The instruction of each picture's row, once per picture."""
@@ -347,17 +363,13 @@ class CromeVLMProcessor(ProcessorMixin):
             return {}
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
-        text = ""
         for part in content:
             kind = part.get("type")
             if kind not in ("text", "image", "image_url"):
-                raise ValueError(f"Content part of type {kind!r} is not supported; expected 'text' or 'image'.")
-            piece = part["text"] if kind == "text" else self.image_token
-            # An image stands on its own line beside text, as most vision-language prompts have it.
-            meet = text.endswith(self.image_token) != piece.startswith(self.image_token)
-            text += "\n" + piece if text and piece and meet and not (text + "|" + piece).count("\n|") else piece
+                raise ValueError(f"Content part of type {short(kind)} is not supported; expected 'text' or 'image'.")
             found = [part[key] for key in IMAGE_KEYS if kind != "text" and part.get(key) is not None]
-            images.extend(image["url"] if isinstance(image, Mapping) else image for image in found[:1])
+            images.extend(found[:1])
+        text = turn_text(content, self.image_token)
         if reorder and (count := text.count(self.image_token)):
             words = " ".join(piece.strip() for piece in text.split(self.image_token) if piece.strip())
             text = f"{words}\n{self.image_token * count}" if words else self.image_token * count
@@ -388,9 +400,13 @@ def _qformer_tokenizer(given: Any, config: CromeVLMConfig, kwargs: dict[str, Any
     return AutoTokenizer.from_pretrained(name, subfolder=QFORMER_TOKENIZER, **revision, **kwargs)
 
 
+def _is_array(image: Any) -> bool:
+    return is_valid_image(image) and not is_pil_image(image)
+
+
 def _image_rows(images: Any) -> list[list[Any]]:
     """Pictures by row; one row for a flat list."""
-    if isinstance(images, str):
+    if isinstance(images, str | bytes | Mapping | os.PathLike) or hasattr(images, "read"):
         return [[images]]
     if is_valid_image(images):
         return [list(images)] if getattr(images, "ndim", 3) == 4 else [[images]]

@@ -22,7 +22,7 @@ def test_bottleneck_of_the_ablation_is_the_packages_adapter() -> None:
     """With its gate and one shared W_u; so what is left out of it is left out of the method."""
     model, batch = build(), None
     batch = make_batch(model)
-    adapted = get_peft_model(build(), CromeConfig(bottleneck_dim=8, init_weights=False))
+    adapted = get_peft_model(build(), CromeConfig(branches=["text", "vision"], bottleneck_dim=8, init_weights=False))
     weights = adapted.get_base_model().crome
     text, vision = (Bottleneck(32, 8, table_rms(model)) for _ in range(2))
     vision.up = text.up

@@ -111,13 +111,15 @@ def adapt(module: ModuleType) -> None:
         common.LoraConfig = CromeConfig
     if name == "test_decoder_models":
         module.PEFT_DECODER_MODELS_TO_TEST[:] = module.SMALL_GRID_MODELS[:] = ["crome/tiny-llava"]
-        both = {"task_type": "CAUSAL_LM", "bottleneck_dim": M}
-        module.ALL_CONFIGS[:] = [(CromeConfig, both), (CromeConfig, both | {"branches": {"text": ["embed_tokens"]}})]
+        config = {"task_type": "CAUSAL_LM", "bottleneck_dim": M}
+        branches = (None, ["text", "vision"], {"text": ["embed_tokens"]})
+        module.ALL_CONFIGS[:] = [(CromeConfig, config | {"branches": some}) for some in branches]
         module.TestDecoderModels.transformers_class = AutoModelForImageTextToText
         module.TestDecoderModels.prepare_inputs_for_testing = batch_of("decoder")
     elif name == "test_encoder_decoder_models":
         module.PEFT_ENCODER_DECODER_MODELS_TO_TEST[:] = ["crome/tiny-t5", "crome/tiny-bart"]
-        module.ALL_CONFIGS[:] = [(CromeConfig, {"task_type": "SEQ_2_SEQ_LM", "bottleneck_dim": M})]
+        config = {"task_type": "SEQ_2_SEQ_LM", "bottleneck_dim": M}
+        module.ALL_CONFIGS[:] = [(CromeConfig, config | {"branches": some}) for some in (None, ["text", "vision"])]
         module.TestEncoderDecoderModels.transformers_class = CromeVLMForConditionalGeneration
         module.TestEncoderDecoderModels.prepare_inputs_for_testing = batch_of("encoder_decoder")
     elif name == "test_custom_models":

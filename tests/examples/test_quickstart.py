@@ -135,6 +135,8 @@ def test_quickstart_runs_draws_and_continues_after_an_interruption(tmp_path, mon
     finetune = replace(quickstart.FINETUNE, steps=6, pictures_per_step=2)
     monkeypatch.setattr(training, "SAVE_STEPS", 3)
 
+    settings = {"large": SMALL, "small": SMALL, "tiny": SMALL, "text": "It is a truth universally acknowledged. " * 40}
+
     class Interrupted(Exception):
         pass
 
@@ -147,21 +149,26 @@ def test_quickstart_runs_draws_and_continues_after_an_interruption(tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "training_step", interrupt)
         with pytest.raises(Interrupted):
-            quickstart.run(tmp_path, align, finetune, large=SMALL, small=SMALL)
+            quickstart.run(tmp_path, align, finetune, **settings)
     assert (tmp_path / "align" / "checkpoints" / "checkpoint-3").is_dir()
     assert not (tmp_path / "align" / "record.json").exists()
 
-    rows = quickstart.run(tmp_path, align, finetune, large=SMALL, small=SMALL)
+    rows = quickstart.run(tmp_path, align, finetune, **settings)
     assert json.loads((tmp_path / "align" / "record.json").read_text())["resumed"] is True
     assert [row["name"] for row in rows][-1] == "after (b) fine-tune"
-    assert rows[-1]["trained_parameters"] == 737_280
+    assert rows[-1]["trained_parameters"] == 732_672
     assert rows[-1]["score"]["what"]["n"] == 40
-    assert "of 60 answers equal" in capsys.readouterr().out
+    kept = rows[-1]["language"]
+    assert kept["text_loss"]["adapted"] == kept["text_loss"]["base"]
+    assert kept["answer"] == kept["base_answer"] == "The capital of France is Paris."
+    printed = capsys.readouterr().out
+    assert "of 60 answers equal" in printed
+    assert printed.count(f"{kept['text_loss']['base']:.6f}") == 2
     for picture in ("contact_sheet.png", "learning_curves.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
 
     monkeypatch.setattr(Trainer, "train", lambda *args, **kwargs: pytest.fail("a finished stage was trained again"))
-    again = quickstart.run(tmp_path, align, finetune, large=SMALL, small=SMALL)
+    again = quickstart.run(tmp_path, align, finetune, **settings)
     assert [row["score"] for row in again] == [row["score"] for row in rows]
 
 

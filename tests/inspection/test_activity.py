@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from peft_crome import CromeConfig
 from peft_crome.inspection import inspect_activity
-from tests.tuner.helpers import M, adapted, assert_equal, attach, crome_weight, logits, randomise
+from tests.tuner.helpers import BOTH, M, adapted, assert_equal, attach, crome_weight, logits, randomise
 from tests.vlm.conftest import build, make_batch
 from tests.zoo import ZOO
 from tests.zoo.case import IMAGE_TOKEN
@@ -120,7 +120,7 @@ def test_composite_with_several_images_in_a_row() -> None:
 def test_several_adapters_and_none() -> None:
     case = ZOO["llava"]()
     model = adapted(case)
-    model.add_adapter("second", CromeConfig(bottleneck_dim=M))
+    model.add_adapter("second", CromeConfig(branches=BOTH, bottleneck_dim=M))
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match=r"expected one, not merged\. Write model\.set_adapter\('default'\)"):
         inspect_activity(model, case.batch)

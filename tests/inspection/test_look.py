@@ -1,6 +1,7 @@
 """From an adapter's directory to a page: backbones found, one adapter or two, files, and what errors say."""
 
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from typer.testing import CliRunner
 from peft_crome.cli import app
 from peft_crome.inspection import look, write_inspection
 from peft_crome.training import load_recipe, train
+from tests.examples.tiny_llava import save_tokenizer_and_model
 from tests.training.conftest import dataset, values  # noqa: F401  # fixtures
 from tests.tuner.helpers import attach, randomise
 from tests.vlm.conftest import backbones, composite, make_tokenizer, processor  # noqa: F401  # fixtures
 
+look_module = sys.modules["peft_crome.inspection.look"]  # the package has a function of that name
 runner = CliRunner()
 
 
@@ -65,6 +68,33 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def test_images_are_read_as_the_models_own_processor_reads_them(
+    adapters: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A composite shows transparency on white; transformers' processors of other models leave it out."""
+    save_tokenizer_and_model(tmp_path / "host")
+    host = save(tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "host"), tmp_path / "on a host")
+    path = tmp_path / "transparent.png"
+    Image.new("RGBA", (60, 40), (200, 0, 0, 0)).save(path)
+    for adapter, model, prompt in ((adapters[0], None, "w1 w2"), (host, str(tmp_path / "host"), "What color?")):
+        processor = tf.AutoProcessor.from_pretrained(model or str(tmp_path / "base"))  # noqa: F811
+        text = f"{processor.image_token} {prompt}"
+        expected = processor(images=[str(path)], text=text, return_tensors="pt")["pixel_values"]
+        seen: list[torch.Tensor] = []
+        encode = look_module.encode
+
+        def spy(*given: Any, encode: Any = encode, seen: list[torch.Tensor] = seen) -> Any:
+            batch = encode(*given)
+            seen.append(batch["pixel_values"])
+            return batch
+
+        monkeypatch.setattr(look_module, "encode", spy)
+        look(adapter, prompt=prompt, pictures=[str(path)], model=model)
+        monkeypatch.setattr(look_module, "encode", encode)
+        assert torch.equal(seen[0], expected)
+        assert (seen[0].amin() > 0) == (model is None)
 
 
 def test_composite_with_its_backbone(adapters: list[str], picture: Path) -> None:

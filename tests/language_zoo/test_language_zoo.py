@@ -103,7 +103,11 @@ def test_language_model(name: str, seq2seq: bool) -> None:
         if name not in OTHER_POSITIONS:
             torch.testing.assert_close(joined(**text).logits, alone(**text).logits, rtol=1e-4, atol=1e-4)
         expected = joined(**batch, **targets(joined, PROMPT)).logits
-        adapted = get_peft_model(joined, CromeConfig(bottleneck_dim=8))
+        words = joined.requires_grad_(False)(**text).logits
+        adapted = get_peft_model(joined, CromeConfig(bottleneck_dim=8, init_weights=False))
+        assert torch.equal(adapted(**text).logits, words)  # by default text is the language model's own
+        assert not torch.equal(adapted(**batch, **targets(joined, PROMPT)).logits, expected)
+        adapted = get_peft_model(adapted.unload(), CromeConfig(branches=["text", "vision"], bottleneck_dim=8))
         assert torch.equal(adapted(**batch, **targets(joined, PROMPT)).logits, expected)
 
     for parameter_name, parameter in adapted.named_parameters():

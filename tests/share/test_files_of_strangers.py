@@ -228,10 +228,11 @@ def set_field(folder: Path, **fields: Any) -> None:
 
 
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {
-    "bottleneck_dim of 2^40": ({"bottleneck_dim": 2**40}, "bottleneck_dim=1099511627776 is more than 16384"),
+    "bottleneck_dim of 2^40": ({"bottleneck_dim": 2**40}, "bottleneck_dim=1099511627776 is not between 1 and 16384"),
     "bottleneck_dim that is not the file's": ({"bottleneck_dim": 8192}, "this model needs (8192, 32)"),
     "bottleneck_dim as text": ({"bottleneck_dim": "256"}, "bottleneck_dim='256' is not an int"),
-    "branches as a list": ({"branches": ["text"]}, "is not a dict with an entry per branch"),
+    "branches as a word": ({"branches": "text"}, "is neither a list of names nor a dict"),
+    "branches that the file has more of": ({"branches": ["text"]}, "unexpected keys ['crome_down_vision.weight'"),
     "branches of numbers": ({"branches": {"text": [1]}}, "is no list of names and no regex"),
     "branches with a path for a name": ({"branches": {"../text": ["embed_tokens"]}}, "is not an identifier"),
     "a pattern of a million letters": ({"branches": {"text": "a" * 10**6}}, "has 1000000 characters"),

@@ -17,17 +17,20 @@ from peft_crome import CromeConfig
 from tests.zoo.case import Batch, Case
 
 M = 4  # bottleneck_dim of every test
+BOTH = ["text", "vision"]
 KEYS = ["crome_down_text", "crome_down_vision", "crome_gate_text", "crome_gate_vision", "crome_up"]
 FILE_KEYS = [f"base_model.model.crome.{name}.weight" for name in KEYS]
 
 
 def attach(model: nn.Module, adapter_name: str = "default", **config: Any) -> PeftModel:
-    return get_peft_model(model, CromeConfig(bottleneck_dim=M, **config), adapter_name=adapter_name)
+    """With both branches where nothing else is said: what holds for them holds for the default, one of the two."""
+    config = {"bottleneck_dim": M, "branches": BOTH, **config}
+    return get_peft_model(model, CromeConfig(**config), adapter_name=adapter_name)
 
 
 def crome_weight(model: nn.Module, name: str, adapter: str = "default") -> nn.Parameter:
     """The adapter's parameter, e.g. name="up", "gate_text"."""
-    return model.get_parameter(f"base_model.model.crome.crome_{name}.{adapter}.weight")
+    return dict(model.named_parameters())[f"base_model.model.crome.crome_{name}.{adapter}.weight"]
 
 
 def randomise(model: nn.Module, adapter: str = "default", seed: int = 3) -> None:
@@ -38,8 +41,8 @@ def randomise(model: nn.Module, adapter: str = "default", seed: int = 3) -> None
 
 
 def adapted(case: Case, adapter_name: str = "default", **config: Any) -> PeftModel:
-    """The case's model with an adapter that is not an identity, in eval mode."""
-    model = attach(case.model, adapter_name, **config)
+    """The case's model with an adapter on all its branches that is not an identity, in eval mode."""
+    model = attach(case.model, adapter_name, **{"branches": [*case.sites], **config})
     randomise(model, adapter_name)
     return model.eval()
 

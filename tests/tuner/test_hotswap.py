@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_crome import CromeConfig
 from peft_crome.hotswap import hotswap_adapter
-from tests.tuner.helpers import adapted, assert_equal, assert_message, attach, logits, randomise, unchanged
+from tests.tuner.helpers import BOTH, adapted, assert_equal, assert_message, attach, logits, randomise, unchanged
 from tests.zoo.llava import llava
 
 
@@ -82,7 +82,7 @@ def test_hotswap_refuses_what_differs_in_more_than_weights(config: dict[str, Any
 
 def test_hotswap_refuses_another_bottleneck(tmp_path: Path) -> None:
     model = adapted(llava())
-    get_peft_model(llava().model, CromeConfig(bottleneck_dim=8)).save_pretrained(tmp_path)
+    get_peft_model(llava().model, CromeConfig(branches=BOTH, bottleneck_dim=8)).save_pretrained(tmp_path)
     with unchanged(model, tmp_path), pytest.raises(ValueError, match="bottleneck_dim=8, the adapter to replace has 4"):
         hotswap_adapter(model, tmp_path)
 

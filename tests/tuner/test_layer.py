@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from peft_crome import CromeConfig, CromeLayer
 from peft_crome.tuner import CromeWeights
-from tests.tuner.helpers import assert_equal
+from tests.tuner.helpers import BOTH, assert_equal
 
 D, M_HIDDEN = 6, 4
 
@@ -32,12 +32,13 @@ class Site(nn.Module):
 def make_layer(
     *, adapters: dict[str, CromeConfig] | None = None, branch: str = "vision", width: int = D, random: bool = True
 ) -> CromeLayer:
-    weights = CromeWeights(["text", "vision"], width)
+    weights = CromeWeights()
     for i, (name, config) in enumerate((adapters or {"default": CromeConfig(bottleneck_dim=M_HIDDEN)}).items()):
-        weights.add(name, config, 0.7)
+        weights.add(name, config, ["text", "vision"], width, 0.7)
         if random:
             nn.init.normal_(weights.crome_up[name].weight, generator=torch.Generator().manual_seed(i))
-    layer = CromeLayer(Site(), weights, {branch: []}, width)
+    layer = CromeLayer(Site(), weights, width)
+    layer.branches_of = {name: {branch: []} for name in weights.crome_up}
     layer.set_adapter(list(weights.crome_up))
     weights.eval()
     return layer.eval()
@@ -198,9 +199,9 @@ def test_layer_refuses_what_holds_no_embeddings(output: Any) -> None:
 
 def test_layer_hands_public_attributes_on() -> None:
     table = nn.Embedding(10, D, padding_idx=3)
-    weights = CromeWeights(["text"], D)
-    weights.add("default", CromeConfig(bottleneck_dim=2), 1.0)
-    layer = CromeLayer(table, weights, {"text": []}, D)
+    weights = CromeWeights()
+    weights.add("default", CromeConfig(bottleneck_dim=2), ["text"], D, 1.0)
+    layer = CromeLayer(table, weights, D)
     assert (layer.num_embeddings, layer.padding_idx, layer.in_features, layer.out_features) == (10, 3, 10, D)
     assert layer.weight is table.weight
     with pytest.raises(AttributeError):
@@ -223,9 +224,11 @@ LLAVA_SIZES = {
 }
 
 
+@pytest.mark.parametrize("branches", [None, ["vision"], ["text", "vision"]], ids=str)
 @pytest.mark.parametrize("name", LLAVA_SIZES)
-def test_parameters_on_the_real_configuration(name: str) -> None:
-    hidden, intermediate, layers, heads, expected = LLAVA_SIZES[name]
+def test_parameters_on_the_real_configuration(name: str, branches: list[str] | None) -> None:
+    hidden, intermediate, layers, heads, both = LLAVA_SIZES[name]
+    expected = both if branches == BOTH else 3 * hidden * 424
     config = tf.LlavaConfig(
         vision_config=tf.CLIPVisionConfig(
             hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
@@ -239,6 +242,6 @@ def test_parameters_on_the_real_configuration(name: str) -> None:
     )  # fmt: skip
     with torch.device("meta"):
         model = tf.LlavaForConditionalGeneration(config)
-        model = get_peft_model(model, CromeConfig())
+        model = get_peft_model(model, CromeConfig(branches=branches))
     assert model.get_nb_trainable_parameters()[0] == expected
     assert sum(p.numel() for n, p in model.named_parameters() if "crome_" in n) == expected

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from peft_crome import CromeConfig, CromeLayer
 from tests.tuner.helpers import (
+    BOTH,
     FILE_KEYS,
     KEYS,
     adapted,
@@ -40,7 +41,7 @@ def two_adapters() -> tuple[PeftModel, Case, dict[str, torch.Tensor]]:
     """A model with adapters "default" and "other", and what each of them answers."""
     host = llava()
     model = adapted(host)
-    model.add_adapter("other", CromeConfig(bottleneck_dim=3, gate_activation="sigmoid"))
+    model.add_adapter("other", CromeConfig(branches=BOTH, bottleneck_dim=3, gate_activation="sigmoid"))
     randomise(model, "other", seed=9)
     model.eval()
     answers = {}
@@ -83,7 +84,7 @@ def test_set_adapter_refuses_an_unknown_name() -> None:
 def test_add_adapter_leaves_the_first_one_s_flags() -> None:
     model = attach(llava().model)
     before = trainable(model)
-    model.add_adapter("other", CromeConfig(bottleneck_dim=3))
+    model.add_adapter("other", CromeConfig(branches=BOTH, bottleneck_dim=3))
     assert trainable(model) == before
     assert_consistent(model, ["default"], ["default", "other"])
 
@@ -113,7 +114,7 @@ def test_delete_adapter_of_the_last_one_leaves_the_base() -> None:
     assert not [path for path, _ in model.named_parameters() if "crome_" in path]
     assert_equal(logits(model.base_model.model, host.batch), expected)  # PeftModel itself wants one, as with LoRA
 
-    model.add_adapter("default", CromeConfig(bottleneck_dim=4))
+    model.add_adapter("default", CromeConfig(branches=BOTH, bottleneck_dim=4))
     model.set_adapter("default")
     randomise(model)
     assert not torch.equal(logits(model, host.batch), expected)
@@ -146,7 +147,7 @@ def test_print_trainable_parameters(capsys: pytest.CaptureFixture) -> None:
 def test_adapter_names_that_a_file_could_not_tell_apart_are_refused(name: str) -> None:
     model = attach(llava().model, "first")
     with unchanged(model), pytest.raises(ValueError, match=re.escape(f"adapter_name={name!r}")) as error:
-        model.add_adapter(name, CromeConfig(bottleneck_dim=4))
+        model.add_adapter(name, CromeConfig(branches=BOTH, bottleneck_dim=4))
     assert_message(error.value, "Write adapter_name='default'")
 
 
@@ -209,18 +210,20 @@ def test_load_state_dict_reaches_every_site(assign: bool) -> None:
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_autocast_adapter_dtype(base: torch.dtype, autocast: bool) -> None:
-    model = get_peft_model(llava().model.to(base), CromeConfig(bottleneck_dim=4), autocast_adapter_dtype=autocast)
+    model = get_peft_model(
+        llava().model.to(base), CromeConfig(branches=BOTH, bottleneck_dim=4), autocast_adapter_dtype=autocast
+    )
     assert {crome_weight(model, key.removeprefix("crome_")).dtype for key in KEYS} == {
         torch.float32 if autocast else base
     }
-    model.add_adapter("other", CromeConfig(bottleneck_dim=4), autocast_adapter_dtype=autocast)
+    model.add_adapter("other", CromeConfig(branches=BOTH, bottleneck_dim=4), autocast_adapter_dtype=autocast)
     assert {p.dtype for n, p in model.named_parameters() if ".other." in n} == {torch.float32 if autocast else base}
 
 
 def test_inject_adapter_in_model_works_in_place() -> None:
     host = llava()
     expected = frozen_logits(host)
-    model = inject_adapter_in_model(CromeConfig(bottleneck_dim=4), host.model)
+    model = inject_adapter_in_model(CromeConfig(branches=BOTH, bottleneck_dim=4), host.model)
     assert model is host.model
     assert_equal(logits(model, host.batch), expected)
     assert set(trainable(model)) == {f"crome.{key}.default.weight" for key in KEYS}
@@ -256,7 +259,7 @@ def test_a_merged_model_has_one_table_and_adapters_know_the_other() -> None:
     model = adapted(host)
     model.merge_adapter()
     assert set(model.state_dict()) == expected
-    model.add_adapter("other", CromeConfig(bottleneck_dim=4))
+    model.add_adapter("other", CromeConfig(branches=BOTH, bottleneck_dim=4))
     assert model.peft_config["other"].trained_on["embedding_rms"] == rms
     model.half()
     model.unmerge_adapter()

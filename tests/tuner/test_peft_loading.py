@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from torch import nn
 
 from peft_crome import CromeConfig, CromeLayer
-from tests.tuner.helpers import FILE_KEYS, adapted, assert_equal, attach, crome_weight, file_keys, logits, trainable
+from tests.tuner.helpers import (
+    BOTH,
+    FILE_KEYS,
+    adapted,
+    assert_equal,
+    attach,
+    crome_weight,
+    file_keys,
+    logits,
+    trainable,
+)
 from tests.zoo.case import TEXT, Batch, words
 from tests.zoo.llava import llava
 
@@ -118,7 +137,7 @@ def test_auto_model_for_causal_lm_loads_a_text_only_host(tmp_path: Path) -> None
 def test_transformers_add_adapter_attaches_and_saves(tmp_path: Path, saved: tuple) -> None:
     path, _, _, batch = saved
     model = base(path)
-    model.add_adapter(CromeConfig(bottleneck_dim=4, init_weights=False))
+    model.add_adapter(CromeConfig(branches=BOTH, bottleneck_dim=4, init_weights=False))
     expected = logits(model, batch)
     assert not torch.allclose(expected, logits(base(path), batch))
     model.save_pretrained(tmp_path)
@@ -169,3 +188,29 @@ def test_bf16_adapter_file_is_half_the_size(tmp_path: Path) -> None:
         model.to(dtype).save_pretrained(tmp_path)
         sizes.append(sum(v.nbytes for v in load_peft_weights(str(tmp_path)).values()))
     assert sizes == [640 * 4, 640 * 2]
+
+
+@pytest.mark.parametrize("way", ["PEFT", "PEFT, by its configuration", "transformers"])
+def test_an_adapter_of_before_the_default_left_words_out(way: str, tmp_path: Path) -> None:
+    """Its configuration names no branches, and it has all that were known."""
+    case = llava()
+    model = adapted(case)
+    expected = logits(model, case.batch)
+    model.save_pretrained(tmp_path)
+    written = tmp_path / "adapter_config.json"
+    settings = json.loads(written.read_text())
+    assert settings["branches"] == ["text", "vision"]
+    written.write_text(json.dumps(settings | {"branches": None}))
+    loaded: Any = llava().model
+    if way == "transformers":
+        loaded.load_adapter(str(tmp_path))
+    else:
+        config = {} if way == "PEFT" else {"config": PeftConfig.from_pretrained(tmp_path)}
+        loaded = PeftModel.from_pretrained(loaded, tmp_path, **config)
+    assert_equal(logits(loaded.eval(), case.batch), expected)
+    if way == "PEFT":
+        loaded.save_pretrained(tmp_path / "again")
+        assert set(json.loads((tmp_path / "again" / "adapter_config.json").read_text())["branches"]) == {
+            "text",
+            "vision",
+        }

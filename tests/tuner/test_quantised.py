@@ -139,7 +139,7 @@ def test_unload_gives_the_quantised_backbone_back(kind: str, checkpoint: Path) -
 
 @each_kind
 def test_merge_folds_the_text_branch_of_a_quantised_backbone(kind: str, checkpoint: Path) -> None:
-    model = attach(quantised(checkpoint, kind))
+    model = attach(quantised(checkpoint, kind), branches=["text"])
     randomise(model)
     batch = wide_llava().batch
     expected = logits(model.eval(), batch)

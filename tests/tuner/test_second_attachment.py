@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_crome import CromeConfig
-from tests.tuner.helpers import M, adapted, assert_equal, attach, crome_weight, frozen_logits, logits, randomise
+from tests.tuner.helpers import BOTH, M, adapted, assert_equal, attach, crome_weight, frozen_logits, logits, randomise
 from tests.zoo import ZOO
 
 llava = ZOO["llava"]
@@ -28,7 +28,9 @@ def test_the_same_name_again_is_a_fresh_adapter(tmp_path: Path) -> None:
     case = llava()
     expected = frozen_logits(case)
     adapted(case)
-    again = get_peft_model(case.model, CromeConfig(bottleneck_dim=2 * M, gate_activation="sigmoid")).eval()
+    again = get_peft_model(
+        case.model, CromeConfig(branches=BOTH, bottleneck_dim=2 * M, gate_activation="sigmoid")
+    ).eval()
     assert crome_weight(again, "up").shape[1] == 2 * M
     assert again.get_base_model().crome.settings["default"][0] == "sigmoid"
     assert_equal(logits(again, case.batch), expected)
@@ -41,9 +43,9 @@ def test_the_same_name_again_is_a_fresh_adapter(tmp_path: Path) -> None:
 def test_the_same_name_again_leaves_the_others() -> None:
     case = llava()
     model = adapted(case, adapter_name="kept")
-    model.add_adapter("default", CromeConfig(bottleneck_dim=M))
+    model.add_adapter("default", CromeConfig(branches=BOTH, bottleneck_dim=M))
     expected = logits(model, case.batch)
-    again = get_peft_model(case.model, CromeConfig(bottleneck_dim=2 * M)).eval()
+    again = get_peft_model(case.model, CromeConfig(branches=BOTH, bottleneck_dim=2 * M)).eval()
     again.base_model.set_adapter("kept")
     assert_equal(logits(again, case.batch), expected)
 
@@ -60,7 +62,7 @@ def test_a_second_attachment_that_fails_leaves_the_first(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(CromeLayer, "_move_adapter_to_device_of_base_layer", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
-        get_peft_model(case.model, CromeConfig(bottleneck_dim=2 * M))
+        get_peft_model(case.model, CromeConfig(branches=BOTH, bottleneck_dim=2 * M))
     assert_equal(logits(model, case.batch), expected)
     assert crome_weight(model, "up").shape[1] == M
 
@@ -107,8 +109,8 @@ def test_a_stranger_s_file_is_refused_whichever_way_it_comes(way: str, key: str,
 
 def test_adapters_that_were_merged_before_are_unloaded_too() -> None:
     case = llava()
-    model = adapted(case, adapter_name="a")
-    model.add_adapter("b", CromeConfig(bottleneck_dim=M))
+    model = adapted(case, adapter_name="a", branches=["text"])
+    model.add_adapter("b", CromeConfig(branches=["text"], bottleneck_dim=M))
     randomise(model, "b", seed=5)
     model.base_model.set_adapter(["a", "b"])
     both = logits(model, case.batch)
@@ -119,15 +121,18 @@ def test_adapters_that_were_merged_before_are_unloaded_too() -> None:
     torch.testing.assert_close(logits(merged, case.batch), both, rtol=1e-5, atol=1e-5)
 
 
-def test_another_method_s_merge_takes_the_weights_with_the_sites() -> None:
+@pytest.mark.parametrize("branches", [None, BOTH], ids=["vision", "both"])
+def test_another_method_s_merge_leaves_the_adapter_in_place(branches: list[str] | None) -> None:
     case = llava()
-    inner = adapted(case, adapter_name="pictures").get_base_model()
+    inner = adapted(case, adapter_name="pictures", branches=branches).get_base_model()
     lora = LoraConfig(target_modules=r".*language_model.*q_proj", init_lora_weights=False)
-    model = get_peft_model(inner, lora, adapter_name="words").eval().merge_and_unload()
+    model = get_peft_model(inner, lora, adapter_name="words").eval()
     expected = logits(model, case.batch)
-    assert not [name for name in model.state_dict() if name.startswith("crome.")]
-    again = get_peft_model(model, CromeConfig(bottleneck_dim=M), adapter_name="pictures").eval()
-    assert_equal(logits(again, case.batch), expected)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, case.batch), expected, rtol=1e-5, atol=1e-5)
+    assert not [name for name in merged.state_dict() if "lora_" in name]
+    again = get_peft_model(merged, CromeConfig(bottleneck_dim=M), adapter_name="pictures").eval()
+    assert not torch.equal(logits(again, case.batch), expected)  # the old one made room, and the new one adds nothing
 
 
 def test_initialised_by_an_offloaded_table() -> None:

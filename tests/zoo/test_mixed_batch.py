@@ -14,7 +14,7 @@ from tests.zoo.test_zoo import applies, each_architecture
 
 def two_adapters(case: Case) -> PeftModel:
     model = adapted(case, "first")
-    model.add_adapter("second", CromeConfig(bottleneck_dim=M))
+    model.add_adapter("second", CromeConfig(branches=[*case.sites], bottleneck_dim=M))
     randomise(model, "second", seed=7)
     return model.eval()
 

@@ -46,9 +46,9 @@ def quantised_check(name: str, kind: str, folder: Path) -> None:
     case.model.save_pretrained(folder / "base")
     base = quantised(case, folder / "base", kind).requires_grad_(False)
     expected = logits(base, case.batch)
-    assert_equal(logits(attach(base), case.batch), expected)
+    assert_equal(logits(attach(base, branches=[*case.sites]), case.batch), expected)
 
-    model = attach(quantised(case, folder / "base", kind))
+    model = attach(quantised(case, folder / "base", kind), branches=[*case.sites])
     randomise(model)
     model(**case.batch).loss.backward()
     for path, parameter in model.named_parameters():

@@ -64,7 +64,7 @@ def test_sites(name: str, record_property: Callable[[str, Any], None]) -> None:
     record_property("class", type(case.model).__name__)
     record_property("sites", case.sites)
     record_property("not_applicable", case.not_applicable)
-    model = attach(case.model).get_base_model()
+    model = attach(case.model, branches=[*case.sites]).get_base_model()
     found: dict[str, list[str]] = {}
     for path, module in model.named_modules():
         if isinstance(module, CromeLayer):
@@ -77,7 +77,7 @@ def test_sites(name: str, record_property: Callable[[str, Any], None]) -> None:
 @each_architecture
 def test_count(name: str) -> None:
     case = ZOO[name]()
-    model = attach(case.model)
+    model = attach(case.model, branches=[*case.sites])
     pairs = [f"{kind}_{branch}" for branch in case.sites for kind in ("gate", "down")]
     assert model.get_nb_trainable_parameters()[0] == (2 * len(case.sites) + 1) * WIDTH * M
     assert sorted(trainable(model)) == sorted(
@@ -87,7 +87,7 @@ def test_count(name: str) -> None:
 
 @each_architecture
 def test_known_checkpoint(name: str, record_property: Callable[[str, Any], None]) -> None:
-    """5·d·m at the size of the family's best-known checkpoint, which the configuration's defaults describe."""
+    """About 1280·d at the size of the family's best-known checkpoint, which the configuration's defaults describe."""
     case = ZOO[name]()
     model_class, config_class = type(case.model), type(case.model.config)
     config = case.known() if case.known else config_class()
@@ -96,7 +96,9 @@ def test_known_checkpoint(name: str, record_property: Callable[[str, Any], None]
     model = get_peft_model(model, CromeConfig())
     count = model.get_nb_trainable_parameters()[0]
     width = text_hidden_size(model.get_base_model())
-    assert count == (2 * len(case.sites) + 1) * width * 256
+    branches = [branch for branch in case.sites if branch != "text"]
+    assert sorted(model.peft_config["default"].branches) == sorted(branches)
+    assert count == {1: 3 * 424, 2: 5 * 256}[len(branches)] * width
     said = re.search(r"similar configuration to that of[^\[]*\[([^\]]+)\]", config_class.__doc__ or "")
     record_property("checkpoint", said.group(1) if said else "")
     record_property("width", width)
@@ -114,7 +116,7 @@ def test_identity(name: str) -> None:
         batch = to_dtype(case.batch, dtype)
         expected = logits(model, batch)
         assert torch.isfinite(expected).all()
-        assert_equal(logits(attach(model), batch), expected)
+        assert_equal(logits(attach(model, branches=[*case.sites]), batch), expected)
 
 
 @each_architecture
@@ -155,7 +157,7 @@ def silence(model: PeftModel, branches: list[str]) -> None:
 def test_gradients(name: str) -> None:
     """Every adapter parameter gets a finite gradient that is not all zero; no parameter of the base gets one."""
     case = ZOO[name]()
-    model = attach(case.model)
+    model = attach(case.model, branches=[*case.sites])
     randomise(model)
     output = model(**case.batch)
     loss = output.loss if output.loss is not None else output.logits.square().mean()  # DiffusionGemma computes none
@@ -239,14 +241,18 @@ def test_fold(name: str) -> None:
 @each_architecture
 @pytest.mark.filterwarnings("ignore:.*no longer tied")  # true, and test_peft_contract.py expects it
 def test_merge_and_unload(name: str) -> None:
+    """An adapter on the embedding table alone becomes a plain model; one that is also elsewhere is refused."""
     case = ZOO[name]()
     applies(case, "fold")
-    model = adapted(case)
-    expected = logits(model, case.batch)
+    if not any("[" in site for sites in case.sites.values() for site in sites):
+        with pytest.raises(ValueError, match=r"can be merged.*Keep the adapter attached"):
+            adapted(ZOO[name]()).merge_and_unload()
+    model = adapted(case, branches=["text"])
+    expected, keys = logits(model, case.batch), list(ZOO[name]().model.state_dict())
     merged = model.merge_and_unload()
     assert not getattr(merged.config.get_text_config(), "tie_word_embeddings", False)
     torch.testing.assert_close(logits(merged, case.batch), expected, atol=1e-4, rtol=1e-4)
-    assert not any(isinstance(module, CromeLayer) for module in merged.modules())
+    assert list(merged.state_dict()) == keys
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""Naming emoji on real weights: trained on one style, tested on new objects and on another vendor's style.
+
+    python -m benchmarks.emoji            # everything that is not done yet; each run takes some ten minutes
+    python -m benchmarks.emoji --report   # the table from the records alone
+
+Every run: captions (the object's kind) with the projection, then questions for it without the projection (which keeps
+training where it is alone), on three quarters of the objects in Google's drawings. A seed draws the objects that are
+held out, the weights and the order of the data, the same for every method. Records are written as runs end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+from rich.console import Console
+
+from benchmarks import emoji_data as data
+from benchmarks.interleaved import machine, markdown
+from examples.easy_vqa.demo import ALIGN_RATES, FINETUNE_RATES, NAMES
+from examples.easy_vqa.evaluation import accuracies, answer
+from examples.easy_vqa.language import columns, language_kept
+from examples.easy_vqa.model import frozen_dtype, load_stage, processor
+from examples.easy_vqa.training import Stage, train_stage, write_json
+
+RESULTS = Path(__file__).parent / "results" / "emoji"
+PAGE = Path(__file__).parent.parent / "docs" / "emoji.md"
+BEGIN, END = "<!-- begin: written by python -m benchmarks.emoji -->", "<!-- end -->"
+METHODS = ("crome", "crome-both", "lora", "projection")
+SEEDS = 3
+ALIGN = Stage("align", steps=120, pictures_per_step=16, questions_per_picture=1, learning_rate=5e-4, word_weight=1.0)
+FINETUNE = Stage("finetune", steps=160, pictures_per_step=16, questions_per_picture=1, learning_rate=1e-3)
+# Each test set: the vendor, and whether its objects are new.
+TESTS = {
+    "new objects, Google": ("google", True),
+    "same objects, Twitter": ("twitter", False),
+    "new objects, Twitter": ("twitter", True),
+}
+console = Console()
+
+
+def run_one(
+    method: str,
+    seed: int,
+    directory: Path,
+    align: Stage = ALIGN,
+    finetune: Stage = FINETUNE,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Both stages, the tests and the measurement on text of one method and seed.
+
+    Args:
+        directory: of checkpoints; a stage that is done is not trained again.
+        limit: test questions per set; all if None.
+    """
+    shared = processor()
+    views = data.features("google", shared.image_processor, data.VIEWS)
+    train, held_out = data.split(data.things(), seed)
+    align = replace(align, learning_rate=ALIGN_RATES.get(method, align.learning_rate))
+    finetune = replace(finetune, learning_rate=FINETUNE_RATES.get(method, finetune.learning_rate))
+    record: dict[str, Any] = {"method": method, "seed": seed, "machine": machine()}
+    record["dtype"] = str(frozen_dtype()).removeprefix("torch.")
+    previous = None
+    for number, stage in enumerate((align, finetune)):
+        rows = data.rows(train, stage.steps * stage.pictures_per_step, seed + 100 * number, stage.name)
+        folder = directory / stage.name
+        record[stage.name] = train_stage(stage, method, seed, shared, views, folder, previous, rows)
+        previous = folder
+    model = load_stage(directory / "finetune")
+    drawings = {"google": views[:: data.VIEWS], "twitter": data.features("twitter", shared.image_processor)}
+    asked, groups, said = [], [], []
+    for name, (vendor, new) in TESTS.items():
+        rows = data.questions(held_out if new else train)[:limit]
+        asked += rows
+        groups += [name] * len(rows)
+        said += answer(model, shared, drawings[vendor], rows, description=name)
+    guess = [data.most_frequent_kind(train)] * len(asked)
+    write_json(directory / "answers.json", [[*row.values(), text] for row, text in zip(asked, said, strict=True)])
+    record["score"] = accuracies(tuple(TESTS), groups, asked, said)
+    record["most frequent kind"] = accuracies(tuple(TESTS), groups, asked, guess)
+    record["language"] = language_kept(model, shared)
+    return record
+
+
+def file_of(method: str, seed: int, results: Path = RESULTS) -> Path:
+    """Where a run's record goes."""
+    return results / f"{method}-seed{seed}.json"
+
+
+def write_report(results: Path = RESULTS) -> str:
+    """Write the table of the records that are there, and return it; the repository's own go into the docs too."""
+    records = [json.loads(file.read_text()) for file in sorted(results.glob("*-seed*.json"))]
+    header = ["", "seeds", *TESTS, "text loss, with", "without", "capital of France", "weights"]
+    rows = []
+    if records:
+        by_seed = {record["seed"]: record["most frequent kind"] for record in records}
+        guesses = [_each(list(by_seed.values()), name) for name in TESTS]
+        rows.append(["most frequent kind", len(by_seed), *guesses, "-", "-", "-", "-"])
+    for method in METHODS:
+        own = [record for record in records if record["method"] == method]
+        if not own:
+            continue
+        cells = [_each([record["score"] for record in own], name) for name in TESTS]
+        cells += columns([record["language"] for record in own])
+        rows.append([NAMES[method], len(own), *cells, f"{own[0]['finetune']['trained_parameters']:,}"])
+    table = markdown(header, rows)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "table.md").write_text(table)
+    if results.resolve() == RESULTS.resolve():
+        head, _, rest = PAGE.read_text().partition(BEGIN)
+        done = f"{len(records)} of {SEEDS * len(METHODS)} runs are done."
+        PAGE.write_text(f"{head}{BEGIN}\n\n{done}\n\n{table}\n{END}{rest.partition(END)[2]}")
+    return table
+
+
+def _each(scores: list[dict[str, Any]], name: str) -> str:
+    """Mean over the seeds, with the lowest and the highest; a single seed's standard error."""
+    values = [score[name]["accuracy"] for score in scores]
+    if len(values) == 1:
+        return f"{values[0]:.1%} ± {scores[0][name]['stderr']:.1%}"
+    return f"{statistics.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
+
+
+def main(
+    report: Annotated[bool, typer.Option("--report", help="Only the table, from the records.")] = False,
+    seeds: Annotated[int, typer.Option(help="Seeds per method.")] = SEEDS,
+    output: Annotated[Path, typer.Option(help="Checkpoints; a second run continues there.")] = Path("outputs/emoji"),
+    results: Annotated[Path, typer.Option(help="Records and table.")] = RESULTS,
+) -> None:
+    """Run what is not done yet: all methods of one seed, then the next seed."""
+    for seed, method in [(seed, method) for seed in range(0 if report else seeds) for method in METHODS]:
+        file = file_of(method, seed, results)
+        if not file.is_file():
+            console.print(f"[bold]{NAMES[method]}, seed {seed}[/bold]")
+            write_json(file, run_one(method, seed, output / f"{method}-seed{seed}"))
+            write_report(results)
+    console.print(write_report(results), markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(typer.run(main))

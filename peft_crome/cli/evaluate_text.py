@@ -1,0 +1,73 @@
+"""peft-crome evaluate --text: the loss on plain text, with an adapter and without it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..new_file import new_file
+from .app import console, fail, place
+
+
+def evaluate_text(
+    directory: str, data: str | None, files: list[Path], batch_size: int, device: str | None, output: Path | None
+) -> None:
+    """Print, and write where `output` is given, what `peft_crome.training.text_loss` measures on each file."""
+    try:
+        if data is not None:
+            raise ValueError(f"Got the data set {data} and --text; expected one of them. Run the command twice.")
+        if output is not None and output.exists():
+            raise FileExistsError(f"--output: {output} is there already, and nothing is overwritten. Name another.")
+        texts = {str(file): file.read_text(encoding="utf-8") for file in files}
+        model, tokenizer = _load(directory, device)
+        found = {name: _measure(model, tokenizer, name, text, batch_size) for name, text in texts.items()}
+        if output is not None:
+            with new_file(output) as stream:
+                stream.write(json.dumps({"directory": directory, "text_loss": found}, indent=2) + "\n")
+    except (ValueError, OSError, ImportError) as error:  # UnicodeDecodeError is a ValueError
+        fail(error)
+    table = Table(caption="nats a token, ± standard error over chunks of text")
+    for heading in ("text", "with the adapter", "without", "cost", "tokens"):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    for name, loss in found.items():
+        cells = (f"{loss[key]:.4f} ± {loss[key + '_stderr'] or 0:.4f}" for key in ("adapted", "base", "cost"))
+        table.add_row(name, *cells, f"{loss['tokens']:,}")
+    console.print(table)
+
+
+def _measure(model: Any, tokenizer: Any, name: str, text: str, batch_size: int) -> dict[str, Any]:
+    from ..training import text_loss
+    from ..training.metrics import plain
+
+    try:
+        loss = text_loss(model, tokenizer, text, batch_size=batch_size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return {key: plain(value) for key, value in asdict(loss).items()}
+
+
+def _load(directory: str, device: str | None) -> tuple[Any, Any]:
+    """A stage's composite, or the model that an adapter names with the adapter on it; and a tokenizer."""
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import cached_file
+
+    settings = {"device_map": place(device)}
+    try:
+        has_config = cached_file(directory, "config.json", _raise_exceptions_for_missing_entries=False) is not None
+        base = directory if has_config else PeftConfig.from_pretrained(directory).base_model_name_or_path
+        if base is None:
+            raise ValueError(f"{directory} has an adapter that names no model. Write base_model_name_or_path into it.")
+        sees = type(AutoConfig.from_pretrained(base)) in AutoModelForImageTextToText._model_mapping
+        auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = auto_class.from_pretrained(base, **settings)
+        if not has_config:
+            model = PeftModel.from_pretrained(model, directory)
+        processor = AutoProcessor.from_pretrained(base)
+    except OSError as error:
+        raise OSError(f"{directory} cannot be loaded: {error}") from error
+    return model, getattr(processor, "tokenizer", processor)

@@ -1,0 +1,241 @@
+"""Where a chat template writes the answers of a conversation, in two renderings however many answers there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jinja2 import Environment, TemplateError, nodes
+from jinja2.meta import find_undeclared_variables
+
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around an answer; no text holds them, since they are no characters
+QUESTION, ANSWER = "(question)", "(answer)"
+OF_OTHER_TURNS = {"nextitem", "previtem", "length", "revindex", "revindex0", "changed", "cycle"}  # of a loop
+Messages = list[dict[str, Any]]
+Span = tuple[int, int]
+
+
+def turn(role: str, text: str) -> dict[str, Any]:
+    """A message of text alone."""
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+class PromptRewritten(ValueError):
+    """A prompt is no beginning of the conversation that goes on from it.
+
+    Args:
+        prompt: as generation would be given it.
+    """
+
+    def __init__(self, prompt: str) -> None:
+        super().__init__(prompt)
+        self.prompt = prompt
+
+
+class AnswerSpans:
+    """Find answers in a rendered conversation.
+
+    An answer begins where the prompt ends that generation is given, and ends with what ends its turn. The last one is
+    found by its prompt. In the same rendering the earlier answers have marks around them; what stands beside the marks
+    is the same for all turns of most templates. Where it may not be, each earlier answer is found by two renderings of
+    its own, whose time grows with the square of the number of answers.
+
+    Args:
+        render: messages, and whether a prompt for an answer ends them -> text.
+        template: Jinja, or what else a processor has.
+        before: messages that the template demands before a question.
+    """
+
+    def __init__(self, render: Callable[[Messages, bool], str], template: Any, before: Messages) -> None:
+        self._render = render
+        self._beside: tuple[str, str, str] | None = None
+        if isinstance(template, str) and writes_turns_alone(template):
+            self._beside = self._what_stands_beside_answers(before)
+
+    def find(self, messages: Messages, text: str, *, earlier: bool) -> list[Span]:
+        """The first character of each answer, and the one after its last.
+
+        Args:
+            messages: the last is an answer.
+            text: as they are rendered.
+            earlier: whether to find the answers before the last.
+        Raises:
+            PromptRewritten: a prompt is written in another way once an answer follows.
+        """
+        ends = [end for end, message in enumerate(messages[:-1]) if message["role"] == "assistant" and earlier]
+        if ends and self._beside is not None and OPEN not in text and CLOSE not in text:
+            prompt = self._render(_marked(messages[:-1]), True)
+            spans = _between_marks(prompt, text, [_said(messages[end]) for end in ends], self._beside)
+            if spans is not None:
+                return [*spans, (len(prompt) - 2 * len(ends), len(text.rstrip()))]
+        return [*(self.by_prefix(messages, end, text) for end in ends), self._last(messages, text)]
+
+    def by_prefix(self, messages: Messages, end: int, text: str) -> Span:
+        """One answer, by rendering what comes before it and what ends with it."""
+        prompt = self._render(messages[:end], True)
+        said = self._render(messages[: end + 1], False).rstrip()
+        if not (text.startswith(prompt) and text.startswith(said)):
+            raise PromptRewritten(prompt)
+        return len(prompt), len(said)
+
+    def _last(self, messages: Messages, text: str) -> Span:
+        prompt = self._render(messages[:-1], True)
+        if not text.startswith(prompt):
+            raise PromptRewritten(prompt)
+        return len(prompt), len(text.rstrip())
+
+    def _what_stands_beside_answers(self, before: Messages) -> tuple[str, str, str] | None:
+        """The end of a prompt, what comes between it and an answer, and what ends an answer; None: not the same."""
+        asked = [*before, turn("user", QUESTION)]
+        try:
+            prompt, said = self._render(asked, True), self._render([*asked, turn("assistant", ANSWER)], False)
+            if not said.startswith(prompt) or said.count(ANSWER) != 1 or prompt.count(QUESTION) != 1:
+                return None
+            gap, _, ending = said[len(prompt) :].partition(ANSWER)
+            beside = prompt.partition(QUESTION)[2], gap, ending.rstrip()
+            for system in ([], [turn("system", "s")]) if not before else (before,):
+                if not self._holds_for(beside, system):
+                    return None
+        except (TemplateError, PromptRewritten):
+            return None
+        return beside
+
+    def _holds_for(self, beside: tuple[str, str, str], before: Messages) -> bool:
+        turns = [turn(role, f"{role} {number}") for number in range(3) for role in ("user", "assistant")]
+        messages = [*before, *turns]
+        try:
+            text = self._render(messages, False)
+        except TemplateError:
+            return bool(before)  # it takes no system message, so no row with one comes that far
+        ends = [number for number, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
+        prompt = self._render(_marked(messages[:-1]), True)
+        spans = _between_marks(prompt, text, [_said(messages[end]) for end in ends], beside)
+        return spans == [self.by_prefix(messages, end, text) for end in ends]
+
+
+def _said(message: dict[str, Any]) -> str:
+    return "".join(part["text"] for part in message["content"])
+
+
+def _marked(messages: Messages) -> Messages:
+    """The same with marks around each answer, inside of its white space, which a template may take off."""
+    marked = []
+    for message in messages:
+        if message["role"] == "assistant":
+            text = _said(message)
+            core = text.strip()
+            message = turn("assistant", text.replace(core, f"{OPEN}{core}{CLOSE}", 1) if core else text)
+        marked.append(message)
+    return marked
+
+
+def _between_marks(prompt: str, text: str, answers: Sequence[str], beside: tuple[str, str, str]) -> list[Span] | None:
+    """Where the answers before a marked prompt's end stand in the text; None: the marks do not tell it."""
+    pieces = prompt.replace(CLOSE, OPEN).split(OPEN)
+    if len(pieces) != 2 * len(answers) + 1 or not text.startswith("".join(pieces)):
+        return None
+    before_answer, gap, ending = beside
+    spans, place = [], 0
+    for number, answer in enumerate(answers):
+        first = place + len(pieces[2 * number])
+        last = first + len(pieces[2 * number + 1])
+        place = last
+        core = answer.strip()
+        if not core or text[first:last] != core:
+            return None
+        left, right = answer[: answer.index(core)], answer[answer.index(core) + len(core) :]
+        if left and not before_answer.strip():
+            return None  # whose white space it is cannot be seen
+        starts = [
+            first - len(gap + kept) for kept in (left, "") if text.endswith(before_answer + gap + kept, 0, first)
+        ]
+        stops = [last + len(kept + ending) for kept in (right, "") if text.startswith(kept + ending, last)]
+        if not starts or not stops:
+            return None
+        spans.append((starts[0], stops[0] if ending else last))
+    return spans
+
+
+def writes_turns_alone(template: str) -> bool:
+    """Whether a template writes each turn, and each prompt, by the words of no other turn but the first.
+
+    What a template makes of roles and numbers is seen by trying it; of words it is not. False where it is not clear.
+    """
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        inputs = find_undeclared_variables(tree) - {"messages"}
+    except TemplateError:  # or tags of transformers' own
+        return False
+    parents = {id(child): node for node in _all(tree) for child in node.iter_child_nodes()}
+    if any(isinstance(node, nodes.NSRef | nodes.Macro | nodes.CallBlock) for node in _all(tree)):
+        return False
+    if OF_OTHER_TURNS.intersection(map(_attribute, _all(tree))):
+        return False
+    loops: list[nodes.For] = []
+    if not _reads_in_order("messages", tree, parents, loops) or len(loops) != 1:
+        return False
+    of_end = [
+        node
+        for node in _all(tree)
+        if (isinstance(node, nodes.Name) and node.name == "add_generation_prompt") or _attribute(node) == "last"
+    ]
+    return all(_writes_by_roles(node, parents, inputs, loops[0]) for node in of_end)
+
+
+def _all(tree: nodes.Node) -> Iterator[nodes.Node]:
+    yield tree
+    yield from tree.find_all(nodes.Node)
+
+
+def _attribute(node: nodes.Node | None) -> Any:
+    """The name that an expression takes from an object; None: it is none of that kind."""
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+        return node.arg.value
+    return None
+
+
+def _reads_in_order(name: str, tree: nodes.Template, parents: dict[int, nodes.Node], loops: list[nodes.For]) -> bool:
+    """Whether the messages are used in one loop, else for the first of them and for roles alone."""
+    for used in tree.find_all(nodes.Name):
+        if used.name != name or used.ctx != "load":
+            continue
+        node: nodes.Node = used
+        parent = parents[id(node)]
+        while (isinstance(parent, nodes.Getitem) and isinstance(parent.arg, nodes.Slice) and parent.node is node) or (
+            isinstance(parent, nodes.CondExpr) and parent.test is not node
+        ):
+            if isinstance(parent, nodes.Getitem) and (parent.arg.stop is not None or parent.arg.step is not None):  # type: ignore[attr-defined]
+                return False
+            node, parent = parent, parents[id(parent)]
+        if isinstance(parent, nodes.For) and parent.iter is node:
+            loops += [parent] if all(parent is not loop for loop in loops) else []
+        elif isinstance(parent, nodes.Assign) and isinstance(parent.target, nodes.Name):
+            if parent.target.name == name or not _reads_in_order(parent.target.name, tree, parents, loops):
+                return False
+        elif isinstance(parent, nodes.Getitem) and parent.node is node:
+            if _attribute(parent) != 0 and _attribute(parents[id(parent)]) != "role":
+                return False
+        elif not isinstance(parent, nodes.Test | nodes.If | nodes.And | nodes.Or):
+            return False
+    return True
+
+
+def _writes_by_roles(used: nodes.Node, parents: dict[int, nodes.Node], inputs: set[str], loop: nodes.For) -> bool:
+    """Whether what is written at the end alone, and when it is, follows from roles and the template's inputs."""
+    turns = {target.name for target in [loop.target] if isinstance(target, nodes.Name)}
+    node, read = used, []
+    whole = None
+    while id(node) in parents:
+        node = parents[id(node)]
+        if isinstance(node, nodes.If | nodes.CondExpr):
+            read.append(node.test)
+            whole = whole or node
+    read.append(whole if whole is not None else node)
+    for part in read:
+        for name in part.find_all(nodes.Name):
+            of_turn = name.name in turns and _attribute(parents[id(name)]) == "role"
+            if not (of_turn or name.name in inputs or name.name == "loop"):
+                return False
+    return True

@@ -1,0 +1,167 @@
+"""The fields of a row: which hold its images and its system message, and which are not read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from ..utils.read_image import SOURCES, embedded_image
+from ..utils.shorten import short
+from .rows import Fault
+
+TURNS = ("conversations", "messages", "prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
+READ = {"id", *TURNS, "completion", *SYSTEM, "answers", "options", "choices"}
+OF_TURN = {"from", "role", "value", "content"}
+KINDS = r"(_(file|filename|path|name|url|uri|base64|bytes|data)s?)?"
+IMAGES = re.compile(rf"(image|img|picture|photo)s?{KINDS}", re.IGNORECASE)
+ADDRESSES = re.compile(r".*_(url|uri)s?", re.IGNORECASE)
+MEDIA = re.compile(rf"(video|audio|speech)s?{KINDS}", re.IGNORECASE)
+WRITTEN = ("tools", "functions", "chat_template_kwargs")  # a chat template would write them
+SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+WEIGHTS = ("weight", "loss", "train")  # of a turn: whether it is learnt
+IMAGE_FILE = re.compile(r"[^\n]+\.(png|jpe?g|gif|webp|bmp|tiff?|avif)", re.IGNORECASE)
+
+
+def is_nothing(given: Any) -> bool:
+    """Whether a field is empty."""
+    return given is None or (isinstance(given, str | bytes | list | dict) and not given)
+
+
+def image_fields(row: Mapping[str, Any]) -> list[str]:
+    """The fields that hold a row's images, `image` and `images` first; an address counts where nothing else does."""
+    named = [key for key in ("image", "images") if not is_nothing(row.get(key))]
+    named += [
+        key
+        for key, value in row.items()
+        if isinstance(key, str) and key not in ("image", "images") and IMAGES.fullmatch(key) and _holds_images(value)
+    ]
+    files = [key for key in named if not ADDRESSES.fullmatch(key)]
+    return files or named
+
+
+def are_alike(images: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether two fields hold the same images: equal ones, files of the same name, or a file and its content."""
+    return len(images) == len(others) and all(
+        one == other
+        or _file_name(one) == _file_name(other) != ""
+        or (_file_name(one) == "") != (_file_name(other) == "")
+        for one, other in zip(images, others, strict=True)
+    )
+
+
+def system_of(row: Mapping[str, Any]) -> tuple[str | None, list[Fault]]:
+    """The system message that stands beside the turns of a row."""
+    given = {key: row[key] for key in SYSTEM if row.get(key)}
+    texts = [text for text in given.values() if isinstance(text, str)]
+    if len(texts) < len(given):
+        return None, [Fault("row", f"the system message is {short(given)}; expected text.")]
+    if len(set(texts)) > 1:
+        return None, [Fault("row", f"{list(given)} are different system messages. Take one of them out.")]
+    return (texts[0] if texts and not texts[0].isspace() else None), []
+
+
+def unread_content(row: Mapping[str, Any], has_images: bool) -> list[Fault]:
+    """What a row is about and nothing reads; nothing is trained without it.
+
+    Args:
+        has_images: whether the row has images in another place.
+    """
+    keys = [key for key, value in row.items() if isinstance(key, str) and not is_nothing(value)]
+    media = [key for key in keys if MEDIA.fullmatch(key)]
+    written = [key for key in keys if key in WRITTEN]
+    unnamed = [
+        key
+        for key in keys
+        if key not in READ and key != "turns" and not IMAGES.fullmatch(key) and _is_an_image(row[key], has_images)
+    ]
+    faults = []
+    if media:
+        faults.append(f"{media} cannot be read; rows have text, and images in 'image' or 'images'.")
+    if written:
+        faults.append(f"{written} cannot be read; write what the model is to read of it into the turns.")
+    if unnamed:
+        faults.append(
+            f"{unnamed} hold images, which are read from 'image' or 'images'. Rename the field, or take it out."
+        )
+    return [Fault("row", fault) for fault in faults]
+
+
+def unread_of_turn(turn: Mapping[str, Any]) -> Fault | None:
+    """What a turn holds beside its text and nothing reads."""
+    if len(turn) <= 2:
+        return None
+    given = {key: value for key, value in turn.items() if isinstance(key, str) and not is_nothing(value)}
+    unread = [key for key in given if key in SAID or IMAGES.fullmatch(key) or MEDIA.fullmatch(key)]
+    if unread:
+        remedy = "List images in the row's 'images', and write the rest into the text."
+        return Fault("turn", f"a turn has {unread} of its own, which are not read. {remedy}")
+    if "value" in given and given.get("content", given["value"]) != given["value"]:
+        return Fault("turn", "a turn has 'value' and 'content', which differ. Take one of them out.")
+    weights = [key for key in WEIGHTS if key in given and given[key] != 1]
+    if weights:
+        return Fault(
+            "turn", f"a turn has {weights[0]!r}: {short(given[weights[0]])}. All answers of a row are learnt."
+        )
+    return None
+
+
+def ignored_fields(row: Any, columns: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The names of a row's fields that are not read, of its turns as `conversations[].name`."""
+    if not isinstance(row, Mapping):
+        return
+    read = READ | set(image_fields(row)) if columns is None else set(columns.values())
+    yield from (str(key) for key, value in row.items() if key not in read and not is_nothing(value))
+    for key in TURNS if columns is None else ():
+        turns = row.get(key)
+        names = (
+            {name for turn in turns if isinstance(turn, Mapping) for name in turn}
+            if isinstance(turns, list)
+            else set()
+        )
+        yield from (f"{key}[].{name}" for name in sorted(map(str, names - OF_TURN)))
+
+
+def _holds_images(value: Any) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return (
+        bool(items)
+        and all(
+            isinstance(item, str | bytes | Image.Image)
+            or (isinstance(item, Mapping) and any(not is_nothing(item.get(key)) for key in SOURCES))
+            for item in items
+            if item is not None
+        )
+        and any(not is_nothing(item) for item in items)
+    )
+
+
+def _is_an_image(value: Any, has_images: bool) -> bool:
+    """Whether a field of any name holds an image, or names its file where the row has no other image."""
+    for item in value if isinstance(value, list) else [value]:
+        source = (
+            next((item[key] for key in SOURCES if not is_nothing(item.get(key))), None)
+            if isinstance(item, Mapping)
+            else item
+        )
+        if isinstance(source, bytes | Image.Image):
+            return True
+        if not isinstance(source, str):
+            return False
+        embedded = source[:11].lower() == "data:image/" or embedded_image(source) is not None
+        if not embedded and (has_images or not IMAGE_FILE.fullmatch(source)):
+            return False
+    return not is_nothing(value)
+
+
+def _file_name(image: Any) -> str:
+    """The name of an image's file without its ending; empty where the image is given by its content."""
+    if isinstance(image, Mapping):
+        image = image.get("path") or image.get("url")
+    if not isinstance(image, str) or image[:5].lower() == "data:" or embedded_image(image) is not None:
+        return ""
+    return PurePosixPath(image).stem

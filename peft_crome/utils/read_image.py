@@ -1,0 +1,191 @@
+"""Read an image, whatever it is given as, into the pixels that training and inference share."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+import torch
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # as transformers has it
+from PIL import Image, ImageOps
+
+from .shorten import cut, short
+
+SOURCES = ("bytes", "path", "url", "base64")  # where a mapping holds its image
+BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{32,}={0,2}\s*")
+SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
+WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+
+Channels = Literal["channels_first", "channels_last"]
+
+
+def read_image(image: Any, channels: Channels | None = None) -> Image.Image:
+    """Give the RGB pixels of an image; the composite's processor, training and evaluation all read with this function.
+
+    - The EXIF orientation is applied. Of an animation the first frame is taken; a PIL image gives the frame it is at.
+    - Transparent pixels lie on white, as a page shows them; Qwen-VL and vLLM do the same. Dropping the alpha channel
+      would show whatever color a transparent pixel hides, which is often black.
+    - Of 16 bits the higher 8 are kept, as Pillow does with 16-bit RGB files. White stays white.
+    - Where a type does not say what is white (32-bit integers, floats), the largest value does: floats up to 1 have
+      white at 1, any values up to 255 at 255, integers up to 65,535 at 65,535.
+
+    Args:
+        image: a path, an http(s) address, a data URI, base64 text, bytes, an open file, {"bytes", "path", "url" or
+            "base64"}, a PIL image, or an array or tensor of (height, width), (height, width, channels) or (channels,
+            height, width) with 1 to 4 channels.
+        channels: where an array has its channels; None: found by their number.
+    Raises:
+        ValueError: there is no such file, it is not an image, it is damaged, its white is unknown, or it is larger
+            than Pillow's limit against decompression bombs.
+    """
+    try:
+        if isinstance(image, Image.Image):
+            return _to_rgb(image)
+        if isinstance(image, np.ndarray | torch.Tensor):
+            return _to_rgb(_from_array(image, channels))
+        with Image.open(_file(image)) as opened:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and opened.width * opened.height > limit:
+                raise ValueError(f"{opened.width} x {opened.height} pixels; Pillow takes {limit:,}")
+            return _to_rgb(opened)
+    except Exception as error:  # each format's decoder has errors of its own
+        cause = str(error) or type(error).__name__
+        raise ValueError(f"cannot read the image {_described(image)} ({cut(cause, 200)})") from error
+
+
+def embedded_image(text: str) -> bytes | None:
+    """The bytes of an image that a text holds itself, as a data URI or in base64; None for a path or an address.
+
+    Raises:
+        ValueError: the base64 of a data URI is damaged.
+    """
+    if text[:5].lower() == "data:":
+        return _of_data_uri(text)
+    data = _of_base64(text)
+    return data if data is not None and _looks_like_an_image(data) else None
+
+
+def _file(image: Any) -> Any:
+    """A path or an open file for Pillow."""
+    if isinstance(image, Mapping):
+        source = next((image[key] for key in SOURCES if image.get(key) is not None), None)
+        if source is None or isinstance(source, Mapping):
+            raise ValueError(f"it has {sorted(map(str, image))}; expected one of {SOURCES}")
+        return _file(source)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return io.BytesIO(image)
+    if hasattr(image, "read"):
+        return image
+    if isinstance(image, os.PathLike):
+        return os.fspath(image)
+    if not isinstance(image, str):
+        raise ValueError("expected a path, an address, bytes, base64 text, a PIL image, an array or a tensor")
+    if image.startswith(("http://", "https://")):
+        return io.BytesIO(httpx.get(image, follow_redirects=True).raise_for_status().content)
+    if os.path.isfile(image):
+        return image
+    data = embedded_image(image)
+    if data is None:
+        raise ValueError("there is no such file, and the text is neither an http(s) address nor an image in base64")
+    return io.BytesIO(data)
+
+
+def _of_data_uri(text: str) -> bytes:
+    head, _, body = text.partition(",")
+    if not head.lower().replace(" ", "").endswith(";base64"):
+        return unquote_to_bytes(body)
+    data = _of_base64(unquote_to_bytes(body).decode("latin-1"))
+    if data is None:
+        raise ValueError("the base64 of the data URI is damaged")
+    return data
+
+
+def _of_base64(text: str) -> bytes | None:
+    if not BASE64.fullmatch(text):
+        return None
+    digits = "".join(text.split()).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
+    try:
+        return base64.b64decode(digits + "=" * (-len(digits) % 4))
+    except binascii.Error:
+        return None
+
+
+def _looks_like_an_image(data: bytes) -> bool:
+    bitmap = data[:2] == b"BM" and data[6:10] == bytes(4)
+    return bitmap or data.startswith(SIGNATURES) or data[4:8] == b"ftyp"
+
+
+def _described(image: Any) -> str:
+    if isinstance(image, Mapping):
+        return _described(next((image[key] for key in ("path", *SOURCES) if image.get(key) is not None), None))
+    if isinstance(image, Image.Image):
+        return f"of {image.width} x {image.height} pixels, mode {image.mode}"
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return f"of shape {tuple(image.shape)}, {image.dtype}"
+    if isinstance(image, str | os.PathLike):
+        return cut(os.fspath(image))
+    return short(image)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        key = image.info.get("transparency")
+        values = np.asarray(image)
+        image = Image.fromarray(_eight_bits(values))
+        if isinstance(key, int):
+            image.putalpha(Image.fromarray((values != key).astype(np.uint8) * 255))
+    palette = getattr(image.palette, "mode", "")
+    if image.mode not in WITH_ALPHA and "transparency" not in image.info and not palette.endswith("A"):
+        return image.convert("RGB")
+    image = image.convert("LA") if image.mode == "La" else image
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _from_array(array: Any, channels: Channels | None) -> Image.Image:
+    if isinstance(array, torch.Tensor):
+        tensor = array.detach().cpu()
+        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    if array.ndim == 3:
+        array = np.moveaxis(array, 0, -1) if (channels or _channels(array.shape)) == "channels_first" else array
+        array = array[..., 0] if array.shape[-1] == 1 else array
+    if array.ndim not in (2, 3) or array.size == 0 or array.shape[2:] not in ((), (2,), (3,), (4,)):
+        raise ValueError("expected (height, width), with 1 to 4 channels before or after them")
+    return Image.fromarray(np.ascontiguousarray(_eight_bits(array)))
+
+
+def _channels(shape: tuple[int, ...]) -> Channels:
+    """1 or 3 channels come first in doubt, in the first axis before the last, as transformers finds them."""
+    for counts in ((1, 3), (4,), (2,)):
+        if shape[0] in counts:
+            return "channels_first"
+        if shape[-1] in counts:
+            return "channels_last"
+    return "channels_last"
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Values as 0 to 255; see `read_image` for what is taken for white."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        return (values >> 8).astype(np.uint8)
+    least, most = values.min(), values.max()
+    floats = values.dtype.kind == "f"
+    if not (least >= 0 and most <= (255 if floats else 65_535)):  # NaN is in no range
+        raise ValueError(
+            f"its values go from {least:.6g} to {most:.6g}, so nobody knows which is white; save it with 8 bits"
+        )
+    if floats:
+        return np.round(values.astype(np.float32) * (255 if most <= 1 else 1)).astype(np.uint8)
+    return (values >> 8 if most > 255 else values).astype(np.uint8)

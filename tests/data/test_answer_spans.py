@@ -1,0 +1,170 @@
+"""Answers are found in two renderings, and are those that rendering each of them finds."""
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from peft_crome.data import CHAT_TEMPLATES, ConversationCollator
+from peft_crome.data.answer_spans import CLOSE, OPEN, PromptRewritten, turn, writes_turns_alone
+from tests.data.test_collator import CHATML, FORGETS, THINKS
+from tests.data.test_texts import processor  # noqa: F401  # fixture
+from tests.vlm.conftest import backbones, composite  # noqa: F401  # fixtures
+
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|h|>' + message['role'] + "
+    "'<|/h|>\n\n'+ message['content'] | trim + '<|eot|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|h|>assistant<|/h|>\n\n' }}{% endif %}"
+)
+ZEPHYR = (
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+    "{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
+    "{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+QWEN25 = (
+    "{% if messages[0]['role'] == 'system' %}{{ '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>system\nYou are Qwen.<|im_end|>\n' }}{% endif %}{% for message in messages %}"
+    "{% if message.role == 'user' or (message.role == 'system' and not loop.first) or message.role == 'assistant' %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+    "{% elif message.role == 'tool' %}"
+    "{% if (loop.index0 == 0) or (messages[loop.index0 - 1].role != 'tool') %}<|im_start|>user{% endif %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}{{ raise_exception('no system') }}"
+    "{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}"
+    "{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + "
+    "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set loop_messages = messages[1:] %}{% set system = messages[0]['content'] %}"
+    "{% else %}{% set loop_messages = messages %}{% set system = false %}{% endif %}{% for m in loop_messages %}"
+    "{% if loop.index0 == 0 and system %}{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m['content'] %}"
+    "{% else %}{% set content = m['content'] %}{% endif %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + content | trim + ' [/INST]' }}{% else %}{{ ' ' + content | trim + ' ' + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+ALONE = {
+    "chatml": CHATML, "vicuna": CHAT_TEMPLATES["vicuna"], "plain": CHAT_TEMPLATES["plain"], "llama 3": LLAMA3,
+    "zephyr": ZEPHYR, "qwen 2.5": QWEN25, "mistral": MISTRAL, "gemma": GEMMA, "llama 2": LLAMA2,
+    "trimmed chatml": CHATML.replace("m['content']", "m['content'] | trim"),
+    "left line ends off": CHATML.replace("m['content']", "m['content'].lstrip('\n')"),
+    "trimmed plain": CHAT_TEMPLATES["plain"].replace("message['content']", "message['content'] | trim"),
+    "no ends": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}",
+    "thinking left out": CHATML.replace("m['content']", "m['content'].split('red')[-1]"),
+}  # fmt: skip
+ENDS = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+OTHERS = {
+    "by the last message": CHATML.replace(
+        "assistant\n{% endif %}", "assistant\n{% if 'red' in messages[-1]['content'] %}<think>{% endif %}{% endif %}"
+    ),
+    "by its own question": CHATML.replace(ENDS, "").replace(
+        "<|im_end|>\n",
+        "<|im_end|>\n{% if add_generation_prompt and loop.last and 'red' in m['content'] %}!{% endif %}",
+    ) + ENDS,
+    "a preamble by the last": "{% if 'red' in messages[-1]['content'] %}!{% endif %}" + CHATML,
+    "a preamble by any": "{% for m in messages %}{% if 'red' in m['content'] %}!{% endif %}{% endfor %}" + CHATML,
+    "by what came before": "{% set ns = namespace(seen=false) %}" + CHATML.replace(
+        "{% endfor %}", "{% if 'red' in m['content'] %}{% set ns.seen = true %}{% endif %}{% endfor %}"
+    ).replace("assistant\n{% endif %}", "assistant\n{% if ns.seen %}!{% endif %}{% endif %}"),
+    "by the next": CHATML.replace(
+        "<|im_end|>", "{{ '!' if loop.nextitem and 'red' in loop.nextitem['content'] }}<|im_end|>"
+    ),
+    "by a macro": "{% macro end(all) %}{{ '!' if 'red' in all[-1]['content'] }}{% endmacro %}"
+    + CHATML + "{{ end(messages) }}",
+    "earlier thinking left out": CHATML.replace(
+        "m['content']", "(m['content'] if loop.last else m['content'].split('red')[-1])"
+    ),
+    "earlier words left out": "{% for m in messages %}{% set said = m['content'] %}{% if not loop.last %}"
+    "{% set said = said.split('red')[-1] %}{% endif %}" + CHATML.partition("%}")[2].replace("m['content']", "said"),
+}  # fmt: skip
+TRIED = {  # what tells is their rendering
+    "forgets": FORGETS,
+    "thinks": THINKS,
+}
+
+WHITE = st.sampled_from(["", " ", "\n", "\n\n", " \n", "\t"])
+WORDS = [
+    "yes", "red", "blue", "assistant", "assistant:", "<|im_end|>", "ASSISTANT:", "user: yes", "", f"a{OPEN}b", CLOSE,
+    "is it red?", "<image>",
+]  # fmt: skip
+TEXT = st.builds("".join, st.tuples(WHITE, st.sampled_from(WORDS), WHITE))
+
+
+def outcome(find: Any) -> Any:
+    try:
+        return find()
+    except PromptRewritten as error:
+        return error.prompt
+
+
+@pytest.mark.parametrize("name", [*ALONE, *OTHERS, *TRIED])
+@given(said=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5), system=st.none() | TEXT)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_answers_are_those_that_rendering_each_finds(
+    name: str,
+    said: list[tuple[str, str]],
+    system: str | None,
+    processor: Any,  # noqa: F811
+) -> None:
+    processor.chat_template = (ALONE | OTHERS | TRIED)[name]
+    collator = ConversationCollator(processor)
+    spans = collator._spans
+    messages = [turn("system", system)] if system is not None and name != "mistral" else []
+    messages += [turn(role, text) for pair in said for role, text in zip(("user", "assistant"), pair, strict=True)]
+    text = collator._render(messages)
+    ends = [end for end, message in enumerate(messages) if message["role"] == "assistant"]
+    expected = outcome(lambda: [spans.by_prefix(messages, end, text) for end in ends])
+    found = outcome(lambda: spans.find(messages, text, earlier=True))
+    assert found == expected or (isinstance(found, str) and isinstance(expected, str))
+
+
+def conversation(answers: int) -> dict[str, Any]:
+    messages = [turn("system", "Be brief.")]
+    for number in range(answers):
+        messages += [turn("user", f"question {number}?"), turn("assistant", f"answer {number}\n")]
+    return {"id": "r", "images": [], "messages": messages}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_two_renderings_find_all_answers(name: str, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    processor.chat_template = ALONE[name]
+    collator = ConversationCollator(processor)
+    row = conversation(40)
+    row["messages"] = row["messages"][1:]
+    rendered = []
+    render = type(processor).apply_chat_template
+
+    def count(*given: Any, **named: Any) -> Any:
+        rendered.append(1)
+        return render(*given, **named)
+
+    monkeypatch.setattr(type(processor), "apply_chat_template", count)
+    encoded = collator.encode(row)
+    assert len(rendered) == 2
+    monkeypatch.undo()
+    learnt = processor.tokenizer.decode([label for label in encoded["labels"] if label != -100])
+    assert [f"answer {number}" in learnt for number in range(40)] == [True] * 40
+    assert "question" not in learnt
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_templates_that_look_at_other_turns_are_known(name: str) -> None:
+    assert not writes_turns_alone(OTHERS[name])
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_templates_that_look_at_a_turn_alone_are_known(name: str) -> None:
+    assert writes_turns_alone(ALONE[name])

@@ -1,0 +1,137 @@
+"""The language model stays the language model it was: what the default promises, on every host."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.tuner.helpers import adapted, assert_equal, frozen_logits, logits
+from tests.zoo import ZOO, Batch, Case
+from tests.zoo.test_zoo import applies, each_architecture
+
+TEXT = (1, 9, 10, 11)
+PER_TOKEN = {
+    "chameleon": "images are tokens of the vocabulary, in the table that every token is looked up in",
+    "emu3": "images are tokens of the vocabulary, in the table that every token is looked up in",
+    "evolla": "the host resamples the protein again for each token",
+    "gemma3n": "the host calls its image and sound embedders with each token, for tokens of their own",
+    "step3p7": "the host projects the image again for each token",
+    "vision-encoder-decoder": "the host projects the image again for each token",
+}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what is run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def kernels(run: Callable[[], Any]) -> Counter[str]:
+    with torch.no_grad(), Kernels() as counted:
+        run()
+    return counted.found
+
+
+def text_only(case: Case) -> Batch:
+    applies(case, "text only")
+    assert case.text_only is not None
+    return case.text_only
+
+
+def by_default(name: str) -> Any:
+    """The architecture's model with the default's branches, and an adapter that is not an identity."""
+    return adapted(ZOO[name](), branches=None)
+
+
+@each_architecture
+def test_words(name: str) -> None:
+    """Logits of a prompt without an image are the base model's, bit for bit; with an image they change."""
+    case = ZOO[name]()
+    with_image = frozen_logits(case)
+    model = by_default(name)
+    assert "text" not in model.peft_config["default"].branches
+    assert not torch.allclose(logits(model, case.batch), with_image, atol=1e-4)
+    prompt = text_only(case)
+    assert_equal(logits(model, prompt), logits(case.model, prompt))
+
+
+@each_architecture
+def test_words_are_generated(name: str) -> None:
+    """Greedy answers to a prompt without an image: the same tokens by the same scores."""
+    case = ZOO[name]()
+    applies(case, "generate")
+    prompt = text_only(case)
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    case.model.requires_grad_(False)
+    expected = case.model.generate(**prompt, **settings)
+    found = by_default(name).generate(**prompt, **settings)
+    assert torch.equal(found.sequences, expected.sequences)
+    for step, base in zip(found.logits, expected.logits, strict=True):
+        assert_equal(step, base)
+
+
+@each_architecture
+def test_decoding_costs_nothing(name: str) -> None:
+    """After the prompt, a token takes the kernels that it takes without an adapter, with an image before it too."""
+    case = ZOO[name]()
+    applies(case, "generate")
+    if name in PER_TOKEN:
+        pytest.skip(PER_TOKEN[name])
+    inputs = case.generate_inputs()
+
+    def a_token(model: Any) -> Counter[str]:
+        counts = []
+        for length in (3, 6):
+            settings = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+            counts.append(kernels(lambda settings=settings: model.generate(**inputs, **settings)))
+        counts[1].subtract(counts[0])
+        return +counts[1]
+
+    base = a_token(case.model)
+    assert sum(base.values()) > 50
+    assert a_token(by_default(name)) == base
+
+
+@each_architecture
+def test_words_beside_an_image(name: str, record_property: Callable[[str, Any], None]) -> None:
+    """In a batch with rows that have an image, a row without one is what the base model makes of it there."""
+    case = ZOO[name]()
+    case.model.requires_grad_(False)
+    batch = beside_words(case)
+    try:
+        expected = logits(case.model, batch)[-1]
+    except (ValueError, RuntimeError, IndexError, TypeError, KeyError) as error:
+        record_property("beside", "")
+        pytest.skip(f"not such a batch: {type(error).__name__}")
+    found = logits(by_default(name), batch)[-1]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    record_property("beside", "bits" if torch.equal(found, expected) else "rounding")
+
+
+def beside_words(case: Case) -> Batch:
+    """The case's rows and one without an image, padded on the right."""
+    if "input_ids" not in case.batch:
+        pytest.skip("its prompt is the image, or no text")
+    ids = case.batch["input_ids"]
+    batch: Batch = {}
+    for key, value in case.batch.items():
+        if key == "input_ids" or (isinstance(value, torch.Tensor) and value.shape == ids.shape):
+            row = torch.full_like(value[:1], -100 if key == "labels" else 0)
+            if key in ("input_ids", "attention_mask"):
+                words = torch.tensor(TEXT[: row.shape[1]])
+                row[0, : len(words)] = words if key == "input_ids" else 1
+            value = torch.cat([value, row])
+        batch[key] = value
+    batch.pop("labels", None)
+    return batch
