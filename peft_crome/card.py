@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import peft
+import yaml
 from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
@@ -101,6 +102,8 @@ def correct_card(folder: str | os.PathLike, where: str = THIS, subfolder: str | 
     folder = Path(folder)
     path = folder / PAGE
     try:
+        if not any(map(_is_adapter, (folder, *(found.parent for found in folder.glob(f"*/{CONFIG_NAME}"))))):
+            return False  # most cards are none of ours, nor read
         card = ModelCard.load(path) if path.is_file() else None
         adapter = _adapter_of(folder, card)
         if adapter is None:
@@ -115,7 +118,7 @@ def correct_card(folder: str | os.PathLike, where: str = THIS, subfolder: str | 
         config._card = said or CardDetails()
         below = adapter.name if adapter != folder else None
         write_card(folder, config, where, "/".join(filter(None, (subfolder, below))) or None)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         logger.warning("%s: the line `%s` could not be put into the model card (%s).", path, IMPORT, error)
         return False
     return True

@@ -103,7 +103,7 @@ def reach_transformers() -> None:
 
     @functools.wraps(resize)
     def resize_without_sites(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from .resizing import without_sites
+        from .without_sites import without_sites
 
         with without_sites(self):
             return resize(self, *args, **kwargs)

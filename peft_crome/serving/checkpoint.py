@@ -17,6 +17,8 @@ from ..fold import why_not_foldable
 from ..provenance import backbone_name
 from ..tuner import CromeLayer, CromeWeights
 from ..vlm import CromeVLMForConditionalGeneration
+from ..without_sites import sites_out
+from ..written import check_model_files, check_ordinary
 
 OWN = (CromeLayer, CromeWeights)
 CARD = """# {name}, with a CROME adapter's text branch in its embedding table
@@ -41,16 +43,14 @@ def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwar
     Raises:
         FileExistsError: output_dir is there already.
         ValueError: nothing can be folded, the model has no adapter of CROME's, has another method's beside it, is
-            merged, or its table trains as well.
+            merged, or its table trains as well; or the model is held in a form that its checkpoint cannot hold.
     """
     output = Path(output_dir)
     if output.exists():
         raise FileExistsError(f"{output} is there already; nothing was written. Name a new directory.")
     host = model.get_base_model()
     _check(model)
-    target, prefix = host, ""
-    if isinstance(host, CromeVLMForConditionalGeneration):
-        target, prefix = host.language_model, "language_model."
+    target = host.language_model if isinstance(host, CromeVLMForConditionalGeneration) else host
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
     configs = {id(config): config for config in (target.config, target.config.get_text_config())}.values()
@@ -59,8 +59,10 @@ def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwar
     try:
         for config in configs:
             config.tie_word_embeddings = False
-        weights = _plain(host.state_dict(), prefix)
-        target.save_pretrained(temporary, state_dict=weights, **kwargs)
+        with sites_out(host):
+            check_ordinary(target)
+            target.save_pretrained(temporary, **kwargs)
+            check_model_files(temporary, target, kwargs.get("save_original_format", True))
         if processor is not None:
             processor.save_pretrained(temporary)
         (temporary / "README.md").write_text(CARD.format(name=backbone_name(target)), encoding="utf-8")
@@ -104,13 +106,3 @@ def _check(model: PeftModel) -> None:
 
 def _is_table(site: CromeLayer) -> bool:
     return isinstance(original_module(site.get_base_layer()), torch.nn.Embedding)
-
-
-def _plain(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """A state dict as the host has it without adapters.
-
-    Args:
-        prefix: of the part that is wanted.
-    """
-    plain = {key.replace(".base_layer.", "."): value for key, value in state.items() if not key.startswith("crome.")}
-    return {key.removeprefix(prefix): value for key, value in plain.items() if key.startswith(prefix)}

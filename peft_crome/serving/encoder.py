@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from ..tuner import CromeLayer
 from ..vlm import CromeVLMForConditionalGeneration
 from ..vlm.language_inputs import arguments_by_token
 
+# model_type of hosts, or of their towers, whose image embeddings vLLM 0.32 does not take.
+NOT_IN_VLLM = ("gemma3", "idefics3", "llava_next", "llava_onevision", "mistral3", "pixtral", "smolvlm")
 GRIDS = ("image_grid_thw",)  # what an engine needs beside the embeddings, to number positions
+
+logger = logging.getLogger(__name__)
 
 
 class ImageEncoder:
@@ -79,6 +84,12 @@ class ImageEncoder:
             ValueError: as when called.
         Source: vLLM's documentation of multimodal inputs, "Embedding Inputs".
         """
+        model_type = getattr(getattr(self.host, "config", None), "model_type", None)
+        if model_type in NOT_IN_VLLM:
+            logger.warning(
+                "vLLM 0.32 takes no image embeddings for %r. Serve it with transformers: model.generate(...).",
+                model_type,
+            )
         embeddings = self(**inputs)
         grids = {key: inputs[key].cpu() for key in GRIDS if inputs.get(key) is not None}
         if grids:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME
 
 from ..vlm.checkpoint import STAGE_RECORD
+from ..written import check_files
 
 try:
     import fcntl
@@ -65,34 +66,43 @@ def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: 
         card: README.md.
     Raises:
         StageError: the directory holds something.
+        ValueError: other weights were written than were meant; no directory is there then.
     """
     directory = Path(directory)
     check_free(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     name = model.active_adapter
     adapter = {key: value for key, value in get_peft_model_state_dict(model).items() if ".crome_" in key}
+    own = [key for key, _ in model.named_parameters() if ".crome_" in key and f".{name}." in key]
     config = model.peft_config[name]
     composite = model.unload()
     target = directory.with_name(f".{directory.name}.writing")
     shutil.rmtree(target, ignore_errors=True)  # of a run that was interrupted here
     target.mkdir()
-    composite.config.has_adapter = True
     try:
-        composite.save_pretrained(target)
-    finally:
-        composite.config.has_adapter = False
-    processor.save_pretrained(target)
-    save_file({key: value.detach().contiguous() for key, value in adapter.items()}, target / SAFETENSORS_WEIGHTS_NAME)
-    values = config.to_dict() | {
-        "modules_to_save": None,  # the composite beside it holds them
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "trained_on": (config.trained_on or {}) | {"name_or_path": composite.config.text_model_name_or_path},
-    }
-    (target / ADAPTER_CONFIG_NAME).write_text(json.dumps(_plain(values), indent=2, sort_keys=True) + "\n")
-    (target / "README.md").write_text(card, encoding="utf-8")
-    text = json.dumps({**record, "files": _sizes(target), "config": _config_digest(target)}, indent=2)
-    (target / RECORD).write_text(f"{text}\n", encoding="utf-8")
+        composite.config.has_adapter = True
+        try:
+            composite.save_pretrained(target)
+        finally:
+            composite.config.has_adapter = False
+        processor.save_pretrained(target)
+        adapter = {key: value.detach().contiguous() for key, value in adapter.items()}
+        save_file(adapter, target / SAFETENSORS_WEIGHTS_NAME)
+        check_files(target, [key.replace(f".{name}.", ".") for key in own], SAFETENSORS_WEIGHTS_NAME)
+        values = config.to_dict() | {
+            "modules_to_save": None,  # the composite beside it holds them
+            "base_model_name_or_path": None,
+            "inference_mode": True,
+            "trained_on": (config.trained_on or {}) | {"name_or_path": composite.config.text_model_name_or_path},
+        }
+        text = json.dumps(_plain(values), indent=2, sort_keys=True)
+        (target / ADAPTER_CONFIG_NAME).write_text(f"{text}\n", encoding="utf-8")
+        (target / "README.md").write_text(card, encoding="utf-8")
+        text = json.dumps({**record, "files": _sizes(target), "config": _config_digest(target)}, indent=2)
+        (target / RECORD).write_text(f"{text}\n", encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
     if directory.exists():
         directory.rmdir()
     os.replace(target, directory)

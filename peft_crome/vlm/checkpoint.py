@@ -14,6 +14,7 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -23,6 +24,7 @@ from transformers.utils import (
 )
 
 from ..adapter_file import read_adapter_file
+from ..written import check_files
 from .configuration_crome_vlm import CromeVLMConfig, quantization_to_dict
 from .convert import (
     PARTS,
@@ -117,6 +119,8 @@ def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLik
         write: `PreTrainedModel.save_pretrained` of the composite.
         save_directory: made where it is missing.
         kwargs: of `PreTrainedModel.save_pretrained`.
+    Raises:
+        ValueError: see `select_weights`, or other weights were written than were meant; no file is there then.
     """
     directory = Path(save_directory)
     if directory.is_file():
@@ -137,7 +141,11 @@ def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLik
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", directory.name)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+        # Before the call, which empties what it is given.
+        meant = [*remove_tied_weights_from_state_dict(dict(kwargs.get("state_dict", {})), model)]
         write(temporary, **kwargs)
+        if meant:
+            check_files(Path(temporary), meant)
         written = sorted(path for path in Path(temporary).iterdir() if path.is_file())
         for path in written:
             os.replace(path, directory / path.name)

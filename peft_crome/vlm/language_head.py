@@ -45,9 +45,10 @@ def check_head(language_model: PreTrainedModel) -> None:
     decoder = decoder_of(language_model)
     head, table = language_model.get_output_embeddings(), language_model.get_input_embeddings()
     training = [(module, module.training) for module in language_model.modules()]
-    weight = next(parameter for parameter in table.parameters() if parameter.is_floating_point())
+    weight = next(table.parameters())
+    dtype = weight.dtype if weight.is_floating_point() else language_model.dtype
     width = getattr(table, "embedding_dim", None) or weight.shape[-1]
-    embeddings = torch.linspace(-1, 1, 2 * width, dtype=weight.dtype, device=weight.device).reshape(1, 2, width)
+    embeddings = torch.linspace(-1, 1, 2 * width, dtype=dtype, device=weight.device).reshape(1, 2, width)
     ids = torch.ones(1, 2, dtype=torch.long, device=weight.device)
     arguments = {"use_cache": False, "return_dict": True, **arguments_by_token(language_model, ids, {})}
     try:
@@ -57,7 +58,7 @@ def check_head(language_model: PreTrainedModel) -> None:
             logits = language_model(inputs_embeds=embeddings.clone(), **arguments).logits  # CTRL scales it in place
             hidden = decoder(inputs_embeds=embeddings, **arguments).last_hidden_state
             fits = getattr(head, "in_features", hidden.shape[-1]) == hidden.shape[-1]
-            again = _scaled(language_model.config.get_text_config(), head(hidden)) if fits else None
+            again = scaled(language_model.config.get_text_config(), head(hidden)).to(logits) if fits else None
     finally:
         for module, was_training in training:
             module.training = was_training
@@ -71,8 +72,8 @@ def check_head(language_model: PreTrainedModel) -> None:
     _proven.add(language_model)
 
 
-def _scaled(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Tensor:
-    """Scaled and capped by the names that TRL reads (`add_fused_lm_head`)."""
+def scaled(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Tensor:
+    """What the head returned, scaled and capped by the names that TRL reads (`add_fused_lm_head`)."""
 
     def named(*names: str) -> Any:
         return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

@@ -364,6 +364,33 @@ def test_grpo_of_a_composite(kind: str, beta: float, tmp_path: Path) -> None:
     assert_only_the_adapter_moved(model, before)
 
 
+def test_rloo_of_a_composite(tmp_path: Path) -> None:
+    host = composite()
+    processor = processor_of(host)
+    model = get_peft_model(host, CromeConfig(bottleneck_dim=4))
+    before = copy.deepcopy(model.state_dict())
+    by_rewards("RLOO", model, processor, tmp_path).train()
+    assert_only_the_adapter_moved(model, before)
+
+
+def test_kto_of_a_composite_starts_at_its_reference(tmp_path: Path) -> None:
+    from trl import KTOConfig, KTOTrainer
+
+    host = composite()
+    processor = processor_of(host)
+    model = get_peft_model(host, CromeConfig(bottleneck_dim=4))
+    before = copy.deepcopy(model.state_dict())
+    arguments = KTOConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, learning_rate=0.01,
+        activation_checkpointing=False, **COMMON,
+    )  # fmt: skip
+    rows = rows_of("completion").add_column("label", [True, False] * 2)
+    losses = losses_of(KTOTrainer(model=model, args=arguments, train_dataset=rows, processing_class=processor))
+    assert losses[0] == pytest.approx(0.5, abs=1e-4)  # 1 - sigmoid(0)
+    assert losses[-1] < losses[0]
+    assert_only_the_adapter_moved(model, before)
+
+
 @pytest.mark.parametrize("trainer_name", ["GRPO", "RLOO"])
 def test_a_qformer_that_reads_instructions_is_refused_where_trl_drops_them(trainer_name: str, tmp_path: Path) -> None:
     host = composite("instructions")

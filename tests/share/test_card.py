@@ -255,6 +255,35 @@ def test_a_repository_of_named_adapters_has_a_page(tmp_path: Path) -> None:
         assert "More Information Needed" not in text
 
 
+def test_cards_of_others_are_not_even_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A data set's, a base model's, another method's: what stands in them is no business of ours."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "README.md").write_text("---\n: [no yaml\n---\n")
+    before = (tmp_path / "README.md").read_bytes()
+    assert not correct_card(tmp_path, "user/other")
+    ModelCard("---\ntags: [mine]\n---\n\n# All mine\n").save(tmp_path / "own" / "README.md")
+    assert "peft_crome" not in (tmp_path / "own" / "README.md").read_text()
+    assert (tmp_path / "README.md").read_bytes() == before
+    assert not caplog.text
+
+
+def test_a_card_that_a_machine_wrote_over_ours_is_put_right_on_disk(folder: Path) -> None:
+    ModelCard("---\nlibrary_name: transformers\n---\n\n# Model card\n\n## Quick start\n\n```python\n"
+              "pipeline('text-generation')\n```\n\n## Training\n").save(folder / "README.md")  # fmt: skip
+    text = card_of(folder).text
+    assert "import peft_crome  # tells PEFT the method" in text
+    assert "pipeline(" not in text
+    assert text.index("## How to load this adapter") < text.index("## Training")
+    assert card_of(folder).data.library_name == "peft"
+
+
+def test_a_card_that_cannot_be_read_is_left_with_a_word(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "README.md").write_text("---\n: [no yaml\n---\n")
+    with caplog.at_level(logging.WARNING, "peft_crome"):
+        assert not correct_card(folder, "user/adapter")
+    assert "could not be put into the model card" in caplog.text
+
+
 def test_a_name_with_quotes_cannot_break_out_of_the_code(tmp_path: Path) -> None:
     config = CromeConfig()
     config.base_model_name_or_path = 'x"); import os; os.system("true'

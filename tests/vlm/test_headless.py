@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from trl.trainer.utils import add_fused_lm_head
 
 from peft_crome import CromeConfig
 from peft_crome.vlm import CromeVLMConfig, CromeVLMForConditionalGeneration
@@ -22,6 +21,11 @@ CAPPED = {
     "cohere": {"logit_scale": 3.0},
     "granite": {"logits_scaling": 4.0},
 }
+
+
+def add_fused_lm_head(model: Any) -> None:
+    """TRL's, where it is installed."""
+    pytest.importorskip("trl").trainer.utils.add_fused_lm_head(model)
 
 
 def joined(language: str, **settings: Any) -> CromeVLMForConditionalGeneration:

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from peft_crome import CromeConfig, CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
-from peft_crome.training.checkpoint import save_stage
 
 HERE = Path(__file__).parent
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2}
@@ -73,6 +72,8 @@ def adapted(model: CromeVLMForConditionalGeneration, **kwargs: object):
 
 def main() -> None:
     """Write all of them."""
+    from peft_crome.training.checkpoint import save_stage  # which the extra `train` is for
+
     expected = {}
     for name, qformer in (("composite", False), ("composite_qformer", True)):
         model = composite(qformer)

@@ -1,0 +1,79 @@
+"""What a checkpoint's files hold, compared with what was meant to be in them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+REMEDY = "Load the model without quantisation, put the adapter on it, and write it from there."
+
+
+def check_ordinary(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights no ordinary checkpoint of its class holds, before a file appears.
+
+    Raises:
+        ValueError: it is quantised in a way that transformers does not write, or has layers of another kind than its
+            class makes, as torchao's and HQQ's functions put them in.
+    """
+    name, quantizer = type(model).__name__, getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        if not quantizer.is_serializable():
+            method = quantizer.quantization_config.quant_method
+            raise ValueError(f"{name} is quantised by {method}, which transformers cannot write. {REMEDY}")
+        return
+    with torch.device("meta"):
+        ordinary = type(model)(copy.deepcopy(model.config)).state_dict()
+    own = model.state_dict()
+    strange = sorted(ordinary.keys() ^ own.keys())
+    strange += [key for key, value in own.items() if type(value) is not torch.Tensor and key not in strange]
+    strange += [key for key, value in own.items() if key not in strange and value.shape != ordinary[key].shape]
+    if strange:
+        raise ValueError(
+            f"{name} has no {strange[:3]} of this kind ({len(strange)} in all), so its checkpoint cannot hold them. "
+            f"{REMEDY}"
+        )
+
+
+def check_model_files(folder: Path, model: PreTrainedModel, original_names: bool = True) -> None:
+    """Compare the files that `model.save_pretrained(folder)` wrote with the model.
+
+    Args:
+        original_names: whether keys are those of the published checkpoints (`save_original_format`).
+    Raises:
+        ValueError: as in `check_files`.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    state = quantizer.get_state_dict_and_metadata(model)[0] if quantizer is not None else None
+    state = remove_tied_weights_from_state_dict(dict(state or model.state_dict()), model)
+    if original_names:
+        state = revert_weight_conversion(model, state)
+    check_files(folder, state)
+
+
+def check_files(folder: Path, meant: Iterable[str], names: str = "*.safetensors") -> None:
+    """Compare the keys in a folder's safetensors files with those that were meant to be there.
+
+    transformers leaves out a state dict that it is given where a model has a quantiser, for one.
+
+    Args:
+        meant: the keys.
+        names: of the files, a pattern.
+    Raises:
+        ValueError: some are missing or unexpected; names them.
+    """
+    written: set[str] = set()
+    for path in folder.glob(names):
+        with safe_open(path, framework="pt") as file:
+            written |= set(file.keys())
+    expected = set(meant)
+    found = {"missing": sorted(expected - written), "unexpected": sorted(written - expected)}
+    text = "; ".join(f"{len(keys)} {kind}: {keys[:5]}" for kind, keys in found.items() if keys)
+    if text:
+        raise ValueError(f"The checkpoint was not written as it was meant ({text}), and is not kept. {REMEDY}")
