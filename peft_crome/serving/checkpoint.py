@@ -100,7 +100,7 @@ def _check(model: PeftModel) -> None:
     if trained:
         raise ValueError(
             f"{trained} has a copy for each adapter (modules_to_save or trainable_token_indices), and a checkpoint "
-            "has one. Write model.merge_and_unload() and save what it returns, or train without these."
+            "has one. Train without these, or serve the adapter attached, with transformers."
         )
 
 
