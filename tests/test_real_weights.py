@@ -74,7 +74,7 @@ def test_adapter_on_real_backbone_trains_and_reloads_equal(quantization_config, 
     base = backbone(quantization_config)
     base.save_pretrained(tmp_path / "composite")
     model = get_peft_model(base, CromeConfig())
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 5 * 576 * 256
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3 * 576 * 424
 
     losses = train(model, batches + batches)
     assert losses[-1] < losses[0]
@@ -97,7 +97,7 @@ def test_kbit_preparation_changes_nothing_about_what_trains(batches):
     prepared = get_peft_model(prepare_model_for_kbit_training(backbone(NF4)), CromeConfig())
     names = [sorted(n for n, p in model.named_parameters() if p.requires_grad) for model in (plain, prepared)]
     assert names[0] == names[1]
-    assert len(names[0]) == 5
+    assert len(names[0]) == 3
     for model in (plain, prepared):
         train(model, batches[:2])
         for name, parameter in model.named_parameters():
@@ -108,7 +108,7 @@ def test_kbit_preparation_changes_nothing_about_what_trains(batches):
 def test_projection_trains_beside_the_adapter_and_is_saved(batches, tmp_path):
     model = get_peft_model(backbone(), CromeConfig(modules_to_save=[PROJECTION]))
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    assert len(before) == 5 + 2
+    assert len(before) == 3 + 2
     train(model, batches)
     after = dict(model.named_parameters())
     still = [
@@ -126,7 +126,7 @@ def test_projection_trains_beside_the_adapter_and_is_saved(batches, tmp_path):
 
 
 def test_folding_the_text_branch_keeps_generation_equal_on_real_weights(batches):
-    model = get_peft_model(backbone(), CromeConfig())
+    model = get_peft_model(backbone(), CromeConfig(branches=["text", "vision"]))
     train(model, batches)
     model.eval()
     prompt = {"input_ids": torch.tensor([[1, 4093, 198, 504, 3575, 282]])}
@@ -140,3 +140,18 @@ def test_folding_the_text_branch_keeps_generation_equal_on_real_weights(batches)
     model.unmerge_adapter()
     with torch.no_grad():
         torch.testing.assert_close(forward(model, batches[0])[1], logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("quantization_config", [None, NF4, INT8], ids=["bf16", "nf4", "int8"])
+def test_words_alone_are_answered_by_the_language_model_as_it_was(quantization_config, batches):
+    prompt = {"input_ids": torch.tensor([[1, 4093, 198, 504, 3575, 282]])}
+    model = get_peft_model(backbone(quantization_config), CromeConfig())
+    train(model, batches)
+    model.eval()
+    settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found = model.generate(**prompt, **settings)
+    with model.disable_adapter():
+        expected = model.generate(**prompt, **settings)
+    assert torch.equal(found.sequences, expected.sequences)
+    for step, base in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(step, base, rtol=0, atol=0)
