@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -127,9 +125,10 @@ def test_trainer_goes_on(accumulation: int, tmp_path: Path) -> None:
         assert losses[4] < losses[1]
 
 
-def _two_processes(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=120))
+def _two_processes(rank: int, folder: str) -> None:
+    # By a file: a store in one process would end with it, while the other may still ask.
+    where = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=120)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, **where)
     case = llava()
     model = attach(case.model, branches=None, modules_to_save=["multi_modal_projector"])
     randomise(model)
@@ -143,10 +142,7 @@ def _two_processes(rank: int, port: int, folder: str) -> None:
 
 def test_distributed_data_parallel(tmp_path: Path) -> None:
     """An image in one process and text in the other, then text in both: the gradient is half of the image's."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_two_processes, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_two_processes, (str(tmp_path),), nprocs=2)
     case = llava()
     model = attach(case.model, branches=None, modules_to_save=["multi_modal_projector"])
     randomise(model)
