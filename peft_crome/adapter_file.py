@@ -172,31 +172,29 @@ class AdapterFile:
             )
 
 
-def read_adapter_file(
-    model_id: str, subfolder: str | None = None, allow_pickle: bool = False, **hub_kwargs: Any
-) -> AdapterFile | None:
+def read_adapter_file(model_id: str, subfolder: str | None = None, **hub_kwargs: Any) -> AdapterFile | None:
     """Read the header of the weights in an adapter directory or Hub repository.
 
-    Args:
-        allow_pickle: also take adapter_model.bin where there is no safetensors file.
+    A pickle (adapter_model.bin) is read, with a warning, where there is no safetensors file. PyTorch's loader for
+    weights alone runs no code from it.
+
     Returns:
         What the file holds; None if there is a configuration on its own.
     Raises:
-        ValueError: the file is truncated, a pickle, no regular file, holds no CROME weights, another method's too, or
-            weights in a dtype that adapters do not have.
+        ValueError: the file is truncated, a pickle of anything but tensors, no regular file, holds no CROME weights,
+            another method's too, or weights in a dtype that adapters do not have.
     """
     path = _find(model_id, subfolder, hub_kwargs)
     if path is None:
         return None
-    if path.name == WEIGHTS_NAME and not allow_pickle:
-        raise ValueError(
-            f"{path} is a pickle, which may hold code; expected {SAFETENSORS_WEIGHTS_NAME}. If you trust who wrote "
-            f"it, convert it once: safetensors.torch.save_file(torch.load({str(path)!r}, weights_only=True), "
-            f"{str(path.with_name(SAFETENSORS_WEIGHTS_NAME))!r}), or pass use_safetensors=False to from_pretrained."
-        )
     try:
         header = _read_header(path)
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not a file of tensors alone, or is damaged, and was not loaded: a pickle may hold code. Ask "
+            f"its author for {SAFETENSORS_WEIGHTS_NAME}."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"{path} is truncated or not a safetensors file ({error}). Download or save the adapter again."
         ) from error
@@ -295,9 +293,16 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
     safetensors itself refuses offsets that overlap, leave gaps or pass the file's end, and sizes that overflow.
     """
-    if path.name == WEIGHTS_NAME:  # a pickle that a user asked PEFT for by name
+    if path.name == WEIGHTS_NAME:
         names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
         tensors = torch.load(path, map_location="meta", weights_only=True)
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise pickle.UnpicklingError("no dictionary of tensors")
+        warnings.warn(
+            f"{path} is a pickle. It was read without running code from it. Save the adapter again to have "
+            f"{SAFETENSORS_WEIGHTS_NAME}.",
+            stacklevel=5,
+        )
         return {key: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for key, t in tensors.items()}
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")

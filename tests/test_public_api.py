@@ -49,7 +49,7 @@ def test_public_names_are_in_the_reference() -> None:
     assert "`peft_crome.__version__`" in page
 
 
-@pytest.mark.parametrize("package", ["training", "data", "serving", "inspection"])
+@pytest.mark.parametrize("package", ["training", "data", "evaluation", "serving", "inspection"])
 def test_names_of_the_parts_are_in_the_reference(package: str) -> None:
     module = importlib.import_module(f"peft_crome.{package}")
     page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")

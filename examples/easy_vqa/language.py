@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from peft_crome.training import text_loss
-from peft_crome.training.text_loss import adapters_off
+from peft_crome.evaluation import adapters_off, text_loss
 
 from .parts import english_text
 
@@ -26,7 +25,7 @@ def language_kept(model: Any, processor: Any, text: str | None = None) -> dict[s
         processor: the composite's.
         text: plain text; None: `english_text`.
     Returns:
-        text_loss (the fields of `peft_crome.training.TextLoss`, nats a token), question, answer (with the adapter),
+        text_loss (the fields of `peft_crome.evaluation.TextLoss`, nats a token), question, answer (with the adapter),
         base_answer (without it) and seconds.
     """
     start = time.perf_counter()

@@ -16,7 +16,7 @@ from .app import console, fail, place
 def evaluate_text(
     directory: str, data: str | None, files: list[Path], batch_size: int, device: str | None, output: Path | None
 ) -> None:
-    """Print, and write where `output` is given, what `peft_crome.training.text_loss` measures on each file."""
+    """Print, and write where `output` is given, what `peft_crome.evaluation.text_loss` measures on each file."""
     try:
         if data is not None:
             raise ValueError(f"Got the data set {data} and --text; expected one of them. Run the command twice.")
@@ -40,7 +40,7 @@ def evaluate_text(
 
 
 def _measure(model: Any, tokenizer: Any, name: str, text: str, batch_size: int) -> dict[str, Any]:
-    from ..training import text_loss
+    from ..evaluation import text_loss
     from ..training.metrics import plain
 
     try:

@@ -22,7 +22,6 @@ from .recipe import Recipe, RecipeError
 from .recipe_file import load_recipe
 from .run import train
 from .stages import STAGES, Stage, count_trained, modules_to_save
-from .text_loss import TextLoss, text_loss
 from .trainer import CromeTrainer, training_arguments
 from .validation import EvaluationCallback, load_questions
 
@@ -41,7 +40,6 @@ __all__ = [
     "StageError",
     "StepCost",
     "StepSize",
-    "TextLoss",
     "build",
     "count_trained",
     "exact_match",
@@ -56,7 +54,6 @@ __all__ = [
     "references",
     "save_stage",
     "score",
-    "text_loss",
     "train",
     "training_arguments",
 ]

@@ -79,8 +79,7 @@ class CromeConfig(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         hub_kwargs, _, _ = cls._split_kwargs(kwargs)
-        allow_pickle = kwargs.get("use_safetensors") is False
-        config._file = read_adapter_file(pretrained_model_name_or_path, subfolder, allow_pickle, **hub_kwargs)
+        config._file = read_adapter_file(pretrained_model_name_or_path, subfolder, **hub_kwargs)
         if config._file is not None:
             # An adapter of an earlier release does not say which branches it has, and the default was another one.
             config.branches = config.branches or config._file.branches()

@@ -156,11 +156,14 @@ def test_files_have_the_same_keys_whoever_saved_them(tmp_path: Path, saved: tupl
     assert_equal(logits(PeftModel.from_pretrained(base(path), tmp_path), batch), expected)
 
 
-def test_pickle_files_load_where_they_are_asked_for(tmp_path: Path, saved: tuple) -> None:
+@pytest.mark.parametrize("settings", [{}, {"use_safetensors": False}])
+def test_pickle_files_load_with_one_warning(settings: dict, tmp_path: Path, saved: tuple) -> None:
     path, adapter, expected, batch = saved
     PeftModel.from_pretrained(base(path), adapter).save_pretrained(tmp_path, safe_serialization=False)
     assert sorted(torch.load(tmp_path / "adapter_model.bin", weights_only=True)) == FILE_KEYS
-    loaded = PeftModel.from_pretrained(base(path), tmp_path, use_safetensors=False)
+    with pytest.warns(UserWarning, match="is a pickle") as caught:
+        loaded = PeftModel.from_pretrained(base(path), tmp_path, **settings)
+    assert sum("is a pickle" in str(warning.message) for warning in caught) == 1
     assert_equal(logits(loaded, batch), expected)
 
 

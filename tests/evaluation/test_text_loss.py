@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 
 from peft_crome import CromeConfig
 from peft_crome.cli import app
-from peft_crome.training import text_loss
-from peft_crome.training.text_loss import adapters_off
+from peft_crome.evaluation import adapters_off, text_loss
 from tests.examples.tiny_llava import save_tokenizer_and_model
 from tests.vlm.conftest import build, make_tokenizer
 
