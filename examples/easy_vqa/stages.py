@@ -17,8 +17,10 @@ from typing import Any
 import yaml
 
 from . import data
+from .language import language_kept
 from .model import frozen_dtype
 from .parts import dinov2_small, easy_vqa_dir, smollm2
+from .report import print_language
 from .training import write_json
 
 SIZES = {"pretrain": 200, "instruct": 600, "finetune": 100}  # optimiser steps
@@ -160,6 +162,18 @@ def untrained(file: Path, stage: str, folder: Path) -> dict[str, Any]:
     return scores(json.loads(answers.read_text()), training.references(rows))
 
 
+def language(directory: Path, text: str | None) -> dict[str, Any]:
+    """`language_kept` of a stage's directory, measured once."""
+    from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
+
+    file = directory.with_name(f"{directory.name}-language.json")
+    if not file.is_file():
+        model = CromeVLMForConditionalGeneration.from_pretrained(directory)
+        write_json(file, language_kept(model, CromeVLMProcessor.from_pretrained(directory), text))
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
 def _run(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "peft_crome", *arguments], check=True)
 
@@ -170,11 +184,13 @@ def run(
     test_questions: int,
     rows: dict[str, int] = ROWS,
     image_size: int | None = None,
+    text: str | None = None,
 ) -> list[dict[str, Any]]:
     """Train and evaluate what is not done yet; one row per stage, with its accuracy before and after.
 
     Args:
         image_size: of the pictures, in pixels; the tower's own if None.
+        text: what the loss on text is measured on; None: `english_text`.
     """
     folder = output / "data"
     if not (folder / "finetune-test.json").is_file():
@@ -195,7 +211,7 @@ def run(
         kept = {key: record[key] for key in ("trained", "steps", "seconds")}
         kept["settings"] = settings_of(record["recipe"])
         asked = {"asked": KINDS[stage], "by words alone": by_words(stage, folder), "before": before, "after": after}
-        results.append({"stage": stage, **asked, **kept})
+        results.append({"stage": stage, **asked, "language": language(output / stage, text), **kept})
         write_json(output / "results.json", results)
         previous = stage
     return results
@@ -228,3 +244,4 @@ def report(output: Path, test_questions: int, scale: float) -> None:
         for kind, found in row["after"].get("kinds", {}).items():
             alone = words["kinds"][kind]["accuracy"]
             print(f"    {kind}: {found['accuracy']:.1%} of {found['n']} (by words alone {alone:.1%})")
+        print_language(row["language"])

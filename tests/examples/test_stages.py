@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from examples.easy_vqa import stages
+from examples.easy_vqa.parts import english_text
 
 SIZES = {"pretrain": 100, "instruct": 20, "finetune": 12}
 ROWS = {"pretrain": 8, "instruct": 4, "finetune": 4}
@@ -34,10 +35,14 @@ print(processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_
 @pytest.mark.slow
 def test_each_stage_improves_what_it_is_for(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the stages' own processes: other tests run beside them
-    results = stages.run(tmp_path, SIZES, test_questions=48, rows=ROWS, image_size=112)
+    results = stages.run(tmp_path, SIZES, test_questions=48, rows=ROWS, image_size=112, text=english_text()[:3000])
     print(json.dumps(results, indent=1))
     for row in results:
         assert row["after"]["accuracy"] > row["before"]["accuracy"] + 2 * row["after"]["stderr"], row
+        loss = row["language"]["text_loss"]
+        assert loss["cost"] == 0
+        assert loss["adapted"] == loss["base"] > 1
+        assert "Paris" in row["language"]["answer"] == row["language"]["base_answer"]
     captions, questions, shapes = (row["by words alone"] for row in results)
     assert captions["accuracy"] < 0.15, "there are 24 captions"
     assert 0.2 < shapes["accuracy"] < 0.5, "there are three shapes"
