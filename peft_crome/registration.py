@@ -54,14 +54,16 @@ def keep_card() -> None:
     transformers' `push_to_hub`, its `Trainer` and TRL's write cards of their own beside an adapter. All of them save
     one by `RepoCard.save`, or upload by `HfApi.create_commit`.
     """
+    from transformers import PreTrainedModel
+
     save, commit = RepoCard.save, HfApi.create_commit
     if getattr(save, "keeps_card", False):
         return
 
     @functools.wraps(save)
     def save_and_correct(self: RepoCard, filepath: Any) -> None:
-        from .card import PAGE, correct_card
-        from .card_text import IMPORT
+        from .sharing.card import PAGE, correct_card
+        from .sharing.card_text import IMPORT
 
         save(self, filepath)
         path = Path(filepath)
@@ -70,7 +72,7 @@ def keep_card() -> None:
 
     @functools.wraps(commit)
     def commit_corrected(self: HfApi, repo_id: str, operations: Any, **kwargs: Any) -> Any:
-        from .card import correct_upload
+        from .sharing.card import correct_upload
 
         if kwargs.get("repo_type") in (None, "model"):
             operations = correct_upload(repo_id, operations)
@@ -79,40 +81,33 @@ def keep_card() -> None:
     save_and_correct.keeps_card = True  # type: ignore[attr-defined]
     RepoCard.save = save_and_correct  # type: ignore[method-assign]
     HfApi.create_commit = commit_corrected  # type: ignore[method-assign]
+    # `Trainer` calls it where a card says that a model is PEFT's; that of an integrated adapter says so, too.
+    PreTrainedModel.create_or_update_model_card = lambda self, output_dir: _correct_card(output_dir)
 
 
-def reach_transformers() -> None:
-    """Look at each `Trainer` once it is made, and let a vocabulary change its size under an adapter; idempotent.
+def _correct_card(folder: Any) -> None:
+    from .sharing.card import correct_card
 
-    Called by what needs it, an adapter or a composite: importing the trainer alone would take half a second.
-    """
-    from transformers import PreTrainedModel, Trainer
+    correct_card(folder)
 
-    from .card import correct_card
 
-    start, resize = Trainer.__init__, PreTrainedModel.resize_token_embeddings
-    if getattr(start, "knows_crome", False):
+def resize_under_adapters() -> None:
+    """Let a vocabulary change its size under an adapter, which does not depend on it; idempotent."""
+    from transformers import PreTrainedModel
+
+    resize = PreTrainedModel.resize_token_embeddings
+    if getattr(resize, "knows_crome", False):
         return
-
-    @functools.wraps(start)
-    def start_and_prepare(self: Any, *args: Any, **kwargs: Any) -> None:
-        from .trainers import prepare
-
-        start(self, *args, **kwargs)
-        prepare(self)
 
     @functools.wraps(resize)
     def resize_without_sites(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from .without_sites import without_sites
+        from .tuner.without_sites import without_sites
 
         with without_sites(self):
             return resize(self, *args, **kwargs)
 
-    start_and_prepare.knows_crome = True  # type: ignore[attr-defined]
-    Trainer.__init__ = start_and_prepare
+    resize_without_sites.knows_crome = True  # type: ignore[attr-defined]
     PreTrainedModel.resize_token_embeddings = resize_without_sites
-    # `Trainer` calls it where a card says that a model is PEFT's; that of an integrated adapter says so, too.
-    PreTrainedModel.create_or_update_model_card = lambda self, output_dir: correct_card(output_dir)
 
 
 def register() -> None:
@@ -120,6 +115,7 @@ def register() -> None:
     extend_peft_type()
     allow_import()
     keep_card()
+    resize_under_adapters()
     if PeftType.CROME in PEFT_TYPE_TO_TUNER_MAPPING:  # type: ignore[attr-defined]
         return
     from .tuner import CromeConfig, CromeModel

@@ -14,7 +14,7 @@ from peft_crome import __version__
 from peft_crome.cli import app
 from peft_crome.data import ConversationCollator, read_rows
 from peft_crome.training import build, generate_answers, load_recipe, train
-from peft_crome.training.reading import recipe_collator
+from peft_crome.training.model.collator import recipe_collator
 from tests.training.conftest import backbones, dataset, values  # noqa: F401  # fixtures
 
 runner = CliRunner()
@@ -154,7 +154,7 @@ def test_evaluate_writes_over_nothing_and_strict_json(
         (tmp_path / "b.jsonl").write_text("mine")
         return generate_answers(*args, **kwargs)
 
-    monkeypatch.setattr("peft_crome.training.evaluation.generate_answers", meanwhile)
+    monkeypatch.setattr("peft_crome.evaluation.answers.generate_answers", meanwhile)
     result = runner.invoke(app, [*arguments, str(tmp_path / "b.jsonl")])
     assert result.exit_code == 1
     assert "was not there before and is now. It stays" in result.stderr

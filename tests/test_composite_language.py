@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from peft_crome.tuner.sites import default_bottleneck_dim
+from peft_crome.tuner.sites.find import default_bottleneck_dim
 from tests.test_mixed_batch import COMPOSITES
 from tests.tuner.helpers import assert_equal, attach, logits, randomise
 from tests.vlm.conftest import make_batch

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import InstructBlipQFormerConfig
 
 from peft_crome import CromeConfig, cache_features
-from peft_crome.feature_store import FeatureStore
+from peft_crome.features.store import FeatureStore
 from tests.tuner.helpers import assert_equal, attach, logits
 from tests.vlm.conftest import build, make_batch
 from tests.zoo.case import ZOO
@@ -165,7 +165,7 @@ def test_features_under_autocast_are_kept_apart(name: str, tmp_path: Path) -> No
 WORKER = """
 import sys, torch
 from pathlib import Path
-from peft_crome.feature_store import FeatureStore
+from peft_crome.features.store import FeatureStore
 store = FeatureStore(sys.argv[1], 10**9)
 for number in range(300):
     key = f"{number % 100:02d}key"

@@ -13,7 +13,7 @@ import transformers as tf
 from torch import nn
 
 from peft_crome import CromeVLMForConditionalGeneration
-from peft_crome.four_bit import REPACKS, mend_repacking
+from peft_crome.backbone.four_bit import REPACKS, mend_repacking
 from tests.tuner.helpers import KEYS, attach, crome_weight, logits, randomise
 from tests.tuner.test_quantised import QUANTISATION, quantised, wide_llava
 from tests.zoo.llava import llava

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import peft_crome
-from peft_crome.guard import PATIENCE, Guard
+from peft_crome.tuner.guard import PATIENCE, Guard
 from tests.tuner.helpers import attach, crome_weight, randomise, snapshot
 from tests.zoo import ZOO
 from tests.zoo.case import WIDTH, words
@@ -23,7 +23,7 @@ TEXT, VISION = "base_model.model.model.language_model.embed_tokens", "base_model
 def hooks(model: nn.Module) -> int:
     """The guard's hooks; transformers leaves some of its own."""
     found = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return sum(hook.__module__ == "peft_crome.guard" for hook in found)
+    return sum(hook.__module__ == "peft_crome.tuner.guard" for hook in found)
 
 
 def test_check_reports_each_site_and_changes_nothing() -> None:
@@ -146,8 +146,8 @@ def test_passes_without_images_are_not_searched(monkeypatch: pytest.MonkeyPatch)
     """Neither the model's modules nor autograd's graph are walked, however many passes it takes."""
     case = llava()
     model = attach(case.model, branches=["vision"]).train()
-    monkeypatch.setattr("peft_crome.guard._reachable", lambda *_: pytest.fail("walked the graph"))
-    monkeypatch.setattr("peft_crome.guard.crome_layers", lambda *_: pytest.fail("walked the modules"))
+    monkeypatch.setattr("peft_crome.tuner.guard._reachable", lambda *_: pytest.fail("walked the graph"))
+    monkeypatch.setattr("peft_crome.tuner.layer.crome_layers", lambda *_: pytest.fail("walked the modules"))
     for _ in range(3):
         model(**words())
 

@@ -104,6 +104,8 @@ def test_pre_commit_pins_the_same_linters() -> None:
 
 
 def test_the_method_is_read_in_one_sitting() -> None:
-    """`peft_crome/tuner/` is the whole method; what only guards it stands outside."""
-    files = (ROOT / "peft_crome" / "tuner").glob("*.py")
-    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 700
+    """Five files of `peft_crome/tuner/` are the whole method."""
+    files = [
+        ROOT / "peft_crome" / "tuner" / f"{name}.py" for name in ("bottleneck", "config", "weights", "layer", "model")
+    ]
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 500

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..training.recipe import Recipe
+from ..training.recipe.schema import Recipe
 from ..training.stages import STAGES
 from .app import console
 

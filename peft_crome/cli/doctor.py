@@ -89,7 +89,7 @@ def doctor(
 def _collator(model: str, max_length: int | None, system: str | None) -> Any:
     from ..data import ConversationCollator
     from ..training import load_recipe
-    from ..training.reading import recipe_collator
+    from ..training.model.collator import recipe_collator
     from ..vlm import CromeVLMConfig, CromeVLMProcessor
 
     if Path(model).is_file() or Path(model).suffix in (".yaml", ".yml"):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..new_file import new_file
+from ..utils.atomic import new_file
 from .app import console, fail, place
 from .evaluate_text import evaluate_text
 from .options import COLUMN, IMAGES, pairs
@@ -53,7 +53,8 @@ def evaluate(
     if data is None:
         fail(ValueError("DATA is missing. Name a data set, or text files: --text FILE."))
     from ..data import check_images, read_rows
-    from ..training import evaluation, metrics
+    from ..evaluation import answers as evaluation
+    from ..evaluation import metrics
 
     wanted = list(dict.fromkeys(metric or ["exact_match"]))
     try:
@@ -101,7 +102,7 @@ def evaluate(
 
 
 def _lines(rows: list[dict[str, Any]], answers: list[str]) -> Iterator[dict[str, Any]]:
-    from ..training.metrics import references
+    from ..evaluation.metrics import references
 
     for row, said, expected in zip(rows, answers, references(rows), strict=True):
         more: dict[str, Any] = {key: row[key] for key in ("answers", "options") if key in row}
@@ -127,7 +128,7 @@ def _check_output(output: Path) -> None:
 
 
 def _load(directory: str, device: str | None) -> tuple[Any, Any]:
-    from ..training.checkpoint import RECORD, read_record
+    from ..training.directory.stage import RECORD, read_record
     from ..vlm import CromeVLMForConditionalGeneration, CromeVLMProcessor
 
     if (Path(directory) / RECORD).is_file():
@@ -145,7 +146,7 @@ def system_of(directory: str) -> str | None:
     """The system message that a stage was trained with."""
     from transformers.utils import cached_file
 
-    from ..training.checkpoint import RECORD
+    from ..training.directory.stage import RECORD
 
     path = cached_file(directory, RECORD, _raise_exceptions_for_missing_entries=False)
     return json.loads(Path(path).read_text(encoding="utf-8"))["stages"][-1]["recipe"]["system"] if path else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..new_file import new_file
+from ..utils.atomic import new_file
 from .app import console, fail, place
 
 
@@ -41,7 +41,7 @@ def evaluate_text(
 
 def _measure(model: Any, tokenizer: Any, name: str, text: str, batch_size: int) -> dict[str, Any]:
     from ..evaluation import text_loss
-    from ..training.metrics import plain
+    from ..evaluation.metrics import plain
 
     try:
         loss = text_loss(model, tokenizer, text, batch_size=batch_size)

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from ..training import RecipeError, recipe_file
+from ..training.errors import RecipeError
+from ..training.recipe.file import load_recipe, parse_overrides
 from .announce import say
 from .app import console, fail
 from .train import Settings
@@ -42,8 +43,8 @@ def plan(
     ] = False,
 ) -> None:
     """What a stage takes on a GPU: memory by part, which batches fit, hours of an epoch. No weights are loaded."""
-    from ..training import devices, planning
-    from ..training.memory import NotPredictable
+    from ..training.planning import costs, devices
+    from ..training.planning.memory import NotPredictable
 
     said: dict[str, Any] = {"vision": vision, "quantization": quantization, "dtype": dtype, "image_size": image_size}
     if qformer:
@@ -55,30 +56,30 @@ def plan(
                 raise RecipeError(
                     "A recipe says what its model is. Change its keys: --set backbones.quantization=4bit."
                 )
-            parsed = recipe_file.load_recipe(recipe, recipe_file.parse_overrides(settings or []) | UNREAD)
+            parsed = load_recipe(recipe, parse_overrides(settings or []) | UNREAD)
             gradient_checkpointing = gradient_checkpointing or parsed.training.gradient_checkpointing
             length = length or parsed.training.max_length
-            model = planning.recipe_skeleton(parsed)
+            model = costs.recipe_skeleton(parsed)
         elif backbone is None:
             raise RecipeError("Name a recipe, or models: peft-crome plan --backbone NAME --vision NAME.")
         elif vision is not None:
             values = {"preset": stage, "backbones": {"language": backbone, **said}, **UNREAD}
-            model = planning.recipe_skeleton(recipe_file.load_recipe(values))
+            model = costs.recipe_skeleton(load_recipe(values))
         elif qformer or image_size or stage != "pretrain":
             raise RecipeError("--qformer, --stage and --image-size are for a tower. Name it: --vision NAME.")
         else:
-            model = planning.model_skeleton(backbone, dtype, quantization)
-        picture = planning.tokens_per_picture(model)
-        tokens = length or picture + planning.TEXT_TOKENS
+            model = costs.model_skeleton(backbone, dtype, quantization)
+        picture = costs.tokens_per_picture(model)
+        tokens = length or picture + costs.TEXT_TOKENS
         if tokens <= picture:
             raise RecipeError(f"--length {tokens}: a picture alone takes {picture} tokens. Write more.")
-        found = list(planning.costs(model, device, tokens, gradient_checkpointing=gradient_checkpointing))
+        found = list(costs.costs(model, device, tokens, gradient_checkpointing=gradient_checkpointing))
     except (OSError, ValueError, NotPredictable) as error:
         fail(error)
     _parts(found[0][1])
     pictures = f", {picture} of them a picture's" if picture else ""
     say(f"{device.name}: {device.memory / GB:.1f} GB for a step; rows of {tokens} tokens{pictures}.")
-    computed = planning.frozen_dtype(model)
+    computed = costs.frozen_dtype(model)
     _batches(found, device, computed, rows)
     known = device.seconds(1, computed) is not None
     say(_assumption(device.name, str(computed).removeprefix("torch."), known, devices.SHARE))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..training import recipe_file as recipes
+from ..training.recipe import file as recipes
 from .announce import announce
 from .app import console, fail
 

@@ -1,6 +1,6 @@
 """Data sets as conversations: read them, prepare pictures, make batches with labels on the answers alone."""
 
-from ..extras import missing
+from ..utils.extras import missing
 
 try:
     import datasets  # noqa: F401

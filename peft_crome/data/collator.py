@@ -11,7 +11,7 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 
-from ..positions import position_limit
+from ..backbone.positions import position_limit
 from ..utils.shorten import cut, short
 from .answer_spans import ANSWER, AnswerSpans, PromptRewritten, turn
 from .images import Augmentation, open_image

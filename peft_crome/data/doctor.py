@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..new_file import new_file
+from ..utils.atomic import new_file
 from ..utils.shorten import cut
 from .fields import ignored_fields, image_fields
 from .files import stream

@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from .. import __version__
 from ..utils.read_image import read_image
 from ..utils.shorten import cut, short
+from ..version import __version__
 from .files import stream
 from .formats import COLUMNS, parse, row_name
 from .image_paths import ImageFolders

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backbone import placeholder_ids
-from ..containers import embeddings_in
-from ..guard import crome_layers
-from ..tuner.layer import ACTIVATIONS, CromeLayer, in_ranges
+from ..backbone.model import placeholder_ids
+from ..backbone.outputs import embeddings_in
+from ..tuner.bottleneck import gate_and_hidden
+from ..tuner.branches import in_ranges
+from ..tuner.layer import CromeLayer, crome_layers
+from ..tuner.weights import DOWN, GATE
 
 SILENT = 1e-2  # of the root mean square over units and tokens
 
@@ -69,7 +71,7 @@ def inspect_activity(model: nn.Module, batch: dict[str, Any]) -> list[BranchActi
     Raises:
         ValueError: no adapter is active, or several are, or one is merged.
     """
-    layers = [(path, layer) for path, layer in crome_layers(model) if layer.acts()]
+    layers = [(path, layer) for path, layer in crome_layers(model) if layer.acting()]
     if not layers:
         merged = any(layer.merged for _, layer in crome_layers(model))
         remedy = "Unmerge it: model.unmerge_adapter()." if merged else "Activate it: model.set_adapter('default')."
@@ -185,19 +187,23 @@ class _Record:
         counts: torch.Tensor,
     ) -> None:
         """Note one call: x is (..., d), ids and counts its shape without d."""
-        kept = x[counts].float()
-        gate_map, down_map = getattr(layer, f"crome_gate_{branch}"), getattr(layer, f"crome_down_{branch}")
-        up = layer.crome_up[adapter_name].weight.to(x.device).float()
-        activation, _ = layer._weights[0].settings[adapter_name]
-        gate = ACTIVATIONS[activation](kept @ gate_map[adapter_name].weight.to(x.device).float().T)
-        hidden = gate * (kept @ down_map[adapter_name].weight.to(x.device).float().T)
+        weights = layer._weights[0]
+        maps = weights.linears_of(adapter_name)
+        kept = x[counts]
+        gate, hidden = (
+            values.float()
+            for values in gate_and_hidden(
+                kept, maps[GATE + branch], maps[DOWN + branch], weights.settings[adapter_name][0]
+            )
+        )
+        up = maps["crome_up"].weight.to(x.device).float()
         added = hidden.abs() * up.norm(dim=0)  # (tokens, m): what each unit alone adds
         self.positions.append((counts.flatten().nonzero().flatten() + self.passed).cpu())
         self.passed += counts.numel()
         if not len(kept):
             return
         self.gates.append(gate.abs().mean(-1).cpu())
-        self.embeddings.append(kept.norm(dim=-1).cpu())
+        self.embeddings.append(kept.float().norm(dim=-1).cpu())
         self.changes.append((hidden @ up.T).norm(dim=-1).cpu())
         if ids is not None:
             self.ids.append(ids[counts.to(ids.device)].cpu())

@@ -20,7 +20,8 @@ from transformers import (
 from transformers.image_utils import load_image
 from transformers.utils import cached_file
 
-from ..guard import crome_layers, from_pictures
+from ..tuner.guard import from_pictures
+from ..tuner.layer import crome_layers
 from ..utils.read_image import read_image
 from ..vlm import CromeVLMConfig, CromeVLMProcessor
 from .activity import BranchActivity, inspect_activity

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from .. import __version__
+from ..version import __version__
 from .activity import SILENT
 from .drawing import COLOURS, Panel, branch_panels, measures, panel_png, rank_panel, scale
 from .look import BranchView, View

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
-from ..guard import AUDIO_INPUTS
+from ..tuner.guard import AUDIO_INPUTS
 from .activity import BranchActivity
 
 # model_type of hosts whose image tokens are a square grid of each of `pixel_values`, row by row; each of them, and of

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from peft import PeftConfig, load_peft_weights
 
-from ..adapter_file import KEY_PREFIX, check_shapes, read_adapter_file
-from ..checks import expected_shapes
+from ..sharing.weight_checks import check_shapes, expected_shapes
+from ..sharing.weight_file import KEY_PREFIX, read_adapter_file
 
 DEAD = 1e-3  # of the root mean square over the units: no more than rounding in bf16 leaves of a weight
 GATE, DOWN, UP = "crome_gate_", "crome_down_", "crome_up"

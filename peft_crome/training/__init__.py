@@ -1,6 +1,6 @@
 """Train the composite in the paper's three stages, on the ordinary `Trainer`."""
 
-from ..extras import missing
+from ..utils.extras import missing
 
 try:
     import datasets  # noqa: F401
@@ -10,20 +10,21 @@ try:
 except ImportError as error:
     raise missing("train", error.name, "peft_crome.training") from error
 
-from .build import build
-from .checkpoint import StageError, read_record, save_stage
-from .evaluation import generate_answers
-from .finite import NamedRows, NotFiniteError
-from .memory import NotPredictable, StepCost, StepSize, predict_step
-from .metrics import METRICS, exact_match, references, score
-from .planning import model_skeleton, recipe_skeleton
-from .preflight import Preflight
-from .recipe import Recipe, RecipeError
-from .recipe_file import load_recipe
+from ..evaluation.answers import generate_answers
+from ..evaluation.metrics import METRICS, exact_match, references, score
+from .directory.stage import read_record, save_stage
+from .errors import RecipeError, StageError
+from .loop.finite import NamedRows, NotFiniteError
+from .loop.trainer import CromeTrainer, training_arguments
+from .loop.validation import EvaluationCallback, load_questions
+from .model.build import build
+from .planning.costs import model_skeleton, recipe_skeleton
+from .planning.memory import NotPredictable, StepCost, StepSize, predict_step
+from .planning.preflight import Preflight
+from .recipe.file import load_recipe
+from .recipe.schema import Recipe
 from .run import train
 from .stages import STAGES, Stage, count_trained, modules_to_save
-from .trainer import CromeTrainer, training_arguments
-from .validation import EvaluationCallback, load_questions
 
 __all__ = [
     "METRICS",

@@ -15,19 +15,21 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from ..data import Augmentation, ConversationCollator
-from ..feature_cache import cache_features
-from .build import build
-from .card import stage_card
-from .checkpoint import check_free, clear, is_finished, only_run, open_run, read_record, save_stage
-from .dataset import content_of, load_sources, training_rows
-from .finite import NamedRows, NotFiniteError, paths_of
-from .preflight import Preflight, preflight
-from .recipe import Recipe, RecipeError
-from .reports import keep_reports
-from .sharding import check_storage, gather_trained, is_sharded, put_trained
+from ..features.cache import cache_features
+from .directory.card import stage_card
+from .directory.run_folder import clear, only_run, open_run
+from .directory.stage import check_free, is_finished, read_record, save_stage
+from .errors import RecipeError
+from .loop.dataset import content_of, load_sources, training_rows
+from .loop.finite import NamedRows, NotFiniteError, paths_of
+from .loop.reports import keep_reports
+from .loop.sharding import check_storage, gather_trained, is_sharded, put_trained
+from .loop.trainer import CromeTrainer, training_arguments
+from .loop.validation import EvaluationCallback, load_questions, scores_of
+from .model.build import build
+from .planning.preflight import Preflight, preflight
+from .recipe.schema import Recipe
 from .stages import count_trained
-from .trainer import CromeTrainer, training_arguments
-from .validation import EvaluationCallback, load_questions, scores_of
 
 
 def train(

@@ -1,7 +1,9 @@
 """The PEFT method CROME: configuration, layer, sites, model."""
 
+from . import trainers  # noqa: F401  # what a Trainer is refused
 from .config import CromeConfig
-from .layer import CromeLayer, CromeWeights
+from .layer import CromeLayer
 from .model import CromeModel
+from .weights import CromeWeights
 
 __all__ = ["CromeConfig", "CromeLayer", "CromeModel", "CromeWeights"]

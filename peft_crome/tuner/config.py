@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from ..adapter_file import AdapterFile, read_adapter_file
-from ..card import write_card
-from ..card_details import CardDetails
-from ..config_checks import check_config
+from ..sharing.card import write_card
+from ..sharing.card_details import CardDetails
+from ..sharing.weight_file import AdapterFile, read_adapter_file
+from .config_checks import check_config
 
 
 @dataclass
@@ -32,10 +32,10 @@ class CromeConfig(PeftConfig):
     branches: list[str] | dict[str, list[str] | str] | None = field(
         default=None,
         metadata={
-            "help": "None: the branches that carry images and sound, so that a prompt without them gives the base "
-            "model's answer. A list: branches by name, ['text', 'vision']; 'text' on an embedding table changes every "
-            "prompt. A dict: branch -> names (full paths or last parts) of the modules that produce its embeddings, "
-            "or a regex for full paths: {'vision': '.*projector'}. Filled in with names at attachment."
+            "help": "None: the branches that carry images and sound; a prompt without them gets the base model's "
+            "answer. A list of names: ['text', 'vision']; 'text' on an embedding table changes every prompt. A dict: "
+            "branch -> names (full paths or last parts) of the modules that produce its embeddings, or a regex for "
+            "full paths: {'vision': '.*projector'}. Filled in with names at attachment."
         },
     )
     gate_activation: str = field(

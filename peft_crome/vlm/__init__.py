@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from . import trainers  # noqa: F401  # what a Trainer is refused
 from .configuration_crome_vlm import CromeVLMConfig
 from .modeling_crome_vlm import CromeVLMForConditionalGeneration
 from .pipeline import read_images_of_pipelines

@@ -6,7 +6,7 @@ import torch
 from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
-from ..positions import check_positions
+from ..backbone.positions import check_positions
 from .image_token import move_padding, neutral_token_id
 from .language_inputs import arguments_by_token, generator
 

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from .assembly import from_backbones
+from .backbones import load_quantised_tower, parts_arguments
 from .blip_parts import PARTS_CLASSES, load_parts, qformer_of
-from .convert import from_backbones, load_quantised_tower, parts_arguments
 
 Composite = TypeVar("Composite", bound=PreTrainedModel)
 

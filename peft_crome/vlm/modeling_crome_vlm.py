@@ -17,9 +17,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from ..four_bit import mend_repacking
-from ..positions import check_positions
-from ..registration import reach_transformers
+from ..backbone.four_bit import mend_repacking
+from ..backbone.positions import check_positions
+from ..backbone.trainers import watch_trainers
 from .configuration_crome_vlm import CromeVLMConfig
 from .fingerprint import Samples
 from .generation_crome_vlm import CromeVLMGenerationMixin
@@ -83,7 +83,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         qformer: QFormer | None = None,
     ) -> None:
         super().__init__(config)
-        reach_transformers()
+        watch_trainers()
         given = [part for part in (vision_tower, language_model, qformer) if part is not None]
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         self.vision_tower = vision_tower if vision_tower is not None else build_tower(config.vision_config)
@@ -502,7 +502,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     @classmethod
     def from_backbones(cls, vision: Any, language: Any, **kwargs: Any) -> "CromeVLMForConditionalGeneration":
         """Join a vision tower and a language model; see `convert.from_backbones` for the arguments."""
-        from .convert import from_backbones
+        from .assembly import from_backbones
 
         return from_backbones(cls, vision, language, **kwargs)
 
@@ -516,13 +516,13 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load a composite: backbones by name, then the stored weights; see `checkpoint.load` for the arguments."""
-        from .checkpoint import load
+        from .loading import load
 
         return load(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
         """Save the configuration and what was trained; see `checkpoint.select_weights` for what that is."""
-        from .checkpoint import save
+        from .saving import save
 
         return save(self, super().save_pretrained, save_directory, **kwargs)
 

@@ -193,7 +193,7 @@ class NoProcessor:
 
 
 def test_a_stage_that_lacks_a_weight_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import peft_crome.training.checkpoint as module
+    import peft_crome.training.directory.stage as module
 
     def saved(name: str) -> None:
         model = get_peft_model(build(), CromeConfig(bottleneck_dim=4))

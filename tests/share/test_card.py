@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from PIL import Image
 
 from peft_crome import CromeConfig, describe_adapter
-from peft_crome.card import END, correct_card, write_card
+from peft_crome.sharing.card import END, correct_card, write_card
 from tests.examples.tiny_llava import save_tokenizer_and_model
 from tests.tuner.helpers import adapted, attach
 from tests.zoo.case import TEXT

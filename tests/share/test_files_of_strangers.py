@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_crome import CromeConfig
-from peft_crome.adapter_file import read_adapter_file
+from peft_crome.sharing.weight_file import read_adapter_file
 from peft_crome.training import save_stage
 from tests.tuner.helpers import adapted, assert_equal, assert_message, attach, frozen_logits, logits, unchanged
 from tests.zoo.llava import llava

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from peft import PeftModel
 from torch import nn
 
 import peft_crome
-from peft_crome.provenance import describe_backbone, differences
+from peft_crome.backbone.model import read_host
+from peft_crome.sharing.provenance import describe_backbone, differences
 from tests.tuner.helpers import adapted, assert_message, attach
 from tests.vlm.conftest import build
 from tests.zoo.llava import llava
@@ -155,7 +157,7 @@ def test_another_resolution_of_the_composite_s_tower_is_named(tmp_path: Path) ->
 def test_quantisation_of_a_model_is_recorded() -> None:
     model = llava().model
     model.config.quantization_config = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    record = describe_backbone(model, 32, None)
+    record = describe_backbone(model, replace(read_host(model), rows=None), 32)
     assert record["quantization"] == {
         "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"
     }  # fmt: skip

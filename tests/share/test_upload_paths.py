@@ -26,6 +26,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 import huggingface_hub
 import peft_crome
+from peft_crome.sharing.card_details import CardDetails
 
 ids = torch.tensor([[1, 5, 6]])
 ROWS = Dataset.from_dict({"input_ids": [[1, 5, 6]] * 4, "labels": [[1, 5, 6]] * 4})
@@ -127,20 +128,20 @@ PATHS = {
     "integrated": """
         made = host()
         made.add_adapter(peft_crome.CromeConfig(**CONFIG))
-        made.peft_config["default"]._card = peft_crome.card_details.CardDetails(task="Tells colours.", license="mit")
+        made.peft_config["default"]._card = CardDetails(task="Tells colours.", license="mit")
         made.push_to_hub("user/adapter")
     """,
     "integrated, loaded, pushed while it is saved": """
         model().save_pretrained("saved")
         made = host()
         made.load_adapter("saved")
-        made.peft_config["default"]._card = peft_crome.card_details.CardDetails(task="Tells colours.", license="mit")
+        made.peft_config["default"]._card = CardDetails(task="Tells colours.", license="mit")
         made.save_pretrained("again", push_to_hub=True, repo_id="user/adapter")
     """,
     "integrated, trainer": """
         made = host()
         made.add_adapter(peft_crome.CromeConfig(**CONFIG))
-        made.peft_config["default"]._card = peft_crome.card_details.CardDetails(task="Tells colours.", license="mit")
+        made.peft_config["default"]._card = CardDetails(task="Tells colours.", license="mit")
         trainer = plain(made, hub_model_id="user/adapter")
         trainer.train()
         trainer.push_to_hub()
@@ -174,7 +175,7 @@ RUN = """
 import json, os, traceback
 paths, failed = json.loads(open(sys.argv[2]).read()), {}
 for number, (name, code) in enumerate(paths.items()):
-    peft_crome.card._said.clear()  # as in a process of its own
+    peft_crome.sharing.card._said.clear()  # as in a process of its own
     os.makedirs(str(number))
     os.chdir(str(number))
     try:

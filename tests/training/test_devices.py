@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_crome.training.devices import GIB, GPUS, DeviceError, find_gpu, matmul_rate, this_device
+from peft_crome.training.planning.devices import GIB, GPUS, DeviceError, find_gpu, matmul_rate, this_device
 
 
 def test_known_gpus_and_any_size_are_found() -> None:

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from peft_crome.training import CromeTrainer, NotFiniteError, load_recipe, train
-from peft_crome.training.finite import LONGEST_ID, FiniteCheck, decode_ids, encode_ids
+from peft_crome.training.loop.finite import LONGEST_ID, FiniteCheck, decode_ids, encode_ids
 
 
 def test_ids_go_through_tensors() -> None:

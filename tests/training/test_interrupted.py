@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from transformers import TrainerCallback
 
 from peft_crome.training import StageError, load_recipe, train
-from peft_crome.training.finite import paths_of
+from peft_crome.training.loop.finite import paths_of
 from tests.training.conftest import weights
 
 
@@ -233,7 +233,7 @@ def test_folder_belongs_to_one_run_at_a_time(
     writing = checkpoints / "checkpoint-9"
     writing.mkdir()
     code = (
-        "import sys, time; from pathlib import Path; from peft_crome.training.checkpoint import only_run\n"
+        "import sys, time; from pathlib import Path; from peft_crome.training.directory.stage import only_run\n"
         "with only_run(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(checkpoints)]

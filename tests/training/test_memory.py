@@ -17,8 +17,8 @@ from peft_crome.training import (
     predict_step,
     recipe_skeleton,
 )
-from peft_crome.training.packed import pack
-from peft_crome.training.skeleton import composite_config, quantization_of
+from peft_crome.training.model.packed import pack
+from peft_crome.training.model.skeleton import composite_config, quantization_of
 from tests.vlm.conftest import text_config
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from peft_crome.evaluation.multiple_choice import chosen
+from peft_crome.evaluation.vqa import agreement, normalise
 from peft_crome.training import METRICS, exact_match, score
-from peft_crome.training.choices import chosen
-from peft_crome.training.vqa import agreement, normalise
 
 
 def row(answer: str, **more: Any) -> dict[str, Any]:

@@ -11,16 +11,16 @@ from torch import nn
 
 from peft_crome.data import ConversationCollator, RowError, load_rows
 from peft_crome.training import NotPredictable, Preflight, Recipe, RecipeError, build, load_recipe, train
-from peft_crome.training.dataset import load_sources, training_rows
-from peft_crome.training.devices import Device
-from peft_crome.training.preflight import check_gradients, preflight, sample_rows
-from peft_crome.training.trainer import CromeTrainer, training_arguments
+from peft_crome.training.loop.dataset import load_sources, training_rows
+from peft_crome.training.loop.trainer import CromeTrainer, training_arguments
+from peft_crome.training.planning.devices import Device
+from peft_crome.training.planning.preflight import check_gradients, preflight, sample_rows
 
 
 @pytest.fixture(autouse=True)
 def _every_dtype_is_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether this machine has instructions for bfloat16 is not what is asked."""
-    monkeypatch.setattr("peft_crome.training.devices.matmul_rate", lambda device, dtype: 1e10)
+    monkeypatch.setattr("peft_crome.training.planning.devices.matmul_rate", lambda device, dtype: 1e10)
 
 
 def prepared(recipe: Recipe) -> tuple[CromeTrainer, Recipe, Any, ConversationCollator, int]:
@@ -123,7 +123,7 @@ def test_more_memory_than_there_is_names_the_keys_to_change(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     small = Device("a small GPU", 10_000, {}, (1.0, 1.0))
-    monkeypatch.setattr("peft_crome.training.preflight.this_device", lambda device, dtype: small)
+    monkeypatch.setattr("peft_crome.training.planning.preflight.this_device", lambda device, dtype: small)
     with caplog.at_level(logging.WARNING):
         report = preflight(*prepared(load_recipe(values)))
     assert report.seconds is None
@@ -138,7 +138,7 @@ def test_a_cpu_without_instructions_for_a_dtype_is_pointed_out(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates = {torch.float32: 1e10, torch.bfloat16: 2.5e9}
-    monkeypatch.setattr("peft_crome.training.devices.matmul_rate", lambda device, dtype: rates[dtype])
+    monkeypatch.setattr("peft_crome.training.planning.devices.matmul_rate", lambda device, dtype: rates[dtype])
     values["backbones"]["dtype"] = "bfloat16"
     (warning,) = preflight(*prepared(load_recipe(values))).warnings
     assert "backbones.dtype: this machine's CPU multiplies 4 times as fast in float32 as in bfloat16" in warning
@@ -160,7 +160,7 @@ def test_forward_pass_that_cannot_be_rehearsed_is_said(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise NotPredictable("It looks at values.")
 
-    monkeypatch.setattr("peft_crome.training.preflight.predict_step", fail)
+    monkeypatch.setattr("peft_crome.training.planning.preflight.predict_step", fail)
     report = preflight(*prepared(load_recipe(values)))
     assert report.cost is None
     assert report.warnings == ["Memory and time are not predicted. It looks at values."]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from peft_crome.training import load_recipe, train
-from peft_crome.training.progress import ProgressLine
+from peft_crome.training.loop.progress import ProgressLine
 
 LINE = r"step 2/6: loss [\d.]+, [\d,]+ tokens/s, [\d.]+ GB, \d\d:\d\d left"
 
@@ -52,7 +52,7 @@ def test_on_a_terminal_it_is_one_line_and_an_error_begins_on_its_own(
 ) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr("peft_crome.training.progress.OFTEN", 0.0)
+    monkeypatch.setattr("peft_crome.training.loop.progress.OFTEN", 0.0)
     values["training"]["arguments"] = {}
 
     def fail(*args: Any, **kwargs: Any) -> None:

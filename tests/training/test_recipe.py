@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from peft_crome.training import RecipeError, load_recipe
-from peft_crome.training.recipe_file import PRESETS, parse_overrides, preset_text
+from peft_crome.training.recipe.file import PRESETS, parse_overrides, preset_text
 
 COMPLETE = {"output": "out", "data": [{"path": "rows.json"}]}
 

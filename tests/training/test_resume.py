@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from peft_crome.training import StageError, load_recipe, read_record, train
-from peft_crome.training.checkpoint import open_run
+from peft_crome.training.directory.run_folder import open_run
 from tests.training.processes import KILLED, batches, run
 
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")

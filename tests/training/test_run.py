@@ -298,7 +298,7 @@ def test_feature_cache_gives_the_same_run_and_is_shared(
         records.append(train(load_recipe(values))["stages"][-1])
         stored = len(list((tmp_path / "features").rglob("*.safetensors")))
         assert 4 < stored <= 12  # of four pictures
-        monkeypatch.setattr("peft_crome.feature_cache.FeatureStore.put", None)  # nothing is left to be written
+        monkeypatch.setattr("peft_crome.features.cache.FeatureStore.put", None)  # nothing is left to be written
     assert records[0]["losses"] == records[1]["losses"]
     for cached, direct in zip(records[0]["losses"], plain["losses"], strict=True):
         assert cached[1] == pytest.approx(direct[1], rel=1e-4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peft_crome.training import CromeTrainer, RecipeError, load_recipe, training_arguments
-from peft_crome.training.schedule import factor, warmup_then_cosine
+from peft_crome.training.loop.schedule import factor, warmup_then_cosine
 
 
 def by_hand(step: int, total: int, warmup: int = 1000, start: float = 1e-8, peak: float = 1e-5) -> float:

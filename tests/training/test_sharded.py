@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from peft_crome.training import RecipeError, read_record
-from peft_crome.training.build import quantization_config
-from peft_crome.training.sharding import check_storage
+from peft_crome.training.loop.sharding import check_storage
+from peft_crome.training.model.build import quantization_config
 from tests.training.processes import KILLED, batches, run
 from tests.training.test_resume import state
 

@@ -11,7 +11,7 @@ import yaml
 from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
 from peft_crome.data import read_rows
 from peft_crome.training import METRICS, RecipeError, build, generate_answers, load_recipe, score, train
-from peft_crome.training.recipe import Metric
+from peft_crome.training.recipe.schema import Metric
 from tests.training.conftest import weights
 from tests.training.test_interrupted import interrupt
 

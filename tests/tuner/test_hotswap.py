@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_crome import CromeConfig
-from peft_crome.hotswap import hotswap_adapter
+from peft_crome.tuner.hotswap import hotswap_adapter
 from tests.tuner.helpers import BOTH, adapted, assert_equal, assert_message, attach, logits, randomise, unchanged
 from tests.zoo.llava import llava
 

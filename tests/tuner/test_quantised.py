@@ -11,7 +11,7 @@ import transformers as tf
 from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 
-from peft_crome.backbone import embedding_rms
+from peft_crome.backbone.model import read_host
 from tests.tuner.helpers import (
     FILE_KEYS,
     KEYS,
@@ -153,9 +153,9 @@ def test_scale_of_a_packed_embedding_table(packed: type[nn.Embedding]) -> None:
     table: nn.Embedding = nn.Embedding(2000, 64, _weight=weight)
     model = nn.Module()
     model.get_input_embeddings = lambda: table
-    expected = embedding_rms(model)
+    expected = read_host(model).rms
     table = packed(2000, 64)
     table.load_state_dict({"weight": weight})
     table = table.to("cpu")
     assert not table.weight.is_floating_point()
-    assert embedding_rms(model) == pytest.approx(expected, rel=0.02)
+    assert read_host(model).rms == pytest.approx(expected, rel=0.02)

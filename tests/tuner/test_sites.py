@@ -14,9 +14,9 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import peft_crome
 from peft_crome import CromeConfig
-from peft_crome.checks import site_path, token_range, with_ranges
-from peft_crome.site_rules import _ranges
-from peft_crome.tuner.sites import find_branches
+from peft_crome.tuner.branches import site_path, token_range, with_ranges
+from peft_crome.tuner.sites.find import find_branches
+from peft_crome.tuner.sites.rules import _ranges
 from tests.tuner.helpers import M, assert_equal, attach, crome_weight, logits, randomise, unchanged
 from tests.zoo import VOCABULARY, WIDTH
 

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from peft_crome import CromeConfig, CromeLayer
-from peft_crome.backbone import text_hidden_size
+from peft_crome.backbone.model import text_hidden_size
 from tests.tuner.helpers import (
     M,
     adapted,

@@ -72,7 +72,7 @@ def adapted(model: CromeVLMForConditionalGeneration, **kwargs: object):
 
 def main() -> None:
     """Write all of them."""
-    from peft_crome.training.checkpoint import save_stage  # which the extra `train` is for
+    from peft_crome.training.directory.stage import save_stage  # which the extra `train` is for
 
     expected = {}
     for name, qformer in (("composite", False), ("composite_qformer", True)):

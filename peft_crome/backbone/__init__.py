@@ -1,0 +1,1 @@
+"""What the adapter reads off a frozen language model."""

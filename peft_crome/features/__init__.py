@@ -1,0 +1,1 @@
+"""Image features that are computed once and read again."""

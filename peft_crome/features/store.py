@@ -1,0 +1,118 @@
+"""Tensors in files, found by a key: written whole or not at all, by any number of processes, up to a size."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..utils.atomic import beside
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+STALE = 3600.0  # seconds after which a file that was never renamed is what a killed process left
+
+
+class FeatureStore:
+    """A folder of tensors.
+
+    Nothing is ever taken out to make room: training goes over its rows in turn, and a row that was dropped for another
+    one would be wanted again just when that one has been dropped. What does not fit is computed each time.
+
+    Args:
+        directory: made where it is missing. Several processes, of several machines, may share it.
+        max_bytes: of all files; processes that write at once may pass it by what they write in a second or so.
+    Raises:
+        ValueError: the directory is a file, or max_bytes is not positive.
+    """
+
+    def __init__(self, directory: str | os.PathLike, max_bytes: int) -> None:
+        self.directory = Path(directory)
+        if self.directory.is_file():
+            raise ValueError(f"{self.directory} is a file. Name a folder for the features.")
+        if max_bytes <= 0:
+            raise ValueError(f"The limit of {max_bytes} bytes leaves no room. Write max_gigabytes=50.")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.max_bytes = max_bytes
+        self._size = self._measure()
+        self._written = 0
+        self._told = self._told_of_failure = False
+
+    def get(self, key: str) -> dict[str, torch.Tensor] | None:
+        """The tensors of a key, on the CPU; None where there are none, or their file is damaged."""
+        path = self._path(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError) as error:  # of a disk that failed: the next `put` replaces the file
+            logger.warning("%s cannot be read (%s) and is computed again.", path, error)
+            return None
+
+    def put(self, key: str, tensors: dict[str, torch.Tensor]) -> bool:
+        """Keep tensors under a key; False where there is no room for them, or the disk does not take them."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if self._size + size > self.max_bytes or self._written > self.max_bytes // 50:
+            self._size, self._written = self._measure(), 0  # others write too
+        if self._size + size > self.max_bytes:
+            if not self._told:
+                logger.warning(
+                    "%s is full (%.2f GB): features of further pictures are computed each time.",
+                    self.directory, self.max_bytes / 1e9,
+                )  # fmt: skip
+            self._told = True
+            return False
+        path = self._path(key)
+        temporary = beside(path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            # A file may not hold one memory twice, and a slice would hold its whole batch.
+            whole = save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
+            with temporary.open("xb") as file:  # not by `save_file`: its files are their owner's alone
+                file.write(whole)
+            os.replace(temporary, path)
+        except OSError as error:  # a full disk, or a folder that may only be read
+            _remove(temporary)
+            if not self._told_of_failure:
+                message = "%s cannot be written to (%s): features that are not there are computed each time."
+                logger.warning(message, self.directory, error)
+            self._told_of_failure = True
+            return False
+        except BaseException:
+            _remove(temporary)
+            raise
+        self._size += size
+        self._written += size
+        return True
+
+    def _path(self, key: str) -> Path:
+        return self.directory / key[:2] / f"{key}{SUFFIX}"
+
+    def _measure(self) -> int:
+        """Bytes of all files; removes what killed processes left."""
+        total = 0
+        for folder, _, names in os.walk(self.directory):
+            for name in names:
+                path = Path(folder, name)
+                try:
+                    found = path.stat()
+                    if name.endswith(".tmp") and time.time() - found.st_mtime > STALE:
+                        path.unlink()
+                    else:
+                        total += found.st_size
+                except OSError:
+                    continue  # another process has just renamed it, or the folder may only be read
+        return total
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()

@@ -1,0 +1,107 @@
+"""Write the checkpoint of a host in which the text branch is gone into the embedding table."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
+
+from ..backbone.model import backbone_name, original_module
+from ..sharing.written import check_model_files, check_ordinary
+from ..tuner import CromeLayer, CromeWeights
+from ..tuner.attaching.checks import is_of_another_method
+from ..tuner.merging.fold import why_not_foldable
+from ..tuner.without_sites import sites_out
+from ..vlm import CromeVLMForConditionalGeneration
+
+OWN = (CromeLayer, CromeWeights)
+CARD = """# {name}, with a CROME adapter's text branch in its embedding table
+
+An ordinary checkpoint: whatever runs {name} runs this. It is one half of the adapted model. The other half is the
+adapter's vision branch, so give it image embeddings of `peft_crome.serving.ImageEncoder` and not pictures, which
+would come in without the adapter.
+"""
+
+
+def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwargs: Any) -> None:
+    """Write an ordinary transformers checkpoint: the host's, or the language model's of a composite.
+
+    The text branch is a function of the token alone, so E' = adapter(E) is exact; a head that was tied to the table
+    keeps the old one. The adapter's vision branch is not in it: see `ImageEncoder`. The model stays as it is.
+
+    Args:
+        model: with its active adapter.
+        output_dir: a new directory; it is there when it is complete, and not before.
+        processor: saved beside the weights, if given: a processor or a tokenizer.
+        kwargs: of `PreTrainedModel.save_pretrained`.
+    Raises:
+        FileExistsError: output_dir is there already.
+        ValueError: nothing can be folded, the model has no adapter of CROME's, has another method's beside it, is
+            merged, or its table trains as well; or the model is held in a form that its checkpoint cannot hold.
+    """
+    output = Path(output_dir)
+    if output.exists():
+        raise FileExistsError(f"{output} is there already; nothing was written. Name a new directory.")
+    host = model.get_base_model()
+    _check(model)
+    target = host.language_model if isinstance(host, CromeVLMForConditionalGeneration) else host
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    configs = {id(config): config for config in (target.config, target.config.get_text_config())}.values()
+    tied = {id(config): config.tie_word_embeddings for config in configs if hasattr(config, "tie_word_embeddings")}
+    model.merge_adapter()
+    try:
+        for config in configs:
+            config.tie_word_embeddings = False
+        with sites_out(host):
+            check_ordinary(target)
+            target.save_pretrained(temporary, **kwargs)
+            check_model_files(temporary, target, kwargs.get("save_original_format", True))
+        if processor is not None:
+            processor.save_pretrained(temporary)
+        (temporary / "README.md").write_text(CARD.format(name=backbone_name(target)), encoding="utf-8")
+        temporary.chmod(0o755)
+        temporary.rename(output)
+    finally:
+        model.unmerge_adapter()
+        for config in configs:
+            if id(config) in tied:
+                config.tie_word_embeddings = tied[id(config)]
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check(model: PeftModel) -> None:
+    sites = [module for module in model.modules() if isinstance(module, CromeLayer)]
+    if not sites:
+        raise ValueError(
+            f"{type(model).__name__} has no adapter of CROME's. Load one: PeftModel.from_pretrained(...)."
+        )
+    if any(site.merged for site in sites):
+        raise ValueError("The adapter is merged already. Write model.unmerge_adapter() first.")
+    others = [name for name, m in model.get_base_model().named_modules() if is_of_another_method(m, OWN)]
+    if others:
+        raise ValueError(
+            f"{others[:3]} ({len(others)} in all) carry adapters of another PEFT method, which are no part of an "
+            "ordinary checkpoint. Merge these into the host before CROME is attached: merge_and_unload()."
+        )
+    tables = [site for site in sites if not why_not_foldable(original_module(site.get_base_layer()))]
+    if not tables and "text" not in {branch for site in sites for branch in site.branches if _is_table(site)}:
+        raise ValueError(
+            "There is nothing to fold: no branch of this adapter is on an embedding table, so the language model is "
+            "served as it is. Give it the prompt_embeds of peft_crome.serving.ImageEncoder."
+        )
+    trained = [name for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    if trained:
+        raise ValueError(
+            f"{trained} has a copy for each adapter (modules_to_save or trainable_token_indices), and a checkpoint "
+            "has one. Train without these, or serve the adapter attached, with transformers."
+        )
+
+
+def _is_table(site: CromeLayer) -> bool:
+    return isinstance(original_module(site.get_base_layer()), torch.nn.Embedding)

@@ -1,0 +1,1 @@
+"""An adapter's files: weights, provenance, card."""

@@ -1,0 +1,170 @@
+"""What an adapter was trained on: recorded at attachment, compared when it is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import transformers
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
+from torch import nn
+
+from ..backbone.model import Host
+from ..version import __version__
+
+PACKAGES = ("peft_crome", "peft", "transformers")
+# What of a quantisation's configuration changes the weights that the adapter meets.
+QUANTISATION = ("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bits", "group_size", "fmt")
+TOWER = ("model_type", "image_size", "patch_size")
+
+
+def describe_backbone(model: nn.Module, host: Host, hidden_size: int) -> dict[str, Any]:
+    """Describe a model in a few JSON values.
+
+    Args:
+        host: of the model. Eight of its rows tell two sets of weights apart, whatever they are called and in whichever
+            dtype.
+    """
+    config = getattr(model, "config", None)
+    return {
+        "name_or_path": host.name,
+        "revision": _commit(host.name),
+        "model_type": getattr(config, "model_type", None),
+        "hidden_size": hidden_size,
+        "embedding_rms": None
+        if host.rows is None
+        else [float(f"{rms:.4g}") for rms in host.rows[:8].square().mean(-1).sqrt()],
+        "tower": _describe_tower(config),
+        "quantization": _describe_quantization(config),
+        "versions": {
+            "peft_crome": __version__,
+            "peft": peft.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def record_backbone(config: Any, here: dict[str, Any]) -> None:
+    """Fill in `config.trained_on` on this backbone.
+
+    One warning names all that differs from what the adapter was trained on. What an older release did not record is
+    not compared.
+    """
+    there = config.trained_on
+    described = config._described or there is None
+    problems = [] if described else differences(there, here)
+    if problems:
+        warnings.warn("\n".join(["This adapter meets another model than it was trained on:", *problems]), stacklevel=9)
+    config._described = described
+    # Even without a problem, what has no effect may have moved on: a path, a patch release.
+    config.trained_on = here if described or not config.inference_mode else there
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """A sentence for each thing that differs between two descriptions, with what to do about it."""
+    found = []
+    if not _same_backbone(there, here):
+        found.append(
+            f"- backbone: This adapter was trained on {there.get('name_or_path')!r} ({there.get('model_type')}"
+            f"{_revision(there)}) and is loaded onto {here.get('name_or_path')!r} ({here.get('model_type')}"
+            f"{_revision(here)}), whose embeddings differ. Its outputs mean nothing there unless you train it further."
+        )
+    tower, here_tower = (_dict(record, "tower") for record in (there, here))
+    parts = [
+        f"{name.replace('_', ' ')} {tower[name]!r}, here {here_tower[name]!r}"
+        for name in tower
+        if name in here_tower and here_tower[name] != tower[name]
+    ]
+    if parts:
+        found.append(
+            f"- vision tower: it was trained with {'; '.join(parts)}. Load the model at the resolution of the "
+            "training, or train the adapter further."
+        )
+    if "quantization" in there and "quantization" in here and there["quantization"] != here["quantization"]:
+        found.append(
+            f"- quantisation: it was trained on weights {_spell(there['quantization'])}, these are "
+            f"{_spell(here['quantization'])}. Outputs shift a little; load the model with the same "
+            "quantization_config to have the training's."
+        )
+    before, now = (_dict(record, "versions") for record in (there, here))
+    moved = [name for name in PACKAGES if _has_moved(before.get(name), now.get(name))]
+    if moved:
+        pins = " ".join(f"{name.replace('_', '-')}=={before[name]}" for name in moved)
+        found.append(
+            f"- versions: it was trained with {', '.join(f'{name} {before[name]}' for name in moved)}; here are "
+            f"{', '.join(f'{name} {now[name]}' for name in moved)}. If outputs differ: pip install {pins}"
+        )
+    return found
+
+
+def _commit(name: str) -> str | None:
+    """The commit of a Hub repository, where one alone is in the cache; transformers does not keep which it loaded."""
+    if Path(name).exists():
+        return None
+    snapshots = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
+    commits = {path.parent.name for path in snapshots.glob("*/config.json")}
+    return commits.pop() if len(commits) == 1 else None
+
+
+def _describe_tower(config: Any) -> dict[str, Any] | None:
+    """Of the vision tower: its architecture and the size of its pictures and patches, as far as they are fixed."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return None
+    found: dict[str, Any] = {name: getattr(vision, name, None) for name in TOWER}
+    found["image_size"] = getattr(config, "image_size", None) or found["image_size"]  # the composite's own
+    found["feature_layer"] = getattr(config, "vision_feature_layer", None)
+    return {name: _plain(value) for name, value in found.items() if value is not None}
+
+
+def _describe_quantization(config: Any) -> dict[str, Any] | None:
+    """How the weights are quantised; None: they are not. The composite has one for each part."""
+    own = getattr(config, "quantization_config", None) or getattr(config, "text_quantization_config", None)
+    if own is None:
+        return None
+    values = own if isinstance(own, dict) else own.to_dict()
+    return {name: _plain(values[name]) for name in QUANTISATION if values.get(name) not in (None, False)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str)) else str(getattr(value, "value", value))
+
+
+def _dict(record: dict[str, Any], key: str) -> dict[str, Any]:
+    return record.get(key) or {}
+
+
+def _revision(record: dict[str, Any]) -> str:
+    return f", revision {record['revision'][:12]!r}" if record.get("revision") else ""
+
+
+def _spell(quantization: dict[str, Any] | None) -> str:
+    if quantization is None:
+        return "not quantised"
+    return "quantised by " + ", ".join(
+        f"{k}={v!r}" if k != "quant_method" else repr(v) for k, v in quantization.items()
+    )
+
+
+def _has_moved(before: str | None, now: str | None) -> bool:
+    """Whether a release may behave differently: another major one, below 1.0 another minor one, or older."""
+    if not before or not now or before == now:
+        return False
+    try:
+        old, new = ([int(part) for part in text.split(".")[:2]] for text in (before, now))
+    except ValueError:
+        return False
+    return old[0] != new[0] or (old[0] == 0 and old != new) or new < old
+
+
+def _same_backbone(there: dict[str, Any], here: dict[str, Any]) -> bool:
+    known = [key for key in ("model_type", "hidden_size") if key in there]
+    if any(there[key] != here[key] for key in known):
+        return False
+    old, new = there.get("embedding_rms"), here["embedding_rms"]
+    return not old or not new or all(abs(a - b) <= 0.02 * max(abs(a), abs(b)) for a, b in zip(old, new, strict=False))

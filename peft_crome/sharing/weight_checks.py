@@ -1,0 +1,93 @@
+"""Checks of an adapter's weights: their names, shapes and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft.utils.other import EMBEDDING_LAYER_NAMES
+
+
+def expected_shapes(branches: Iterable[str], hidden_size: int, bottleneck_dim: int) -> Shapes:
+    """Names and shapes of the 2·branches + 1 tensors of one adapter's file."""
+    shapes: Shapes = {"crome_up.weight": (hidden_size, bottleneck_dim)}
+    for branch in branches:
+        shapes[f"crome_gate_{branch}.weight"] = shapes[f"crome_down_{branch}.weight"] = (bottleneck_dim, hidden_size)
+    return shapes
+
+
+HOST_PREFIX = "base_model.model."
+
+
+TRAINABLE_TOKENS = "trainable_tokens_"  # rows of trainable_token_indices are saved with any method
+
+
+EMBEDDINGS = tuple(f"{name}.weight" for name in EMBEDDING_LAYER_NAMES)
+
+
+# What PEFT puts into a module's path, between the host's own parts.
+WRAPPERS = ("base_layer", "original_module", "token_adapter")
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def token_lists(indices: Any) -> list[list[int]]:
+    """`trainable_token_indices` without their tables' names, which an attached adapter has by path."""
+    return sorted(map(list, indices.values())) if isinstance(indices, dict) else [list(indices)] if indices else []
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Refuse tensors that no adapter has, whichever way they came: a header is read on some of them alone.
+
+    Args:
+        tensors: as PEFT is about to load them.
+        source: whose they are to be, in words.
+    Raises:
+        ValueError: lists weights of the host's own, but for tables of embeddings, or values that are not finite.
+    """
+    own = (".crome_", ".modules_to_save.", TRAINABLE_TOKENS)
+    strange = [key for key in tensors if not any(part in f".{key}" for part in own)]
+    strange = [key for key in strange if not _host_path(key).endswith(EMBEDDINGS)]
+    if strange:
+        raise ValueError(
+            f"Weights for {source} are neither CROME's nor of a module in its modules_to_save, and would overwrite "
+            f"the model's own: {strange[:3]} ({len(strange)} in all). Load a file that holds the adapter alone."
+        )
+    wrong = [key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if wrong:
+        raise ValueError(
+            f"Weights for {source} hold values that are NaN or infinite, in {sorted(wrong)[:5]}: every output would "
+            "be. The training that wrote them diverged, or the file is damaged; take an earlier checkpoint."
+        )
+
+
+def check_shapes(found: Shapes, expected: Shapes, source: str) -> None:
+    """Compare an adapter file's tensors with those that the model needs.
+
+    Raises:
+        ValueError: lists missing keys, unexpected keys, and tensors of another shape.
+    """
+    problems = []
+    if missing := sorted(set(expected) - set(found)):
+        problems.append(f"missing keys {missing}")
+    if unexpected := sorted(set(found) - set(expected)):
+        problems.append(f"unexpected keys {unexpected[:8]}{_and_more(unexpected[8:])}")
+    for key in sorted(set(found) & set(expected)):
+        if tuple(found[key]) != tuple(expected[key]):
+            problems.append(f"{key} has shape {tuple(found[key])}, this model needs {tuple(expected[key])}")
+    if problems:
+        raise ValueError(
+            f"The adapter file does not fit {source}: {'; '.join(problems)}. "
+            "Load it onto the backbone it was trained on, with the adapter_config.json that was saved beside it."
+        )
+
+
+def _and_more(rest: list[str]) -> str:
+    return f" and {len(rest)} more" if rest else ""
+
+
+def _host_path(key: str) -> str:
+    """A module's or tensor's path in the host, without what PEFT puts into it."""
+    return ".".join(part for part in key.removeprefix(HOST_PREFIX).split(".") if part not in WRAPPERS)

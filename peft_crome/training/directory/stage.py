@@ -1,0 +1,154 @@
+"""A stage's directory: written complete or not at all, checked when it is read, a whole Hub repository in itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from transformers.utils import CONFIG_NAME
+
+from ...sharing.stage_record import STAGE_RECORD
+from ...sharing.written import check_files
+from ..errors import StageError
+from .run_folder import file_sizes
+
+RECORD = STAGE_RECORD  # written last: a directory without it is not complete
+
+
+def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: dict[str, Any], card: str) -> None:
+    """Write the composite with what was trained, the adapter, the processor, the card and the record.
+
+    The adapter is taken off the model: `model.unload()` puts the trained modules in their places.
+
+    Args:
+        model: the trained PEFT model around a composite.
+        processor: the composite's.
+        directory: must not exist, or be empty; appears under its name when everything is in it.
+        record: what the stage was; JSON values. The list of the stages is its key "stages".
+        card: README.md.
+    Raises:
+        StageError: the directory holds something.
+        ValueError: other weights were written than were meant; no directory is there then.
+    """
+    directory = Path(directory)
+    check_free(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    name = model.active_adapter
+    adapter = {key: value for key, value in get_peft_model_state_dict(model).items() if ".crome_" in key}
+    own = [key for key, _ in model.named_parameters() if ".crome_" in key and f".{name}." in key]
+    config = model.peft_config[name]
+    composite = model.unload()
+    target = directory.with_name(f".{directory.name}.writing")
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was interrupted here
+    target.mkdir()
+    try:
+        composite.config.has_adapter = True
+        try:
+            composite.save_pretrained(target)
+        finally:
+            composite.config.has_adapter = False
+        processor.save_pretrained(target)
+        adapter = {key: value.detach().contiguous() for key, value in adapter.items()}
+        save_file(adapter, target / SAFETENSORS_WEIGHTS_NAME)
+        check_files(target, [key.replace(f".{name}.", ".") for key in own], SAFETENSORS_WEIGHTS_NAME)
+        values = config.to_dict() | {
+            "modules_to_save": None,  # the composite beside it holds them
+            "base_model_name_or_path": None,
+            "inference_mode": True,
+            "trained_on": (config.trained_on or {}) | {"name_or_path": composite.config.text_model_name_or_path},
+        }
+        text = json.dumps(_plain(values), indent=2, sort_keys=True)
+        (target / ADAPTER_CONFIG_NAME).write_text(f"{text}\n", encoding="utf-8")
+        (target / "README.md").write_text(card, encoding="utf-8")
+        text = json.dumps({**record, "files": file_sizes(target), "config": _config_digest(target)}, indent=2)
+        (target / RECORD).write_text(f"{text}\n", encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    if directory.exists():
+        directory.rmdir()
+    os.replace(target, directory)
+
+
+def check_free(directory: str | Path) -> None:
+    """Refuse to write over something.
+
+    Raises:
+        StageError: the directory holds files, is a file, or cannot be made.
+    """
+    directory = Path(directory)
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise StageError(f"{directory} is there already and is not overwritten. Name another output, or move it away.")
+    parent = next(folder for folder in directory.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise StageError(f"{directory} cannot be written: {parent} is no folder that you may write to.")
+
+
+def is_finished(directory: Path, checkpoints: Path, recipe: dict[str, Any]) -> bool:
+    """Whether a run of this recipe wrote its directory and was interrupted before it removed its checkpoints."""
+    if not (directory / RECORD).is_file() or not checkpoints.is_dir():
+        return False
+    return read_record(directory)["stages"][-1]["recipe"] == recipe
+
+
+def read_record(directory: str | Path) -> dict[str, Any]:
+    """Read what a stage's directory says of itself, and see that all its files are there in full.
+
+    Raises:
+        StageError: it is no stage's directory, or a file is missing or of another size.
+    """
+    directory = Path(directory)
+    path = directory / RECORD
+    if not path.is_file():
+        found = sorted(file.name for file in directory.iterdir())[:8] if directory.is_dir() else "no such directory"
+        raise StageError(
+            f"{directory} is no complete stage's directory: it has no {RECORD} ({found}). Point `previous` at a "
+            "directory that `peft-crome train` has finished, or run that stage again."
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        files, _ = record["files"], record["stages"][-1]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise StageError(f"{path} cannot be read ({error!r}). Copy the directory again.") from error
+    sizes = file_sizes(directory)
+    faulty = [
+        f"{name} ({'missing' if name not in sizes else 'of another size'})"
+        for name, size in files.items()
+        if name != "README.md" and sizes.get(name) != size and (name != CONFIG_NAME or name not in sizes)
+    ]
+    if CONFIG_NAME in sizes and "config" in record and record["config"] != _config_digest(directory):
+        faulty.append(f"{CONFIG_NAME} (of other content, beside where the backbones are)")
+    if faulty:
+        raise StageError(f"{directory} is incomplete: {', '.join(faulty)}. Copy the directory again.")
+    return record
+
+
+def _config_digest(directory: Path) -> str | None:
+    """Of what config.json says, without the names of places, which may move; None: it cannot be read."""
+
+    def without_places(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: without_places(item) for key, item in value.items() if not key.endswith("name_or_path")}
+
+    try:
+        config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return hashlib.sha256(json.dumps(without_places(config), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else str(getattr(value, "value", value))

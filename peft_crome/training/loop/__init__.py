@@ -1,0 +1,1 @@
+"""The training loop: transformers' Trainer, and what ours adds to it."""

@@ -1,0 +1,61 @@
+"""A model whose weights are divided between processes, by FSDP2 or DeepSpeed ZeRO-3: what it needs, one whole copy."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import RecipeError
+from ..stages import trained_parameters
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds only a part of what trains."""
+    return any(isinstance(value, DTensor) or hasattr(value, "ds_id") for _, _, value in trained_parameters(model))
+
+
+def gather_trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What trains, by name, whole and on the CPU. Every process must call it: each gives its part."""
+    values = {name: value for _, name, value in trained_parameters(model)}
+    with _zero3(list(values.values())):
+        return {
+            name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().clone()
+            for name, value in values.items()
+        }
+
+
+def put_trained(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Give a whole model the values of `gather_trained`."""
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+
+
+def check_storage(model: nn.Module, dtype: torch.dtype) -> None:
+    """See that 4-bit weights can be divided.
+
+    Args:
+        dtype: of the backbones.
+    Raises:
+        RecipeError: they are stored as integers, which FSDP2 leaves whole on each device.
+    """
+    for name, value in model.named_parameters():
+        if type(value).__name__ == "Params4bit" and not value.is_floating_point():
+            raise RecipeError(
+                f"{name} is 4-bit in {value.dtype}, which FSDP2 does not divide. Load the language model with "
+                f'bnb_4bit_quant_storage="{str(dtype).removeprefix("torch.")}" and save it again, or name one that is '
+                "not quantised and write backbones.quantization: 4bit."
+            )
+
+
+def _zero3(values: list[Any]) -> Any:
+    if not any(hasattr(value, "ds_id") for value in values):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(values)

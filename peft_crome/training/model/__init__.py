@@ -1,0 +1,1 @@
+"""The composite model that a recipe describes."""

@@ -1,0 +1,181 @@
+"""Make a stage's model: from frozen backbones, or from the directory of the stage before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, InstructBlipQFormerConfig
+from transformers.utils import is_bitsandbytes_available
+
+from ...data import CHAT_TEMPLATES
+from ...tuner import CromeConfig
+from ...vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
+from ..directory.stage import read_record
+from ..errors import StageError
+from ..recipe.schema import Adapter, Backbones, Recipe
+from ..stages import STAGES, modules_to_save
+from .previous import check_reader, check_same, follow_moved_backbones, local_directory, located
+
+
+def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] | None]:
+    """Load everything that a stage starts from, with what it trains in float32 and all else frozen.
+
+    Returns:
+        The PEFT model, the processor, and the record of the stage before (None: it starts from the backbones).
+    Raises:
+        StageError: the previous directory is not complete, of a stage that cannot come before, or of another
+            architecture than the recipe says.
+    """
+    stage = STAGES[recipe.stage]
+    if recipe.previous is None:
+        assert recipe.backbones is not None  # recipe.py has seen to it
+        composite, processor = _from_backbones(recipe.backbones)
+        adapter = recipe.adapter if recipe.adapter is not None else Adapter()
+        config = CromeConfig(**adapter.model_dump(), modules_to_save=modules_to_save(stage, composite) or None)
+        previous = None
+    else:
+        directory = local_directory(recipe.previous)
+        previous = read_record(directory)
+        before = previous["stages"][-1]["stage"]
+        if before not in stage.previous:
+            raise StageError(
+                f"{recipe.previous} was written by {before!r}; {recipe.stage!r} starts from "
+                f"{' or '.join(map(repr, stage.previous)) or 'the backbones alone: leave `previous` out'}."
+            )
+        config = CromeConfig.from_pretrained(str(directory))
+        host = CromeVLMConfig.from_pretrained(directory)
+        follow_moved_backbones(recipe, host)
+        check_same(recipe, host, config)
+        try:
+            composite = CromeVLMForConditionalGeneration.from_pretrained(directory, config=host, adapter="ignore")
+        except OSError as error:
+            raise StageError(f"previous: {error}") from error
+        processor = CromeVLMProcessor.from_pretrained(directory)
+        check_reader(recipe, processor)
+        config.modules_to_save = modules_to_save(stage, composite) or None
+        config.inference_mode = False
+        if recipe.adapter is not None and "dropout" in recipe.adapter.model_fields_set:
+            config.dropout = recipe.adapter.dropout
+    for part in modules_to_save(stage, composite):
+        getattr(composite, part).float()  # small steps would be lost in half precision
+    prepare_processor(processor, recipe)
+    trained = {
+        f"base_model.model.{part}.{key}": value.clone()
+        for part in config.modules_to_save or ()
+        for key, value in getattr(composite, part).state_dict().items()
+    }
+    model = get_peft_model(composite, config)
+    if recipe.previous is not None:
+        weights = load_peft_weights(str(local_directory(recipe.previous)), device="cpu")
+        weights |= trained  # PEFT expects them beside the adapter, and the composite holds them
+        loaded = set_peft_model_state_dict(model, weights)
+        absent = [key for key in loaded.missing_keys if ".crome_" in key]
+        if absent or loaded.unexpected_keys:
+            raise StageError(f"{recipe.previous}: missing {absent[:4]}, unexpected {loaded.unexpected_keys[:4]}.")
+    return model, processor, previous
+
+
+def quantization_config(name: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes' settings for "4bit" (nf4, double quantisation) and "8bit"."""
+    if name is None:
+        return None
+    if name == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # FSDP shards what has the dtype of the rest
+    )
+
+
+def _check_names(said: Backbones) -> None:
+    """See that each name leads somewhere, before anything is loaded."""
+    revisions = {"vision": said.vision_revision, "instructblip": said.vision_revision, "language": said.text_revision}
+    for key, revision in revisions.items():
+        name = getattr(said, key)
+        if name is not None:
+            try:
+                AutoConfig.from_pretrained(name, revision=revision)
+            except (OSError, ValueError) as error:
+                raise StageError(f"backbones.{key}: {name!r} cannot be loaded: {error}") from error
+    if said.qformer_tokenizer is not None:
+        try:
+            size = len(AutoTokenizer.from_pretrained(said.qformer_tokenizer))
+        except (OSError, ValueError) as error:
+            raise StageError(
+                f"backbones.qformer_tokenizer: {said.qformer_tokenizer!r} cannot be loaded: {error}"
+            ) from error
+        known = InstructBlipQFormerConfig(**said.qformer).vocab_size if said.qformer else size
+        if known < size:
+            raise StageError(
+                f"backbones.qformer.vocab_size: {known} words, and {said.qformer_tokenizer!r} has {size}. Write "
+                f"vocab_size: {size}."
+            )
+    for key in ("quantization", "vision_quantization"):
+        if getattr(said, key) is not None and not is_bitsandbytes_available():
+            raise StageError(
+                f"backbones.{key}: {getattr(said, key)!r} needs bitsandbytes. Write: "
+                'pip install "peft-crome[quantization]"'
+            )
+
+
+def _from_backbones(said: Backbones) -> tuple[Any, CromeVLMProcessor]:
+    _check_names(said)
+    dtype = getattr(torch, said.dtype)
+    arguments: dict[str, Any] = {
+        "language": located(said.language),
+        "dtype": dtype,
+        "quantization_config": quantization_config(said.quantization, dtype),
+        "vision_quantization_config": quantization_config(said.vision_quantization, dtype),
+        "image_size": said.image_size,
+        "vision_feature_layer": said.vision_feature_layer,
+        "vision_pool_size": said.vision_pool_size,
+        "image_token_order": said.image_token_order,
+        "vision_revision": said.vision_revision,
+        "text_revision": said.text_revision,
+    }
+    if said.instructblip is not None:
+        composite = CromeVLMForConditionalGeneration.from_instructblip(located(said.instructblip), **arguments)
+    else:
+        qformer = None
+        if said.qformer is not None:
+            qformer = {"encoder_hidden_size": _tower_width(said)} | said.qformer
+            arguments |= {"num_query_tokens": said.num_query_tokens}
+        composite = CromeVLMForConditionalGeneration.from_backbones(
+            vision=located(said.vision), qformer=qformer, **arguments
+        )
+    try:
+        processor = CromeVLMProcessor.from_backbones(config=composite.config, qformer_tokenizer=said.qformer_tokenizer)
+    except (OSError, ValueError) as error:
+        raise StageError(f"backbones: the processor of {said.language!r} cannot be loaded: {error}") from error
+    if said.qformer_tokenizer is not None and processor.qformer_tokenizer is None:
+        raise StageError("backbones.qformer_tokenizer: BLIP-2's Q-Former reads no instructions. Take that key out.")
+    return composite, processor
+
+
+def _tower_width(said: Backbones) -> int:
+    revision = {"revision": said.vision_revision} if said.vision_revision else {}
+    config = AutoConfig.from_pretrained(said.vision, **revision)
+    tower = getattr(config, "vision_config", config)
+    widths = getattr(tower, "hidden_sizes", None)
+    return widths[-1] if widths else tower.hidden_size
+
+
+def prepare_processor(processor: CromeVLMProcessor, recipe: Recipe) -> None:
+    """Give a processor what a recipe says of templates and pictures."""
+    if recipe.chat_template is not None:
+        processor.chat_template = CHAT_TEMPLATES.get(recipe.chat_template, recipe.chat_template)
+    if recipe.images_after_text is not None:
+        processor.images_after_text = recipe.images_after_text
+    images = processor.image_processor
+    for name, value in (("image_mean", recipe.images.mean), ("image_std", recipe.images.std)):
+        if value is not None:
+            setattr(images, name, list(value))
+    if recipe.images.resample is not None:
+        from PIL.Image import Resampling
+
+        images.resample = Resampling[recipe.images.resample.upper()]

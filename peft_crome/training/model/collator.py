@@ -1,0 +1,61 @@
+"""What a recipe reads its rows with; no weights are loaded."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoTokenizer
+from transformers.initialization import no_init_weights
+
+from ...data import ConversationCollator
+from ...tuner import CromeConfig
+from ...vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
+from ...vlm.image_token import ensure_image_token
+from ..errors import StageError
+from ..recipe.schema import Backbones, Recipe
+from .build import prepare_processor
+from .previous import check_reader, check_same, local_directory
+from .skeleton import composite_config
+
+
+def recipe_collator(recipe: Recipe) -> ConversationCollator:
+    """The collator of a recipe's stage, without augmentation.
+
+    Raises:
+        StageError: the stage before is not there yet, and with it how rows are written; or as `build`.
+        ValueError, OSError: the backbones' configurations, or the tokenizers, cannot be had.
+    """
+    if recipe.previous is not None:
+        directory = local_directory(recipe.previous)
+        if not directory.is_dir():
+            raise StageError(
+                f"previous: {recipe.previous} is not there yet, and it says how rows are written. Measure them by the "
+                "recipe of the first stage, whose template and tokenizers are the same."
+            )
+        config = CromeVLMConfig.from_pretrained(directory)
+        check_same(recipe, config, CromeConfig.from_pretrained(str(directory)))
+        processor = CromeVLMProcessor.from_pretrained(directory)
+        check_reader(recipe, processor)
+    else:
+        assert recipe.backbones is not None  # recipe.py has seen to it
+        config, processor = _of_backbones(recipe.backbones)
+    prepare_processor(processor, recipe)
+    return ConversationCollator(
+        processor,
+        max_length=recipe.training.max_length,
+        system=recipe.system,
+        **ConversationCollator.limits(config),
+    )
+
+
+def _of_backbones(said: Backbones) -> tuple[CromeVLMConfig, CromeVLMProcessor]:
+    config = composite_config(said)
+    with torch.device("meta"), no_init_weights():
+        CromeVLMForConditionalGeneration(config)  # counts the tokens of an image
+    revision = {} if said.text_revision is None else {"revision": said.text_revision}
+    tokenizer = AutoTokenizer.from_pretrained(said.language, **revision)
+    config.image_token_id = ensure_image_token(tokenizer)[1]
+    config.vision_model_name_or_path = said.vision or said.instructblip
+    config.qformer_model_name_or_path = said.instructblip
+    return config, CromeVLMProcessor.from_backbones(
+        language=tokenizer, config=config, qformer_tokenizer=said.qformer_tokenizer
+    )

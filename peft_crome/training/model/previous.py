@@ -1,0 +1,161 @@
+"""The directory that a stage starts from: where it is, where its backbones are, and whether a recipe means it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoTokenizer, InstructBlipQFormerConfig
+
+from ...tuner import CromeConfig
+from ...vlm import CromeVLMConfig, CromeVLMProcessor
+from ..errors import StageError
+from ..recipe.schema import Recipe
+
+QFORMER_SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "cross_attention_frequency",
+)  # fmt: skip
+SIZES = ("model_type", "hidden_size", "num_hidden_layers")  # of a language model, whose table may be resized
+
+logger = logging.getLogger(__name__)
+
+
+def local_directory(previous: str) -> Path:
+    """A directory as it is; a Hub repository's files, downloaded once."""
+    if Path(previous).exists() or previous.count("/") != 1 or previous.startswith((".", "/", "~")):
+        return Path(previous).expanduser()
+    try:
+        return Path(snapshot_download(previous))
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"previous: {previous!r} is neither a directory nor a Hub repository that can be reached ({error}). Point "
+            "it at a directory that `peft-crome train` has finished."
+        ) from error
+
+
+def located(name: Any) -> Any:
+    """A folder's whole path, under which it is found from everywhere on this machine; a Hub name as it is."""
+    return str(Path(name).resolve()) if isinstance(name, str) and Path(name).is_dir() else name
+
+
+def follow_moved_backbones(recipe: Recipe, composite: CromeVLMConfig) -> None:
+    """Where a directory names a folder that is not there, take the place that the recipe's backbones name.
+
+    Raises:
+        StageError: the recipe names none, or another language model is there.
+    """
+    said, tower = recipe.backbones, composite.vision_model_name_or_path
+    gone = [
+        field
+        for field in ("vision_model_name_or_path", "qformer_model_name_or_path", "text_model_name_or_path")
+        if (stored := getattr(composite, field)) and Path(stored).is_absolute() and not Path(stored).exists()
+    ]
+    if gone and said is None:
+        raise StageError(
+            f"{recipe.previous} names {[getattr(composite, field) for field in gone]}, which are not there. If they "
+            "have moved, write the `backbones` of the stage before into this recipe, with the places where they are "
+            "now."
+        )
+    for field in gone:
+        stored = getattr(composite, field)
+        if said is None or (field.startswith("qformer") and stored != tower):
+            continue
+        name = said.language if field.startswith("text") else said.instructblip or said.vision
+        if field.startswith("text"):
+            _check_same_language_model(str(name), composite.text_config)
+        logger.warning("%s is not there; %s is taken from %s instead.", stored, field, name)
+        setattr(composite, field, located(name))
+
+
+def _check_same_language_model(name: str, stored: Any) -> None:
+    try:
+        found = AutoConfig.from_pretrained(name).get_text_config(decoder=True)
+    except (OSError, ValueError) as error:
+        raise StageError(f"backbones.language: {name!r} cannot be loaded: {error}") from error
+    stored = stored.get_text_config(decoder=True)
+    different = [
+        f"{key} {getattr(found, key)!r}, not {getattr(stored, key)!r}"
+        for key in SIZES
+        if getattr(found, key, None) != getattr(stored, key, None)
+    ]
+    if different:
+        raise StageError(f"backbones.language: {name!r} is another model than the one trained with: {different}.")
+
+
+def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) -> None:
+    """Compare what a recipe says of the architecture with the directory that it starts from.
+
+    Raises:
+        StageError: lists every difference.
+    """
+    different = []
+    if recipe.backbones is not None:
+        said, stored = recipe.backbones, _stored(composite)
+        given = {key: getattr(said, key) for key in said.model_fields_set if key != "qformer"}
+        given["vision"] = given.pop("instructblip", None) or given.get("vision")
+        if said.qformer is not None:
+            whole = InstructBlipQFormerConfig(**said.qformer).to_dict()
+            sizes = [key for key in QFORMER_SIZES if key in whole]
+            given |= {f"qformer.{key}": whole[key] for key in dict.fromkeys([*said.qformer, *sizes])}
+        if composite.qformer_config is not None and said.qformer is None and said.instructblip is None:
+            different.append("backbones.qformer: none in the recipe, one there")
+        different += [
+            f"backbones.{key}: {value!r} in the recipe, {stored.get(key)!r} there"
+            for key, value in given.items()
+            if key != "qformer_tokenizer" and located(value) != stored.get(key)
+        ]
+    if recipe.adapter is not None:
+        for key in sorted(recipe.adapter.model_fields_set - {"dropout", "init_weights"}):
+            a, b = getattr(recipe.adapter, key), getattr(adapter, key)
+            different += [f"adapter.{key}: {a!r} in the recipe, {b!r} there"] if a != b else []
+    if different:
+        raise StageError(
+            f"{recipe.previous} is of another architecture than the recipe says: {'; '.join(different)}. Leave "
+            "`backbones` and `adapter` out to take the directory's, or start from another directory."
+        )
+
+
+def check_reader(recipe: Recipe, processor: CromeVLMProcessor) -> None:
+    """See that the tokenizer that a recipe names for the Q-Former is the directory's."""
+    name = recipe.backbones.qformer_tokenizer if recipe.backbones is not None else None
+    if name is None:
+        return
+    try:
+        said = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise StageError(f"backbones.qformer_tokenizer: {name!r} cannot be loaded: {error}") from error
+    reader = processor.qformer_tokenizer
+    if reader is None or said.get_vocab() != reader.get_vocab():
+        there = "no tokenizer for a Q-Former" if reader is None else "another tokenizer for its Q-Former"
+        raise StageError(
+            f"{recipe.previous} has {there}, and the recipe says backbones.qformer_tokenizer: {name!r}. Take that key "
+            "out, or start from another directory."
+        )
+
+
+def _stored(composite: CromeVLMConfig) -> dict[str, Any]:
+    """What a directory says of its backbones, in a recipe's words."""
+    dtype: Any = getattr(composite.text_config, "dtype", None)
+    reader: Any = composite.qformer_config
+    return {
+        "language": composite.text_model_name_or_path,
+        "text_revision": composite.text_revision,
+        "vision": composite.vision_model_name_or_path,
+        "vision_revision": composite.vision_revision,
+        "vision_pool_size": composite.vision_pool_size,
+        "vision_feature_layer": composite.vision_feature_layer,
+        "image_size": composite.image_height_width[0],
+        "image_token_order": composite.image_token_order,
+        "num_query_tokens": None if reader is None else composite.num_query_tokens,
+        "quantization": _bits(composite.text_quantization_config),
+        "vision_quantization": _bits(composite.vision_quantization_config),
+        "dtype": str(dtype).removeprefix("torch."),
+        **({} if reader is None else {f"qformer.{key}": value for key, value in reader.to_dict().items()}),
+    }
+
+
+def _bits(quantization: dict[str, Any] | None) -> str | None:
+    return None if not quantization else "4bit" if quantization.get("load_in_4bit") else "8bit"

@@ -1,0 +1,136 @@
+"""A model as a stage trains it, on the meta device: its modules, shapes and dtypes, without its weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from ...tuner import CromeConfig
+from ...tuner.guard import disarm
+from ...vlm import CromeVLMConfig, CromeVLMForConditionalGeneration
+from ...vlm.backbones import Loading, language_class, processor_image_size
+from ...vlm.blip_parts import PARTS_CLASSES
+from ...vlm.vision import build_tower, find_vision_model
+from ..errors import StageError
+from ..recipe.schema import Backbones
+from ..stages import Stage, modules_to_save
+from .packed import Quantization, pack
+
+
+def composite_config(said: Backbones) -> CromeVLMConfig:
+    """The composite that backbones will make, from their configurations alone.
+
+    Raises:
+        StageError, ValueError: a configuration cannot be had, or is of no tower or language model.
+    """
+    dtype = getattr(torch, said.dtype)
+    language = read_config("backbones.language", said.language, said.text_revision)
+    language_class(language)  # refuses what is no language model
+    key = "vision" if said.vision is not None else "instructblip"
+    name: str = getattr(said, key)
+    stored = read_config(f"backbones.{key}", name, said.vision_revision)
+    tower = stored.vision_config if stored.model_type in PARTS_CLASSES else _tower_config(stored)
+    queries, qformer = said.num_query_tokens, None
+    if said.instructblip is not None:
+        queries, qformer = stored.num_query_tokens, stored.qformer_config
+    elif said.qformer is not None:
+        width = getattr(tower, "hidden_size", None) or tower.hidden_sizes[-1]
+        qformer = {"encoder_hidden_size": width, "model_type": "instructblip_qformer", **said.qformer}
+    for part in (language, tower):
+        part.dtype = dtype
+    return CromeVLMConfig(
+        vision_config=tower,
+        text_config=language,
+        vision_revision=said.vision_revision,
+        text_revision=said.text_revision,
+        qformer_revision=said.vision_revision if said.instructblip is not None else None,
+        text_quantization_config=_quantization_config(said.quantization),
+        vision_quantization_config=_quantization_config(said.vision_quantization),
+        image_token_id=language.get_text_config().vocab_size,
+        image_size=said.image_size or processor_image_size(name, said.vision_revision, Loading()),
+        vision_feature_layer=said.vision_feature_layer,
+        vision_pool_size=said.vision_pool_size,
+        qformer_config=qformer,
+        num_query_tokens=queries,
+        image_token_order=said.image_token_order,
+    )
+
+
+def read_config(key: str, name: str, revision: str | None = None) -> PreTrainedConfig:
+    """A model's configuration, of a folder or the Hub.
+
+    Raises:
+        StageError: names the key, and why it cannot be had.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, **({} if revision is None else {"revision": revision}))
+    except (OSError, ValueError) as error:
+        raise StageError(f"{key}: {name!r} cannot be loaded: {error}") from error
+
+
+def skeleton(config: CromeVLMConfig, stage: Stage, adapter: CromeConfig) -> PeftModel:
+    """A composite with an adapter as `build` makes it, on the meta device.
+
+    Args:
+        config: the composite's; its parts' `dtype`, and its quantisations, say how they are loaded.
+        stage: what trains; kept in float32.
+        adapter: its size; `modules_to_save` follows from the stage.
+    Raises:
+        ValueError: a backbone's checkpoint is quantised by something else than bitsandbytes.
+    """
+    config = copy.deepcopy(config)
+    packed = {part: quantization_of(config, part) for part in ("language_model", "vision_tower")}
+    with torch.device("meta"), no_init_weights():
+        composite = CromeVLMForConditionalGeneration(config).requires_grad_(False)
+        composite.language_model.tie_weights()  # a part of the initialisation that is left out
+        for part, quantization in packed.items():
+            if quantization is not None:
+                pack(getattr(composite, part), quantization)
+        trained = modules_to_save(stage, composite)
+        for part in trained:
+            getattr(composite, part).float()
+        adapter = copy.deepcopy(adapter)
+        adapter.modules_to_save = trained or None
+        model = get_peft_model(composite, adapter)
+        disarm(composite)  # there are no values that the guard could look at
+    return model
+
+
+def quantization_of(config: CromeVLMConfig, part: str) -> Quantization | None:
+    """How the weights of "language_model" or "vision_tower" are packed; a checkpoint may be packed already.
+
+    Raises:
+        ValueError: by something else than bitsandbytes.
+    """
+    which, recipe_key = {
+        "vision_tower": ("vision", "vision_quantization"),
+        "language_model": ("text", "quantization"),
+    }[part]
+    own = getattr(config, f"{which}_config")
+    stored: Any = getattr(config, f"{which}_quantization_config") or getattr(own, "quantization_config", None)
+    if stored is None:
+        return None
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    for quantization, key in (("4bit", "load_in_4bit"), ("8bit", "load_in_8bit")):
+        if values.get(key):
+            return quantization  # type: ignore[return-value]
+    raise ValueError(
+        f"The {part} is quantised with {values.get('quant_method')!r}; its memory is predicted for bitsandbytes' 4 "
+        f"and 8 bits alone. Name the checkpoint that is not quantised, with {recipe_key}: 4bit."
+    )
+
+
+def _tower_config(stored: Any) -> Any:
+    """The configuration of the tower itself, of a dual model such as CLIP too."""
+    with torch.device("meta"), no_init_weights():
+        return find_vision_model(build_tower(stored)).config
+
+
+def _quantization_config(name: str | None) -> dict[str, Any] | None:
+    # A dictionary: transformers' class wants bitsandbytes to be installed.
+    return None if name is None else {"quant_method": "bitsandbytes", f"load_in_{name}": True}

@@ -1,0 +1,98 @@
+"""Before anything is loaded: what a stage would take on some GPU, by rows of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ...backbone.model import input_embeddings
+from ...tuner import CromeConfig
+from ...vlm import CromeVLMConfig
+from ...vlm.backbones import language_class
+from ..errors import StageError
+from ..model.packed import Quantization, pack
+from ..model.previous import check_same, follow_moved_backbones
+from ..model.skeleton import composite_config, read_config, skeleton
+from ..recipe.schema import Adapter, Recipe
+from ..stages import STAGES
+from .devices import Device
+from .memory import StepCost, StepSize, predict_step
+
+TEXT_TOKENS = 128  # of a row beside its picture, where nothing else is said
+MOST_ROWS = 64
+
+
+def recipe_skeleton(recipe: Recipe) -> PeftModel:
+    """What a recipe will train, on the meta device; neither weights nor data are read.
+
+    Raises:
+        StageError: neither the previous directory nor the backbones are there.
+        ValueError: a configuration cannot be had.
+    """
+    stage, adapter = STAGES[recipe.stage], CromeConfig(**(recipe.adapter or Adapter()).model_dump())
+    if recipe.previous is not None and Path(recipe.previous).is_dir():
+        config = CromeVLMConfig.from_pretrained(recipe.previous)
+        adapter = CromeConfig.from_pretrained(recipe.previous)
+        follow_moved_backbones(recipe, config)
+        check_same(recipe, config, adapter)
+        return skeleton(config, stage, adapter)
+    if recipe.backbones is None:
+        raise StageError(
+            f"previous: {recipe.previous} is not there yet, and the recipe does not say what it is made of. Add its "
+            "`backbones` to plan ahead."
+        )
+    return skeleton(composite_config(recipe.backbones), stage, adapter)
+
+
+def model_skeleton(name: str, dtype: str, quantization: Quantization | None) -> PeftModel:
+    """A vision-language model with its adapter, or a language model alone with the text branch, on the meta device.
+
+    Raises:
+        StageError, ValueError: the configuration cannot be had, or is of no such model.
+    """
+    config = read_config("--backbone", name)
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    auto_class = AutoModelForImageTextToText if sees else language_class(config)
+    with torch.device("meta"), no_init_weights():
+        model: PreTrainedModel = auto_class.from_config(config, dtype=getattr(torch, dtype)).requires_grad_(False)
+        model.tie_weights()  # a part of the initialisation that is left out
+        if quantization is not None:
+            pack(model, quantization)
+        # Of a row only its tokens are known, not which of them an image becomes: an adapter on all costs no less.
+        return get_peft_model(model, CromeConfig(branches=["text"]))
+
+
+def tokens_per_picture(model: nn.Module) -> int:
+    """Of a composite; 0 for other models, whose image tokens are counted among a row's tokens alone."""
+    return getattr(model.get_base_model(), "image_seq_length", None) or 0  # type: ignore[operator]
+
+
+def frozen_dtype(model: nn.Module) -> torch.dtype:
+    """In which a model computes: its embedding table's."""
+    return next(input_embeddings(model).parameters()).dtype  # type: ignore[union-attr]
+
+
+def costs(
+    model: nn.Module, device: Device, tokens: int, *, gradient_checkpointing: bool = False, most: int = MOST_ROWS
+) -> Iterator[tuple[int, StepCost]]:
+    """Rows of a forward pass, doubled each time, with what they take; the first that does not fit is the last.
+
+    Args:
+        tokens: of a row, image tokens among them; a picture per row.
+    Raises:
+        NotPredictable: as `predict_step`.
+    """
+    rows = 1
+    while rows <= most:
+        size = StepSize(rows, tokens, images=rows)
+        cost = predict_step(model, size, gradient_checkpointing=gradient_checkpointing)
+        yield rows, cost
+        if cost.peak > device.memory:
+            return
+        rows *= 2

@@ -1,0 +1,242 @@
+"""What a training step needs: its memory and its floating-point operations, from shapes alone.
+
+The step itself is rehearsed, forward and backward, on tensors without values (torch's `FakeTensorMode`). So whatever
+an architecture keeps for its backward pass is counted as it is, and no formula has to know it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from peft import PeftModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from ...vlm import CromeVLMForConditionalGeneration
+from ..stages import ADAPTER
+
+ADAM_STATES = 2  # of AdamW for each weight that trains, in its dtype
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+CPU_ATTENTION = {  # which torch's counter leaves out
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class NotPredictable(RuntimeError):
+    """A model's forward pass depends on values, or fails without them."""
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A forward and backward pass.
+
+    Args:
+        rows: rows in it.
+        tokens: of the longest row, image tokens among them; the others are padded.
+        images: in all rows together.
+        instruction_tokens: of the longest instruction that a Q-Former reads.
+        target_tokens: of the longest answer, where the language model is an encoder-decoder.
+    """
+
+    rows: int
+    tokens: int
+    images: int
+    instruction_tokens: int = 32
+    target_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step needs on one device that holds all of the model; bytes.
+
+    Attributes:
+        weights: per part of the model, quantised ones as they are packed.
+        optimizer: AdamW's states.
+        gradients: of what trains.
+        kept: what the forward pass leaves for the backward pass.
+        peak: the most that is there at one time, all of the above included.
+        flops: floating-point operations of a forward and a backward pass; a multiplication with addition is two.
+    """
+
+    weights: dict[str, int]
+    optimizer: int
+    gradients: int
+    kept: int
+    peak: int
+    flops: int
+
+    @property
+    def activations(self) -> int:
+        """What is there at the peak beside weights and the optimiser's states, gradients included."""
+        return self.peak - sum(self.weights.values()) - self.optimizer
+
+
+@dataclass
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive."""
+
+    now: int = 0
+    peak: int = 0
+    seen: Any = field(default_factory=weakref.WeakKeyDictionary)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self.add(value)
+        return result
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self.seen:
+            size = storage.nbytes()
+            self.seen[storage] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, size)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+
+def predict_step(
+    model: nn.Module,
+    size: StepSize,
+    *,
+    gradient_checkpointing: bool = False,
+    accumulate: bool = False,
+    autocast: torch.dtype | None = None,
+) -> StepCost:
+    """Rehearse a step of a model on the meta device.
+
+    Args:
+        model: of `skeleton`, or any other adapted model that takes text; it stays as it is, but for gradient
+            checkpointing.
+        size: of the batch.
+        gradient_checkpointing: compute activations again in the backward pass, and keep one per layer.
+        accumulate: whether gradients of earlier rows are there already.
+        autocast: mixed precision, as accelerate does it; None: none.
+    Raises:
+        NotPredictable: the forward pass needs values (some mixtures of experts), or fails for another reason.
+    """
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable()  # type: ignore[operator]
+    model.train()
+    live, flops = _Live(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.nbytes for parameter in trained)
+    optimizer = ADAM_STATES * gradients
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _fake(model) as tensors:
+            for tensor in tensors:
+                live.add(tensor)
+            weights = live.now
+            batch: dict[str, Any] = _batch(model, size)
+            if gradient_checkpointing:
+                batch["use_cache"] = False  # transformers sets it, and says so each time
+            with ExitStack() as modes:
+                modes.enter_context(live)
+                modes.enter_context(flops)
+                if accumulate:
+                    for tensor in tensors:
+                        if tensor.requires_grad:
+                            tensor.grad = torch.empty_like(tensor)
+                before = live.now
+                loss = _forward(model, autocast)(**batch).loss
+                kept = live.now - before
+                if loss.requires_grad:  # behind a Q-Former, text alone meets nothing that trains
+                    loss.backward()
+    except (RuntimeError, NotImplementedError) as error:  # values are missing: RuntimeErrors of torch's own
+        raise NotPredictable(
+            f"A step of {type(model).__name__} cannot be rehearsed without values: {error}"
+        ) from error
+    return StepCost(
+        weights=_by_part(model),
+        optimizer=optimizer,
+        gradients=gradients,
+        kept=kept,
+        peak=optimizer + max(live.peak, weights + gradients),
+        flops=flops.get_total_flops(),
+    )
+
+
+@contextmanager
+def _fake(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Put tensors that claim to be on the CPU in the place of the meta device's; take them away afterwards."""
+    places = [
+        (tensors, name, tensor)
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    made: dict[int, torch.Tensor] = {}  # tied weights stay one
+    for _, _, tensor in places:
+        if id(tensor) not in made:
+            fake = torch.empty_like(tensor, device="cpu")
+            made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    try:
+        for tensors, name, tensor in places:
+            tensors[name] = made[id(tensor)]  # type: ignore[index]
+        yield list(made.values())
+    finally:
+        for tensors, name, tensor in places:
+            tensors[name] = tensor  # type: ignore[index]
+
+
+def _base_model(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _batch(model: nn.Module, size: StepSize) -> dict[str, torch.Tensor]:
+    ids = torch.zeros(size.rows, size.tokens, dtype=torch.long)
+    base = _base_model(model)
+    target = (size.rows, size.target_tokens) if base.config.is_encoder_decoder else ids.shape
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(target, dtype=torch.long)}
+    if isinstance(base, CromeVLMForConditionalGeneration) and size.images:
+        channels = getattr(base.config.vision_config, "num_channels", 3)
+        batch["pixel_values"] = torch.empty(size.images, channels, *base.config.image_height_width)
+        if base.qformer is not None and base.qformer.reads_instructions:
+            longest = min(size.instruction_tokens, base.qformer.config.max_position_embeddings)
+            read = torch.zeros(size.images, longest, dtype=torch.long)
+            batch |= {"qformer_input_ids": read, "qformer_attention_mask": torch.ones_like(read)}
+    return batch
+
+
+def _forward(model: nn.Module, autocast: torch.dtype | None) -> Any:
+    return model if autocast is None else convert_outputs_to_fp32(torch.autocast("cpu", dtype=autocast)(model))
+
+
+def _by_part(model: nn.Module) -> dict[str, int]:
+    """Bytes per child of the base model, each tensor once; the adapter's as "adapter"."""
+    base, seen = _base_model(model), set()
+    parts: dict[str, int] = {}
+    for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
+        part = name.split(".")[0]
+        part = ADAPTER if part == "crome" else part
+        if id(tensor) not in seen:
+            parts[part] = parts.get(part, 0) + tensor.nbytes
+        seen.add(id(tensor))
+    return parts

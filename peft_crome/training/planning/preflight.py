@@ -1,0 +1,232 @@
+"""Before the first step: what will train, what it will take, and whether it can work at all."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from torch import nn
+
+from ...data import ConversationCollator
+from ...tuner import guard
+from ..errors import RecipeError
+from ..loop.trainer import CromeTrainer
+from ..model.skeleton import skeleton
+from ..recipe.schema import Recipe
+from ..stages import STAGES, count_trained, trained_parameters
+from .costs import frozen_dtype
+from .devices import Device, this_device
+from .memory import NotPredictable, StepCost, StepSize, predict_step
+
+SAMPLE = 256  # rows whose tokens are counted
+STREAMED = 32  # of rows that have to be fetched
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """Rows spread evenly over the data, measured without opening a picture.
+
+    Attributes:
+        lengths: tokens of each, image tokens among them, before a cut.
+        max_length: where rows are cut; None: nowhere.
+        images: the most pictures in one of them.
+        instruction_tokens, target_tokens: the longest that a Q-Former or a decoder reads.
+        with_picture: one of them, if any has one; else the first.
+    """
+
+    lengths: list[int]
+    max_length: int | None
+    images: int
+    instruction_tokens: int
+    target_tokens: int
+    with_picture: dict[str, Any]
+
+    @property
+    def cut(self) -> int:
+        """How many are longer than `max_length`."""
+        return sum(self.max_length is not None and length > self.max_length for length in self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest, after the cut."""
+        return min(max(self.lengths), self.max_length or max(self.lengths))
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known before the first step.
+
+    Attributes:
+        trained: weights that train, per part.
+        rows: of the data; None: streamed.
+        sample: of the rows.
+        size: of a forward pass on one device, with rows as long as the sample's longest.
+        cost: of it; None: `warnings` says why.
+        device: what it will run on.
+        seconds: of an optimiser step, from and to; None: unknown.
+        warnings: what is probably a mistake, with the key to change.
+    """
+
+    trained: dict[str, int]
+    rows: int | None
+    sample: RowSample
+    size: StepSize
+    cost: StepCost | None
+    device: Device
+    seconds: tuple[float, float] | None
+    warnings: list[str]
+
+
+def preflight(
+    trainer: CromeTrainer, recipe: Recipe, rows: Any, collator: ConversationCollator, count: int | None
+) -> Preflight:
+    """Look at a run that is about to begin; weights, gradients and random numbers are left as they are.
+
+    Args:
+        trainer: with the model where it will train.
+        rows: what the trainer draws from.
+        count: of the rows as the data hold them; None: streamed.
+    Raises:
+        RecipeError: nothing trains, the adapter is not reached by the forward pass, or something that trains would
+            get no gradient.
+        RowError: a row of the sample cannot be learnt from.
+    """
+    model, arguments = trainer.model, trainer.args
+    trained = count_trained(model)
+    if not trained:
+        raise RecipeError(f"stage: nothing of this model trains in {recipe.stage!r}. Write another stage.")
+    sample = sample_rows(rows, collator)
+    warnings = [] if sample.images else _no_pictures(trained)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # there, one process may not hold the model
+        plain = copy.copy(collator)
+        plain.augmentation = None  # it would draw random numbers
+        check_gradients(model, send_to_device(plain([sample.with_picture]), arguments.device))
+    config, dtype = model.get_base_model().config, frozen_dtype(model)
+    mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    device = this_device(arguments.device, mixed or dtype)
+    each = arguments.per_device_train_batch_size
+    size = StepSize(each, sample.longest, each * sample.images, sample.instruction_tokens, sample.target_tokens)
+    settings = {
+        "gradient_checkpointing": bool(arguments.activation_checkpointing),
+        "accumulate": arguments.gradient_accumulation_steps > 1,
+        "autocast": mixed,
+    }
+    cost, seconds = None, None
+    try:
+        with torch.random.fork_rng(devices=[]):  # a tower whose layout depends on values is built for a moment
+            shape = skeleton(config, STAGES[recipe.stage], model.peft_config[model.active_adapter])
+        cost = predict_step(shape, size, **settings)
+        seconds = device.seconds(cost.flops * arguments.gradient_accumulation_steps, mixed or dtype)
+        if cost.peak > device.memory:
+            warnings.append(_too_large(cost.peak, device, size, recipe, config))
+        warnings += _slow_dtype(device, mixed or dtype, recipe)
+    except (NotPredictable, ValueError) as error:
+        warnings.append(f"Memory and time are not predicted. {error}")
+    for warning in warnings:
+        logger.warning(warning)
+    return Preflight(trained, count, sample, size, cost, device, seconds, warnings)
+
+
+def _slow_dtype(device: Device, dtype: torch.dtype, recipe: Recipe) -> list[str]:
+    if recipe.backbones is None or not {dtype, torch.float32} <= device.rates.keys():
+        return []
+    faster, name = device.rates[torch.float32] / device.rates[dtype], str(dtype).removeprefix("torch.")
+    if faster < 2:
+        return []
+    return [
+        f"backbones.dtype: {device.name} multiplies {faster:.0f} times as fast in float32 as in {name}. Write "
+        "dtype: float32, which takes twice the memory for what is frozen."
+    ]
+
+
+def sample_rows(rows: Any, collator: ConversationCollator) -> RowSample:
+    """Count the tokens of rows spread evenly over the data; of streamed data the first ones.
+
+    Raises:
+        ValueError: there are no rows.
+        RowError: as `ConversationCollator.encode`.
+    """
+    chosen: Iterable[dict[str, Any]]
+    if isinstance(rows, Dataset):
+        chosen = (rows[number] for number in range(0, len(rows), max(1, len(rows) // SAMPLE)))
+    else:
+        chosen = rows.take(STREAMED)
+    lengths, images, instruction, target, picked = [], 0, 1, 1, None
+    for row in islice(chosen, SAMPLE):
+        encoded = collator.encode(row)
+        lengths.append(encoded["length"])
+        target = max(target, len(encoded["labels"]))
+        if collator.processor.qformer_tokenizer is not None and row["images"]:
+            read = collator.processor.qformer_tokenizer(encoded["instruction"])["input_ids"]
+            instruction = max(instruction, len(read))
+        images = max(images, len(row["images"]))
+        if picked is None or (row["images"] and not picked["images"]):
+            picked = row
+    if picked is None:
+        raise ValueError("The data hold no rows. Name other data, or leave `faulty: drop` out to see why.")
+    return RowSample(lengths, collator.max_length, images, instruction, target, picked)
+
+
+def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    """Run a batch forward and backward: each branch is reached, each weight that trains gets a gradient.
+
+    Weights that have no part in a batch without pictures are not asked for then.
+
+    Raises:
+        RecipeError: a branch is not reached or cannot learn, or weights get no gradient; the message names them.
+    """
+    base = model.get_base_model()  # type: ignore[operator]
+    cache, base.feature_cache = base.feature_cache, None  # this picture is not as training will see it
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        try:
+            guard.check(model, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RecipeError(f"stage: the adapter would not train. {error}") from error
+        model.eval()
+        with torch.enable_grad():
+            loss = model(**batch).loss
+            if loss.requires_grad:  # behind a Q-Former, text alone meets nothing that trains
+                loss.backward()
+        without = [name for _, name, parameter in trained_parameters(model) if parameter.grad is None]
+    finally:
+        base.feature_cache = cache
+        for module, training in modes:
+            module.training = training
+        model.zero_grad()
+    if without and "pixel_values" in batch:
+        raise RecipeError(
+            f"stage: {len(without)} weights are to train and get no gradient from a row with a picture: "
+            f"{without[:4]}. The loss does not depend on them; write another stage, or leave their part out."
+        )
+
+
+def _no_pictures(trained: dict[str, int]) -> list[str]:
+    blind = [part for part in trained if part != "adapter"]
+    if not blind:
+        return []
+    return [f"data: no row of the sample has a picture, so {', '.join(blind)} would learn nothing. Name other data."]
+
+
+def _too_large(peak: int, device: Device, size: StepSize, recipe: Recipe, config: Any) -> str:
+    ways = [f"training.rows_per_device: {max(1, size.rows // 2)}"] if size.rows > 1 else []
+    if not recipe.training.gradient_checkpointing:
+        ways.append("training.gradient_checkpointing: true")
+    if not config.text_quantization_config and recipe.previous is None:
+        ways.append("backbones.quantization: 4bit")
+    ways = ways or ["a smaller training.max_length"]
+    return (
+        f"A step is predicted to take {peak / 1e9:.1f} GB, and {device.name} has {device.memory / 1e9:.1f} GB for it. "
+        f"Write {', or '.join(ways)}."
+    )

@@ -1,0 +1,1 @@
+"""A recipe: what a training run is to do, as a YAML file."""

@@ -1,0 +1,75 @@
+"""What trains beside an adapter: `modules_to_save` and `trainable_token_indices`, redirected into the sites."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from ..branches import Branches, site_path
+
+
+def redirect_into_sites(
+    names: list[str] | None, field: str, branches: Branches, paths: Iterable[str], heads: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Where PEFT is to wrap the modules of `modules_to_save` and the like: inside a site, not around it.
+
+    A wrapper around a site would train a copy of it that holds a copy of the adapter.
+
+    Args:
+        heads: names that may be missing, which PEFT adds for a task.
+    Returns:
+        each name that PEFT would match -> the name to give PEFT instead.
+    Raises:
+        ValueError: a name matches no module, or a module that contains a site.
+    """
+    sites = [site_path(site) for branch in branches.values() for site in branch]
+    known = list(paths)
+    redirected = {}
+    for given in names or []:
+        name = given.removesuffix(".base_layer")  # a saved configuration has the redirected name
+        for site in sites:
+            if f".{name}." in f".{site}":
+                raise ValueError(
+                    f"{field}={names}: {name!r} contains the site {site!r}; its copy would hold a second adapter. "
+                    f"Write {field}=[{site!r}]."
+                )
+        inside = [f"{site}.base_layer" for site in sites if site.endswith(name)]
+        within = [site for site in sites for path in known if path.endswith(name) and path.startswith(site + ".")]
+        if within and not inside:
+            raise ValueError(
+                f"{field}={names}: {name!r} lies inside the site {within[0]!r}, which PEFT can only train whole. "
+                f"Write {field}=[{within[0]!r}]."
+            )
+        if not inside and not any(path.endswith(name) for path in known):
+            if name in heads:
+                continue
+            near = difflib.get_close_matches(name, {path.rsplit(".", 1)[-1] for path in known}, n=1) or ["lm_head"]
+            raise ValueError(f"{field}={names}: {name!r} matches no module of the model. Write {field}=[{near[0]!r}].")
+        redirected.update(dict.fromkeys(inside or [name], given))
+    return redirected
+
+
+def redirect_token_indices(
+    indices: list[int] | dict[str, list[int]] | None,
+    embeddings: str | None,
+    branches: Branches,
+    paths: Iterable[str],
+    rows: int | None = None,
+) -> list[int] | dict[str, list[int]] | None:
+    """The same as `redirect_into_sites`, for `trainable_token_indices`; a list is meant for the input embeddings.
+
+    Args:
+        rows: of the embedding table, where it is known.
+    """
+    if isinstance(indices, list) and embeddings is not None:
+        indices = {embeddings: indices}
+    if not isinstance(indices, dict):
+        return indices
+    redirected = redirect_into_sites(list(indices), "trainable_token_indices", branches, paths)
+    if rows is not None and any(index >= rows for ids in indices.values() for index in ids):
+        largest = max(index for ids in indices.values() for index in ids)
+        raise ValueError(
+            f"trainable_token_indices: {largest} is beyond the model's {rows} embeddings. Resize them first, "
+            f"model.resize_token_embeddings({largest + 1}), or leave it out."
+        )
+    return {path: indices[name] for path, name in redirected.items()}

@@ -1,0 +1,63 @@
+"""Taking attachments away: one that failed, and what an earlier one left on the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...backbone.model import replace_everywhere
+from ..guard import disarm
+from ..layer import CromeLayer, crome_layers
+from ..weights import NAME
+
+
+def take_away_old(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """Make room for an adapter, as PEFT's other methods do where a model comes to them a second time.
+
+    An adapter of that name goes, whatever its size and its sites; so do weights that no site refers to, which another
+    method left when it unloaded the sites.
+
+    Returns:
+        What was there, for `roll_back`; empty where there was nothing.
+    """
+    weights: Any = model._modules.get(NAME)
+    layers = [layer for _, layer in crome_layers(model)]
+    if weights is not None and not layers:
+        disarm(model)
+        del model._modules[NAME]
+    if not layers or adapter_name not in weights.crome_up:
+        return {}
+    linears = weights.linears_of(adapter_name)
+    for name in linears:  # not by `delete_adapter`, which would say that another one is active now
+        del getattr(weights, name)[adapter_name]
+    branches = {layer: layer.branches_of.pop(adapter_name) for layer in layers if adapter_name in layer.branches_of}
+    settings, active = weights.settings[adapter_name], weights._active_adapter
+    return {"linears": linears, "branches": branches, "settings": settings, "active": active}
+
+
+def roll_back(model: nn.Module, adapter_name: str, old: dict[str, Any]) -> None:
+    """Leave a model as it was before an attachment that failed.
+
+    Args:
+        old: of `take_away_old`.
+    """
+    weights: Any = model._modules.get(NAME)
+    if weights is None:
+        return
+    weights.delete_adapter(adapter_name)
+    layers: list[CromeLayer] = [layer for _, layer in crome_layers(model)]
+    for layer in layers:
+        layer.branches_of.pop(adapter_name, None)
+        if layer in old.get("branches", {}):
+            layer.branches_of[adapter_name] = old["branches"][layer]
+        if not layer.branches_of:
+            replace_everywhere(model, layer, layer.base_layer)
+    if not any(layer.branches_of for layer in layers):
+        disarm(model)
+        del model._modules[NAME]
+    elif old:
+        for name, linear in old["linears"].items():
+            getattr(weights, name)[adapter_name] = linear
+        weights.settings[adapter_name] = old["settings"]
+        weights._active_adapter = old["active"]

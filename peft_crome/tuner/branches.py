@@ -1,0 +1,62 @@
+"""What a branch is: a name, its sites, and the token ids that are its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+Branches = dict[str, list[str]]  # branch -> full paths of its sites; of a range of token ids: "embed_tokens[4:8196]"
+
+
+TOKEN_RANGE = re.compile(r"\[(\d+):(\d+)\]$")
+
+
+def site_path(site: str) -> str:
+    """The module's path, without a range of token ids."""
+    return TOKEN_RANGE.sub("", site)
+
+
+def token_range(site: str) -> list[tuple[int, int]]:
+    """The range of token ids at the end of a site's name, half-open; none: all tokens."""
+    return [(int(start), int(stop)) for start, stop in TOKEN_RANGE.findall(site)]
+
+
+def with_ranges(path: str, ranges: list[tuple[int, int]]) -> list[str]:
+    """The inverse of `site_path` and `token_range`."""
+    return [f"{path}[{start}:{stop}]" for start, stop in ranges] or [path]
+
+
+def present_branches(model: nn.Module, layer_cls: type[nn.Module], adapter_name: str) -> Branches:
+    """The sites of an adapter that is on a model, by branch."""
+    present: Branches = {}
+    for name, module in model.named_modules():
+        if isinstance(module, layer_cls):
+            for branch, ranges in cast(Any, module).branches_of.get(adapter_name, {}).items():
+                present.setdefault(branch, []).extend(with_ranges(name, ranges))
+    return present
+
+
+def same_branches(one: Branches, other: Branches) -> bool:
+    """Whether both have the same branches on the same sites, in whichever order."""
+    return {b: set(s) for b, s in one.items()} == {b: set(s) for b, s in other.items()}
+
+
+TokenRanges = list[tuple[int, int]]
+
+
+def united(several: Iterable[dict[str, TokenRanges]]) -> dict[str, TokenRanges]:
+    """The branches of several adapters at one site, each with all of its ranges."""
+    found: dict[str, TokenRanges] = {}
+    for own in several:
+        for branch, ranges in own.items():
+            found[branch] = [*dict.fromkeys([*found.get(branch, []), *ranges])]
+    return found
+
+
+def in_ranges(input_ids: torch.Tensor, ranges: TokenRanges) -> torch.Tensor:
+    """Which token ids lie in one of the half-open ranges; bool, of the shape of `input_ids`."""
+    return torch.stack([(input_ids >= start) & (input_ids < stop) for start, stop in ranges]).any(0)

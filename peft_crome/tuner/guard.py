@@ -1,0 +1,356 @@
+"""What happens around a forward pass in training: each branch must act and learn, and a batch without images go on."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..backbone.outputs import embeddings_in
+from .branches import in_ranges
+from .layer import CromeLayer, crome_layers
+from .weights import DOWN, GATE, CromeWeights
+
+TEXT_INPUTS = re.compile(r"(decoder_)?input_ids")
+AUDIO_INPUTS = re.compile(r".*(audio|speech|input_features|input_values).*")
+VISION_INPUTS = re.compile(r".*(pixel_values|image|video|vision|patches).*")
+COMPILED = "_orig_mod"  # what `torch.compile` calls the module that it wraps
+PATIENCE = 20  # forward passes in training that nothing may reach before a warning
+
+Pair = tuple[str, str]  # adapter name, branch
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What a forward pass sent through one site for one branch.
+
+    Attributes:
+        branch: the branch's name.
+        site: full path of the wrapped module.
+        calls: how often the site ran.
+        embeddings: how many embeddings it adapted in all.
+        gradient: whether the loss depends on them, so that the branch's weights can learn.
+    """
+
+    branch: str
+    site: str
+    calls: int
+    embeddings: int
+    gradient: bool
+
+
+@dataclass(eq=False)
+class Watch:
+    """Records what passes through the sites while it is a model's `CromeWeights.observer`."""
+
+    reached: set[Pair] = field(default_factory=set)
+    calls: dict[tuple[CromeLayer, str], int] = field(default_factory=dict)
+    embeddings: dict[tuple[CromeLayer, str], Any] = field(default_factory=dict)
+    nodes: dict[tuple[CromeLayer, str], list[Any]] = field(default_factory=dict)
+
+    def see(self, layer: CromeLayer, adapter_names: list[str], input_ids: Any, output: Any) -> None:
+        """Note one call of a site and where in autograd's graph its output stands."""
+        tensors = embeddings_in(output, layer.out_features)
+        self.reached |= {(name, branch) for name in adapter_names for branch in layer.branches_of[name]}
+        for branch, ranges in layer.branches.items():
+            total: Any = sum(x[..., 0].numel() for x in tensors)
+            others = [r for other, given in layer.branches.items() if other != branch for r in given]
+            if ranges:
+                total = in_ranges(input_ids, ranges).sum()
+            elif others:
+                total = total - in_ranges(input_ids, others).sum()
+            key = (layer, branch)
+            self.calls[key] = self.calls.get(key, 0) + 1
+            self.embeddings[key] = self.embeddings.get(key, 0) + total
+            self.nodes.setdefault(key, []).extend(x.grad_fn for x in tensors if x.grad_fn is not None)
+
+    def report(self, layers: Iterable[tuple[str, CromeLayer]], outputs: Any) -> list[SiteReport]:
+        """One row per site and branch, whether it was reached or not."""
+        wanted = {node for nodes in self.nodes.values() for node in nodes}
+        found = _reachable(wanted, _roots(outputs))
+        rows = []
+        for path, layer in layers:
+            for branch in layer.branches:
+                key = (layer, branch)
+                embeddings = int(self.embeddings.get(key, 0))
+                learns = embeddings > 0 and any(node in found for node in self.nodes.get(key, []))
+                rows.append(SiteReport(branch, path, self.calls.get(key, 0), embeddings, gradient=learns))
+        return rows
+
+
+def check(model: nn.Module, batch: dict[str, Any]) -> list[SiteReport]:
+    """Run one batch forward and see that each branch with input in it is reached and can learn; changes nothing.
+
+    Args:
+        model: a model with an active CROME adapter.
+        batch: what `model(**batch)` takes, with labels if the model has a loss.
+    Returns:
+        A row per site and branch.
+    Raises:
+        ValueError: there is no active CROME adapter.
+        RuntimeError: a branch is not reached, or its weights get no gradient; the message names branch and sites.
+    """
+    weights = next((module for module in model.modules() if isinstance(module, CromeWeights)), None)
+    layers = list(crome_layers(model))
+    if weights is None or not any(layer.acting() for _, layer in layers):
+        raise ValueError(
+            f"{type(model).__name__} has no active CROME adapter. Attach one: get_peft_model(model, CromeConfig()), "
+            "or activate it: model.set_adapter('default')."
+        )
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # no dropout, no statistics
+    weights.observer = watch = Watch()
+    try:
+        # Inside a compiled graph nothing can be watched.
+        with torch.compiler.set_stance("force_eager"), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            outputs = model(**batch)
+        rows = watch.report(layers, outputs)
+    finally:
+        weights.observer = None
+        for module, training in modes:
+            module.training = training
+    expected = expected_branches({branch for _, branch in acting(layers)}, batch, from_pictures(layers))
+    verify(rows, expected, {branch for _, branch in training_pairs(weights, layers)})
+    return rows
+
+
+def verify(rows: Iterable[SiteReport], expected: set[str], training: set[str]) -> None:
+    """Refuse a branch that had input and was not reached, or trains and cannot learn.
+
+    Args:
+        expected: branches that the batch has input for.
+        training: branches with weights that require a gradient.
+    Raises:
+        RuntimeError: names the branch, its sites and what to write.
+    """
+    for branch in sorted(expected):
+        own = [row for row in rows if row.branch == branch]
+        sites = [row.site for row in own]
+        if not any(row.embeddings for row in own):
+            raise RuntimeError(
+                f"The CROME branch {branch!r} is not reached: the batch has input for it, and nothing went through "
+                f"{sites}. Name the modules that produce these embeddings: CromeConfig(branches={{{branch!r}: "
+                "['<module path>']})."
+            )
+        if branch in training and not any(row.gradient for row in own):
+            raise RuntimeError(
+                f"The CROME branch {branch!r} cannot learn: {sites} ran, and the loss does not depend on what came "
+                "out. The model detaches it, or runs it under torch.no_grad(); name a later module: "
+                f"CromeConfig(branches={{{branch!r}: ['<module path>']}})."
+            )
+
+
+def from_pictures(layers: Iterable[tuple[str, CromeLayer]]) -> set[str]:
+    """The branches that read images whatever they are called: behind a Q-Former, the text branch does.
+
+    Its sites are fusion sites, which are identities, and no table of tokens.
+    """
+    sites: dict[str, list[nn.Module]] = {}
+    for _, layer in layers:
+        for branch in layer.branches:
+            sites.setdefault(branch, []).append(layer.get_base_layer())
+    return {branch for branch, own in sites.items() if all(isinstance(module, nn.Identity) for module in own)}
+
+
+def expected_branches(
+    branches: Iterable[str], arguments: dict[str, Any], from_pictures: set[str] | None = None
+) -> set[str]:
+    """The branches that a forward call has input for: token ids, sound, or (for any other name) images."""
+    given = {name for name, value in arguments.items() if _is_given(value)}
+    expected = set()
+    for branch in branches:
+        if branch == "text" and branch not in (from_pictures or ()):
+            names = TEXT_INPUTS if "inputs_embeds" not in given else None
+        else:
+            names = AUDIO_INPUTS if branch == "audio" else VISION_INPUTS
+        if names and any(names.fullmatch(name) for name in given):
+            expected.add(branch)
+    return expected
+
+
+def acting(layers: Iterable[tuple[str, CromeLayer]]) -> set[Pair]:
+    """The adapters that sites add now, with the branches that they feed."""
+    return {(name, branch) for _, layer in layers for name in layer.acting() for branch in layer.branches_of[name]}
+
+
+def training_pairs(weights: CromeWeights, layers: Iterable[tuple[str, CromeLayer]]) -> set[Pair]:
+    """Of `acting`, those of which W_u or a map of the branch requires a gradient."""
+    found = set()
+    for name, branch in acting(layers):
+        linears = weights.linears_of(name)
+        if any(linears[key].weight.requires_grad for key in ("crome_up", GATE + branch, DOWN + branch)):
+            found.add((name, branch))
+    return found
+
+
+class Guard:
+    """Hooks on a model with CROME's sites, for forward passes in training.
+
+    The first pass that has input for a branch proves that the branch acts and learns, or fails. Any pass that does not
+    reach a branch, since no row has an image, gives the branch's weights a gradient of zero: an optimiser, DDP and
+    accumulation wait for one. Nothing else of the pass changes, so its loss is that of the base model.
+    """
+
+    def __init__(self, model: nn.Module, weights: CromeWeights) -> None:
+        self.weights = weights
+        self.layers = list(crome_layers(model))
+        self.copies = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        self.from_pictures = from_pictures(self.layers)
+        # What runs inside a compiled part of a host cannot be watched.
+        seen = [layer for path, layer in self.layers if COMPILED not in path.split(".")]
+        self.unproven = {branch for layer in seen for branch in layer.branches}
+        self.patience = PATIENCE
+        self.handles = (
+            model.register_forward_pre_hook(self.before, with_kwargs=True),
+            model.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+        )
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin to watch a forward pass in training."""
+        if self._trains(model) and not self._is_compiled(model):
+            self.weights.observer = Watch()
+
+    def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        """Prove branches that had input; connect those that met nothing."""
+        if self._is_compiled(model):  # nothing is watched there: what came out says whether anything was reached
+            if outputs is None or any(x.requires_grad for x in _tensors(outputs)) or not self._trains(model):
+                return None
+            return self._connected(outputs, training_pairs(self.weights, self.layers))
+        watch, self.weights.observer = self.weights.observer, None
+        # Without outputs the forward pass failed, and its own error is on its way.
+        if not isinstance(watch, Watch) or outputs is None or not self._trains(model):
+            return None
+        training = training_pairs(self.weights, self.layers)
+        self._prove(watch, training, model, args, kwargs, outputs)
+        missed = training - watch.reached
+        return self._connected(outputs, missed) if missed else None
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _is_compiled(self, model: nn.Module) -> bool:
+        return torch.compiler.is_compiling() or COMPILED in model._modules
+
+    def _trains(self, model: nn.Module) -> bool:
+        replica = getattr(model, "_is_replica", False)  # nn.DataParallel: sites refer to the first device's weights
+        return (
+            model.training
+            and torch.is_grad_enabled()
+            and not replica
+            and any(parameter.requires_grad for parameter in self.weights.parameters())
+        )
+
+    def _prove(
+        self,
+        watch: Watch,
+        training: set[Pair],
+        model: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: Any,
+    ) -> None:
+        branches = self.unproven & {branch for _, branch in training}
+        merged = {branch for _, layer in self.layers if layer.folded for branch in layer.branches} - branches
+        if not branches and not merged & self.unproven:
+            return
+        arguments = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+        expected = expected_branches({*branches, *merged}, arguments, self.from_pictures)
+        if stopped := sorted(expected.intersection(merged)):
+            raise RuntimeError(
+                f"The CROME branches {stopped} do not train: they are merged into the embedding table. Write "
+                "model.unmerge_adapter() before training."
+            )
+        if expected:
+            verify(watch.report(self.layers, outputs), expected, expected)
+            self.unproven -= expected
+            self.patience = PATIENCE
+        elif branches and not watch.reached and self.patience:
+            self.patience -= 1
+            if not self.patience:
+                warnings.warn(
+                    f"{PATIENCE} batches in training had no input for the CROME branches {sorted(branches)}, so "
+                    f"nothing was trained. The model was given {sorted(arguments)}. If there should be images, see "
+                    "that the collator returns them, and write TrainingArguments(remove_unused_columns=False).",
+                    stacklevel=2,
+                )
+
+    def _connected(self, outputs: Any, missed: Iterable[Pair]) -> Any:
+        """The same outputs, with a gradient of 0 to the weights of the pairs and to modules that train beside them."""
+        zero: Any = 0.0
+        for name, branch in sorted(missed):
+            up = self.weights.crome_up[name].weight
+            nothing = torch.zeros(0, up.shape[0], dtype=up.dtype, device=up.device)
+            zero = zero + self.weights(nothing, branch, name).sum()  # the sum of no embeddings
+        for parameter in (p for copy in self.copies for p in copy.parameters() if p.requires_grad):
+            zero = zero + parameter.flatten()[:0].sum().to(zero.device)
+        return _plus(outputs, zero)
+
+
+def arm(model: nn.Module, weights: CromeWeights) -> None:
+    """Put a guard on a model, in the place of one that knew fewer adapters."""
+    disarm(model)
+    Guard(model, weights)
+
+
+def disarm(model: nn.Module) -> None:
+    """Take the guard off a model."""
+    for hook in list(model._forward_hooks.values()):
+        if isinstance(guard := getattr(hook, "__self__", None), Guard):
+            guard.remove()
+
+
+def _plus(outputs: Any, zero: torch.Tensor) -> Any:
+    if isinstance(outputs, torch.Tensor):
+        return outputs + zero.to(outputs) if outputs.is_floating_point() else outputs
+    if isinstance(outputs, dict):
+        for name, value in outputs.items():
+            if isinstance(value, torch.Tensor):
+                outputs[name] = _plus(value, zero)
+    elif isinstance(outputs, tuple):
+        return tuple(_plus(value, zero) if isinstance(value, torch.Tensor) else value for value in outputs)
+    return outputs
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    values = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, tuple) else [outputs]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _is_given(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() > 0
+    return isinstance(value, (list, tuple)) and any(_is_given(item) for item in value)
+
+
+def _roots(outputs: Any) -> list[Any]:
+    """Where a backward pass may begin: the loss, else all that the model returns."""
+    if isinstance(getattr(outputs, "loss", None), torch.Tensor):
+        outputs = outputs.loss
+    if isinstance(outputs, torch.Tensor):
+        return [outputs.grad_fn] if outputs.grad_fn is not None else []
+    values = outputs.values() if isinstance(outputs, dict) else outputs if isinstance(outputs, (list, tuple)) else []
+    return [node for value in values for node in _roots(value)]
+
+
+def _reachable(wanted: set[Any], roots: list[Any]) -> set[Any]:
+    """Which of the wanted nodes of autograd's graph lie behind the roots."""
+    found: set[Any] = set()
+    seen, stack = set(roots), list(roots)
+    while stack and len(found) < len(wanted):
+        node = stack.pop()
+        if node in wanted:
+            found.add(node)
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return found

@@ -1,0 +1,1 @@
+"""Fold a text branch into the embedding table."""

@@ -1,0 +1,187 @@
+"""Merging: the text branch folds into its table, the others go on as small modules. `fold.py` has the arithmetic."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ...backbone.model import embed_scale, original_module, text_config
+from .fold import folded_table, install_table, why_not_foldable
+
+logger = logging.getLogger(__name__)
+
+# model_type -> why a folded table would not give the adapted model's output
+SCALES = "scales its output where config.tie_word_embeddings is set, and a merge unties the head"
+NOT_MERGEABLE = {
+    "switch_transformers": SCALES,
+    "udop": SCALES,
+    "umt5": SCALES,
+    "diffusion_gemma": "also averages its table's rows, for self-conditioning, which the adapter leaves as they are",
+}
+
+
+class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the class of a layer, and Python checks it
+    """What PEFT asks of a layer to merge, unmerge and unload it; `CromeLayer` has the rest."""
+
+    base_layer: nn.Module
+    _weights: tuple[Any]
+    _unmerged: list[nn.Parameter]  # in a list: a merged model's state_dict has one table
+    _surveyed: str | None | bool = False  # why the table does not fold; False: not looked at since the last merge
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold a text branch into its embedding table; another branch is not linear and goes on with these adapters.
+
+        Raises:
+            ValueError: safe_merge is set and the new table has values that are not finite.
+        """
+        names = self._own(check_adapters_to_merge(self, adapter_names))
+        table = self.get_base_layer()
+        if not names:
+            return
+        surveyed, self._surveyed = self._surveyed, False
+        if why_not_foldable(table) if surveyed is False else surveyed:
+            self.merged_adapters.extend(names)
+            return
+        merged, weights = table.weight, self._weights[0]
+        training = weights.training
+        table.weight = merged if self.unmerged_table is None else self.unmerged_table
+        try:
+            weights.eval()  # dropout must not be folded in
+            folded = folded_table(table, lambda rows, ids: self.adapt(rows, [*self.merged_adapters, *names], ids))
+        finally:
+            table.weight = merged
+            weights.train(training)
+        if safe_merge and not torch.isfinite(folded).all():
+            broken = ", ".join(names)
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken.")
+        self._unmerged = self._unmerged or [table.weight]
+        install_table(table, folded)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the table back that was there before the first merge: exact, since it was kept."""
+        if self.unmerged_table is not None:
+            now = self.get_base_layer().weight
+            self.unmerged_table.data = self.unmerged_table.data.to(device=now.device, dtype=now.dtype)
+            self.get_base_layer().weight = self.unmerged_table
+        self._unmerged = []
+        self.merged_adapters: list[str] = []
+        for config in self.__dict__.pop("_untied_configs", []):
+            config.tie_word_embeddings = True
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return what takes this layer's place in a model without PEFT: what it wraps.
+
+        `CromeModel` merges before it unloads, so a layer that is not merged stays: another method merges its own.
+        """
+        if merge and not self.folded:
+            return self
+        if not merge:
+            self.unmerge()
+            self.unload_trained_copy(merge=False)
+        return self.base_layer
+
+    def unload_trained_copy(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, merge: bool = True
+    ) -> None:
+        """Put the module that `modules_to_save` or `trainable_token_indices` trained in the wrapped one's place."""
+        if isinstance(self.base_layer, AuxiliaryTrainingWrapper):
+            self.base_layer = self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+
+    @property
+    def folded(self) -> bool:
+        """Whether the merged adapters are in the table; a merged site that cannot fold still adds them."""
+        return bool(self._unmerged)
+
+    @property
+    def unmerged_table(self) -> nn.Parameter | None:
+        """The table as it was before adapters were folded into it; None: none is."""
+        return self._unmerged[0] if self._unmerged else None
+
+
+def check_allowed(model: nn.Module, sites: list[Any], names: list[str] | None, unload: bool = False) -> None:
+    """Refuse a merge that would give another model, before anything is changed; say in the log what is kept.
+
+    Args:
+        sites: the model's `CromeLayer`s.
+        names: of the adapters to merge; None: the active ones.
+        unload: whether PEFT's layers go, so that what cannot be folded would be lost.
+    Raises:
+        ValueError: nothing can be folded, or a folded table would mean something else; says why.
+    """
+    parts = [m for m in model.modules() if getattr(getattr(m, "config", None), "model_type", "") in NOT_MERGEABLE]
+    if parts:
+        because = NOT_MERGEABLE[parts[0].config.model_type]  # type: ignore[union-attr]
+        raise ValueError(
+            f"Nothing can be merged: {type(parts[0]).__name__} {because}. Keep the adapter attached, or unload() it."
+        )
+    layers = {name: m for name, m in model.named_modules() if any(m is site for site in sites)}
+    layers = {name: m for name, m in layers.items() if m._own(m.active_adapters if names is None else names)}
+    tables = {name: original_module(layer.get_base_layer()) for name, layer in layers.items()}
+    reasons = {name: why_not_foldable(table) for name, table in tables.items()}
+    for name, layer in layers.items():
+        layer._surveyed = reasons[name]
+    folded = [name for name, reason in reasons.items() if not reason]
+    kept = [name for name, reason in reasons.items() if reason]
+    trained = [name for name in folded if isinstance(layers[name].base_layer, AuxiliaryTrainingWrapper)]
+    if trained and not unload:
+        remedy = "Keep the adapter attached." if kept else "Write merge_and_unload(), which keeps the trained one."
+        raise ValueError(
+            f"{trained} trains as well (modules_to_save or trainable_token_indices), and an adapter cannot be "
+            f"folded into two copies of a table. {remedy}"
+        )
+    if not folded or (kept and unload):
+        raise ValueError(
+            f"{'Nothing' if not folded else 'Not all'} can be merged: "
+            f"{'; '.join(f'{name}: {reasons[name]}' for name in kept) or 'no site has these adapters'}. Only a branch "
+            "on an embedding table folds into weights. Keep the adapter attached: a decoded token does not meet a "
+            "vision branch. To serve it, see peft_crome.serving; to take it off, unload()."
+        )
+    scales: dict[int, set[float]] = {}
+    for name in folded:
+        scales.setdefault(id(tables[name].weight), set()).add(float(embed_scale(tables[name])))
+    if any(len(several) > 1 for several in scales.values()):
+        raise ValueError(
+            f"Nothing can be merged: {folded} share one table and scale its rows differently, so no one table holds "
+            "what the adapter adds. Keep the adapter attached, or unload() it."
+        )
+    message = "CROME folded into the embedding table, so that prompts without an image change as well: %s."
+    logger.warning(
+        message + (" Not linear, and still attached: %s." if kept else ""), folded, *([kept] if kept else [])
+    )
+
+
+def merge_for_good(model: nn.Module, sites: list[Any], safe_merge: bool, names: list[str] | None) -> None:
+    """Fold what folds, of a model whose sites go: a table that trained takes the place of the one it was copied from.
+
+    Raises:
+        ValueError: see `check_allowed`.
+    """
+    check_allowed(model, sites, names, unload=True)
+    for site in sites:
+        site.unload_trained_copy(safe_merge, names)
+        site.merge(safe_merge, names)
+
+
+def share_and_untie(model: nn.Module, sites: list[Any]) -> None:
+    """After a merge: tables that were one parameter are one again, and the head keeps the old table."""
+    merged = [site for site in sites if site.folded]
+    first: dict[int, nn.Parameter] = {}
+    for site in merged:  # each fold gave the same values
+        table = site.get_base_layer()
+        if site.unmerged_table is not None:
+            table.weight = first.setdefault(id(site.unmerged_table), table.weight)
+    # A save or a resize would tie the head to the new table again.
+    configs = [getattr(model, "config", None), text_config(model)]
+    tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
+    for site in merged if tied else ():
+        site._untied_configs = tied
+    for config in tied:
+        config.tie_word_embeddings = False

@@ -1,0 +1,1 @@
+"""A batch in which each row has an adapter of its own."""

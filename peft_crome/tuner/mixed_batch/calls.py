@@ -1,0 +1,81 @@
+"""A batch in which each row has an adapter of its own: `forward` and `generate` with `adapter_names`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..weights import NAME
+from .owners import BASE, Rows, check_count
+
+# The call that runs in this thread or task: a server's requests do not see one another's rows.
+_ROWS: ContextVar[Rows | None] = ContextVar("crome_rows", default=None)
+
+
+@contextmanager
+def rows_with_adapters(
+    model: nn.Module, names: Sequence[str], arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> Iterator[None]:
+    """While this is open, a call of `model` gives each row its adapter.
+
+    Args:
+        model: with CROME's sites in it, in eval mode.
+        names: an adapter for each row of `input_ids`, or "__base__"; where `generate` repeats rows, for beams or
+            several sequences, the adapters go with them.
+        arguments, keywords: of the call.
+    Raises:
+        ValueError: the model is in training mode or merged, an adapter is unknown, or there are more or fewer names
+            than rows.
+    """
+    weights: Any = model._modules[NAME]
+    if model.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Write model.eval().")
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    unknown = sorted(set(names) - {BASE, *weights.crome_up})
+    if unknown:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {[*weights.crome_up]}."
+        )
+    ids = keywords.get("input_ids", keywords.get("inputs", arguments[0] if arguments else None))
+    ids = ids if isinstance(ids, torch.Tensor) and not ids.is_floating_point() else None
+    counted = ids if ids is not None else keywords.get("inputs_embeds")
+    if not hasattr(model, "config"):  # a module of somebody's own: what it is given has a row for each
+        counted = next((value for value in (*arguments, *keywords.values()) if isinstance(value, torch.Tensor)), None)
+    if isinstance(counted, torch.Tensor):
+        check_count(names, len(counted))
+    weights.override = _adapt_rows
+    rows = Rows(model, weights, names, ids, keywords, counted=isinstance(counted, torch.Tensor))
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    handles = [
+        model.register_forward_pre_hook(_of_this_call(rows, rows.begin), with_kwargs=True),
+        model.register_forward_hook(_of_this_call(rows, rows.end)),
+        # What trains as well has a copy for each adapter.
+        *(m.register_forward_pre_hook(_of_this_call(rows, rows.name_rows), with_kwargs=True) for m in wrappers),
+    ]
+    token = _ROWS.set(rows)
+    try:
+        yield
+    finally:
+        _ROWS.reset(token)
+        for handle in handles:
+            handle.remove()
+
+
+def _adapt_rows(site: Any, output: Any, given: Any) -> Any:
+    """A site's output with each row's adapter added; None where no call of this model is running here."""
+    rows = _ROWS.get()
+    return None if rows is None or rows.weights is not site._weights[0] else rows.adapt(site, output, given)
+
+
+def _of_this_call(rows: Rows, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that is deaf to other threads' and tasks' passes through the same model."""
+    return lambda *arguments: hook(*arguments) if _ROWS.get() is rows else None

@@ -1,0 +1,1 @@
+"""Where embeddings enter a language model."""

@@ -1,0 +1,109 @@
+"""Where embeddings of the language model's width are produced: rules (`site_rules.py`), and a table for the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ...backbone.model import original_module
+from ..branches import Branches, site_path
+from .errors import check_not_nested, no_regex, no_such_branch, no_such_module, no_vision_site
+from .rules import by_token_id, projectors, text_sites
+from .table import HOSTS
+
+WEIGHTS_PER_WIDTH = 1280  # the paper's adapter has 5·d·256 weights, and so have others, whatever their branches
+
+
+def default_bottleneck_dim(branches: int) -> int:
+    """The hidden features m with which (2·branches + 1)·d·m is about 1280·d; a multiple of 8.
+
+    >>> [default_bottleneck_dim(branches) for branches in (1, 2, 3)]
+    [424, 256, 184]
+    """
+    return 8 * max(1, round(WEIGHTS_PER_WIDTH / (2 * branches + 1) / 8))
+
+
+def find_branches(
+    model: nn.Module, branches: list[str] | dict[str, list[str] | str] | None, of_before: bool = False
+) -> Branches:
+    """Resolve a configuration's `branches`, or look the architecture up, to full module paths.
+
+    A path may end in a range of token ids, "embed_tokens[4:8196]": only these tokens' embeddings are the branch's.
+
+    Args:
+        branches: None: those that carry images and sound. Without a Q-Former, the text branch would be on the
+            embedding table, and is left out.
+        of_before: None means all that are known, as in adapters that were trained before the default left words out.
+    Raises:
+        ValueError: nothing is known of the architecture, or a name matches no branch, no module or two branches.
+    """
+    paths = dict(adaptable_modules(model))
+    if isinstance(branches, dict):
+        found = {branch: _match(branch, wanted, paths) for branch, wanted in branches.items()}
+        check_not_nested(found)
+        return found
+    table = HOSTS.get(str(getattr(getattr(model, "config", None), "model_type", None)), {})
+    found = _find_by_rules(model, paths, table)
+    tables = text_sites(model, paths)
+    words = any(site in tables or _is_table(paths[site]) for site in found.get("text", []))
+    images = {branch: sites for branch, sites in found.items() if branch != "text" or not words}
+    missing = [branch for branch in branches or [] if branch not in found]
+    if not images and (missing or branches is None):
+        raise no_vision_site(model, paths, tables, [suffix for suffixes in table.values() for suffix in suffixes])
+    if missing:
+        raise no_such_branch(model, missing, found)
+    if branches is None:
+        return found if of_before else images
+    return {branch: found[branch] for branch in branches}
+
+
+def adaptable_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Yield path and module of what an adapter may wrap: not the model itself, nothing inside a PEFT layer."""
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if not path or path.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (path + ".",)
+            if not hasattr(module, "base_layer"):
+                continue  # the container of the adapters' weights
+        yield path, module
+
+
+def _find_by_rules(model: nn.Module, paths: dict[str, nn.Module], table: dict[str, list[str]]) -> Branches:
+    named = {
+        branch: [path for path in paths for suffix in suffixes if f".{path}".endswith("." + suffix)]
+        for branch, suffixes in table.items()
+    }
+    text = named.get("text") or text_sites(model, paths)
+    found: Branches = {"text": text} if text else {}
+    if text:
+        found |= by_token_id(model, text) or projectors(model, paths, text)
+    return found | {branch: sites for branch, sites in named.items() if sites}
+
+
+def _is_table(module: nn.Module) -> bool:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(original_module(base), nn.Embedding)
+
+
+def _match(branch: str, wanted: list[str] | str, paths: dict[str, nn.Module]) -> list[str]:
+    if isinstance(wanted, str):
+        try:
+            sites = [path for path in paths if re.fullmatch(wanted, path)]
+        except re.error as error:
+            raise no_regex(branch, wanted, error) from error
+        missing = [] if sites else [wanted]
+    else:
+        sites, missing = [], []
+        for given in wanted:
+            name = site_path(given)
+            hits = [path for path in paths if path == name or path.endswith("." + name)]
+            sites += [site for path in hits if (site := path + given[len(name) :]) not in sites]
+            missing += [] if hits else [given]
+    if missing:
+        raise no_such_module(branch, missing, paths)
+    return sites

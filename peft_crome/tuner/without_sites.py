@@ -1,0 +1,64 @@
+"""A model without the sites around its modules: to change its vocabulary's size, or to write it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..backbone.model import input_embeddings, original_module
+from .layer import CromeLayer
+from .weights import CromeWeights
+
+
+@contextmanager
+def without_sites(model: nn.Module) -> Iterator[None]:
+    """`sites_out`, for a vocabulary to change its size: the adapters' weights do not depend on it.
+
+    All sites go, since a vision site may share a weight that is tied anew (UDOP).
+
+    Raises:
+        ValueError: a table trains as well, and has a copy for each adapter, or an adapter is folded into it.
+    """
+    sites = [module for module in model.modules() if isinstance(module, CromeLayer)]
+    tables = [input_embeddings(model), *(site.base_layer for site in sites)] if sites else []
+    if any(original_module(module) is not module and _is_table(module) for module in tables if module is not None):
+        raise ValueError(
+            "The embedding table trains (modules_to_save or trainable_token_indices), and its copies do not change "
+            "size with it. Write model.resize_token_embeddings(...) before get_peft_model(...) or before loading."
+        )
+    if any(site.folded for site in sites):
+        raise ValueError(
+            "An adapter is folded into the embedding table. Write model.unmerge_adapter() first, then resize."
+        )
+    with sites_out(model):
+        yield
+
+
+@contextmanager
+def sites_out(model: nn.Module) -> Iterator[None]:
+    """The model's own modules in its own places, without the adapters' weights, for as long as the block runs.
+
+    What is in a site's place at the end is what it wraps from then on.
+    """
+    places = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
+    taken = [place for place in places if isinstance(place[2], (CromeLayer, CromeWeights))]
+    for parent, name, child in taken:
+        if isinstance(child, CromeLayer):
+            setattr(parent, name, child.base_layer)
+        else:
+            del parent._modules[name]
+    try:
+        yield
+    finally:
+        for parent, name, child in taken:
+            if isinstance(child, CromeLayer):
+                child.base_layer = getattr(parent, name)
+                if _is_table(child.base_layer):
+                    child.in_features = child.base_layer.num_embeddings
+            setattr(parent, name, child)
+
+
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(original_module(module), nn.Embedding)

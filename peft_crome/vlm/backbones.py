@@ -1,0 +1,215 @@
+"""Load the parts of a composite: a vision tower, a language model, a Q-Former."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .blip_parts import PARTS_CLASSES, load_parts, qformer_of
+from .configuration_crome_vlm import HUB_ARGUMENTS
+from .image_size import fixed_image_size
+from .qformer import QFormer
+from .vision import find_vision_model, vision_class
+
+Quantization: TypeAlias = QuantizationConfigMixin | dict[str, Any]
+PARTS = ("vision_tower", "language_model")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How backbones are loaded; the same for both unless a mapping tells them apart.
+
+    Args:
+        dtype: as in transformers; None: the checkpoint's.
+        device_map: as in transformers; a dictionary names the composite's modules (`language_model.model.layers.0`).
+        attn_implementation: a name, or {"vision_config": name, "text_config": name}.
+        arguments: other arguments of `from_pretrained` (`cache_dir`, `token`, `local_files_only`, ...).
+    """
+
+    dtype: torch.dtype | str | None = None
+    device_map: Any = None
+    attn_implementation: str | Mapping[str, str] | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hub_arguments(self) -> dict[str, Any]:
+        """The arguments that processors and configurations understand too."""
+        return {name: value for name, value in self.arguments.items() if name in HUB_ARGUMENTS}
+
+    def for_part(self, part: str) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for "vision_tower" or "language_model".
+
+        Raises:
+            ValueError: a device_map dictionary has no entry for the part.
+        """
+        key = "vision_config" if part == "vision_tower" else "text_config"
+        attention = self.attn_implementation
+        attention = attention.get(key) if isinstance(attention, Mapping) else attention
+        device_map = self.device_map
+        if isinstance(device_map, Mapping):
+            inside = {k: d for k, d in device_map.items() if k == part or k.startswith(f"{part}.")}
+            device_map = {k.removeprefix(part).removeprefix("."): device for k, device in inside.items()}
+            if not device_map and "" not in self.device_map:
+                raise ValueError(
+                    f"device_map has keys {list(self.device_map)}, none for {part!r}; add {part!r}: 'cpu'."
+                )
+            device_map = device_map or {"": self.device_map[""]}
+        chosen = {"attn_implementation": attention, "device_map": device_map}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        return {"dtype": self.dtype if self.dtype is not None else "auto", **chosen, **self.arguments}
+
+
+def load_vision_tower(
+    name: str,
+    revision: str | None,
+    config: PreTrainedConfig | None,
+    quantization_config: Quantization | None,
+    loading: Loading,
+) -> PreTrainedModel:
+    """Load the tower by name; of a dual model the vision half is kept.
+
+    Raises:
+        ValueError: the named model has no vision tower, or one of other sizes than the configuration says.
+    """
+    arguments = _arguments("vision_tower", revision, quantization_config, loading)
+    stored = AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+    if stored.model_type in PARTS_CLASSES:  # without the checkpoint's own language model
+        if config is not None:
+            _check_sizes(name, stored.vision_config, config)
+            stored.vision_config = _clean(config, quantization_config)
+        return _with_quantizer(load_parts(name, stored, **arguments))
+    if config is not None and type(stored) is type(config):
+        _check_sizes(name, stored, config)
+        arguments["config"] = _clean(config, quantization_config)
+    elif config is not None and type(getattr(stored, "vision_config", None)) is type(config):
+        _check_sizes(name, stored.vision_config, config)
+        stored.vision_config = _clean(config, quantization_config)
+        arguments["config"] = stored
+    return _with_quantizer(vision_class(stored).from_pretrained(name, **arguments))
+
+
+def _check_sizes(name: str, stored: PreTrainedConfig, config: PreTrainedConfig) -> None:
+    """Refuse a tower whose weights cannot be those that a composite was trained with."""
+    different = [
+        f"{key}={getattr(stored, key)}, and this composite was made with {key}={getattr(config, key)}"
+        for key in ("image_size", "patch_size", "hidden_size")
+        if hasattr(stored, key) and getattr(stored, key) != getattr(config, key, None)
+    ]
+    if different:
+        raise ValueError(
+            f"The tower {name!r} has {'; '.join(different)}. Name the tower that it was made with, or join and train "
+            "anew: CromeVLMForConditionalGeneration.from_backbones(vision=..., language=...)."
+        )
+
+
+def _with_quantizer(model: PreTrainedModel) -> PreTrainedModel:
+    """The tower of a loaded model, which was quantised with the whole."""
+    tower = find_vision_model(model)
+    if hasattr(model, "hf_quantizer"):
+        tower.hf_quantizer = model.hf_quantizer
+    return tower
+
+
+def load_qformer(name: str, revision: str | None, loading: Loading) -> QFormer:
+    """Load the Q-Former and the query tokens of an InstructBLIP or BLIP-2 checkpoint."""
+    arguments = {key: value for key, value in loading.for_part("vision_tower").items() if key != "device_map"}
+    return qformer_of(load_parts(name, **_revision(revision), **arguments))
+
+
+def parts_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of `from_backbones`' arguments, those that loading the parts of an InstructBLIP checkpoint by name takes."""
+    return _arguments("vision_tower", kwargs.get("vision_revision"), None, _loading(kwargs))
+
+
+def load_quantised_tower(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The tower as `from_backbones`' arguments say that it is quantised and loaded."""
+    return load_vision_tower(
+        name, kwargs.get("vision_revision"), None, kwargs["vision_quantization_config"], _loading(kwargs)
+    )
+
+
+def _loading(kwargs: dict[str, Any]) -> Loading:
+    names = ("dtype", "device_map", "attn_implementation")
+    others = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
+    return Loading(**{name: kwargs.get(name) for name in names}, arguments=others)
+
+
+def load_language_model(
+    name: str,
+    revision: str | None,
+    config: PreTrainedConfig | None,
+    quantization_config: Quantization | None,
+    loading: Loading,
+) -> PreTrainedModel:
+    """Load the language model with its head by name, decoder-only or encoder-decoder.
+
+    Raises:
+        ValueError: the named model is neither.
+    """
+    arguments = _arguments("language_model", revision, quantization_config, loading)
+    stored = AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+    auto_class = language_class(config or stored)
+    if config is None:
+        return auto_class.from_pretrained(name, **arguments)
+    config = _clean(config, quantization_config)
+    ours, theirs = config.get_text_config(), stored.get_text_config()
+    vocab_size = getattr(ours, "vocab_size", None)
+    if vocab_size == getattr(theirs, "vocab_size", None):
+        return auto_class.from_pretrained(name, config=config, **arguments)
+    ours.vocab_size = theirs.vocab_size  # the table was resized after loading
+    model = auto_class.from_pretrained(name, config=config, **arguments)
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    return model
+
+
+def language_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
+    """The auto class that loads a language model with its head.
+
+    Raises:
+        ValueError: transformers has no such class for this configuration.
+    """
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    has_remote_code = auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in auto_class._model_mapping and not has_remote_code:
+        raise ValueError(
+            f"{config.model_type!r} is not a language model that {auto_class.__name__} knows. Pass a causal or "
+            "encoder-decoder language model as language=."
+        )
+    return auto_class
+
+
+def _arguments(
+    part: str, revision: str | None, quantization_config: Quantization | None, loading: Loading
+) -> dict[str, Any]:
+    quantization: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
+    return {**loading.for_part(part), **_revision(revision), **quantization}
+
+
+def _revision(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}
+
+
+def _clean(config: PreTrainedConfig, quantization_config: Quantization | None) -> PreTrainedConfig:
+    """The configuration without the quantisation of the last load, which would read as the checkpoint's own."""
+    if quantization_config is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def processor_image_size(name: str, revision: str | None, loading: Loading) -> tuple[int, int] | None:
+    """What the tower's image processor makes of a picture; None: it has none, or keeps the picture's shape."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+    except (OSError, ValueError):
+        return None  # a tower without an image processor states its size in its configuration
+    return fixed_image_size(processor)

@@ -1,0 +1,147 @@
+"""Save a composite: what was trained, and the names of the rest."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..sharing.written import check_files
+from .configuration_crome_vlm import CromeVLMConfig
+from .fingerprint import changed
+
+logger = logging.getLogger(__name__)
+
+Weights = dict[str, torch.Tensor]
+
+
+def part_names(config: CromeVLMConfig) -> dict[str, str | None]:
+    """The parts whose weights a name can give, with that name; a composite without a Q-Former has two."""
+    names = {"vision_tower": config.vision_model_name_or_path, "language_model": config.text_model_name_or_path}
+    return names if config.qformer_config is None else {**names, "qformer": config.qformer_model_name_or_path}
+
+
+def select_weights(model: Any, state_dict: Weights) -> Weights:
+    """What a checkpoint stores: everything outside the backbones, and of a backbone what its name does not give.
+
+    Args:
+        model: the composite.
+        state_dict: of the whole composite.
+    Returns:
+        The projection; each backbone weight that trains, has trained under `train()`, is another one than when the
+        composite was put together, or was loaded from a composite's checkpoint; the whole of a backbone without a
+        name.
+    Raises:
+        ValueError: a backbone without a name is quantised, a quantised one changed, or adapters are attached.
+    """
+    wrapped = [name for name, module in model.named_modules() if _is_peft_layer(module)]
+    if wrapped:
+        raise ValueError(
+            f"The model holds PEFT layers ({wrapped[:3]}). Save the adapter with peft_model.save_pretrained(...), and "
+            "the composite before get_peft_model or after peft_model.unload()."
+        )
+    names = part_names(model.config)
+    unnamed = [part for part, name in names.items() if name is None]
+    for part in unnamed:
+        if getattr(getattr(model, part), "hf_quantizer", None) is not None:
+            raise ValueError(
+                f"{part} is quantised and has no name, so its weights would have to be stored quantised. Load it by "
+                "name: from_backbones(vision='...', language='...', quantization_config=...)."
+            )
+    different = changed(state_dict, model._samples)
+    quantised = [key for key in different if (part := key.split(".", 1)[0]) in names and _is_packed(model, part, key)]
+    if quantised:
+        raise ValueError(
+            f"Quantised weights have changed since they were loaded ({sorted(quantised)[:3]}), which no name gives "
+            "and a composite's checkpoint does not hold. Load the backbone without quantization_config to change it."
+        )
+    stored = model._stored_keys | model.trained_backbone_keys() | different
+    return {
+        key: tensor
+        for key, tensor in state_dict.items()
+        if (part := key.split(".", 1)[0]) not in names or part in unnamed or key in stored
+    }
+
+
+def _is_packed(model: Any, part: str, key: str) -> bool:
+    if getattr(getattr(model, part), "hf_quantizer", None) is None:
+        return False
+    weight = dict(model.named_parameters()).get(key)
+    # A class of its own where the packed values stand in a float, as they do for FSDP.
+    return weight is not None and (type(weight) is not torch.nn.Parameter or not weight.is_floating_point())
+
+
+def _is_peft_layer(module: torch.nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    """Write a checkpoint beside its place and move it there file by file, so that no file is ever half-written.
+
+    Args:
+        model: the composite.
+        write: `PreTrainedModel.save_pretrained` of the composite.
+        save_directory: made where it is missing.
+        kwargs: of `PreTrainedModel.save_pretrained`.
+    Raises:
+        ValueError: see `select_weights`, or other weights were written than were meant; no file is there then.
+    """
+    directory = Path(save_directory)
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file; expected a directory to save to. Write another save_directory.")
+    directory.mkdir(parents=True, exist_ok=True)
+    if not getattr(model, "_hf_peft_config_loaded", False):  # with adapters, transformers stores these alone
+        state_dict = kwargs.pop("state_dict", None)
+        kwargs["state_dict"] = select_weights(model, state_dict if state_dict is not None else model.state_dict())
+        kwargs["save_original_format"] = False  # keys are the composite's own, read back by `load`
+        for part, config in (
+            (model.vision_tower, model.config.vision_config),
+            (model.language_model, model.config.text_config),
+            (getattr(model.qformer, "model", None), model.config.qformer_config),
+        ):
+            if part is not None:
+                config.dtype = part.dtype
+        _tell_what_is_stored_whole(model)
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", directory.name)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+        # Before the call, which empties what it is given.
+        meant = [*remove_tied_weights_from_state_dict(dict(kwargs.get("state_dict", {})), model)]
+        write(temporary, **kwargs)
+        if meant:
+            check_files(Path(temporary), meant)
+        written = sorted(path for path in Path(temporary).iterdir() if path.is_file())
+        for path in written:
+            os.replace(path, directory / path.name)
+    new = {path.name for path in written}
+    if SAFE_WEIGHTS_NAME in new or SAFE_WEIGHTS_INDEX_NAME in new:
+        for old in directory.glob("model*.safetensors*"):
+            if old.name not in new:  # shards, or the single file, of an earlier save would be read instead
+                old.unlink()
+
+
+def _tell_what_is_stored_whole(model: Any) -> None:
+    config = model.config
+    for part, part_config, name in (
+        ("vision_tower", config.vision_config, "vision_model_name_or_path"),
+        ("language_model", config.text_config, "text_model_name_or_path"),
+    ):
+        if getattr(config, name) is None and part_config.name_or_path:
+            size = sum(p.numel() * p.element_size() for p in getattr(model, part).parameters()) / 1e6
+            logger.warning(
+                "%s was handed over as an object, so it is stored whole, %.0f MB. If its weights are still those of "
+                "%r: model.config.%s = %r, and save again.",
+                part,
+                size,
+                part_config.name_or_path,
+                name,
+                part_config.name_or_path,
+            )
