@@ -233,7 +233,7 @@ def test_folder_belongs_to_one_run_at_a_time(
     writing = checkpoints / "checkpoint-9"
     writing.mkdir()
     code = (
-        "import sys, time; from pathlib import Path; from peft_crome.training.directory.stage import only_run\n"
+        "import sys, time; from pathlib import Path; from peft_crome.training.directory.run_folder import only_run\n"
         "with only_run(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(checkpoints)]

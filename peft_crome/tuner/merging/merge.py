@@ -31,7 +31,7 @@ class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the 
     base_layer: nn.Module
     _weights: tuple[Any]
     _unmerged: list[nn.Parameter]  # in a list: a merged model's state_dict has one table
-    _surveyed: str | None | bool = False  # why the table does not fold; False: not looked at since the last merge
+    _surveyed: str | bool | None = False  # why the table does not fold; False: not looked at since the last merge
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold a text branch into its embedding table; another branch is not linear and goes on with these adapters.
