@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..utils.atomic import beside
+from ..utils.atomic import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -71,24 +70,18 @@ class FeatureStore:
             self._told = True
             return False
         path = self._path(key)
-        temporary = beside(path)
         try:
             path.parent.mkdir(exist_ok=True)
             # A file may not hold one memory twice, and a slice would hold its whole batch.
             whole = save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
-            with temporary.open("xb") as file:  # not by `save_file`: its files are their owner's alone
-                file.write(whole)
-            os.replace(temporary, path)
+            with replaced(path) as temporary:
+                temporary.write_bytes(whole)  # not by `save_file`: its files are their owner's alone
         except OSError as error:  # a full disk, or a folder that may only be read
-            _remove(temporary)
             if not self._told_of_failure:
                 message = "%s cannot be written to (%s): features that are not there are computed each time."
                 logger.warning(message, self.directory, error)
             self._told_of_failure = True
             return False
-        except BaseException:
-            _remove(temporary)
-            raise
         self._size += size
         self._written += size
         return True
@@ -111,8 +104,3 @@ class FeatureStore:
                 except OSError:
                     continue  # another process has just renamed it, or the folder may only be read
         return total
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..utils.atomic import moved_into
 from .look import View
 
 EXTRA = 'pip install "peft-crome[plots]"'
@@ -57,10 +56,7 @@ def write_inspection(views: Sequence[View], output: str | Path, *, overwrite: bo
         raise ImportError(f"Pictures need {error.name!r}, which is not installed. Write: {EXTRA}") from error
 
     page, figure = output_files(output)
-    with tempfile.TemporaryDirectory(dir=page.absolute().parent, prefix=f".{page.stem}-") as temporary:
-        made = Path(temporary) / page.name, Path(temporary) / figure.name
-        made[0].write_text(write_html(views), encoding="utf-8")
-        draw_figure(views, made[1])
-        for file, target in zip(made, (page, figure), strict=True):
-            os.replace(file, target)
+    with moved_into(page.absolute().parent) as temporary:
+        (temporary / page.name).write_text(write_html(views), encoding="utf-8")
+        draw_figure(views, temporary / figure.name)
     return page, figure

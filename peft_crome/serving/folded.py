@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from ..tuner import CromeLayer, CromeWeights
 from ..tuner.attaching.checks import is_of_another_method
 from ..tuner.merging.fold import why_not_foldable
 from ..tuner.without_sites import sites_out
+from ..utils.atomic import new_directory
 from ..vlm import CromeVLMForConditionalGeneration
 
 OWN = (CromeLayer, CromeWeights)
@@ -50,29 +49,25 @@ def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwar
     host = model.get_base_model()
     _check(model)
     target = host.language_model if isinstance(host, CromeVLMForConditionalGeneration) else host
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
     configs = {id(config): config for config in (target.config, target.config.get_text_config())}.values()
     tied = {id(config): config.tie_word_embeddings for config in configs if hasattr(config, "tie_word_embeddings")}
     model.merge_adapter()
     try:
         for config in configs:
             config.tie_word_embeddings = False
-        with sites_out(host):
-            check_ordinary(target)
-            target.save_pretrained(temporary, **kwargs)
-            check_model_files(temporary, target, kwargs.get("save_original_format", True))
-        if processor is not None:
-            processor.save_pretrained(temporary)
-        (temporary / "README.md").write_text(CARD.format(name=backbone_name(target)), encoding="utf-8")
-        temporary.chmod(0o755)
-        temporary.rename(output)
+        with new_directory(output) as temporary:
+            with sites_out(host):
+                check_ordinary(target)
+                target.save_pretrained(temporary, **kwargs)
+                check_model_files(temporary, target, kwargs.get("save_original_format", True))
+            if processor is not None:
+                processor.save_pretrained(temporary)
+            (temporary / "README.md").write_text(CARD.format(name=backbone_name(target)), encoding="utf-8")
     finally:
         model.unmerge_adapter()
         for config in configs:
             if id(config) in tied:
                 config.tie_word_embeddings = tied[id(config)]
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check(model: PeftModel) -> None:

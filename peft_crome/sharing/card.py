@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from ..utils.atomic import replaced
 from .card_details import CardDetails
 from .card_text import IMPORT, THIS, card_text, hub_name, pipeline_tag
 
@@ -81,9 +82,8 @@ def write_card(
         card.text = QUICK_START.sub(lambda _: part, card.text, count=1)
     else:
         card.text = f"{card.text.rstrip()}\n\n{part}\n"
-    temporary = path.with_suffix(".tmp")
-    card.save(temporary)
-    os.replace(temporary, path)
+    with replaced(path) as temporary:
+        card.save(temporary)
 
 
 def correct_card(folder: str | os.PathLike, where: str = THIS, subfolder: str | None = None) -> bool:

@@ -1,8 +1,9 @@
-"""Write a file whole or not at all, and over none."""
+"""Write a file or a folder whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,55 @@ def beside(path: Path) -> Path:
     Not by `tempfile`, whose files are their owner's alone: others may share the folder.
     """
     return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` at the end of the block; a file that is there is replaced.
+
+    Where the block fails, nothing is left of it, and the file that was there stays.
+    """
+    temporary = beside(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """An empty folder to write to, which becomes `path` at the end of the block; that is missing, or empty.
+
+    Where the block fails, nothing is left of it. What a killed process left is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def moved_into(directory: Path) -> Iterator[Path]:
+    """An empty folder to write to, whose files are moved into `directory` at the end of the block, over older ones.
+
+    Where the block fails, `directory` is as it was.
+    """
+    temporary = beside(directory / "files")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in [path for path in temporary.iterdir() if path.is_file()]:
+            os.replace(file, directory / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

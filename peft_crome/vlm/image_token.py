@@ -1,5 +1,6 @@
 """The image placeholder: one rule that the model and the processor share."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -36,8 +37,11 @@ def neutral_token_id(config: Any, generation_config: Any) -> int:
     return next(token_id for token_id in [*candidates, *range(len(ends) + 1)] if token_id not in ends)
 
 
-def check_image_tokens(is_image: torch.Tensor, num_images: int, image_seq_length: int) -> None:
-    """Refuse a prompt whose image tokens do not fit its images.
+def check_image_tokens(is_image: torch.Tensor, num_images: int, image_seq_length: int) -> Callable[[], None]:
+    """Refuse a prompt whose image tokens do not fit its images: at once, or on a GPU when the result is called.
+
+    On a GPU the counts are copied to the host in the background, so that work can be queued before they are read.
+    Nothing is checked in a compiled graph, nor in a rehearsal without values.
 
     Args:
         is_image: (batch, tokens), true at image placeholders.
@@ -46,9 +50,23 @@ def check_image_tokens(is_image: torch.Tensor, num_images: int, image_seq_length
     Raises:
         ValueError: a row cuts an image's tokens, or both counts differ.
     """
-    if is_fake_tensor(is_image):
-        return  # a rehearsal without values
-    per_row = is_image.sum(dim=1).tolist()
+    if torch.compiler.is_compiling() or is_fake_tensor(is_image):
+        return lambda: None
+    counts = is_image.sum(dim=1)
+    if not counts.is_cuda:
+        _compare(counts.tolist(), num_images, image_seq_length)
+        return lambda: None
+    on_host = torch.empty_like(counts, device="cpu", pin_memory=True).copy_(counts, non_blocking=True)
+    copied = torch.cuda.current_stream(counts.device).record_event()
+
+    def check() -> None:
+        copied.synchronize()  # with the copy alone, not with what was queued after it
+        _compare(on_host.tolist(), num_images, image_seq_length)
+
+    return check
+
+
+def _compare(per_row: list[int], num_images: int, image_seq_length: int) -> None:
     for row, count in enumerate(per_row):
         if count % image_seq_length:
             raise ValueError(

@@ -327,8 +327,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             ValueError: counts of image tokens and image features differ, or a row cuts an image.
         """
         is_image = input_ids == self.config.image_token_id
-        if not torch.compiler.is_compiling():
-            check_image_tokens(is_image, image_features.shape[0], self.image_seq_length)
+        check_image_tokens(is_image, image_features.shape[0], self.image_seq_length)()
         return is_image.unsqueeze(-1).to(inputs_embeds.device)
 
     def embed_inputs(
@@ -354,18 +353,19 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             The ids with placeholders made valid, (batch, tokens); embeddings, (batch, tokens, hidden); image
             embeddings, (images, image_seq_length, hidden), or None without images.
         Raises:
-            ValueError: images and placeholders do not fit; raised before anything is computed.
+            ValueError: images and placeholders do not fit; on a CPU, before anything is computed.
         """
         images = pixel_values if pixel_values is not None else vision_features
         is_image = input_ids == self.config.image_token_id
-        if not torch.compiler.is_compiling():
-            check_image_tokens(is_image, 0 if images is None else images.shape[0], self.image_seq_length)
-            if self.qformer is not None and images is not None and images.shape[0]:
-                self.qformer.check_instructions(qformer_input_ids, images.shape[0])
+        num_images = 0 if images is None else images.shape[0]
+        check = check_image_tokens(is_image, num_images, self.image_seq_length)
+        if self.qformer is not None and num_images and not torch.compiler.is_compiling():
+            self.qformer.check_instructions(qformer_input_ids, num_images)
         neutral = neutral_token_id(self.language_model.config, self.generation_config)
         valid_ids = input_ids.masked_fill(is_image, neutral)
         inputs_embeds = self.get_input_embeddings()(valid_ids)
-        if images is None or images.shape[0] == 0:
+        if not num_images:
+            check()
             if self.blank_picture and torch.is_grad_enabled():
                 blank = self._blank_features(inputs_embeds)
                 inputs_embeds = inputs_embeds.masked_scatter(torch.zeros_like(is_image).unsqueeze(-1), blank)
@@ -373,7 +373,8 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         instructions = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
         image_features = self.get_image_features(pixel_values, vision_features, **instructions).pooler_output
         image_features = image_features.to(device=inputs_embeds.device, dtype=inputs_embeds.dtype)
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        check()  # while the device is busy with the tower
+        mask = is_image.unsqueeze(-1).to(inputs_embeds.device)
         return valid_ids, inputs_embeds.masked_scatter(mask, image_features), image_features
 
     def _blank_features(self, like: torch.Tensor) -> torch.Tensor:
@@ -429,7 +430,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             return_dict: False returns a tuple.
             kwargs: handed to the language model, `num_items_in_batch` for its loss among them.
         Raises:
-            ValueError: inputs that do not fit together; raised before anything is computed.
+            ValueError: inputs that do not fit together.
         """
         has_images = pixel_values is not None or vision_features is not None
         if pixel_values is not None and vision_features is not None:

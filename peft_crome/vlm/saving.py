@@ -2,7 +2,6 @@
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..sharing.written import check_files
+from ..utils.atomic import moved_into
 from .configuration_crome_vlm import CromeVLMConfig
 from .fingerprint import changed
 
@@ -112,16 +112,13 @@ def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLik
         _tell_what_is_stored_whole(model)
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", directory.name)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+    with moved_into(directory) as temporary:
         # Before the call, which empties what it is given.
         meant = [*remove_tied_weights_from_state_dict(dict(kwargs.get("state_dict", {})), model)]
         write(temporary, **kwargs)
         if meant:
-            check_files(Path(temporary), meant)
-        written = sorted(path for path in Path(temporary).iterdir() if path.is_file())
-        for path in written:
-            os.replace(path, directory / path.name)
-    new = {path.name for path in written}
+            check_files(temporary, meant)
+        new = {path.name for path in temporary.iterdir()}
     if SAFE_WEIGHTS_NAME in new or SAFE_WEIGHTS_INDEX_NAME in new:
         for old in directory.glob("model*.safetensors*"):
             if old.name not in new:  # shards, or the single file, of an earlier save would be read instead

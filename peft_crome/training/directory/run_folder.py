@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from ...utils.atomic import replaced
 from ..errors import StageError
 
 try:
@@ -181,7 +182,5 @@ def file_sizes(directory: Path) -> dict[str, int]:
 
 
 def _replace(path: Path, value: Any) -> None:
-    """Write JSON beside its place and move it there."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2), encoding="utf-8")
-    temporary.replace(path)
+    with replaced(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2), encoding="utf-8")

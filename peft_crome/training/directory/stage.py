@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers.utils import CONFIG_NAME
 
 from ...sharing.stage_record import STAGE_RECORD
 from ...sharing.written import check_files
+from ...utils.atomic import new_directory
 from ..errors import StageError
 from .run_folder import file_sizes
 
@@ -40,16 +40,12 @@ def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: 
     """
     directory = Path(directory)
     check_free(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
     name = model.active_adapter
     adapter = {key: value for key, value in get_peft_model_state_dict(model).items() if ".crome_" in key}
     own = [key for key, _ in model.named_parameters() if ".crome_" in key and f".{name}." in key]
     config = model.peft_config[name]
     composite = model.unload()
-    target = directory.with_name(f".{directory.name}.writing")
-    shutil.rmtree(target, ignore_errors=True)  # of a run that was interrupted here
-    target.mkdir()
-    try:
+    with new_directory(directory) as target:
         composite.config.has_adapter = True
         try:
             composite.save_pretrained(target)
@@ -70,12 +66,6 @@ def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: 
         (target / "README.md").write_text(card, encoding="utf-8")
         text = json.dumps({**record, "files": file_sizes(target), "config": _config_digest(target)}, indent=2)
         (target / RECORD).write_text(f"{text}\n", encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
-    if directory.exists():
-        directory.rmdir()
-    os.replace(target, directory)
 
 
 def check_free(directory: str | Path) -> None:
