@@ -1,4 +1,4 @@
-# make quickstart | demo | test | models-table | test-fast | test-oldest | lint | docs | bench | bench-import | clean
+# make quickstart | demo | check | test | models-table | test-fast | test-oldest | lint | docs | bench | bench-import | clean
 #
 # Each makes the virtual environment it needs in $(VENV), once, and again when pyproject.toml has changed.
 #   make quickstart PYTHON=python3.12      another interpreter for the virtual environment
@@ -22,15 +22,17 @@ endif
 ifdef RUN
 QUICKSTART_READY :=
 DEV_READY :=
+CONFORMITY_READY :=
 else
 RUN := $(VENV)/bin/python
 QUICKSTART_READY := $(VENV)/.installed-quickstart
 DEV_READY := $(VENV)/.installed-dev
+CONFORMITY_READY := $(VENV)/.installed-conformity
 endif
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check
 
 export NO_MKDOCS_2_WARNING := 1
-.PHONY: help quickstart demo test models-table test-fast test-oldest lint docs bench bench-import clean
+.PHONY: help quickstart demo check test models-table test-fast test-oldest lint docs bench bench-import clean
 .DELETE_ON_ERROR:
 
 help:
@@ -46,12 +48,16 @@ demo: $(DEV_READY)  ## the long version, six hours; it continues where it was st
 
 # ---- what a contributor runs ----
 
-test: lint  ## everything that CI checks
+check: lint  ## a minute: format, lint, types, the import contract, and the tests of what changed since the last commit
+	@tests="$$($(RUN) -m tests.changed)"; test -z "$$tests" || $(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu" $$tests
+
+test: $(CONFORMITY_READY) lint  ## everything that CI checks
 	$(RUN) -m pytest -n $(WORKERS)
 	$(RUN) -m tests.zoo.table --check
+	$(RUN) -m tests.layout --check
 	$(RUN) -m mkdocs build --strict --quiet
 
-models-table: $(DEV_READY)  ## write the table of docs/models.md from a run of the zoo
+models-table: $(CONFORMITY_READY)  ## write the table of docs/models.md from a run of the zoo
 	$(RUN) -m pytest -n $(WORKERS) tests/zoo
 	$(RUN) -m tests.zoo.table
 
@@ -62,6 +68,7 @@ lint: $(DEV_READY)
 	$(RUN) -m ruff format --check
 	$(RUN) -m ruff check
 	$(RUN) -m mypy
+	$(RUN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-logo
 
 docs: $(DEV_READY)  ## into site/
 	$(RUN) -m mkdocs build --strict
@@ -105,6 +112,11 @@ $(VENV)/.installed-quickstart: pyproject.toml | $(VENV)/.installed-torch
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed-torch
 	@echo "Installing peft_crome and what its tests, docs and demo need (some minutes)"
 	$(PIP) --quiet -e ".[metrics,plots,quantization,train,trl]" --group dev --group docs
+	@touch $@
+
+$(VENV)/.installed-conformity: $(VENV)/.installed-dev
+	@echo "Installing what PEFT's own tests and other quantisation libraries need (a minute or two)"
+	$(PIP) --quiet --group conformity
 	@touch $@
 
 $(VENV)-oldest/.installed: tests/oldest.txt

@@ -10,6 +10,7 @@ import peft
 import transformers
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
+from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from ..backbone.model import Host
@@ -156,8 +157,8 @@ def _has_moved(before: str | None, now: str | None) -> bool:
     if not before or not now or before == now:
         return False
     try:
-        old, new = ([int(part) for part in text.split(".")[:2]] for text in (before, now))
-    except ValueError:
+        old, new = Version(before).release[:2], Version(now).release[:2]
+    except InvalidVersion:
         return False
     return old[0] != new[0] or (old[0] == 0 and old != new) or new < old
 

@@ -119,6 +119,7 @@ def test_layers_that_hqq_put_in_are_refused(folder: Path, tmp_path: Path) -> Non
 
 def test_tensors_that_torchao_put_in_are_refused(folder: Path, tmp_path: Path) -> None:
     """By torchao's own function, of which transformers does not know: the keys are as ever, the values are not."""
+    pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     host = load(folder / "llava", torch.float32)

@@ -1,0 +1,61 @@
+"""Draw which package imports which into docs/layout.md, from the imports in the code.
+
+python -m tests.layout            # write the diagram
+python -m tests.layout --check    # fail where it is out of date
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import grimp
+
+PAGE = Path(__file__).parent.parent / "docs" / "layout.md"
+BEGIN, END = "<!-- begin: written by python -m tests.layout -->", "<!-- end -->"
+PACKAGE = "peft_crome"
+
+
+def arrows() -> list[tuple[str, str]]:
+    """Which child of the package imports which, imports inside functions included."""
+    graph = grimp.build_graph(PACKAGE, cache_dir=None)
+    children = sorted(graph.find_children(PACKAGE))
+    pairs = [(one, other) for one in children for other in children if one != other]
+    return [
+        (one.rpartition(".")[2], other.rpartition(".")[2])
+        for one, other in pairs
+        if any(len(chain) == 2 for chain in graph.find_shortest_chains(one, other, as_packages=True))
+    ]
+
+
+def diagram() -> str:
+    """A Mermaid flow chart: an arrow for each import, but for those that a longer way implies."""
+    drawn = arrows()
+    imports: dict[str, set[str]] = {}
+    for one, other in drawn:
+        imports.setdefault(one, set()).add(other)
+
+    def reached(start: str) -> set[str]:
+        return {name for child in imports.get(start, ()) for name in {child} | reached(child)}
+
+    kept = [(one, other) for one, other in drawn if not any(other in reached(step) for step in imports[one] - {other})]
+    lines = [f"    {one} --> {other}" for one, other in kept]
+    return "\n".join(["```mermaid", "flowchart TD", *lines, "```"])
+
+
+def main(check: bool) -> int:
+    """Write the diagram, or compare it with the page; the process's exit status."""
+    text = PAGE.read_text(encoding="utf-8")
+    head, _, rest = text.partition(BEGIN)
+    wanted = f"{head}{BEGIN}\n\n{diagram()}\n\n{END}{rest.partition(END)[2]}"
+    if wanted == text:
+        return 0
+    if check:
+        print(f"{PAGE} shows other imports than the code has. Write: python -m tests.layout", file=sys.stderr)
+        return 1
+    PAGE.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
