@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from ..training.errors import RecipeError
+from ..training.quantization import Bits
 from ..training.recipe.file import load_recipe, parse_overrides
 from .announce import say
 from .app import console, fail
@@ -28,7 +29,7 @@ def plan(
     stage: Annotated[
         Literal["pretrain", "instruct"], typer.Option(help="What trains; `finetune` with a recipe.")
     ] = "pretrain",
-    quantization: Annotated[Literal["4bit", "8bit"] | None, typer.Option(help="Of the language model.")] = None,
+    quantization: Annotated[Bits | None, typer.Option(help="Of the language model.")] = None,
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of what is frozen.")] = "bfloat16",
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
     gpu: Annotated[

@@ -19,7 +19,7 @@ from .backbones import (
     load_vision_tower,
     processor_image_size,
 )
-from .configuration_crome_vlm import CromeVLMConfig, quantization_to_dict
+from .configuration_crome_vlm import IMAGE_OPTIONS, CromeVLMConfig, quantization_to_dict
 from .fingerprint import take_samples
 from .image_token import ensure_image_token
 from .qformer import QFormer
@@ -43,13 +43,7 @@ def from_backbones(
     attn_implementation: str | Mapping[str, str] | None = None,
     image_token_id: int | None = None,
     image_size: int | list[int] | tuple[int, int] | None = None,
-    vision_feature_layer: int = -1,
-    vision_feature_select_strategy: str = "default",
-    vision_pool_size: int = 1,
-    image_projection_bias: bool = True,
     qformer: QFormer | PreTrainedConfig | dict[str, Any] | None = None,
-    num_query_tokens: int = 32,
-    image_token_order: list[str] | None = None,
     **kwargs: Any,
 ) -> Composite:
     """Join a vision tower and a language model; both are frozen, what is new between them trains.
@@ -70,17 +64,19 @@ def from_backbones(
         image_token_id: id of the placeholder; None: by the rule that the processor follows too.
         image_size: pixels, one number or (height, width); None: what the tower's image processor gives, else the
             tower's own.
-        vision_feature_layer, vision_feature_select_strategy, vision_pool_size, image_projection_bias: see
-            `CromeVLMConfig`.
         qformer: a Q-Former's configuration, or its dictionary, for a new one that trains; or a trained one, which is
             used as it is, frozen; None: there is none.
-        num_query_tokens, image_token_order: see `CromeVLMConfig`.
-        kwargs: other arguments of `from_pretrained` for both backbones (`cache_dir`, `token`, ...).
+        kwargs: how image tokens are made, as in `CromeVLMConfig`: vision_feature_layer,
+            vision_feature_select_strategy, vision_pool_size, image_projection_bias, num_query_tokens and
+            image_token_order; and other arguments of `from_pretrained` for both backbones (`cache_dir`, `token`, ...).
     Returns:
         The composite in evaluation mode.
     Raises:
         ValueError: a part is not what it should be, or the image token cannot be worked out.
     """
+    options = {name: kwargs.pop(name) for name in IMAGE_OPTIONS if name in kwargs}
+    if isinstance(qformer, QFormer):
+        options["num_query_tokens"] = qformer.query_tokens.shape[1]
     loading = Loading(dtype, device_map, attn_implementation, kwargs)
     vision_source, text_source = _source_of(vision), _source_of(language)
     if isinstance(language, PreTrainedModel) and not language.can_generate():
@@ -111,13 +107,8 @@ def from_backbones(
         text_quantization_config=_quantized_on_load(language_model),
         image_token_id=image_token_id,
         image_size=image_size,
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=vision_feature_select_strategy,
-        vision_pool_size=vision_pool_size,
-        image_projection_bias=image_projection_bias,
         qformer_config=qformer.config if isinstance(qformer, QFormer) else qformer,
-        num_query_tokens=qformer.query_tokens.shape[1] if isinstance(qformer, QFormer) else num_query_tokens,
-        image_token_order=image_token_order,
+        **options,
     )
     given = qformer if isinstance(qformer, QFormer) else None
     return assemble(cls, config, vision_tower, language_model, loading, given).eval()

@@ -10,6 +10,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 # Arguments of `from_pretrained` that configurations and processors understand too.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
 
+# How image tokens are made. `from_backbones` and recipes take these under the same names.
+IMAGE_OPTIONS = (
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "vision_pool_size",
+    "image_projection_bias",
+    "num_query_tokens",
+    "image_token_order",
+)
+
 
 @strict
 class CromeVLMConfig(PreTrainedConfig):

@@ -12,7 +12,7 @@ import torch
 
 from peft_crome.training import RecipeError, read_record
 from peft_crome.training.loop.sharding import check_storage
-from peft_crome.training.model.build import quantization_config
+from peft_crome.training.quantization import load_config
 from tests.training.processes import KILLED, batches, run
 from tests.training.test_resume import state
 
@@ -92,7 +92,7 @@ def test_divided_weights_answer_as_whole_ones(recipe: dict[str, Any], tmp_path: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_four_bit_weights_are_stored_in_the_dtype_of_the_rest(dtype: torch.dtype) -> None:
-    config = quantization_config("4bit", dtype)
+    config = load_config("4bit", dtype)
     assert config is not None
     assert config.bnb_4bit_quant_storage == config.bnb_4bit_compute_dtype == dtype
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, InstructBlipQFormerConfig
+from transformers import AutoConfig, AutoTokenizer, InstructBlipQFormerConfig
 from transformers.utils import is_bitsandbytes_available
 
 from ...data import CHAT_TEMPLATES
@@ -14,6 +14,7 @@ from ...tuner import CromeConfig
 from ...vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
 from ..directory.stage import read_record
 from ..errors import StageError
+from ..quantization import load_config
 from ..recipe.schema import Adapter, Backbones, Recipe
 from ..stages import STAGES, modules_to_save
 from .previous import check_reader, check_same, follow_moved_backbones, local_directory, located
@@ -77,21 +78,6 @@ def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] 
     return model, processor, previous
 
 
-def quantization_config(name: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings for "4bit" (nf4, double quantisation) and "8bit"."""
-    if name is None:
-        return None
-    if name == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,  # FSDP shards what has the dtype of the rest
-    )
-
-
 def _check_names(said: Backbones) -> None:
     """See that each name leads somewhere, before anything is loaded."""
     revisions = {"vision": said.vision_revision, "instructblip": said.vision_revision, "language": said.text_revision}
@@ -129,14 +115,12 @@ def _from_backbones(said: Backbones) -> tuple[Any, CromeVLMProcessor]:
     arguments: dict[str, Any] = {
         "language": located(said.language),
         "dtype": dtype,
-        "quantization_config": quantization_config(said.quantization, dtype),
-        "vision_quantization_config": quantization_config(said.vision_quantization, dtype),
+        "quantization_config": load_config(said.quantization, dtype),
+        "vision_quantization_config": load_config(said.vision_quantization, dtype),
         "image_size": said.image_size,
-        "vision_feature_layer": said.vision_feature_layer,
-        "vision_pool_size": said.vision_pool_size,
-        "image_token_order": said.image_token_order,
         "vision_revision": said.vision_revision,
         "text_revision": said.text_revision,
+        **said.image_options(),
     }
     if said.instructblip is not None:
         composite = CromeVLMForConditionalGeneration.from_instructblip(located(said.instructblip), **arguments)
@@ -144,7 +128,6 @@ def _from_backbones(said: Backbones) -> tuple[Any, CromeVLMProcessor]:
         qformer = None
         if said.qformer is not None:
             qformer = {"encoder_hidden_size": _tower_width(said)} | said.qformer
-            arguments |= {"num_query_tokens": said.num_query_tokens}
         composite = CromeVLMForConditionalGeneration.from_backbones(
             vision=located(said.vision), qformer=qformer, **arguments
         )

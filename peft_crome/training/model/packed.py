@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-Quantization = Literal["4bit", "8bit"]
+from ..quantization import Bits
+
 BLOCK = 64  # weights that share one scale, in 4 bits
 NESTED_BLOCK = 256  # scales that share one, with double quantisation
 TABLES = 16 + 256  # float32 values of a layer's look-up tables
@@ -28,9 +29,7 @@ class PackedLinear(nn.Module):
     Source: bitsandbytes 0.50.2, `MatMul4Bit` (keeps the packed weight) and `MatMul8bitLt` (keeps its input as well).
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, quantization: Quantization, bias: torch.Tensor | None
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, quantization: Bits, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.keeps_input = quantization == "8bit"
@@ -66,7 +65,7 @@ def _unpack(layer: PackedLinear, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(layer.out_features, layer.in_features)
 
 
-def pack(model: PreTrainedModel, quantization: Quantization) -> None:
+def pack(model: PreTrainedModel, quantization: Bits) -> None:
     """Replace the layers that transformers would quantise; output head and tied weights stay, as there."""
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     for name, module in list(model.named_modules()):

@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoTokenizer, InstructBlipQFormerConfig
 
 from ...tuner import CromeConfig
 from ...vlm import CromeVLMConfig, CromeVLMProcessor
+from ...vlm.configuration_crome_vlm import IMAGE_OPTIONS
 from ..errors import StageError
+from ..quantization import bits_of
 from ..recipe.schema import Recipe
 
 QFORMER_SIZES = (
@@ -145,17 +147,11 @@ def _stored(composite: CromeVLMConfig) -> dict[str, Any]:
         "text_revision": composite.text_revision,
         "vision": composite.vision_model_name_or_path,
         "vision_revision": composite.vision_revision,
-        "vision_pool_size": composite.vision_pool_size,
-        "vision_feature_layer": composite.vision_feature_layer,
         "image_size": composite.image_height_width[0],
-        "image_token_order": composite.image_token_order,
+        **{name: getattr(composite, name) for name in IMAGE_OPTIONS},
         "num_query_tokens": None if reader is None else composite.num_query_tokens,
-        "quantization": _bits(composite.text_quantization_config),
-        "vision_quantization": _bits(composite.vision_quantization_config),
+        "quantization": bits_of(composite.text_quantization_config),
+        "vision_quantization": bits_of(composite.vision_quantization_config),
         "dtype": str(dtype).removeprefix("torch."),
         **({} if reader is None else {f"qformer.{key}": value for key, value in reader.to_dict().items()}),
     }
-
-
-def _bits(quantization: dict[str, Any] | None) -> str | None:
-    return None if not quantization else "4bit" if quantization.get("load_in_4bit") else "8bit"

@@ -17,9 +17,10 @@ from ...vlm.backbones import Loading, language_class, processor_image_size
 from ...vlm.blip_parts import PARTS_CLASSES
 from ...vlm.vision import build_tower, find_vision_model
 from ..errors import StageError
+from ..quantization import Bits, bits_of, settings
 from ..recipe.schema import Backbones
 from ..stages import Stage, modules_to_save
-from .packed import Quantization, pack
+from .packed import pack
 
 
 def composite_config(said: Backbones) -> CromeVLMConfig:
@@ -49,15 +50,12 @@ def composite_config(said: Backbones) -> CromeVLMConfig:
         vision_revision=said.vision_revision,
         text_revision=said.text_revision,
         qformer_revision=said.vision_revision if said.instructblip is not None else None,
-        text_quantization_config=_quantization_config(said.quantization),
-        vision_quantization_config=_quantization_config(said.vision_quantization),
+        text_quantization_config=None if said.quantization is None else settings(said.quantization),
+        vision_quantization_config=None if said.vision_quantization is None else settings(said.vision_quantization),
         image_token_id=language.get_text_config().vocab_size,
         image_size=said.image_size or processor_image_size(name, said.vision_revision, Loading()),
-        vision_feature_layer=said.vision_feature_layer,
-        vision_pool_size=said.vision_pool_size,
         qformer_config=qformer,
-        num_query_tokens=queries,
-        image_token_order=said.image_token_order,
+        **said.image_options() | {"num_query_tokens": queries},
     )
 
 
@@ -101,7 +99,7 @@ def skeleton(config: CromeVLMConfig, stage: Stage, adapter: CromeConfig) -> Peft
     return model
 
 
-def quantization_of(config: CromeVLMConfig, part: str) -> Quantization | None:
+def quantization_of(config: CromeVLMConfig, part: str) -> Bits | None:
     """How the weights of "language_model" or "vision_tower" are packed; a checkpoint may be packed already.
 
     Raises:
@@ -116,9 +114,8 @@ def quantization_of(config: CromeVLMConfig, part: str) -> Quantization | None:
     if stored is None:
         return None
     values = stored if isinstance(stored, dict) else stored.to_dict()
-    for quantization, key in (("4bit", "load_in_4bit"), ("8bit", "load_in_8bit")):
-        if values.get(key):
-            return quantization  # type: ignore[return-value]
+    if (bits := bits_of(values)) is not None:
+        return bits
     raise ValueError(
         f"The {part} is quantised with {values.get('quant_method')!r}; its memory is predicted for bitsandbytes' 4 "
         f"and 8 bits alone. Name the checkpoint that is not quantised, with {recipe_key}: 4bit."
@@ -129,8 +126,3 @@ def _tower_config(stored: Any) -> Any:
     """The configuration of the tower itself, of a dual model such as CLIP too."""
     with torch.device("meta"), no_init_weights():
         return find_vision_model(build_tower(stored)).config
-
-
-def _quantization_config(name: str | None) -> dict[str, Any] | None:
-    # A dictionary: transformers' class wants bitsandbytes to be installed.
-    return None if name is None else {"quant_method": "bitsandbytes", f"load_in_{name}": True}

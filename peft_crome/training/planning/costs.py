@@ -16,9 +16,10 @@ from ...tuner import CromeConfig
 from ...vlm import CromeVLMConfig
 from ...vlm.backbones import language_class
 from ..errors import StageError
-from ..model.packed import Quantization, pack
+from ..model.packed import pack
 from ..model.previous import check_same, follow_moved_backbones
 from ..model.skeleton import composite_config, read_config, skeleton
+from ..quantization import Bits
 from ..recipe.schema import Adapter, Recipe
 from ..stages import STAGES
 from .devices import Device
@@ -50,7 +51,7 @@ def recipe_skeleton(recipe: Recipe) -> PeftModel:
     return skeleton(composite_config(recipe.backbones), stage, adapter)
 
 
-def model_skeleton(name: str, dtype: str, quantization: Quantization | None) -> PeftModel:
+def model_skeleton(name: str, dtype: str, quantization: Bits | None) -> PeftModel:
     """A vision-language model with its adapter, or a language model alone with the text branch, on the meta device.
 
     Raises:

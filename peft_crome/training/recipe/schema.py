@@ -23,6 +23,8 @@ from transformers import InstructBlipQFormerConfig
 
 from ...data.sources import check_columns
 from ...data.templates import CHAT_TEMPLATES
+from ...vlm.configuration_crome_vlm import IMAGE_OPTIONS
+from ..quantization import Bits
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Metric = Literal["exact_match", "vqa_accuracy", "multiple_choice", "cider", "rouge_l", "bleu", "chrf"]
@@ -80,8 +82,8 @@ class Backbones(_Section):
     )
     vision_feature_layer: int = Field(default=-1, description="-1: the tower's output; -2: its penultimate layer.")
     vision_pool_size: int = Field(default=1, ge=1, description="n averages n x n patches into one token.")
-    quantization: Literal["4bit", "8bit"] | None = Field(default=None, description="How the language model is loaded.")
-    vision_quantization: Literal["4bit", "8bit"] | None = Field(
+    quantization: Bits | None = Field(default=None, description="How the language model is loaded.")
+    vision_quantization: Bits | None = Field(
         default=None, description="How the tower is loaded; a Q-Former stays as it is, since it trains."
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(default="bfloat16", description="Of what is frozen.")
@@ -91,6 +93,10 @@ class Backbones(_Section):
     text_revision: str | None = Field(default=None, description="Branch, tag or commit of the language model.")
 
     _home = field_validator("language", "vision", "instructblip", "qformer_tokenizer")(_expanded)
+
+    def image_options(self) -> dict[str, Any]:
+        """How image tokens are made, as `CromeVLMConfig` names it."""
+        return {name: getattr(self, name) for name in IMAGE_OPTIONS if name in type(self).model_fields}
 
     @model_validator(mode="after")
     def _one_tower(self) -> Backbones:

@@ -1,0 +1,40 @@
+"""How a recipe names the quantization of frozen weights, and what bitsandbytes calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import BitsAndBytesConfig
+
+Bits = Literal["4bit", "8bit"]  # nf4 with double quantization, or LLM.int8
+
+
+def settings(bits: Bits) -> dict[str, Any]:
+    """What a configuration stores; bitsandbytes need not be installed."""
+    return {"quant_method": "bitsandbytes", f"load_in_{bits}": True}
+
+
+def load_config(bits: Bits | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What `from_pretrained` takes.
+
+    Args:
+        dtype: what 4-bit weights are computed in.
+    """
+    if bits is None:
+        return None
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # FSDP shards what has the dtype of the rest
+    )
+
+
+def bits_of(stored: Mapping[str, Any] | None) -> Bits | None:
+    """Which of the two a stored configuration is; None for no quantization, and for another library's."""
+    return next((bits for bits in get_args(Bits) if (stored or {}).get(f"load_in_{bits}")), None)
