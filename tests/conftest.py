@@ -19,6 +19,8 @@ import torch
 import peft_crome  # noqa: F401  # registers CROME with PEFT
 from tests.zoo_results import pytest_runtest_logreport, pytest_sessionfinish  # noqa: F401  # hooks
 
+pytest_plugins = ["tests.fixtures"]
+
 torch.set_num_threads(1)
 
 

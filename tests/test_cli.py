@@ -15,7 +15,6 @@ from peft_crome.cli import app
 from peft_crome.data import ConversationCollator, read_rows
 from peft_crome.training import build, generate_answers, load_recipe, train
 from peft_crome.training.model.collator import recipe_collator
-from tests.training.conftest import backbones, dataset, values  # noqa: F401  # fixtures
 
 runner = CliRunner()
 
@@ -30,7 +29,7 @@ def test_preset_is_printed_and_can_be_completed(tmp_path: Path) -> None:
     assert "No preset 'tune'; expected one of ['pretrain', 'instruct', 'finetune']" in result.stderr
 
 
-def test_train_then_evaluate(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_train_then_evaluate(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values))
     result = runner.invoke(app, ["train", str(recipe), "--set", "training.max_steps=3"])
@@ -78,7 +77,7 @@ def test_train_then_evaluate(values: dict[str, Any], dataset: Path, tmp_path: Pa
 def test_train_says_what_is_wrong(
     settings: list[str],
     message: str,
-    values: dict[str, Any],  # noqa: F811
+    values: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
@@ -98,8 +97,8 @@ def test_module_is_the_command() -> None:
 
 
 def test_evaluate_says_what_is_wrong(
-    values: dict[str, Any],  # noqa: F811
-    dataset: Path,  # noqa: F811
+    values: dict[str, Any],
+    dataset: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -132,8 +131,8 @@ def test_evaluate_says_what_is_wrong(
 
 
 def test_evaluate_writes_over_nothing_and_strict_json(
-    values: dict[str, Any],  # noqa: F811
-    dataset: Path,  # noqa: F811
+    values: dict[str, Any],
+    dataset: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -163,7 +162,7 @@ def test_evaluate_writes_over_nothing_and_strict_json(
     assert len(kept.read_text().splitlines()) == 1
 
 
-def test_evaluate_with_several_metrics(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_evaluate_with_several_metrics(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
     train(load_recipe(values))
     rows = json.loads(dataset.read_text())[:4]
     for row in rows:
@@ -190,7 +189,7 @@ def test_evaluate_with_several_metrics(values: dict[str, Any], dataset: Path, tm
 
 
 def test_interrupted_run_says_how_to_go_on(
-    values: dict[str, Any],  # noqa: F811
+    values: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -204,7 +203,7 @@ def test_interrupted_run_says_how_to_go_on(
     assert "The same command continues from the last checkpoint" in result.stderr
 
 
-def test_doctor_measures_and_shows_rows(values: dict[str, Any], dataset: Path) -> None:  # noqa: F811
+def test_doctor_measures_and_shows_rows(values: dict[str, Any], dataset: Path) -> None:
     train(load_recipe(values))
     model = ["--model", values["output"]]
     result = runner.invoke(app, ["doctor", str(dataset), *model, "--show", "1"])
@@ -220,8 +219,8 @@ def test_doctor_measures_and_shows_rows(values: dict[str, Any], dataset: Path) -
 
 
 def test_doctor_reports_and_mends_before_it_shows(
-    values: dict[str, Any],  # noqa: F811
-    dataset: Path,  # noqa: F811
+    values: dict[str, Any],
+    dataset: Path,
     tmp_path: Path,
 ) -> None:
     """A row that cannot be encoded is named and left out; it takes neither the report nor the copy along."""
@@ -242,8 +241,8 @@ def test_doctor_reports_and_mends_before_it_shows(
 
 
 def test_doctor_goes_by_a_recipe_before_anything_is_trained(
-    values: dict[str, Any],  # noqa: F811
-    dataset: Path,  # noqa: F811
+    values: dict[str, Any],
+    dataset: Path,
     tmp_path: Path,
 ) -> None:
     """Every row as training will encode it; what the Q-Former cannot read is found without weights."""

@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 
 from peft_crome.cli import app
 from peft_crome.training import load_recipe, train
-from tests.training.conftest import backbones, dataset, values  # noqa: F401  # fixtures
-from tests.vlm.conftest import text_config, vision_config
+from tests.vlm.tiny import text_config, vision_config
 
 runner = CliRunner()
 
@@ -45,7 +44,7 @@ def test_plan_from_two_configurations(configs: tuple[str, str]) -> None:
 
 
 def test_plan_from_a_recipe_and_a_stage(
-    values: dict[str, Any],  # noqa: F811
+    values: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

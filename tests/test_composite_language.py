@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft_crome.tuner.sites.find import default_bottleneck_dim
 from tests.test_mixed_batch import COMPOSITES
 from tests.tuner.helpers import assert_equal, attach, logits, randomise
-from tests.vlm.conftest import make_batch
+from tests.vlm.tiny import make_batch
 from tests.zoo.test_language import kernels
 
 

@@ -19,7 +19,7 @@ from transformers import InstructBlipQFormerConfig
 from peft_crome import CromeConfig, cache_features
 from peft_crome.features.store import FeatureStore
 from tests.tuner.helpers import assert_equal, attach, logits
-from tests.vlm.conftest import build, make_batch
+from tests.vlm.tiny import build, make_batch
 from tests.zoo.case import ZOO
 from tests.zoo.llava import llava
 

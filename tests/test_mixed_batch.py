@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_crome import CromeConfig
 from tests.tuner.helpers import BOTH, M, adapted, logits, randomise
-from tests.vlm.conftest import build, make_batch
+from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO, Batch
 
 ADAPTERS = ("first", "second", "__base__")

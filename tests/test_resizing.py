@@ -11,8 +11,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText
 
 from peft_crome import CromeConfig, CromeLayer
-from tests.vlm.conftest import build, make_batch
 from tests.vlm.test_qformer import qformer_batch, with_qformer
+from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO
 
 BOTH = "text and vision"

@@ -13,7 +13,7 @@ from benchmarks.variants import EQUAL, INITIALISATIONS, OWN_UP, VARIANTS, Bottle
 from examples.easy_vqa import quickstart
 from examples.easy_vqa.model import frozen_dtype
 from peft_crome import CromeConfig
-from tests.vlm.conftest import build, make_batch
+from tests.vlm.tiny import build, make_batch
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 

@@ -10,7 +10,7 @@ from PIL import Image
 from benchmarks import decoding, many_adapters, operations, own_work, step_memory, step_time
 from benchmarks.interleaved import middle, plot_ratios, ratios, seconds_in_turn
 from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, batch_of, training_step
-from tests.vlm.conftest import build
+from tests.vlm.tiny import build
 
 
 def tiny(nf4: bool = False) -> Any:

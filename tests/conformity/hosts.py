@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.vlm.conftest import build, make_batch
+from tests.vlm.tiny import build, make_batch
 from tests.zoo.llava import llava
 
 COMMIT = "0" * 40

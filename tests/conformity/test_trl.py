@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Blip2QForme
 
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
 from tests.examples.tiny_llava import save_tokenizer_and_model
-from tests.vlm.conftest import CHAT_TEMPLATE, build, make_tokenizer
 from tests.vlm.test_qformer import QFORMER, qformer_processor, with_qformer
+from tests.vlm.tiny import CHAT_TEMPLATE, build, make_tokenizer
 
 pytestmark = pytest.mark.slow
 COMMON = {"bf16": False, "save_strategy": "no", "report_to": "none", "use_cpu": True, "logging_steps": 1}

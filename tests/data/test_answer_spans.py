@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from peft_crome.data import CHAT_TEMPLATES, ConversationCollator
 from peft_crome.data.answer_spans import CLOSE, OPEN, PromptRewritten, turn, writes_turns_alone
 from tests.data.test_collator import CHATML, FORGETS, THINKS
-from tests.data.test_texts import processor  # noqa: F401  # fixture
-from tests.vlm.conftest import backbones, composite  # noqa: F401  # fixtures
 
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|h|>' + message['role'] + "
@@ -150,10 +148,10 @@ def test_answers_are_those_that_rendering_each_finds(
     name: str,
     said: list[tuple[str, str]],
     system: str | None,
-    processor: Any,  # noqa: F811
+    byte_processor: Any,
 ) -> None:
-    processor.chat_template = (ALONE | OTHERS | TRIED)[name]
-    collator = ConversationCollator(processor)
+    byte_processor.chat_template = (ALONE | OTHERS | TRIED)[name]
+    collator = ConversationCollator(byte_processor)
     spans = collator._spans
     messages = [turn("system", system)] if system is not None and name != "mistral" else []
     messages += [turn(role, text) for pair in said for role, text in zip(("user", "assistant"), pair, strict=True)]
@@ -163,7 +161,7 @@ def test_answers_are_those_that_rendering_each_finds(
     found = outcome(lambda: spans.find(messages, text, earlier=True))
     assert found == expected or (isinstance(found, str) and isinstance(expected, str))
     if isinstance(expected, list) and all(start < stop for start, stop in expected):
-        tokens = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = byte_processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         labels = [
             token if any(start < last and first < stop for start, stop in expected) else -100
             for token, (first, last) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
@@ -179,31 +177,31 @@ def conversation(answers: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_two_renderings_find_all_answers(name: str, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    processor.chat_template = ALONE[name]
-    collator = ConversationCollator(processor)
+def test_two_renderings_find_all_answers(name: str, byte_processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    byte_processor.chat_template = ALONE[name]
+    collator = ConversationCollator(byte_processor)
     row = conversation(40)
     row["messages"] = row["messages"][1:]
     rendered = []
-    render = type(processor).apply_chat_template
+    render = type(byte_processor).apply_chat_template
 
     def count(*given: Any, **named: Any) -> Any:
         rendered.append(1)
         return render(*given, **named)
 
-    monkeypatch.setattr(type(processor), "apply_chat_template", count)
+    monkeypatch.setattr(type(byte_processor), "apply_chat_template", count)
     encoded = collator.encode(row)
     assert len(rendered) == 2
     monkeypatch.undo()
-    learnt = processor.tokenizer.decode([label for label in encoded["labels"] if label != -100])
+    learnt = byte_processor.tokenizer.decode([label for label in encoded["labels"] if label != -100])
     assert [f"answer {number}" in learnt for number in range(40)] == [True] * 40
     assert "question" not in learnt
 
 
-def test_contents_that_are_strings_give_the_same_tokens(processor: Any) -> None:  # noqa: F811
+def test_contents_that_are_strings_give_the_same_tokens(byte_processor: Any) -> None:
     row = conversation(3)
     plain = [{"role": message["role"], "content": message["content"][0]["text"]} for message in row["messages"]]
-    collator = ConversationCollator(processor)
+    collator = ConversationCollator(byte_processor)
     assert collator.encode({**row, "messages": plain}) == collator.encode(row)
 
 

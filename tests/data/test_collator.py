@@ -11,7 +11,7 @@ from PIL import Image
 
 from peft_crome import CromeVLMConfig, CromeVLMProcessor
 from peft_crome.data import CHAT_TEMPLATES, Augmentation, ConversationCollator, RowError, split_turns
-from tests.vlm.conftest import CHAT_TEMPLATE, backbones, composite, make_tokenizer, processor  # noqa: F401  # fixtures
+from tests.vlm.tiny import CHAT_TEMPLATE
 
 
 def row(*turns: tuple[str, str], images: list[str] | None = None, name: str = "r") -> dict[str, Any]:
@@ -35,7 +35,7 @@ def learnt(batch: dict[str, torch.Tensor], tokenizer: Any, number: int = 0) -> s
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATES["plain"], CHAT_TEMPLATES["vicuna"]])
-def test_answers_alone_are_learnt(template: str, processor: Any, picture: str) -> None:  # noqa: F811
+def test_answers_alone_are_learnt(template: str, processor: Any, picture: str) -> None:
     # The tokenizer here splits at spaces alone.
     processor.chat_template = template.replace("{{ eos_token or '' }}", " {{ eos_token or '' }} ")
     rows = [row(("w1 w2", "w3"), ("w4", "w5 w6"), images=[picture]), row(("w7", "w8"), name="text")]
@@ -86,7 +86,7 @@ FORGETS = (  # as Qwen 3's: the last answer is written in another way than those
 )
 
 
-def with_template(composite: Any, template: str, kind: str = "byte-level") -> CromeVLMProcessor:  # noqa: F811
+def with_template(composite: Any, template: str, kind: str = "byte-level") -> CromeVLMProcessor:
     """A processor with a tokenizer as real ones are."""
     tokenizer = real_tokenizer(kind)
     composite.config.image_token_id = len(tokenizer)
@@ -100,7 +100,7 @@ def with_template(composite: Any, template: str, kind: str = "byte-level") -> Cr
 def test_whole_answers_are_learnt_with_tokenizers_that_keep_spaces(
     template: str,
     kind: str,
-    composite: Any,  # noqa: F811
+    composite: Any,
 ) -> None:
     whole = with_template(composite, CHAT_TEMPLATES.get(template, CHATML), kind)
     batch = ConversationCollator(whole)([row(("what colour is it?", "blue"), ("is it red?", "it is blue"))])
@@ -109,7 +109,7 @@ def test_whole_answers_are_learnt_with_tokenizers_that_keep_spaces(
     assert said == ["blue", "it is blue", ""]
 
 
-def test_template_that_rewrites_earlier_answers_learns_the_last(composite: Any) -> None:  # noqa: F811
+def test_template_that_rewrites_earlier_answers_learns_the_last(composite: Any) -> None:
     whole = with_template(composite, FORGETS)
     collator = ConversationCollator(whole)
     assert collator.needs_split
@@ -124,7 +124,7 @@ THINKS = (  # as Gemma 4's and DeepSeek R1's: a prompt for generation has more t
 )
 
 
-def test_answers_are_learnt_after_the_prompt_of_generation(composite: Any) -> None:  # noqa: F811
+def test_answers_are_learnt_after_the_prompt_of_generation(composite: Any) -> None:
     whole = with_template(composite, THINKS)
     collator = ConversationCollator(whole)
     assert collator.needs_split
@@ -137,7 +137,7 @@ def test_answers_are_learnt_after_the_prompt_of_generation(composite: Any) -> No
         assert said == f"{answer}<|im_end|>"
 
 
-def test_template_that_writes_a_prompt_by_what_is_said_is_refused(composite: Any) -> None:  # noqa: F811
+def test_template_that_writes_a_prompt_by_what_is_said_is_refused(composite: Any) -> None:
     by_words = "{{ 'assistant: ' if 'red' in messages[0]['content'] else 'assistant\n' }}{%"
     whole = with_template(composite, CHATML.replace("assistant\n{%", by_words))
     collator = ConversationCollator(whole)
@@ -146,7 +146,7 @@ def test_template_that_writes_a_prompt_by_what_is_said_is_refused(composite: Any
         collator.encode(row(("is it red?", "it is blue")))
 
 
-def test_conversation_that_the_template_does_not_take_names_the_row(processor: Any) -> None:  # noqa: F811
+def test_conversation_that_the_template_does_not_take_names_the_row(processor: Any) -> None:
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     processor.chat_template = refuses + CHAT_TEMPLATES["plain"]
     said = r"Row 'r': the language model's chat template says: System role not supported\. Change the row"
@@ -154,7 +154,7 @@ def test_conversation_that_the_template_does_not_take_names_the_row(processor: A
         ConversationCollator(processor, system="w3").encode(row(("w1", "w2")))
 
 
-def test_template_that_cannot_be_read_is_refused_by_name(processor: Any) -> None:  # noqa: F811
+def test_template_that_cannot_be_read_is_refused_by_name(processor: Any) -> None:
     for template, message in (
         ("{{ messages", r"chat_template: .*unexpected end of template.*Write chat_template: vicuna, plain or t5"),
         ("{{ raise_exception('nothing goes') }}", r"chat_template: .*answer \(nothing goes\)\. Write chat_template"),
@@ -165,7 +165,7 @@ def test_template_that_cannot_be_read_is_refused_by_name(processor: Any) -> None
 
 
 @pytest.mark.parametrize("rewrites", [False, True])
-def test_template_that_demands_a_system_message(rewrites: bool, composite: Any) -> None:  # noqa: F811
+def test_template_that_demands_a_system_message(rewrites: bool, composite: Any) -> None:
     """Rows may have one, or the recipe; what the template does with turns is seen with one."""
     demands = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('give a system message') }}{% endif %}"
     filled = with_template(composite, demands + (FORGETS if rewrites else CHATML))
@@ -183,13 +183,13 @@ def test_template_that_demands_a_system_message(rewrites: bool, composite: Any) 
         ConversationCollator(filled).encode(asked)
 
 
-def test_template_of_one_question_alone_splits_rows(processor: Any) -> None:  # noqa: F811
+def test_template_of_one_question_alone_splits_rows(processor: Any) -> None:
     alone = "{% if messages | length > 2 %}{{ raise_exception('one question') }}{% endif %}"
     processor.chat_template = alone + CHAT_TEMPLATE
     assert ConversationCollator(processor).needs_split
 
 
-def test_rows_in_which_nothing_is_learnt_are_refused(processor: Any) -> None:  # noqa: F811
+def test_rows_in_which_nothing_is_learnt_are_refused(processor: Any) -> None:
     processor.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
@@ -200,7 +200,7 @@ def test_rows_in_which_nothing_is_learnt_are_refused(processor: Any) -> None:  #
         ConversationCollator(processor).encode({"id": "q", "images": [], "messages": [question]})
 
 
-def test_prompt_is_the_one_of_generation(processor: Any, picture: str) -> None:  # noqa: F811
+def test_prompt_is_the_one_of_generation(processor: Any, picture: str) -> None:
     """What precedes the answer in training is what apply_chat_template gives for answering."""
     from tokenizers.processors import TemplateProcessing
 
@@ -217,7 +217,7 @@ def test_prompt_is_the_one_of_generation(processor: Any, picture: str) -> None: 
     assert ids[: len(asked)] == asked
 
 
-def test_encoder_decoder_learns_the_last_answer(processor: Any, picture: str) -> None:  # noqa: F811
+def test_encoder_decoder_learns_the_last_answer(processor: Any, picture: str) -> None:
     processor.chat_template = CHAT_TEMPLATES["t5"].replace("{{ eos_token", " {{ eos_token")
     rows = list(split_turns([row(("w1", "w2"), ("w3", "w4 w5"), images=[picture])]))
     assert [len(part["messages"]) for part in rows] == [2, 4]
@@ -230,7 +230,7 @@ def test_encoder_decoder_learns_the_last_answer(processor: Any, picture: str) ->
         collator.encode(row(("w1", "w2 w3 w4"), name="long"))
 
 
-def test_long_rows_are_cut_or_refused(processor: Any, picture: str) -> None:  # noqa: F811
+def test_long_rows_are_cut_or_refused(processor: Any, picture: str) -> None:
     one = row(("w1", "w2"), ("w3", "w4"), images=[picture])
     whole = ConversationCollator(processor).encode(one)["input_ids"]
     cut = ConversationCollator(processor, max_length=len(whole) - 2).encode(one)
@@ -239,7 +239,7 @@ def test_long_rows_are_cut_or_refused(processor: Any, picture: str) -> None:  # 
         ConversationCollator(processor, max_length=8).encode(one)
 
 
-def test_rows_longer_than_the_language_model_takes_are_refused(processor: Any, picture: str) -> None:  # noqa: F811
+def test_rows_longer_than_the_language_model_takes_are_refused(processor: Any, picture: str) -> None:
     one = row(("w1", "w2"), ("w3", "w4"), images=[picture])
     length = ConversationCollator(processor).encode(one)["length"]
     assert ConversationCollator(processor, max_positions=length).encode(one)["length"] == length
@@ -267,27 +267,27 @@ def test_limits_of_language_models(config: Any, encoder: int | None, decoder: in
     assert (limits["max_positions"], limits["max_target_length"]) == (encoder, decoder)
 
 
-def test_image_tokens_of_the_text_itself_are_refused(processor: Any, picture: str) -> None:  # noqa: F811
+def test_image_tokens_of_the_text_itself_are_refused(processor: Any, picture: str) -> None:
     """Else the model would look for the features of pictures that are not there, in the middle of a run."""
     sly = row((f"w1 {processor.image_token} w2", "w3"), images=[picture])
     with pytest.raises(RowError, match=r"Row 'r': 18 image tokens for 1 images of 9. Take .* out of the text"):
         ConversationCollator(processor).encode(sly)
 
 
-def test_unreadable_pictures_name_the_row(processor: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_unreadable_pictures_name_the_row(processor: Any, tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no picture")
     for path in (tmp_path / "text.jpg", tmp_path / "missing.png"):
         with pytest.raises(ValueError, match=r"Row 'bad': cannot read the image .*\. Replace the file or drop"):
             ConversationCollator(processor)([row(("w1", "w2"), images=[str(path)], name="bad")])
 
 
-def test_what_the_collator_needs(processor: Any) -> None:  # noqa: F811
+def test_what_the_collator_needs(processor: Any) -> None:
     processor.chat_template = None
     with pytest.raises(ValueError, match=r"has no chat template. Write chat_template: vicuna, plain or t5"):
         ConversationCollator(processor)
 
 
-def test_system_message_is_put_before_rows_without_one(processor: Any) -> None:  # noqa: F811
+def test_system_message_is_put_before_rows_without_one(processor: Any) -> None:
     collator = ConversationCollator(processor, system="w80 w81")
     text = processor.tokenizer.decode(collator.encode(row(("w1", "w2")))["input_ids"])
     assert "w80 w81" in text

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from peft_crome.cli import app
 from peft_crome.data import ConversationCollator, load_rows, read_rows
 from peft_crome.data.doctor import Patient, examine, write_fixed
-from tests.vlm.conftest import backbones, composite, processor  # noqa: F401  # fixtures
 
 runner = CliRunner()
 QUESTION = {"from": "human", "value": "Hi"}
@@ -197,7 +196,7 @@ def test_only_the_file_is_looked_for_when_asked(path: Path) -> None:
     assert [name for name, _ in findings.by_kind()["missing"]] == ["missing"]
 
 
-def test_rows_are_measured_in_tokens(path: Path, processor: Any) -> None:  # noqa: F811
+def test_rows_are_measured_in_tokens(path: Path, processor: Any) -> None:
     collator = ConversationCollator(processor, max_length=16)
     rows = [
         {"id": "short", "image": "a.png", "conversations": [

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from peft_crome.cli import app
 from peft_crome.data import ConversationCollator, RowError, load_rows, read_rows
 from peft_crome.data.doctor import examine, write_fixed
-from tests.vlm.conftest import backbones, composite, processor  # noqa: F401  # fixtures
 
 SHOWN = [{"from": "human", "value": "<image>\nw1"}, {"from": "gpt", "value": "w2"}]
 SAID = [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}]
@@ -63,7 +62,7 @@ def write(tmp_path: Path, *rows: Any) -> Path:
         {"conversations": [{"from": "human", "value": f"<img>{URI}</img>\nw1"}, SAID[1]]},
     ],
 )
-def test_images_as_text_are_read(row: dict[str, Any], processor: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_images_as_text_are_read(row: dict[str, Any], processor: Any, tmp_path: Path) -> None:
     path = write(tmp_path, row)
     expected = processor(images=DATA, text="<image>", return_tensors="pt")["pixel_values"]
     for found in (next(read_rows(path)), load_rows(path)[0]):
@@ -340,7 +339,7 @@ def test_no_message_of_a_table_repeats_a_large_value(tmp_path: Path) -> None:
         assert len(str(error.value)) < 1500
 
 
-def test_missing_images_are_named_shortly(processor: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_missing_images_are_named_shortly(processor: Any, tmp_path: Path) -> None:
     path = write(tmp_path, {"id": LARGE, "image": "a" * 3000 + ".png", "conversations": SHOWN})
     [row] = read_rows(path)
     with pytest.raises(ValueError, match="cannot read the image") as error:

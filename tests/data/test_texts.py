@@ -9,34 +9,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from peft_crome import CromeVLMProcessor
 from peft_crome.data import CHAT_TEMPLATES, ConversationCollator, load_rows, read_rows
 from peft_crome.training import generate_answers
 from tests.data.test_collator import CHATML, THINKS
-from tests.vlm.conftest import backbones, composite  # noqa: F401  # fixtures
 
 TEMPLATES = {"chatml": CHATML, "vicuna": CHAT_TEMPLATES["vicuna"], "plain": CHAT_TEMPLATES["plain"]}
-
-
-@pytest.fixture
-def processor(composite: Any) -> CromeVLMProcessor:  # noqa: F811
-    """Its tokens are bytes, so that no white space is lost."""
-    tokens = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    words = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )  # fmt: skip
-    composite.config.image_token_id = len(fast)
-    whole = CromeVLMProcessor.from_backbones(language=fast, config=composite.config)
-    whole.chat_template = CHATML
-    return whole
 
 
 WHITE = st.sampled_from(["", " ", "  ", "\n", "\n\n", " \n", "\n ", "\t", "\r\n", "\n| "])
@@ -91,9 +69,9 @@ def as_row(form: str, messages: list[dict[str, Any]], images: list[str]) -> dict
     return {"images": images, "messages": messages}
 
 
-def ids_of_inference(processor: Any, messages: list[dict[str, Any]], picture: Any, images: int) -> list[int]:
+def ids_of_inference(byte_processor: Any, messages: list[dict[str, Any]], picture: Any, images: int) -> list[int]:
     given = {"images": [[picture] * images]} if images else {}
-    batch = processor.apply_chat_template(
+    batch = byte_processor.apply_chat_template(
         [messages], tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=given
     )
     return batch["input_ids"][0].tolist()
@@ -108,36 +86,38 @@ SETTINGS = settings(max_examples=40, deadline=None, suppress_health_check=[Healt
 @given(data=st.data())
 @SETTINGS
 def test_training_reads_the_text_of_inference(
-    form: str, parts: bool, template: str, data: Any, processor: Any, tmp_path: Path
+    form: str, parts: bool, template: str, data: Any, byte_processor: Any, tmp_path: Path
 ) -> None:
-    processor.chat_template = TEMPLATES[template]
+    byte_processor.chat_template = TEMPLATES[template]
     picture = tmp_path / "a.png"
     if not picture.exists():
         Image.new("RGB", (30, 30)).save(picture)
     messages, images = data.draw(conversations(parts))
     (tmp_path / "rows.json").write_text(json.dumps([as_row(form, messages, [str(picture)] * images)]))
     [row] = read_rows(tmp_path / "rows.json")
-    expected = ids_of_inference(processor, messages, str(picture), images)
-    assert ConversationCollator(processor).encode(row)["input_ids"] == expected
-    assert processor.instruction(row["messages"]) == processor.instruction(messages)
-    assert ids_of_inference(processor, row["messages"], str(picture), images) == expected, "rows are conversations"
+    expected = ids_of_inference(byte_processor, messages, str(picture), images)
+    assert ConversationCollator(byte_processor).encode(row)["input_ids"] == expected
+    assert byte_processor.instruction(row["messages"]) == byte_processor.instruction(messages)
+    assert ids_of_inference(byte_processor, row["messages"], str(picture), images) == expected, (
+        "rows are conversations"
+    )
 
 
 @given(question=PIECE, answer=PIECE, images=st.integers(0, 2))
 @SETTINGS
 def test_tables_keep_their_white_space(
-    question: str, answer: str, images: int, processor: Any, tmp_path: Path
+    question: str, answer: str, images: int, byte_processor: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "a.png").touch()
     given = {"q": question, "a": answer, "image": [str(tmp_path / "a.png")] * images}
     (tmp_path / "rows.json").write_text(json.dumps([given]))
     [row] = read_rows(tmp_path / "rows.json", columns={"question": "q", "answer": "a", "image": "image"})
     asked = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    expected = processor.apply_chat_template(
+    expected = byte_processor.apply_chat_template(
         [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     )
-    expanded = expected.replace("<image>", "<image>" * processor.image_seq_length)
-    assert processor.tokenizer.decode(ConversationCollator(processor).encode(row)["input_ids"]) == expanded
+    expanded = expected.replace("<image>", "<image>" * byte_processor.image_seq_length)
+    assert byte_processor.tokenizer.decode(ConversationCollator(byte_processor).encode(row)["input_ids"]) == expanded
 
 
 @pytest.mark.parametrize(
@@ -155,23 +135,23 @@ def test_tables_keep_their_white_space(
         ([text("What is "), text("<image>?")], "What is \n<image>?"),
     ],
 )
-def test_text_of_a_turn(content: Any, expected: str, processor: Any, tmp_path: Path) -> None:
+def test_text_of_a_turn(content: Any, expected: str, byte_processor: Any, tmp_path: Path) -> None:
     """What is read, kept by `datasets`, trained on and answered is the text of the row."""
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": " yes\n"}]
     shown = expected.count("<image>")
     (tmp_path / "rows.json").write_text(json.dumps([{"images": ["a.png"] * shown, "messages": messages}]))
     for row in (*read_rows(tmp_path / "rows.json"), *load_rows(tmp_path / "rows.json")):
-        said = processor.apply_chat_template(row["messages"])
+        said = byte_processor.apply_chat_template(row["messages"])
         assert said == f"<|im_start|>user\n{expected}<|im_end|>\n<|im_start|>assistant\n yes\n<|im_end|>\n"
-        assert processor.apply_chat_template(messages) == said
+        assert byte_processor.apply_chat_template(messages) == said
         shown_parts = [part["type"] for part in row["messages"][0]["content"]].count("image")
         assert shown_parts == shown == len(row["images"])
 
 
 def test_evaluation_asks_with_the_text_of_the_row(
-    composite: Any,  # noqa: F811
-    processor: Any,
+    composite: Any,
+    byte_processor: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = {"role": "user", "content": [text(" in\t"), text("one \n")]}
@@ -183,10 +163,10 @@ def test_evaluation_asks_with_the_text_of_the_row(
         return batch["input_ids"]
 
     monkeypatch.setattr(composite, "generate", generate)
-    generate_answers(composite, processor, [row], progress=False)
+    generate_answers(composite, byte_processor, [row], progress=False)
     expected = "<|im_start|>user\n in\tone \n<|im_end|>\n<|im_start|>assistant\n"
-    assert processor.tokenizer.decode(seen[0][0]) == expected
-    ids = ConversationCollator(processor).encode(row)["input_ids"]
+    assert byte_processor.tokenizer.decode(seen[0][0]) == expected
+    ids = ConversationCollator(byte_processor).encode(row)["input_ids"]
     assert ids[: seen[0].shape[1]] == seen[0][0].tolist()
 
 
@@ -194,14 +174,14 @@ def test_evaluation_asks_with_the_text_of_the_row(
 @given(answer=PIECE)
 @SETTINGS
 def test_answers_after_prompts_of_their_own_are_as_the_template_writes_them(
-    trims: bool, answer: str, processor: Any
+    trims: bool, answer: str, byte_processor: Any
 ) -> None:
     """Gemma 4's prompt is no beginning of the conversation; the answer is still what the template makes of it."""
-    processor.chat_template = THINKS if trims else THINKS.replace(" | trim", "")
+    byte_processor.chat_template = THINKS if trims else THINKS.replace(" | trim", "")
     user = {"role": "user", "content": [{"type": "text", "text": "q"}]}
     messages = [user, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-    encoded = ConversationCollator(processor).encode({"id": "r", "images": [], "messages": messages})
-    learnt = processor.tokenizer.decode([label for label in encoded["labels"] if label != -100])
+    encoded = ConversationCollator(byte_processor).encode({"id": "r", "images": [], "messages": messages})
+    learnt = byte_processor.tokenizer.decode([label for label in encoded["labels"] if label != -100])
     assert learnt == (answer.strip() if trims else answer) + "<|im_end|>"
-    prompt = processor.apply_chat_template([user], add_generation_prompt=True)
-    assert processor.tokenizer.decode(encoded["input_ids"]) == prompt + learnt
+    prompt = byte_processor.apply_chat_template([user], add_generation_prompt=True)
+    assert byte_processor.tokenizer.decode(encoded["input_ids"]) == prompt + learnt

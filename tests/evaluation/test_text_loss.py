@@ -19,7 +19,7 @@ from peft_crome import CromeConfig
 from peft_crome.cli import app
 from peft_crome.evaluation import adapters_off, text_loss
 from tests.examples.tiny_llava import save_tokenizer_and_model
-from tests.vlm.conftest import build, make_tokenizer
+from tests.vlm.tiny import build, make_tokenizer
 
 WORDS = " ".join(f"w{number * 7 % 90}" for number in range(230))
 

@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 from examples.easy_vqa import language
 from peft_crome import CromeConfig
-from tests.vlm.conftest import build, make_tokenizer
+from tests.vlm.tiny import build, make_tokenizer
 
 BRANCHES = {"vision": {"vision": ["vision_fusion"]}, "text": {"text": ["embed_tokens"]}}
 

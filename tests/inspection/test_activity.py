@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from peft_crome import CromeConfig
 from peft_crome.inspection import inspect_activity
 from tests.tuner.helpers import BOTH, M, adapted, assert_equal, attach, crome_weight, logits, randomise
-from tests.vlm.conftest import build, make_batch
+from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO
 from tests.zoo.case import IMAGE_TOKEN
 

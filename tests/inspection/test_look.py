@@ -16,9 +16,8 @@ from peft_crome.cli import app
 from peft_crome.inspection import look, write_inspection
 from peft_crome.training import load_recipe, train
 from tests.examples.tiny_llava import save_tokenizer_and_model
-from tests.training.conftest import dataset, values  # noqa: F401  # fixtures
 from tests.tuner.helpers import attach, randomise
-from tests.vlm.conftest import backbones, composite, make_tokenizer, processor  # noqa: F401  # fixtures
+from tests.vlm.tiny import make_tokenizer
 
 look_module = sys.modules["peft_crome.inspection.look"]  # the package has a function of that name
 runner = CliRunner()
@@ -34,7 +33,7 @@ def save(model: Any, folder: Path, seed: int = 3, **config: Any) -> str:
 
 
 @pytest.fixture
-def base(composite: Any, processor: Any, tmp_path: Path) -> str:  # noqa: F811
+def base(composite: Any, processor: Any, tmp_path: Path) -> str:
     """A composite's directory, whose path an adapter on it names."""
     composite.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
@@ -79,7 +78,7 @@ def test_images_are_read_as_the_models_own_processor_reads_them(
     path = tmp_path / "transparent.png"
     Image.new("RGBA", (60, 40), (200, 0, 0, 0)).save(path)
     for adapter, model, prompt in ((adapters[0], None, "w1 w2"), (host, str(tmp_path / "host"), "What color?")):
-        processor = tf.AutoProcessor.from_pretrained(model or str(tmp_path / "base"))  # noqa: F811
+        processor = tf.AutoProcessor.from_pretrained(model or str(tmp_path / "base"))
         text = f"{processor.image_token} {prompt}"
         expected = processor(images=[str(path)], text=text, return_tensors="pt")["pixel_values"]
         seen: list[torch.Tensor] = []
@@ -155,7 +154,7 @@ def test_backbone_that_cannot_be_had(adapters: list[str], base: str, tmp_path: P
     assert look(adapters[0]).branches is None
 
 
-def test_stage_directory_is_its_own_backbone(values: dict[str, Any], picture: Path) -> None:  # noqa: F811
+def test_stage_directory_is_its_own_backbone(values: dict[str, Any], picture: Path) -> None:
     train(load_recipe(values))
     view = look(values["output"], prompt="w1", pictures=[Image.open(picture).convert("RGB")] * 2)
     found = {shown.activity.branch: shown for shown in view.branches}
@@ -196,7 +195,7 @@ def test_host_of_transformers_without_a_template(llava: str, picture: Path, tmp_
     assert [text for text, _ in found["text"].words] == ["[4 image tokens]", "w1", "w2"]
 
 
-def test_picture_for_a_model_that_does_not_see(backbones: tuple[str, str], tmp_path: Path) -> None:  # noqa: F811
+def test_picture_for_a_model_that_does_not_see(backbones: tuple[str, str], tmp_path: Path) -> None:
     model = tf.AutoModelForCausalLM.from_pretrained(backbones[1])
     adapter = save(model, tmp_path / "adapter", branches={"text": ["embed_tokens"]})
     (shown,) = look(adapter, prompt="w1 w2").branches

@@ -12,7 +12,7 @@ from torch import nn
 from peft_crome.inspection import inspect_activity, map_pictures
 from peft_crome.inspection.places import GRID_THW, SQUARE, printable, words
 from tests.tuner.helpers import adapted, attach, randomise
-from tests.vlm.conftest import build, make_batch
+from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO
 from tests.zoo.case import VISION, pixels, token_rows
 

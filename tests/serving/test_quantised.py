@@ -19,7 +19,7 @@ from peft_crome.training import save_stage
 from tests.conformity.test_quantisation_matrix import load, load_hqq, torchao_int4, torchao_int8
 from tests.tuner.helpers import adapted
 from tests.tuner.test_quantised import wide_llava
-from tests.vlm.conftest import build
+from tests.vlm.tiny import build
 from tests.zoo import ZOO
 
 TEXT = torch.tensor([[1, 5, 6, 7], [1, 8, 9, 10]])

@@ -15,7 +15,7 @@ from peft_crome.serving import ImageEncoder, fold
 from peft_crome.serving.encoder import NOT_IN_VLLM
 from tests.test_mixed_batch import qformer_composite
 from tests.tuner.helpers import adapted, assert_equal, attach, logits, randomise, unchanged
-from tests.vlm.conftest import build, make_batch
+from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO, Case
 
 TOKENS = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "suppress_tokens": [60]}

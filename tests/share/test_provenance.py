@@ -18,7 +18,7 @@ import peft_crome
 from peft_crome.backbone.model import read_host
 from peft_crome.sharing.provenance import describe_backbone, differences
 from tests.tuner.helpers import adapted, assert_message, attach
-from tests.vlm.conftest import build
+from tests.vlm.tiny import build
 from tests.zoo.llava import llava
 
 CONFIG = "adapter_config.json"

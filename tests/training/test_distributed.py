@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.training.processes import batches, run
-from tests.training.test_resume import pictures, recipe, state  # noqa: F401  # fixtures
+from tests.training.test_resume import state
 
 
 def losses(directory: str | Path) -> list[float]:
@@ -17,7 +17,7 @@ def losses(directory: str | Path) -> list[float]:
 
 
 @pytest.fixture
-def quiet(recipe: dict[str, Any]) -> dict[str, Any]:  # noqa: F811
+def quiet(recipe: dict[str, Any]) -> dict[str, Any]:
     """Without dropout, which is another one in each process; thirteen rows are three steps and one row."""
     recipe["adapter"]["dropout"] = 0.0
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

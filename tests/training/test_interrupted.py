@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from peft_crome.training import StageError, load_recipe, train
 from peft_crome.training.loop.finite import paths_of
-from tests.training.conftest import weights
+from tests.training.tiny import weights
 
 
 def test_interrupted_stage_goes_on(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

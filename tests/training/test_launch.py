@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from tests.training.test_resume import pictures, recipe, state  # noqa: F401  # fixtures
+from tests.training.test_resume import state
 
 ALONE = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -45,7 +45,7 @@ def finish(launcher: list[str], values: dict[str, Any], file: Path) -> None:
 @pytest.mark.parametrize("launcher", [ALONE, TORCHRUN], ids=["alone", "torchrun"])
 def test_command_killed_at_any_moment_goes_on(
     launcher: list[str],
-    recipe: dict[str, Any],  # noqa: F811
+    recipe: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     recipe["training"] |= {"max_steps": 60, "save_steps": 1, "rows_per_device": 1, "warmup_steps": 1}
@@ -70,7 +70,7 @@ def test_command_killed_at_any_moment_goes_on(
 
 
 @pytest.mark.slow
-def test_accelerate_launches_what_torchrun_does(recipe: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
+def test_accelerate_launches_what_torchrun_does(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["training"]["max_steps"] = 3
     for name, launcher in (("torchrun", TORCHRUN), ("accelerate", ACCELERATE)):
         finish(launcher, {**recipe, "output": str(tmp_path / name)}, tmp_path / f"{name}.yaml")

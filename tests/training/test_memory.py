@@ -19,7 +19,7 @@ from peft_crome.training import (
 )
 from peft_crome.training.model.packed import pack
 from peft_crome.training.model.skeleton import composite_config, quantization_of
-from tests.vlm.conftest import text_config
+from tests.vlm.tiny import text_config
 
 
 def real_batch(composite: Any, rows: int, tokens: int) -> dict[str, torch.Tensor]:

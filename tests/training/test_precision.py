@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peft_crome.training import load_recipe, train
-from tests.training.conftest import weights
+from tests.training.tiny import weights
 
 
 @pytest.mark.parametrize(

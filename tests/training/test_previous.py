@@ -12,8 +12,8 @@ import transformers as tf
 
 from peft_crome import CromeVLMForConditionalGeneration
 from peft_crome.training import StageError, load_recipe, train
-from tests.training.conftest import following, weights
-from tests.vlm.conftest import make_tokenizer
+from tests.training.tiny import following, weights
+from tests.vlm.tiny import make_tokenizer
 
 
 def test_directory_of_another_architecture_is_refused(values: dict[str, Any], tmp_path: Path) -> None:

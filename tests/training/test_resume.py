@@ -1,15 +1,12 @@
 """A run that is killed and started again ends as one that is not: the same rows, losses and weights, bit by bit."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from peft_crome.training import StageError, load_recipe, read_record, train
@@ -19,38 +16,8 @@ from tests.training.processes import KILLED, batches, run
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirteen rows about pictures of noise, of which each crop looks different, two of them text alone."""
-    root = tmp_path_factory.mktemp("noise")
-    chance = random.Random(0)
-    rows: list[dict[str, Any]] = []
-    for number in range(13):
-        words = " ".join(f"w{chance.randrange(90)}" for _ in range(chance.randint(1, 5)))
-        turns = [{"from": "human", "value": f"w{number}"}, {"from": "gpt", "value": words}]
-        rows.append({"id": number, "conversations": turns})
-        if number % 6 != 5:
-            noise = np.random.default_rng(number).integers(0, 256, (45, 40 + number, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(root / f"{number}.png")
-            turns[0]["value"] = f"<image>\nw{number}"
-            rows[-1]["image"] = f"{number}.png"
-    (root / "rows.json").write_text(json.dumps(rows))
-    (root / "more.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:5]))
-    return root
-
-
-@pytest.fixture
-def recipe(values: dict[str, Any], pictures: Path) -> dict[str, Any]:
-    """All that is random at once: crops, mirror images, dropout; two batches to a step, four steps to an epoch."""
-    values["data"] = [{"path": str(pictures / "rows.json")}]
-    values["images"] = {"random_crop": True, "horizontal_flip": True}
-    values["adapter"]["dropout"] = 0.2
-    values["training"] |= {"rows_per_device": 2, "max_steps": 9}
-    return values
-
-
-def two_sets(values: dict[str, Any], pictures: Path, **each: Any) -> None:
-    values["data"] = [{"path": str(pictures / name), **each} for name in ("rows.json", "more.jsonl")]
+def two_sets(values: dict[str, Any], noise: Path, **each: Any) -> None:
+    values["data"] = [{"path": str(noise / name), **each} for name in ("rows.json", "more.jsonl")]
 
 
 def state(output: Path) -> dict[str, torch.Tensor]:
@@ -85,15 +52,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_killed_run_ends_like_one_that_was_not(
-    name: str, recipe: dict[str, Any], pictures: Path, tmp_path: Path
-) -> None:
+def test_killed_run_ends_like_one_that_was_not(name: str, recipe: dict[str, Any], noise: Path, tmp_path: Path) -> None:
     recipe["training"]["arguments"]["dataloader_num_workers"] = CASES[name].get("workers", 0)
     if name == "mixture":
-        two_sets(recipe, pictures)
+        two_sets(recipe, noise)
         recipe["mixture"] = {"temperature": 2.0}
     elif name.startswith("streamed"):
-        two_sets(recipe, pictures, streaming=True, weight=1)
+        two_sets(recipe, noise, streaming=True, weight=1)
         recipe["training"]["max_steps"] = 16  # more than one pass
     recipe["training"]["group_by_length"] = name == "by length"
     assert_same_end(recipe, tmp_path, kills=CASES[name]["kills"])
@@ -101,18 +66,18 @@ def test_killed_run_ends_like_one_that_was_not(
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_killed_run_of_two_processes_ends_like_one_that_was_not(
-    streaming: bool, recipe: dict[str, Any], pictures: Path, tmp_path: Path
+    streaming: bool, recipe: dict[str, Any], noise: Path, tmp_path: Path
 ) -> None:
     recipe["training"] |= {"rows_per_device": 1, "max_steps": 8}
     if streaming:
-        two_sets(recipe, pictures, streaming=True, weight=1)
+        two_sets(recipe, noise, streaming=True, weight=1)
         recipe["training"]["arguments"]["dataloader_num_workers"] = 1
     assert_same_end(recipe, tmp_path, kills=[7], processes=2)
 
 
-def test_order_does_not_depend_on_workers_or_processes(recipe: dict[str, Any], pictures: Path, tmp_path: Path) -> None:
+def test_order_does_not_depend_on_workers_or_processes(recipe: dict[str, Any], noise: Path, tmp_path: Path) -> None:
     """What two processes read, batch by batch in turn, is what one does, with as many workers as it likes."""
-    two_sets(recipe, pictures, streaming=True, weight=1)
+    two_sets(recipe, noise, streaming=True, weight=1)
     recipe["training"] |= {"batch_size": 2, "rows_per_device": 1, "max_steps": 10}
     seen = []
     for workers, processes in ((0, 1), (2, 1), (2, 2)):
@@ -125,8 +90,8 @@ def test_order_does_not_depend_on_workers_or_processes(recipe: dict[str, Any], p
     assert seen[0] == seen[1] == seen[2]
 
 
-def test_streamed_file_that_changed_is_named(recipe: dict[str, Any], pictures: Path, tmp_path: Path) -> None:
-    shutil.copytree(pictures, tmp_path / "data")
+def test_streamed_file_that_changed_is_named(recipe: dict[str, Any], noise: Path, tmp_path: Path) -> None:
+    shutil.copytree(noise, tmp_path / "data")
     recipe["data"] = [{"path": str(tmp_path / "data" / "rows.json"), "streaming": True}]
     assert run(recipe, tmp_path / "log", kill_at=4) == [KILLED]
     rows = (tmp_path / "data" / "rows.json").read_text()

@@ -14,7 +14,7 @@ from PIL import Image
 from peft_crome import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
 from peft_crome.data import read_rows
 from peft_crome.training import StageError, generate_answers, load_recipe, read_record, train
-from tests.training.conftest import following, weights
+from tests.training.tiny import following, weights
 
 
 @pytest.fixture

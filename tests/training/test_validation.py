@@ -12,8 +12,8 @@ from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
 from peft_crome.data import read_rows
 from peft_crome.training import METRICS, RecipeError, build, generate_answers, load_recipe, score, train
 from peft_crome.training.recipe.schema import Metric
-from tests.training.conftest import weights
 from tests.training.test_interrupted import interrupt
+from tests.training.tiny import weights
 
 
 def test_a_recipes_metrics_are_those_there_are() -> None:

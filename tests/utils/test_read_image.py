@@ -24,7 +24,6 @@ from peft_crome.data import ConversationCollator
 from peft_crome.training import generate_answers
 from peft_crome.utils.read_image import embedded_image, read_image
 from peft_crome.vlm.pipeline import read_images_of_pipelines
-from tests.vlm.conftest import backbones, composite, processor  # noqa: F401  # fixtures
 
 RAMP = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 COLORS = np.stack([RAMP, RAMP[::-1], np.full_like(RAMP, 90)], axis=-1)
@@ -149,8 +148,8 @@ def address(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("name", FILES)
 def test_training_evaluation_and_inference_read_alike(
     name: str,
-    composite: Any,  # noqa: F811
-    processor: Any,  # noqa: F811
+    composite: Any,
+    processor: Any,
     address: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -236,7 +235,7 @@ ARRAYS: dict[str, tuple[Any, np.ndarray]] = {
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_arrays_and_tensors_are_read_as_the_image_they_hold(name: str, processor: Any) -> None:  # noqa: F811
+def test_arrays_and_tensors_are_read_as_the_image_they_hold(name: str, processor: Any) -> None:
     array, pixels = ARRAYS[name]
     assert np.array_equal(read_image(array), pixels)
     expected = processor.image_processor(Image.fromarray(pixels.astype(np.uint8)), return_tensors="pt")["pixel_values"]
@@ -245,7 +244,7 @@ def test_arrays_and_tensors_are_read_as_the_image_they_hold(name: str, processor
         assert torch.equal(found, expected)
 
 
-def test_prepared_arrays_and_named_channels_are_left_to_the_caller(processor: Any) -> None:  # noqa: F811
+def test_prepared_arrays_and_named_channels_are_left_to_the_caller(processor: Any) -> None:
     floats = torch.from_numpy(COLORS).permute(2, 0, 1) / 255
     expected = processor.image_processor(floats, do_rescale=False, return_tensors="pt")["pixel_values"]
     for settings in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}):
@@ -275,7 +274,7 @@ def test_prepared_arrays_and_named_channels_are_left_to_the_caller(processor: An
         (3, "expected a path, an address, bytes, base64 text"),
     ],
 )
-def test_what_cannot_be_read_is_named(image: Any, message: str, processor: Any) -> None:  # noqa: F811
+def test_what_cannot_be_read_is_named(image: Any, message: str, processor: Any) -> None:
     for read in (read_image, lambda image: processor(images=[image], text="<image>")):
         with pytest.raises(ValueError, match=message):
             read(image)

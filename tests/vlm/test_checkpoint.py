@@ -21,7 +21,7 @@ from transformers import (
 
 from peft_crome import CromeConfig
 from peft_crome.vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
-from tests.vlm.conftest import IMAGE_ID, build, make_batch, text_config, vision_config
+from tests.vlm.tiny import IMAGE_ID, build, make_batch, text_config, vision_config
 
 PROJECTION = {"image_projection.weight", "image_projection.bias"}
 FOUR_BIT = {

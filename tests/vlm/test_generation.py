@@ -6,8 +6,8 @@ from peft import get_peft_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from peft_crome import CromeConfig
-from tests.vlm.conftest import IMAGE_ID, LANGUAGE_MODELS, SEQ2SEQ, build, make_batch
 from tests.vlm.test_qformer import with_qformer
+from tests.vlm.tiny import IMAGE_ID, LANGUAGE_MODELS, SEQ2SEQ, build, make_batch
 
 
 @pytest.mark.parametrize("language", LANGUAGE_MODELS)

@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from peft_crome import CromeConfig
 from peft_crome.vlm import CromeVLMConfig, CromeVLMForConditionalGeneration
-from tests.vlm.conftest import GROUPED, IMAGE_ID, build, make_batch, vision_config
 from tests.vlm.test_qformer import qformer_batch, with_qformer
+from tests.vlm.tiny import GROUPED, IMAGE_ID, build, make_batch, vision_config
 
 CAPPED = {
     "gemma2": {"final_logit_softcapping": 0.5},

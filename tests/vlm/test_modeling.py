@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, LlavaConfig, Trainer, TrainingArguments
 
-from tests.vlm.conftest import IMAGE_ID, LANGUAGE_MODELS, SEQ2SEQ, build, make_batch, text_config, vision_config
+from tests.vlm.tiny import IMAGE_ID, LANGUAGE_MODELS, SEQ2SEQ, build, make_batch, text_config, vision_config
 
 
 @pytest.mark.parametrize("layer", [-1, -2])

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoProcessor
 
 from peft_crome.vlm import CromeVLMProcessor
-from tests.vlm.conftest import make_tokenizer
+from tests.vlm.tiny import make_tokenizer
 
 
 def test_rows_of_any_mix(processor, composite, pictures):

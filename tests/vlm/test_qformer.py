@@ -13,7 +13,7 @@ from PIL import Image
 
 from peft_crome import CromeConfig, CromeLayer
 from peft_crome.vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
-from tests.vlm.conftest import CHAT_TEMPLATE, FULL_VIT, IMAGE_ID, build, make_batch, make_tokenizer, text_config
+from tests.vlm.tiny import CHAT_TEMPLATE, FULL_VIT, IMAGE_ID, build, make_batch, make_tokenizer, text_config
 
 WIDTH, QUERIES = 32, 4
 PARTS = ("vision_tower", "qformer")

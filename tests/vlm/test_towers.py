@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import CONFIG_MAPPING, AutoModel
 
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
-from tests.vlm.conftest import build
+from tests.vlm.tiny import build
 
 PLAIN = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 VIT = PLAIN | {"image_size": 32, "patch_size": 8}

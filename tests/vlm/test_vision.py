@@ -9,7 +9,7 @@ import transformers as tf
 from peft_crome.vlm import CromeVLMConfig, CromeVLMForConditionalGeneration
 from peft_crome.vlm.image_size import fixed_image_size, with_image_size
 from peft_crome.vlm.vision import find_vision_model
-from tests.vlm.conftest import FULL_VIT, TOWERS, build, make_batch, text_config
+from tests.vlm.tiny import FULL_VIT, TOWERS, build, make_batch, text_config
 
 
 @pytest.mark.parametrize("tower", TOWERS)

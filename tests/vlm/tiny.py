@@ -1,16 +1,13 @@
-"""Tiny random backbones, built offline; saved once per session where a test loads them by name."""
+"""Tiny random backbones and batches, built offline."""
 
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
-from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from peft_crome.vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
+from peft_crome.vlm import CromeVLMConfig, CromeVLMForConditionalGeneration
 
 VOCABULARY = 100
 IMAGE_ID = 100  # outside every embedding table
@@ -123,50 +120,3 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-
-
-@pytest.fixture(scope="session")
-def backbones(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Directories of a whole CLIP with its image processor, and of a Llama with its tokenizer."""
-    torch.manual_seed(0)
-    root: Path = tmp_path_factory.mktemp("backbones")
-    words = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    clip = transformers.CLIPConfig(vision_config=vision_config().to_dict(), text_config={**words, "vocab_size": 50})
-    AutoModel.from_config(clip).save_pretrained(root / "vision")
-    size = {"size": {"shortest_edge": 40}, "crop_size": {"height": 30, "width": 30}}
-    transformers.CLIPImageProcessorPil(**size).save_pretrained(root / "vision")
-    AutoModelForCausalLM.from_config(text_config()).save_pretrained(root / "language")
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(root / "language")
-    return str(root / "vision"), str(root / "language")
-
-
-@pytest.fixture(scope="session")
-def seq2seq_backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Directory of a T5 with its tokenizer."""
-    path = tmp_path_factory.mktemp("seq2seq")
-    AutoModelForSeq2SeqLM.from_config(text_config("t5")).save_pretrained(path)
-    make_tokenizer(pad_token="<unk>").save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture
-def composite(backbones: tuple[str, str]) -> CromeVLMForConditionalGeneration:
-    """A composite whose backbones have names."""
-    torch.manual_seed(0)
-    return CromeVLMForConditionalGeneration.from_backbones(vision=backbones[0], language=backbones[1])
-
-
-@pytest.fixture
-def processor(composite: CromeVLMForConditionalGeneration) -> CromeVLMProcessor:
-    """The processor that fits `composite`."""
-    return CromeVLMProcessor.from_backbones(config=composite.config)
-
-
-@pytest.fixture
-def pictures() -> list[Image.Image]:
-    """Three pictures of different sizes and colours."""
-    return [
-        Image.new("RGB", size, colour) for size, colour in (((50, 37), "red"), ((20, 90), "green"), ((30, 30), "blue"))
-    ]
