@@ -13,29 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
-from tests.examples.tiny_llava import CHAT_TEMPLATE, save_tokenizer_and_model, tokenizer
+from tests.stand_ins import save_dinov2, save_smollm, save_smolvlm
 
 ROOT = Path(__file__).parent.parent
-SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def save_language_model(folder: Path) -> None:
-    words = tokenizer()
-    words.chat_template = CHAT_TEMPLATE
-    words.save_pretrained(folder)
-    LlamaForCausalLM(
-        LlamaConfig(hidden_size=64, intermediate_size=64, vocab_size=len(words), **SIZES)
-    ).save_pretrained(folder)
-
-
-def save_tower(folder: Path) -> None:
-    size = {"height": 28, "width": 28}
-    BitImageProcessor(size={"shortest_edge": 28}, crop_size=size).save_pretrained(folder)
-    Dinov2Model(Dinov2Config(hidden_size=32, image_size=28, patch_size=14, **SIZES)).save_pretrained(folder)
-
-
 INCLUDES = ROOT / "docs" / "includes"
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -44,12 +25,12 @@ PAGES = sorted(
 )
 STAND_INS = {
     "README.md": {
-        "HuggingFaceTB/SmolVLM-256M-Instruct": save_tokenizer_and_model,
-        "HuggingFaceTB/SmolLM2-135M-Instruct": save_language_model,
-        "facebook/dinov2-small": save_tower,
+        "HuggingFaceTB/SmolVLM-256M-Instruct": save_smolvlm,
+        "HuggingFaceTB/SmolLM2-135M-Instruct": save_smollm,
+        "facebook/dinov2-small": save_dinov2,
     }
 }
-NOT_RUN = {"README.md": 2, "docs/index.md": 1, "docs/models.md": 3, "docs/saving.md": 1, "docs/sharing.md": 2}
+NOT_RUN = {"docs/index.md": 1, "docs/models.md": 3, "docs/saving.md": 1, "docs/sharing.md": 2}
 
 FENCE = re.compile(r"^(?P<indent>[ ]*)```(?P<language>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.S | re.M)
 INCLUDE = re.compile(r'^--8<-- "(?P<include>[^"\n]+)"$', re.M)
