@@ -2,6 +2,9 @@
 
 A block that cannot run here says why, in a comment right above it: <!-- not run: downloads a 14 GB model -->. Such
 blocks must still be Python, and are counted in NOT_RUN, so that one more of them is a decision.
+
+A line --8<-- "name.md" stands for docs/includes/name.md, as in mkdocs. A model that a block loads by its Hub name is a
+folder of that name in the page's directory, with tiny random weights: see STAND_INS.
 """
 
 import re
@@ -11,44 +14,71 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.stand_ins import save_dinov2, save_smollm, save_smolvlm
+
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("README.md"), *ROOT.glob("docs/**/*.md")])
-NOT_RUN = {"README.md": 2, "docs/index.md": 1, "docs/models.md": 3, "docs/saving.md": 1, "docs/sharing.md": 2}
+INCLUDES = ROOT / "docs" / "includes"
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("README.md"), *ROOT.glob("docs/**/*.md")]
+    if path.parent != INCLUDES
+)
+STAND_INS = {
+    "README.md": {
+        "HuggingFaceTB/SmolVLM-256M-Instruct": save_smolvlm,
+        "HuggingFaceTB/SmolLM2-135M-Instruct": save_smollm,
+        "facebook/dinov2-small": save_dinov2,
+    }
+}
+NOT_RUN = {"docs/index.md": 1, "docs/models.md": 3, "docs/saving.md": 1, "docs/sharing.md": 2}
 
 FENCE = re.compile(r"^(?P<indent>[ ]*)```(?P<language>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.S | re.M)
+INCLUDE = re.compile(r'^--8<-- "(?P<include>[^"\n]+)"$', re.M)
+PART = re.compile(f"{FENCE.pattern}|{INCLUDE.pattern}", re.S | re.M)
 EXCUSE = re.compile(r"<!-- not run:(?P<reason>.*?)-->\s*\Z", re.S)
 
 
 class Block(NamedTuple):
-    page: str
+    file: str  # the page, or what it includes
     line: int  # of the first line of code, counted from 1
     code: str
     not_run: str | None  # the reason, possibly empty
 
     def compile(self):
         # As many empty lines above as in the page: a traceback then points into the page.
-        return compile("\n" * (self.line - 1) + self.code, str(ROOT / self.page), "exec")
+        return compile("\n" * (self.line - 1) + self.code, str(ROOT / self.file), "exec")
 
 
-def fences(page: str) -> list[re.Match[str]]:
-    return list(FENCE.finditer((ROOT / page).read_text(encoding="utf-8")))
+def fences(page: str) -> list[tuple[str, re.Match[str]]]:
+    """Each fence of the page in order, with the file it is in: the page, or one that it includes."""
+    found = []
+    for part in PART.finditer((ROOT / page).read_text(encoding="utf-8")):
+        if part["include"]:
+            path = INCLUDES / part["include"]
+            inner = FENCE.finditer(path.read_text(encoding="utf-8"))
+            found += [(path.relative_to(ROOT).as_posix(), fence) for fence in inner]
+        else:
+            found.append((page, part))
+    return found
 
 
 def python_blocks(page: str) -> list[Block]:
     blocks = []
-    for fence in fences(page):
+    for file, fence in fences(page):
         if fence["language"].strip() != "python":
             continue
         excuse = EXCUSE.search(fence.string[: fence.start()])
         line = fence.string[: fence.start("body")].count("\n") + 1
         reason = excuse["reason"].strip() if excuse else None
-        blocks.append(Block(page, line, textwrap.dedent(fence["body"]), reason))
+        blocks.append(Block(file, line, textwrap.dedent(fence["body"]), reason))
     return blocks
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.not_run is None for b in python_blocks(page))])
 def test_python_blocks_of_the_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for name, save in STAND_INS.get(page, {}).items():
+        save(tmp_path / name)
     namespace = {"__name__": "__main__"}
     for block in python_blocks(page):
         if block.not_run is None:
@@ -59,16 +89,21 @@ def test_python_blocks_of_the_page_run(page: str, tmp_path: Path, monkeypatch: p
 def test_blocks_that_do_not_run_are_python_and_say_why(page: str) -> None:
     left_out = [block for block in python_blocks(page) if block.not_run is not None]
     for block in left_out:
-        print(f"{page}:{block.line} is not run: {block.not_run}")
-        assert block.not_run, f"{page}:{block.line}: write the reason into <!-- not run: ... -->"
+        print(f"{block.file}:{block.line} is not run: {block.not_run}")
+        assert block.not_run, f"{block.file}:{block.line}: write the reason into <!-- not run: ... -->"
         block.compile()
     assert len(left_out) == NOT_RUN.get(page, 0), f"{page}: {len(left_out)} blocks are not run; say so in NOT_RUN"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_fences_are_in_a_language_that_is_checked_or_is_no_python(page: str) -> None:
-    languages = {fence["language"].strip() for fence in fences(page)}
+    languages = {fence["language"].strip() for _, fence in fences(page)}
     assert languages <= {"python", "bash", "json", "text"}, f"{page}: {languages}"
+
+
+def test_each_include_is_on_a_page() -> None:
+    included = {name for page in PAGES for name in INCLUDE.findall((ROOT / page).read_text(encoding="utf-8"))}
+    assert included == {path.name for path in INCLUDES.iterdir()}
 
 
 def test_make_targets_in_the_pages_exist() -> None:
