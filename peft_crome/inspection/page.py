@@ -6,11 +6,11 @@ import base64
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from ..utils.templates import render
 from ..version import __version__
 from .activity import SILENT
 from .drawing import COLOURS, Panel, branch_panels, measures, panel_png, rank_panel, scale
@@ -30,13 +30,9 @@ def write_html(views: Sequence[View]) -> str:
     Args:
         views: from `look`; of two, both with the same prompt and pictures.
     """
-    environment = Environment(
-        loader=PackageLoader("peft_crome", "inspection"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    template = environment.get_template("page.html")
     shown = [view for view in views if view.branches is not None]
-    return template.render(
+    return render(
+        "inspection/page.html",
         title="CROME adapter " + " and ".join(view.name for view in views),
         version=__version__,
         prompt=views[0].prompt,

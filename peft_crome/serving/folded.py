@@ -16,15 +16,10 @@ from ..tuner.attaching.checks import is_of_another_method
 from ..tuner.merging.fold import why_not_foldable
 from ..tuner.without_sites import sites_out
 from ..utils.atomic import new_directory
+from ..utils.templates import render
 from ..vlm import CromeVLMForConditionalGeneration
 
 OWN = (CromeLayer, CromeWeights)
-CARD = """# {name}, with a CROME adapter's text branch in its embedding table
-
-An ordinary checkpoint: whatever runs {name} runs this. It is one half of the adapted model. The other half is the
-adapter's vision branch, so give it image embeddings of `peft_crome.serving.ImageEncoder` and not pictures, which
-would come in without the adapter.
-"""
 
 
 def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwargs: Any) -> None:
@@ -62,7 +57,8 @@ def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwar
                 check_model_files(temporary, target, kwargs.get("save_original_format", True))
             if processor is not None:
                 processor.save_pretrained(temporary)
-            (temporary / "README.md").write_text(CARD.format(name=backbone_name(target)), encoding="utf-8")
+            card = render("sharing/templates/folded.md.jinja", name=backbone_name(target))
+            (temporary / "README.md").write_text(card, encoding="utf-8")
     finally:
         model.unmerge_adapter()
         for config in configs:

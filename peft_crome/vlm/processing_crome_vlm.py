@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_utils import is_pil_image, is_valid_image
 from transformers.utils import logging
@@ -246,8 +247,6 @@ class CromeVLMProcessor(ProcessorMixin):
         """What a prompt of the chat template ends with where an answer is to follow; empty: nothing tells it."""
         if self.chat_template is None:
             return ""
-        from jinja2 import TemplateError  # transformers needs jinja2 for templates alone
-
         asked = [{"role": "user", "content": "(question)"}]
         try:
             prompt = super().apply_chat_template(asked, add_generation_prompt=True)

@@ -1,6 +1,7 @@
 """Training reads the text that answering reads: every form of a row, whatever its parts and its white space."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from peft_crome.data import CHAT_TEMPLATES, ConversationCollator, load_rows, read_rows
 from peft_crome.training import generate_answers
@@ -185,3 +187,16 @@ def test_answers_after_prompts_of_their_own_are_as_the_template_writes_them(
     assert learnt == (answer.strip() if trims else answer) + "<|im_end|>"
     prompt = byte_processor.apply_chat_template([user], add_generation_prompt=True)
     assert byte_processor.tokenizer.decode(encoded["input_ids"]) == prompt + learnt
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_a_template_s_file_reads_as_the_template(name: str) -> None:
+    file = files("peft_crome.data") / "chat_templates" / f"{name}.jinja"
+    turns = [{"role": role, "content": f"{role}'s\nwords"} for role in ("system", "user", "assistant", "user")]
+    written = [
+        render_jinja_template([messages], chat_template=template, add_generation_prompt=True, bos_token="<s>")[0]
+        for template in (CHAT_TEMPLATES[name], file.read_text(encoding="utf-8"))
+        for messages in (turns, turns[1:2])
+    ]
+    assert written[:2] == written[2:]
+    assert "\n" not in CHAT_TEMPLATES[name]

@@ -292,3 +292,24 @@ def test_a_name_with_quotes_cannot_break_out_of_the_code(tmp_path: Path) -> None
     code = code_of(card_of(tmp_path))
     assert 'from_pretrained("x\\"); import os' in code
     compile(code, "card", "exec")
+
+
+def test_words_with_bars_and_braces_stand_in_the_card_as_they_are(tmp_path: Path) -> None:
+    words = "{{ 7 * 7 }} {% include 'x' %} {# gone #}"
+    model = attach(llava().model)
+    result = EvalResult(
+        task_type="visual-question-answering",
+        dataset_type="user/colours",
+        dataset_name=f"Colours | shades\nand {words}",
+        metric_type="accuracy",
+        metric_value=0.93,
+    )
+    stage = RECORD["stages"][0] | {"stage": f"a|b {words}", "data": [{"path": "a|b.json", "rows": None}]}
+    describe_adapter(model, task=f"| {words} |", datasets=[words], results=[result], record={"stages": [stage]})
+    model.save_pretrained(tmp_path)
+    text = card_of(tmp_path).text
+    for part in (
+        f"\n| {words} |\n", f"Data: `{words}`.", f"\n| Colours \\| shades and {words} |  | accuracy | 0.93 |\n",
+        f"\n| a\\|b {words} | adapter: 640 | a\\|b.json (streamed) | 8 |",
+    ):  # fmt: skip
+        assert part in text
