@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
@@ -32,8 +32,18 @@ INSTALLED = {
         "import examples.easy_vqa.__main__, examples.easy_vqa.quickstart, examples.easy_vqa.report",
     ),
 }
+# In a process of its own: setuptools puts what it has bundled on the path of one that imports it.
 HIDE = """
 import importlib.machinery, sys
+from importlib.metadata import packages_distributions
+from packaging.utils import canonicalize_name
+
+HIDDEN = {
+    package
+    for package, distributions in packages_distributions().items()
+    if not {canonicalize_name(name) for name in distributions} & THERE and not package.startswith("_")
+}
+assert "pytest" in HIDDEN  # else nothing is looked at
 
 class Finder(importlib.machinery.PathFinder):
     @classmethod
@@ -70,14 +80,8 @@ def closure(requirements: list[str]) -> set[str]:
 def test_what_is_installed_is_enough(installed: str) -> None:
     requirements, code = INSTALLED[installed]
     there = closure(requirements) | {"peft-crome", "torch"}
-    hidden = {
-        package
-        for package, distributions in packages_distributions().items()
-        if not {canonicalize_name(name) for name in distributions} & there and not package.startswith("_")
-    } - {"peft_crome", "examples", "tests", "benchmarks"}
-    assert "pytest" in hidden  # else nothing is looked at
     done = subprocess.run(
-        [sys.executable, "-c", f"HIDDEN = {sorted(hidden)}{HIDE}{code}"],
+        [sys.executable, "-c", f"THERE = {there}{HIDE}{code}"],
         cwd=ROOT,
         capture_output=True,
         text=True,

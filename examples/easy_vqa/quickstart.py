@@ -87,7 +87,7 @@ def run(
     blind = evaluated("after (b), pictures blanked", small, lambda: load_stage(output / "finetune"), blank=True)
     rows += [blind, {**tuned, **_timed(final)}]
 
-    console.print("Without an image: the loss on a book, and a question, with the adapter on and off")
+    console.print("Without an image: the loss on a book and a question, with the adapter and without")
     kept = _language(output, shared, text)
     rows[-1]["language"] = kept
 

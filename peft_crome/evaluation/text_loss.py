@@ -61,8 +61,8 @@ def text_loss(
     Raises:
         ValueError: the text has fewer than two tokens.
     """
-    # Not the tokenizer's own call, which warns of a text that is longer than the model reads at once.
-    ids = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
+    # `verbose` would warn of a text that is longer than the model reads at once.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if len(ids) < 2:
         raise ValueError(f"The text has {len(ids)} tokens, and a loss takes two. Pass a longer text.")
     chunks = [ids[first : first + chunk_tokens] for first in range(0, len(ids), chunk_tokens)]
