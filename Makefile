@@ -61,8 +61,8 @@ models-table: $(CONFORMITY_READY)  ## write the table of docs/models.md from a r
 	$(RUN) -m pytest -n $(WORKERS) tests/zoo
 	$(RUN) -m tests.zoo.table
 
-test-fast: $(DEV_READY)  ## no slow tests: two minutes
-	$(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu"
+test-fast: $(DEV_READY)  ## the quick tests of the method, the composite and the data: three minutes
+	$(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu" tests/tuner tests/vlm tests/utils tests/test_public_api.py
 
 lint: $(DEV_READY)
 	$(RUN) -m ruff format --check
