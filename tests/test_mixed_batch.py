@@ -360,3 +360,13 @@ def test_which_came_first_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match=r"\['image', 'video'\] came, and which came first is not known"):
         model(**batch, adapter_names=["first", "second"])
     logits(model, {**batch, "adapter_names": ["first", "first"]})  # whichever: all rows have one adapter
+
+
+def test_names_do_not_turn_disabled_adapters_on() -> None:
+    case = ZOO["llava"]()
+    expected = case.model(**case.batch).logits
+    model = with_adapters(case.model)
+    with model.disable_adapter():
+        found = model(**case.batch, adapter_names=["first", "second"]).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not torch.equal(model(**case.batch, adapter_names=["first", "second"]).logits, expected)

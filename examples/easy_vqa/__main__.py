@@ -46,6 +46,22 @@ def demo(
 
 
 @app.command()
+def trial(
+    method: Annotated[
+        str, typer.Option(help="As in the long version: crome, crome-both, lora, projection.")
+    ] = "crome",
+    rate: Annotated[float, typer.Option(help="Peak learning rate of the questions' stage.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    output: Annotated[Path, typer.Option(help="Checkpoints; a second run continues there.")] = Path("outputs/trials"),
+    results: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("benchmarks/results/easy_vqa_trials"),
+) -> None:
+    """One method of the long version at another rate, scored on training images that are held out for it."""
+    from .trial import run
+
+    run(output, results / f"{method}-{rate:g}-seed{seed}.json", method, rate, seed)
+
+
+@app.command()
 def stages(
     output: Annotated[Path, typer.Option(help="Where everything goes; a second run continues there.")] = Path(
         "outputs/three_stages"

@@ -135,9 +135,13 @@ def fit(
     return {"seconds": round(time.perf_counter() - start, 1), "resumed": last is not None, "losses": losses}
 
 
-def easy_vqa_rows(stage: Stage, seed: int) -> list[dict[str, Any]]:
-    """The captions or questions that a stage draws from easy-VQA, one row per picture of each step."""
-    questions = data.load_questions("train")
+def easy_vqa_rows(stage: Stage, seed: int, questions: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """The captions or questions that a stage draws, one row per picture of each step.
+
+    Args:
+        questions: to draw from; None: easy-VQA's training questions.
+    """
+    questions = data.load_questions("train") if questions is None else questions
     if stage.name == "align":
         return data.caption_rows(questions, stage.steps * stage.pictures_per_step, seed)
     rows = []

@@ -10,7 +10,7 @@ ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 class CromeLinear(nn.Linear):
-    """A linear map without bias, computed where its input is: device maps and DataParallel put sites elsewhere."""
+    """A linear map without bias, computed on its input's device: a device map may have put a site on another one."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False, dtype=torch.float32)
@@ -22,14 +22,14 @@ class CromeLinear(nn.Linear):
 def gate_and_hidden(
     x: torch.Tensor, gate: nn.Linear, down: nn.Linear, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """act(x W_g), and its product with x W_d: (..., m) each, in the adapter's dtype.
+    """The gate act(x W_g), and the hidden features act(x W_g) * (x W_d): (..., m) each, in the adapter's dtype.
 
     Args:
         x: embeddings, (..., d); any float dtype.
     """
     x = x.to(gate.weight.dtype)
-    opened = ACTIVATIONS[activation](gate(x))
-    return opened, opened * down(x)
+    gate_values = ACTIVATIONS[activation](gate(x))
+    return gate_values, gate_values * down(x)
 
 
 def gated_product(

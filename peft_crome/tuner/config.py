@@ -25,8 +25,8 @@ class CromeConfig(PeftConfig):
     bottleneck_dim: int | None = field(
         default=None,
         metadata={
-            "help": "Hidden features m. None: about 1280·d weights at width d, 5.2M at width 4096, whatever the "
-            "branches: 424 for one branch, 256 for two, 184 for three. Filled in at attachment."
+            "help": "Hidden features m. None: 424 for one branch, 256 for two, 184 for three, so that the adapter has "
+            "about 1280·d weights at width d (5.2M at 4096). Filled in at attachment."
         },
     )
     branches: list[str] | dict[str, list[str] | str] | None = field(
@@ -38,15 +38,13 @@ class CromeConfig(PeftConfig):
             "full paths: {'vision': '.*projector'}. Filled in with names at attachment."
         },
     )
-    gate_activation: str = field(
-        default="silu", metadata={"help": "'silu' or 'sigmoid'; the paper's prose names both."}
-    )
+    gate_activation: str = field(default="silu", metadata={"help": "'silu' or 'sigmoid'; the paper names both."})
     dropout: float = field(default=0.0, metadata={"help": "Probability of dropping a hidden feature in training."})
     init_weights: bool | str = field(
         default=True,
         metadata={
-            "help": "True: an identity (W_u is zero), W_g and W_d 'scaled' by what they read. 'normal': standard "
-            "deviation of 0.02. False: 'scaled' and W_u random too, for tests."
+            "help": "True: W_u is zero, so the adapter starts as an identity; W_g and W_d are random, scaled by the "
+            "model's embeddings. 'normal': W_g and W_d have a standard deviation of 0.02. False: W_u is random too."
         },
     )
     modules_to_save: list[str] | None = field(
@@ -57,13 +55,13 @@ class CromeConfig(PeftConfig):
         default=None, metadata={"help": "Tokens whose embedding rows train as well (PEFT's trainable tokens)."}
     )
     trained_on: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Filled in at attachment: the backbone, to warn when it is another one."}
+        default=None, metadata={"help": "Filled in at attachment: the model, to warn when it is loaded on another."}
     )
 
-    # Not fields, so never saved: the file beside this, what its card is to say, whether trained_on was filled in here.
-    _file: ClassVar[AdapterFile | None] = None
-    _card: ClassVar[CardDetails | None] = None
-    _described: ClassVar[bool] = False
+    # These are no fields, so they are never saved.
+    _file: ClassVar[AdapterFile | None] = None  # the header of the weights that this was loaded with
+    _card: ClassVar[CardDetails | None] = None  # what the model card says of the adapter
+    _described: ClassVar[bool] = False  # whether `trained_on` was filled in by this process
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,7 +79,7 @@ class CromeConfig(PeftConfig):
         hub_kwargs, _, _ = cls._split_kwargs(kwargs)
         config._file = read_adapter_file(pretrained_model_name_or_path, subfolder, **hub_kwargs)
         if config._file is not None:
-            # An adapter of an earlier release does not say which branches it has, and the default was another one.
+            # Earlier releases saved no branches and had another default, so the weights say which there are.
             config.branches = config.branches or config._file.branches()
             config.bottleneck_dim = config.bottleneck_dim or config._file.hidden_features()
             config._file.check_host(config.modules_to_save, config.trainable_token_indices, config.bottleneck_dim)

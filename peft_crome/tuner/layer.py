@@ -1,4 +1,4 @@
-"""The gated bottleneck, and the wrapper that adds it to a module's embeddings."""
+"""The wrapper that adds adapters to the embeddings that a module returns."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from .weights import DOWN, GATE, CromeWeights
 class CromeLayer(Mergeable):
     """Wraps one site: a module that produces embeddings of the language model's width.
 
-    The site may return a tensor, a list or tuple of tensors, or a ModelOutput; the container is kept. Unknown public
-    attributes are handed on to the wrapped module.
+    The site may return a tensor, a list or tuple of tensors, or a ModelOutput; the container is kept. Names that begin
+    with `crome_` are looked up in the weights, other unknown public ones in the wrapped module.
 
     Attributes:
-        branches_of: adapter name -> the branches that this site feeds in it, each with the half-open ranges of token
-            ids that are its own; no ranges: all other tokens, which is the one branch of any site but a table that
-            holds image tokens as well.
-        placeholders: token ids that a table leaves as they are. The model puts images in their place, and finds them
-            by comparing embeddings bit for bit where it is given no ids; a product may round one row unlike many.
+        branches_of: adapter name -> branch -> half-open ranges of token ids. No ranges means all tokens that are in
+            no other branch's. Only a table of embeddings that holds image tokens as well has ranges.
+        placeholders: ids of image placeholders, whose embeddings a table leaves as they are. Some models find them by
+            comparing embeddings bit for bit, and a product may round one row unlike many.
     """
 
     other_param_names = ("branches_of",)  # deleted with an adapter; the weights are `CromeWeights`'
@@ -41,7 +40,7 @@ class CromeLayer(Mergeable):
         self.out_features = hidden_size
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged: list[nn.Parameter] = []  # in a list: a merged model's state_dict has one table
+        self._unmerged: list[nn.Parameter] = []  # the table before a merge; in a list, so that it is not saved
 
     @property
     def branches(self) -> dict[str, TokenRanges]:
@@ -62,6 +61,8 @@ class CromeLayer(Mergeable):
         if self.disable_adapters and self.merged:
             self.unmerge()
         output = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return output
         input_ids = next(iter([*args, *kwargs.values()]), None)
         weights = self._weights[0]
         if weights.override is not None and (other := weights.override(self, output, input_ids)) is not None:
@@ -74,7 +75,7 @@ class CromeLayer(Mergeable):
         return adapted
 
     def acting(self) -> list[str]:
-        """The adapters that this site adds now; none where they are off, or folded into its table."""
+        """The adapters that this site adds now: none where they are disabled or folded into its table."""
         names = self._own(self.merged_adapters or self.active_adapters)
         return [] if self.disable_adapters or self.folded else names
 
@@ -94,7 +95,7 @@ class CromeLayer(Mergeable):
         for name in adapter_names:
             added: Any = 0.0
             branches = self.branches_of[name].items()
-            for branch, ranges in sorted(branches, key=lambda item: len(item[1])):  # others first
+            for branch, ranges in sorted(branches, key=lambda item: len(item[1])):  # those without ranges first
                 part = self._weights[0](x, branch, name)
                 added = torch.where(in_ranges(ids, ranges)[..., None], part, added) if ranges else part
             y = y + added  # type promotion keeps the sum in the wider dtype
@@ -114,7 +115,7 @@ class CromeLayer(Mergeable):
         target = device or next((p.device for p in self.base_layer.parameters() if not p.is_meta), None)
         weights, own = self._weights[0], list(self.branches_of.get(adapter_name, {}))
         names = [kind + branch for branch in own for kind in (GATE, DOWN)]
-        names += ["crome_up"] if weights.branches_of(adapter_name)[:1] == own[:1] else []  # shared: follows one branch
+        names += ["crome_up"] if weights.branches_of(adapter_name)[0] in own else []  # shared: follows one branch
         for name, linear in weights.linears_of(adapter_name).items():
             if name in names and target is not None and not linear.weight.is_meta:
                 linear.to(target)

@@ -49,10 +49,12 @@ class CromeModel(BaseTuner):
             ValueError: see `plan`.
         """
         self._attachment = plan(model, adapter_name, self.peft_config[adapter_name])
-        with self._attachment.or_undone():
-            # The file's keys name no sites, so a state dict cannot say where to inject: the configuration does.
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
-        del self._attachment
+        try:
+            with self._attachment.or_undone():
+                # The file's keys name no sites, so a state dict cannot say where to inject: the configuration does.
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+        finally:
+            del self._attachment
         mend_repacking(model)
         arm(model, model._modules[NAME])  # type: ignore[arg-type]
 
@@ -65,8 +67,7 @@ class CromeModel(BaseTuner):
     def _create_and_replace(  # type: ignore[override]
         self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, current_key: str, **kwargs: Any
     ) -> None:
-        # All is made here: PEFT puts what this call makes on the meta device for low_cpu_mem_usage, and would take a
-        # tuner layer that is there before the first injection for an older adapter.
+        # This makes the weights as well: PEFT would take earlier ones for another adapter's, on no meta device.
         self._attachment.wrap(current_key, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -74,7 +75,7 @@ class CromeModel(BaseTuner):
         replace_everywhere(self.model, child, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Not inside the sites: what `modules_to_save` trains there is a host's module, in the host's dtype.
+        # Not in the sites: a module that `modules_to_save` trains inside one keeps the host's dtype.
         for module in self.model.modules():
             if isinstance(module, BaseTunerLayer) and not isinstance(module, CromeLayer):
                 cast_adapter_dtype(module, adapter_name, autocast_adapter_dtype)
@@ -91,7 +92,7 @@ class CromeModel(BaseTuner):
         return super()._get_module_names_tied_with_embedding() if input_embeddings(self.model) is not None else []
 
     def _check_merge_allowed(self) -> None:
-        """`merge_adapter` and `merge_and_unload` check more, and know which adapters are meant."""
+        """Do nothing: `check_allowed` knows which adapters are meant."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the text branch into the embedding table; the others stay active. `unmerge_adapter` undoes it.

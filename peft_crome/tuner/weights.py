@@ -34,7 +34,7 @@ class CromeWeights(nn.Module, BaseTunerLayer):
         self.crome_up = nn.ModuleDict()
         self.settings: dict[str, tuple[str, float]] = {}  # adapter name -> gate activation, dropout
         self.observer: Any = None  # its `see` is given what goes through the sites
-        self.override: Any = None  # called with a site, its output and its ids: what comes out instead, or None
+        self.override: Any = None  # if set: override(site, output, first argument) is the site's output, unless None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -86,10 +86,10 @@ class CromeWeights(nn.Module, BaseTunerLayer):
         return gated_product(x, gate, down, self.crome_up[adapter_name], activation, dropout)
 
     def _nothing_to_do(self, *args: Any, **kwargs: Any) -> None:
-        """The sites do it; these weights only serve them."""
+        """Do nothing: the sites merge adapters and move them."""
 
     merge = unmerge = _move_adapter_to_device_of_base_layer = _nothing_to_do
 
     def unload_and_optionally_merge_module(self, merge: bool, *args: Any, **kwargs: Any) -> CromeWeights:
-        """What stays where another method unloads all layers: nothing, but where it merges its own."""
+        """What takes this module's place: itself where sites stay and need it, else an empty one."""
         return self if merge else CromeWeights()

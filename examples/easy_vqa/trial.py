@@ -1,0 +1,50 @@
+"""Try other settings of the long demo on validation: a tenth of the training images, which no trial trains on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import data
+from .demo import ALIGN, FINETUNE
+from .evaluation import answer, score, score_yes_no
+from .model import load_stage, processor, vision_features
+from .training import Stage, easy_vqa_rows, train_stage, write_json
+
+VALIDATION = 10  # every tenth image of the training split
+QUESTIONS = {"what": 200, "yes/no": 400}
+
+
+def split(questions: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The training questions about images to train on, and about images to validate on."""
+    held_out = [row["image_id"] % VALIDATION == 0 for row in questions]
+    pairs = list(zip(questions, held_out, strict=True))
+    return [row for row, out in pairs if not out], [row for row, out in pairs if out]
+
+
+def run(
+    output: Path, results: Path, method: str, rate: float, seed: int = 0, align: Stage = ALIGN, tune: Stage = FINETUNE
+) -> dict[str, Any]:
+    """Train both stages, the second one at `rate`, and write the scores on validation.
+
+    Args:
+        output: of checkpoints; a stage that is done is not trained again.
+        results: a JSON file.
+        method: of `model.METHODS`.
+        rate: peak learning rate of the questions' stage.
+    """
+    shared = processor()
+    features = vision_features("train", shared.image_processor)
+    train, validation = split(data.load_questions("train"))
+    tune = replace(tune, learning_rate=rate)
+    folders = {"align": output / f"{method}-align-seed{seed}", "finetune": output / f"{method}-{rate:g}-seed{seed}"}
+    rows = [easy_vqa_rows(stage, seed, train) for stage in (align, tune)]
+    train_stage(align, method, seed, shared, features, folders["align"], rows=rows[0])
+    tuned = train_stage(tune, method, seed, shared, features, folders["finetune"], folders["align"], rows[1])
+    asked = data.sample(validation, QUESTIONS)
+    answers = answer(load_stage(folders["finetune"]), shared, features, asked, description=f"{method} {rate:g}")
+    record = {"method": method, "seed": seed, "finetune": tuned}
+    record |= {"score": score(asked, answers), "yes_no": score_yes_no(asked, answers)}
+    write_json(results, record)
+    return record
