@@ -1,1 +1,1 @@
-"""What several rooms need and no room owns."""
+"""What several packages need: files, images, templates, messages."""

@@ -94,7 +94,7 @@ def load(
         vision_quantization_config: of the tower; None: as recorded.
         dtype: of everything; None or "auto": each part as it was saved.
         torch_dtype: older name of dtype.
-        device_map, attn_implementation: see `convert.Loading`.
+        device_map, attn_implementation: see `backbones.Loading`.
         generation_config: instead of the stored one.
         adapter: "load" attaches a PEFT adapter stored in the same place, as transformers does for every model;
             "ignore" leaves it, for `PeftModel.from_pretrained(model, name_or_path)`.

@@ -502,7 +502,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
 
     @classmethod
     def from_backbones(cls, vision: Any, language: Any, **kwargs: Any) -> "CromeVLMForConditionalGeneration":
-        """Join a vision tower and a language model; see `convert.from_backbones` for the arguments."""
+        """Join a vision tower and a language model; see `assembly.from_backbones` for the arguments."""
         from .assembly import from_backbones
 
         return from_backbones(cls, vision, language, **kwargs)
@@ -516,13 +516,13 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """Load a composite: backbones by name, then the stored weights; see `checkpoint.load` for the arguments."""
+        """Load a composite: backbones by name, then the stored weights; see `loading.load` for the arguments."""
         from .loading import load
 
         return load(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
-        """Save the configuration and what was trained; see `checkpoint.select_weights` for what that is."""
+        """Save the configuration and what was trained; see `saving.select_weights` for what that is."""
         from .saving import save
 
         return save(self, super().save_pretrained, save_directory, **kwargs)

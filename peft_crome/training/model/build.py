@@ -31,7 +31,7 @@ def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] 
     """
     stage = STAGES[recipe.stage]
     if recipe.previous is None:
-        assert recipe.backbones is not None  # recipe.py has seen to it
+        assert recipe.backbones is not None  # schema.py has checked it
         composite, processor = _from_backbones(recipe.backbones)
         adapter = recipe.adapter if recipe.adapter is not None else Adapter()
         config = CromeConfig(**adapter.model_dump(), modules_to_save=modules_to_save(stage, composite) or None)

@@ -36,7 +36,7 @@ def recipe_collator(recipe: Recipe) -> ConversationCollator:
         processor = CromeVLMProcessor.from_pretrained(directory)
         check_reader(recipe, processor)
     else:
-        assert recipe.backbones is not None  # recipe.py has seen to it
+        assert recipe.backbones is not None  # schema.py has checked it
         config, processor = _of_backbones(recipe.backbones)
     prepare_processor(processor, recipe)
     return ConversationCollator(

@@ -1,4 +1,4 @@
-"""A recipe's file: one YAML, on a preset or not, with overrides -> what `recipe.py` validates."""
+"""A recipe's file: one YAML, on a preset or not, with overrides -> what `schema.py` validates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules that find, by names and widths, where embeddings enter a language model; `tuner/sites.py` applies them."""
+"""Rules that find, by names and widths, where embeddings enter a language model; `find.py` applies them."""
 
 from __future__ import annotations
 
