@@ -1,4 +1,4 @@
-"""Where embeddings of the language model's width are produced: rules (`rules.py`), and a table (`table.py`) for the rest."""
+"""Where embeddings of the language model's width are produced: by rules (`rules.py`), and a table (`table.py`)."""
 
 from __future__ import annotations
 
