@@ -19,6 +19,11 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
 
 
+def is_unfinished(name: str, of: str) -> bool:
+    """Whether a file's name is one of `beside`, for the file that is called `of`."""
+    return name.startswith(f".{of}.") and name.endswith(".tmp")
+
+
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A name to write to, which becomes `path` at the end of the block; a file that is there is replaced.

@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from ...utils.atomic import replaced
+from ...utils.atomic import is_unfinished, replaced
 from ..errors import StageError
 
 try:
@@ -84,7 +84,8 @@ def only_run(checkpoints: Path, is_main: bool = True) -> Iterator[None]:
 def _check_own(checkpoints: Path) -> None:
     """Refuse a folder that holds something and was not begun by `open_run`: what is there may be another program's."""
     names = {path.name for path in checkpoints.iterdir()} if checkpoints.is_dir() else set()
-    others = sorted(names - {LOCK, Path(RECIPE).with_suffix(".tmp").name})
+    # A run may have been killed while it wrote its recipe, by this release or by an earlier one.
+    others = sorted(names - {LOCK, "recipe.tmp"} - {name for name in names if is_unfinished(name, RECIPE)})
     if others and RECIPE not in names:
         raise StageError(
             f"{checkpoints} holds {others[:4]} and no {RECIPE}, so it is no folder of this package's checkpoints, and "
