@@ -1,6 +1,7 @@
 """A run that is killed and started again ends as one that is not: the same rows, losses and weights, bit by bit."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ def test_every_write_leaves_the_old_state_or_the_new_one(recipe: dict[str, Any],
     written = {name.split(" ", 1)[1].split(" (")[0] for name in names}
     written = {re.sub(r"^\.(.+)\.[0-9a-f]{32}\.tmp$", r"\1, unfinished", name) for name in written}
     assert written >= {
-        "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json, unfinished", "crome_stage.json",
-        "adapter_model.safetensors", "model.safetensors", "adapter_config.json", "recipe.json, unfinished", "README.md",
+        "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "complete.json, unfinished",
+        "crome_stage.json", "adapter_model.safetensors", "model.safetensors", "adapter_config.json",
+        "recipe.json, unfinished", "README.md",
     }  # fmt: skip
