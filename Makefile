@@ -62,7 +62,8 @@ models-table: $(CONFORMITY_READY)  ## write the table of docs/models.md from a r
 	$(RUN) -m tests.zoo.table
 
 test-fast: $(DEV_READY)  ## the quick tests of the method, the composite and the data: three minutes
-	$(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu" tests/tuner tests/vlm tests/utils tests/test_public_api.py
+	$(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu" tests/tuner tests/vlm tests/utils tests/evaluation \
+		tests/test_public_api.py tests/test_mixed_batch.py tests/test_without_images.py tests/test_guard.py
 
 lint: $(DEV_READY)
 	$(RUN) -m ruff format --check
