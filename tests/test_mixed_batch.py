@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_crome import CromeConfig
+from peft_crome.tuner.layer import crome_layers
 from tests.tuner.helpers import BOTH, M, adapted, logits, randomise
 from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO, Batch
@@ -360,6 +361,16 @@ def test_which_came_first_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match=r"\['image', 'video'\] came, and which came first is not known"):
         model(**batch, adapter_names=["first", "second"])
     logits(model, {**batch, "adapter_names": ["first", "first"]})  # whichever: all rows have one adapter
+
+
+def test_a_model_compiles_in_one_graph_after_a_mixed_batch() -> None:
+    case = ZOO["llava"]()
+    model = with_adapters(case.model)
+    model(**case.batch, adapter_names=["first", "second"])
+    site = next(layer for path, layer in crome_layers(model) if "projector" in path)
+    features = torch.randn(1, 4, case.model.config.vision_config.hidden_size)
+    compiled = torch.compile(site, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(features), site(features))
 
 
 def test_names_do_not_turn_disabled_adapters_on() -> None:

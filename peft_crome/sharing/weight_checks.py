@@ -49,7 +49,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """
     own = (".crome_", ".modules_to_save.", TRAINABLE_TOKENS)
     strange = [key for key in tensors if not any(part in f".{key}" for part in own)]
-    strange = [key for key in strange if not _host_path(key).endswith(EMBEDDINGS)]
+    strange = [key for key in strange if not host_path(key).endswith(EMBEDDINGS)]
     if strange:
         raise ValueError(
             f"Weights for {source} are neither CROME's nor of a module in its modules_to_save, and would overwrite "
@@ -88,6 +88,6 @@ def _and_more(rest: list[str]) -> str:
     return f" and {len(rest)} more" if rest else ""
 
 
-def _host_path(key: str) -> str:
+def host_path(key: str) -> str:
     """A module's or tensor's path in the host, without what PEFT puts into it."""
     return ".".join(part for part in key.removeprefix(HOST_PREFIX).split(".") if part not in WRAPPERS)

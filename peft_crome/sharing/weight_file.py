@@ -19,7 +19,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .weight_checks import EMBEDDINGS, TRAINABLE_TOKENS, Shapes, _host_path, check_shapes, token_lists
+from .weight_checks import EMBEDDINGS, TRAINABLE_TOKENS, Shapes, check_shapes, host_path, token_lists
 
 KEY_PREFIX = "base_model.model.crome."
 DTYPES = ("F32", "F16", "BF16")  # what an adapter is trained in; safetensors' names
@@ -94,13 +94,13 @@ class AdapterFile:
                 f"{self.path} holds rows of {sorted(rows)} trained tokens, trainable_token_indices in the "
                 f"adapter_config.json beside it {sorted(len(ids) for ids in lists)}. Download or save both again."
             )
-        named = [f".{_host_path(name)}." for name in self.modules_to_save]
+        named = [f".{host_path(name)}." for name in self.modules_to_save]
         others = sorted(
             key
             for key in self.host
-            if TRAINABLE_TOKENS not in key and not any(part in f".{_host_path(key)}." for part in named)
+            if TRAINABLE_TOKENS not in key and not any(part in f".{host_path(key)}." for part in named)
         )
-        tables = [key for key in others if _host_path(key).endswith(EMBEDDINGS)]
+        tables = [key for key in others if host_path(key).endswith(EMBEDDINGS)]
         strange = [key for key in others if key not in tables]
         if strange:
             raise ValueError(
@@ -124,12 +124,10 @@ class AdapterFile:
         if not self.host and not self.modules_to_save:
             return
         state = {name: tensor for name, tensor in model.state_dict().items() if ".modules_to_save." not in f".{name}"}
-        own = {_host_path(name): tuple(tensor.shape) for name, tensor in state.items()}
-        integers = {_host_path(name) for name, tensor in state.items() if not tensor.is_floating_point()}
-        named = [f".{_host_path(name)}." for name in self.modules_to_save]
-        missing = {path for path in own if any(part in f".{path}." for part in named)} - set(
-            map(_host_path, self.host)
-        )
+        own = {host_path(name): tuple(tensor.shape) for name, tensor in state.items()}
+        integers = {host_path(name) for name, tensor in state.items() if not tensor.is_floating_point()}
+        named = [f".{host_path(name)}." for name in self.modules_to_save]
+        missing = {path for path in own if any(part in f".{path}." for part in named)} - set(map(host_path, self.host))
         if missing:
             raise ValueError(
                 f"{self.path} lacks {sorted(missing)[:5]}, which modules_to_save={list(self.modules_to_save)} names. "
@@ -138,12 +136,12 @@ class AdapterFile:
         wrong = [
             f"{key} has shape {shape}, the model's is {own[path]}"
             for key, shape in self.host.items()
-            if (path := _host_path(key)) in own and own[path] != shape
+            if (path := host_path(key)) in own and own[path] != shape
         ]
         wrong += [
             f"{key} holds {'integers' if key in self.counts else 'no integers'}, unlike the model's"
             for key in self.host
-            if (path := _host_path(key)) in own and (key in self.counts) != (path in integers)
+            if (path := host_path(key)) in own and (key in self.counts) != (path in integers)
         ]
         if wrong:
             raise ValueError(

@@ -82,7 +82,7 @@ class Attachment:
         old = take_away_old(self.model, self.adapter_name)
         try:
             yield
-        except Exception:
+        except BaseException:  # an interrupt as well
             roll_back(self.model, self.adapter_name, old)
             self.config.__dict__.update({"_described": False} | before)
             for parameter, requires_grad in flags:

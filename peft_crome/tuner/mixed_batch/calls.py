@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ from torch import nn
 from ..weights import NAME
 from .owners import BASE, Rows, check_count
 
+_LOCK = threading.Lock()  # of the counts of running calls
 # The call that runs in this thread or task: a server's requests do not see one another's rows.
 _ROWS: ContextVar[Rows | None] = ContextVar("crome_rows", default=None)
 
@@ -52,7 +54,6 @@ def rows_with_adapters(
         counted = next((value for value in (*arguments, *keywords.values()) if isinstance(value, torch.Tensor)), None)
     if isinstance(counted, torch.Tensor):
         check_count(names, len(counted))
-    weights.override = _adapt_rows
     rows = Rows(model, weights, names, ids, keywords, counted=isinstance(counted, torch.Tensor))
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     handles = [
@@ -62,18 +63,31 @@ def rows_with_adapters(
         *(m.register_forward_pre_hook(_of_this_call(rows, rows.name_rows), with_kwargs=True) for m in wrappers),
     ]
     token = _ROWS.set(rows)
+    with _LOCK:
+        running = weights.override = weights.override or _Running()
+        running.calls += 1
     try:
         yield
     finally:
+        with _LOCK:
+            running.calls -= 1
+            if not running.calls:  # torch.compile cannot trace a context variable
+                weights.override = None
         _ROWS.reset(token)
         for handle in handles:
             handle.remove()
 
 
-def _adapt_rows(site: Any, output: Any, given: Any) -> Any:
-    """A site's output with each row's adapter added; None where no call of this model is running here."""
-    rows = _ROWS.get()
-    return None if rows is None or rows.weights is not site._weights[0] else rows.adapt(site, output, given)
+class _Running:
+    """What the sites of a model ask while calls with names run on it, in whichever threads."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, site: Any, output: Any, given: Any) -> Any:
+        """A site's output with each row's adapter added; None where this thread's call is without names."""
+        rows = _ROWS.get()
+        return None if rows is None or rows.weights is not site._weights[0] else rows.adapt(site, output, given)
 
 
 def _of_this_call(rows: Rows, hook: Callable[..., Any]) -> Callable[..., Any]:
