@@ -23,8 +23,7 @@ from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in
 from benchmarks.memory import settle, status
 from benchmarks.methods import BOTH, LANGUAGE, backbone
 from examples.easy_vqa.training import write_json
-from peft_crome import CromeConfig
-from peft_crome.tuner.hotswap import hotswap_adapter
+from peft_crome import CromeConfig, hotswap_adapter
 
 RESULTS = Path(__file__).parent / "results" / "speed"
 CONFIGS: dict[str, PeftConfig] = {

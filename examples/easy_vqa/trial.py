@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import data
-from .demo import ALIGN, FINETUNE
+from .demo import ALIGN, ALIGN_RATES, FINETUNE
 from .evaluation import answer, score, score_yes_no
 from .model import load_stage, processor, vision_features
 from .training import Stage, easy_vqa_rows, train_stage, write_json
@@ -37,6 +37,7 @@ def run(
     shared = processor()
     features = vision_features("train", shared.image_processor)
     train, validation = split(data.load_questions("train"))
+    align = replace(align, learning_rate=ALIGN_RATES.get(method, align.learning_rate))
     tune = replace(tune, learning_rate=rate)
     folders = {"align": output / f"{method}-align-seed{seed}", "finetune": output / f"{method}-{rate:g}-seed{seed}"}
     rows = [easy_vqa_rows(stage, seed, train) for stage in (align, tune)]

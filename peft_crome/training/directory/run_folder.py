@@ -44,7 +44,7 @@ WITHOUT_EFFECT = (
 )
 
 
-# Keys that may change on request: rows that stopped a run are mended or left out, and it goes on.
+# Keys that may change on request: rows that stopped a run are corrected or left out, and it goes on.
 OF_DATA = ("data.", "content of data.", "training.max_length")
 
 
