@@ -24,6 +24,7 @@ from benchmarks.memory import settle, status
 from benchmarks.methods import BOTH, LANGUAGE, backbone
 from examples.easy_vqa.training import write_json
 from peft_crome import CromeConfig, hotswap_adapter
+
 RESULTS = Path(__file__).parent / "results" / "speed"
 CONFIGS: dict[str, PeftConfig] = {
     "CROME": CromeConfig(branches=BOTH, init_weights=False),
