@@ -5,7 +5,7 @@
     python -m benchmarks.ablation --report       # the table and the plot from what is there
 
 Every run: 200 caption steps with the projection, 200 question steps without it (the projection alone keeps training),
-the same pictures and questions in the same order. A run's result is written when it ends; a second call goes on with
+the same images and questions in the same order. A run's result is written when it ends; a second call goes on with
 the next one, in the same dtype. The first call holds the backbones in the dtype that the machine is fast in, which the
 table tells.
 """

@@ -3,8 +3,8 @@
     python -m benchmarks.data                  # everything that is not done yet; about ten minutes
     python -m benchmarks.data --rows 10000
 
-Rows as in the 665K mix: 1.4 KB, several turns, a picture in nine of ten, which is looked for and not opened (what
-opening costs depends on the pictures). Each way of reading runs in a process of its own and counts what it yields;
+Rows as in the 665K mix: 1.4 KB, several turns, an image in nine of ten, which is looked for and not opened (what
+opening costs depends on the images). Each way of reading runs in a process of its own and counts what it yields;
 memory is the largest of samples, 50 a second, of the process's own pages (RssAnon, Linux): the pages of mapped files,
 which `datasets` reads its tables through, are the kernel's to drop.
 """
@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 RESULTS = Path(__file__).parent / "results" / "data"
 SIZES = (10_000, 100_000, 1_000_000)
 PICTURES = 1000  # files, which rows share
-SAID = "The picture shows a street with some cars, a bicycle and two people who wait for the light to change. "
+SAID = "The image shows a street with some cars, a bicycle and two people who wait for the light to change. "
 
 
 def write_file(path: Path, rows: int) -> None:
@@ -48,7 +48,7 @@ def write_file(path: Path, rows: int) -> None:
         for number in range(rows):
             turns = []
             for turn in range(4):
-                question = f"What is seen in part {turn} of picture {number}?"
+                question = f"What is seen in part {turn} of image {number}?"
                 if turn == 0 and number % 10:
                     question = f"<image>\n{question}"
                 turns.append({"from": "human", "value": question})
@@ -69,7 +69,7 @@ def diagnose(path: Path) -> int:
 
 
 def convert(path: Path) -> int:
-    """The first time that a recipe names the file: converted, and every picture looked for."""
+    """The first time that a recipe names the file: converted, and every image looked for."""
     from peft_crome.data import check_images, load_rows
 
     rows = load_rows(path)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.decoding
 
-Frozen DINOv2-small and SmolLM2-135M, one row with a picture. Seconds are those between tokens, the prompt's
+Frozen DINOv2-small and SmolLM2-135M, one row with an image. Seconds are those between tokens, the prompt's
 pass left out. Adapters are random and not zero. CROME folded and unfolded must give the same tokens.
 """
 

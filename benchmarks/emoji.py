@@ -37,8 +37,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "emoji.md"
 BEGIN, END = "<!-- begin: written by python -m benchmarks.emoji -->", "<!-- end -->"
 METHODS = ("crome", "crome-both", "lora", "projection")
 SEEDS = 3
-ALIGN = Stage("align", steps=120, pictures_per_step=16, questions_per_picture=1, learning_rate=5e-4, word_weight=1.0)
-FINETUNE = Stage("finetune", steps=160, pictures_per_step=16, questions_per_picture=1, learning_rate=1e-3)
+ALIGN = Stage("align", steps=120, images_per_step=16, questions_per_image=1, learning_rate=5e-4, word_weight=1.0)
+FINETUNE = Stage("finetune", steps=160, images_per_step=16, questions_per_image=1, learning_rate=1e-3)
 # Each test set: the vendor, and whether its objects are new.
 TESTS = {
     "new objects, Google": ("google", True),
@@ -71,7 +71,7 @@ def run_one(
     record["dtype"] = str(frozen_dtype()).removeprefix("torch.")
     previous = None
     for number, stage in enumerate((align, finetune)):
-        rows = data.rows(train, stage.steps * stage.pictures_per_step, seed + 100 * number, stage.name)
+        rows = data.rows(train, stage.steps * stage.images_per_step, seed + 100 * number, stage.name)
         folder = directory / stage.name
         record[stage.name] = train_stage(stage, method, seed, shared, views, folder, previous, rows)
         previous = folder

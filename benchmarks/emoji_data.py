@@ -94,17 +94,17 @@ def split(objects: tuple[Thing, ...], seed: int) -> tuple[list[Thing], list[Thin
 def drawing(vendor: str, thing: Thing, view: int = 0) -> Image.Image:
     """A vendor's drawing on white, 64 x 64; views from 1 on are mirrored, turned, scaled and moved at random."""
     folder = fetch(f"emoji-datasource-{vendor}") / "package" / "img" / vendor / "64"
-    picture = Image.open(folder / thing.image).convert("RGBA").resize((SIDE, SIDE))
+    image = Image.open(folder / thing.image).convert("RGBA").resize((SIDE, SIDE))
     white = Image.new("RGBA", (SIDE, SIDE), "white")
     if view == 0:
-        return Image.alpha_composite(white, picture).convert("RGB")
+        return Image.alpha_composite(white, image).convert("RGB")
     generator = random.Random(f"{thing.image} {view}")
     if generator.random() < 0.5:
-        picture = ImageOps.mirror(picture)
-    picture = picture.rotate(generator.uniform(-15, 15), Image.Resampling.BICUBIC)
+        image = ImageOps.mirror(image)
+    image = image.rotate(generator.uniform(-15, 15), Image.Resampling.BICUBIC)
     side = round(SIDE * generator.uniform(0.7, 1.0))
     place = (generator.randint(0, SIDE - side), generator.randint(0, SIDE - side))
-    white.alpha_composite(picture.resize((side, side), Image.Resampling.BICUBIC), place)
+    white.alpha_composite(image.resize((side, side), Image.Resampling.BICUBIC), place)
     return white.convert("RGB")
 
 

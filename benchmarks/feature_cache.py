@@ -2,7 +2,7 @@
 
     python -m benchmarks.feature_cache
 
-Frozen DINOv2-small and SmolLM2-135M in bf16, the adapter trains. The same rows of easy-VQA, a question per picture, in
+Frozen DINOv2-small and SmolLM2-135M in bf16, the adapter trains. The same rows of easy-VQA, a question per image, in
 one process: a step that computes the features, one that computes and writes them (the first epoch), one that reads
 them (every later one), in turn, so that what else the machine does falls on all alike.
 """
@@ -36,15 +36,15 @@ WAYS = ("computed", "computed and written", "read")
 
 
 def batches(processor: Any, composite: Any, rows: int, count: int) -> list[dict[str, torch.Tensor]]:
-    """Batches of one question per picture."""
-    pictures: dict[int, dict[str, Any]] = {}
+    """Batches of one question per image."""
+    images: dict[int, dict[str, Any]] = {}
     for row in data.load_questions("train"):
-        pictures.setdefault(row["image_id"], row)
+        images.setdefault(row["image_id"], row)
     folder = easy_vqa_dir() / "train" / "images"
     collator = ConversationCollator(processor, **ConversationCollator.limits(composite.config))
     made = []
     for start in range(0, rows * count, rows):
-        chosen = list(pictures.values())[start : start + rows]
+        chosen = list(images.values())[start : start + rows]
         made.append(collator([_row(row, folder) for row in chosen]))
     return made
 
@@ -86,7 +86,7 @@ def measure(rows: int, steps: int, image_size: int) -> dict[str, Any]:
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / (rows * (steps + 1))
     finally:
         shutil.rmtree(folder)
-    return {"rows": rows, "image_size": image_size, "bytes_per_picture": round(size), "seconds": seconds}
+    return {"rows": rows, "image_size": image_size, "bytes_per_image": round(size), "seconds": seconds}
 
 
 def table(measured: list[dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.many_adapters
 
-Frozen DINOv2-small and SmolLM2-135M. Each row has a picture and an adapter of its own (`adapter_names`):
+Frozen DINOv2-small and SmolLM2-135M. Each row has an image and an adapter of its own (`adapter_names`):
 a pass over the prompts, and greedy decoding of some tokens.
 """
 

@@ -35,7 +35,7 @@ from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
 from peft_crome.training import StepSize, build, load_recipe, predict_step, recipe_skeleton
 
 RESULTS = Path(__file__).parent / "results" / "memory"
-IMAGE_SIZE, POOL = 112, 2  # 16 tokens per picture
+IMAGE_SIZE, POOL = 112, 2  # 16 tokens per image
 QFORMER = {
     "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536,
     "vocab_size": 49152,
@@ -83,7 +83,7 @@ def recipe_of(case: dict[str, Any]) -> Any:
 
 
 def batch_of(composite: Any, rows: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Rows of one picture and random words; the last is shorter."""
+    """Rows of one image and random words; the last is shorter."""
     ids = torch.randint(1000, 2000, (rows, tokens))
     ids[:, 4 : 4 + composite.image_seq_length] = composite.config.image_token_id
     attention_mask = torch.ones_like(ids)

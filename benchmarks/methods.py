@@ -31,7 +31,7 @@ CONFIGS: dict[str, PeftConfig | None] = {
 
 
 def backbone(in_nf4: bool = False) -> CromeVLMForConditionalGeneration:
-    """Frozen DINOv2-small and SmolLM2-135M, joined, in the dtype that this machine is fast in; 16 tokens per picture.
+    """Frozen DINOv2-small and SmolLM2-135M, joined, in the dtype that this machine is fast in; 16 tokens per image.
 
     Args:
         in_nf4: the language model.
@@ -59,10 +59,10 @@ def attach(composite: nn.Module, method: str) -> nn.Module:
 
 
 def batch_of(composite: Any, rows: int, tokens: int, prompt: bool = False) -> dict[str, torch.Tensor]:
-    """Rows of one picture and random words, all of them learnt.
+    """Rows of one image and random words, all of them learnt.
 
     Args:
-        tokens: of each row, the picture's among them.
+        tokens: of each row, the image's among them.
         prompt: whether soft tokens come before them.
     """
     last = min(LAST_WORD, composite.config.image_token_id)  # a tiny vocabulary ends there

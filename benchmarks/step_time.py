@@ -3,7 +3,7 @@
     python -m benchmarks.step_time
 
 Frozen DINOv2-small and SmolLM2-135M. The floor is what no method that changes the input can do without: forward, and
-backward to the embeddings. All methods train in one process, a step of each in turn, on the same picture and words.
+backward to the embeddings. All methods train in one process, a step of each in turn, on the same image and words.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 
 prints the adapter's size, the sites it wraps, and the answer before and after. A fresh adapter is an identity, so
 both are the same, to the last bit of every logit. Any image-text-to-text model will do: try
-`--model HuggingFaceTB/SmolVLM-256M-Instruct` without a GPU. The picture is drawn here; `--image` takes your own.
+`--model HuggingFaceTB/SmolVLM-256M-Instruct` without a GPU. The image is drawn here; `--image` takes your own.
 """
 
 from pathlib import Path
@@ -25,9 +25,9 @@ import peft_crome
 
 def draw() -> Image.Image:
     """A teal circle on white."""
-    picture = Image.new("RGB", (224, 224), "white")
-    ImageDraw.Draw(picture).ellipse((48, 48, 176, 176), fill="teal")
-    return picture
+    image = Image.new("RGB", (224, 224), "white")
+    ImageDraw.Draw(image).ellipse((48, 48, 176, 176), fill="teal")
+    return image
 
 
 @torch.inference_mode()
@@ -42,15 +42,15 @@ def main(
     model: Annotated[str, typer.Option(help="Hub name or folder of an image-text-to-text model.")] = (
         "llava-hf/llava-1.5-7b-hf"
     ),
-    image: Annotated[Path | None, typer.Option(help="A picture; a teal circle is drawn if there is none.")] = None,
+    image: Annotated[Path | None, typer.Option(help="An image; a teal circle is drawn if there is none.")] = None,
     question: str = "What color is the circle?",
     new_tokens: int = 20,
 ) -> None:
     """Answer a question, attach the adapter, answer again, compare."""
     processor = AutoProcessor.from_pretrained(model)
     vlm = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", device_map="auto")
-    picture = Image.open(image).convert("RGB") if image else draw()
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    shown = Image.open(image).convert("RGB") if image else draw()
+    content = [{"type": "image", "image": shown}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,

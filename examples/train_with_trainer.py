@@ -37,8 +37,8 @@ class AnswerCollator:
             self.end = processor.tokenizer.eos_token  # LLaVA-1.5's template never ends an answer: learn to stop
 
     def conversation(self, question: str, answer: str | None = None, image: Path | None = None) -> list[Any]:
-        picture = {"type": "image", "image": Image.open(image).convert("RGB")} if image else {"type": "image"}
-        turns = [{"role": "user", "content": [picture, {"type": "text", "text": question}]}]
+        shown = {"type": "image", "image": Image.open(image).convert("RGB")} if image else {"type": "image"}
+        turns = [{"role": "user", "content": [shown, {"type": "text", "text": question}]}]
         if answer is not None:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": answer + self.end}]})
         return turns

@@ -27,7 +27,7 @@ import peft_crome
 
 
 def read(data: Path, end: str) -> Dataset:
-    """Conversations with one picture each; pictures are opened when a row is read."""
+    """Conversations with one image each; images are opened when a row is read."""
     rows = [
         {
             "images": [str(data / "images" / f"{image_id}.png")],

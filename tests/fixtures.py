@@ -58,8 +58,8 @@ def processor(composite: CromeVLMForConditionalGeneration) -> CromeVLMProcessor:
 
 
 @pytest.fixture
-def pictures() -> list[Image.Image]:
-    """Three pictures of different sizes and colours."""
+def images() -> list[Image.Image]:
+    """Three images of different sizes and colours."""
     return [
         Image.new("RGB", size, colour) for size, colour in (((50, 37), "red"), ((20, 90), "green"), ((30, 30), "blue"))
     ]
@@ -67,7 +67,7 @@ def pictures() -> list[Image.Image]:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve rows about four pictures, one of them text alone."""
+    """Twelve rows about four images, one of them text alone."""
     root = tmp_path_factory.mktemp("dataset")
     (root / "images").mkdir()
     for number, colour in enumerate(COLOURS):
@@ -113,7 +113,7 @@ def values(backbones: tuple[str, str], dataset: Path, tmp_path: Path) -> dict[st
 
 @pytest.fixture(scope="session")
 def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirteen rows about pictures of noise, of which each crop looks different, two of them text alone."""
+    """Thirteen rows about images of noise, of which each crop looks different, two of them text alone."""
     root = tmp_path_factory.mktemp("noise")
     chance = random.Random(0)
     rows: list[dict[str, Any]] = []

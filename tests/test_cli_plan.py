@@ -34,7 +34,7 @@ def test_plan_from_two_configurations(configs: tuple[str, str]) -> None:
     assert result.exit_code == 0, result.output
     for text in ("language_model", "vision_tower", "image_projection", "adapter", "AdamW's states", "T4 (16 GB)"):
         assert text in result.stdout
-    assert "9 of them a picture's" in result.stdout
+    assert "9 of them an image's" in result.stdout
     assert "5,000" in result.stdout
     assert "40% of the data sheet's dense rate in float16" in result.stdout
     small = plan("--backbone", configs[1], "--vision", configs[0], "--qformer", "--stage", "instruct", "--gpu", "3gb")
@@ -96,7 +96,7 @@ def test_batches_stop_at_the_first_that_does_not_fit(tmp_path: Path) -> None:
         (["--backbone", "nobody/nothing"], "--backbone: 'nobody/nothing' cannot be loaded"),
         (["--backbone", "LLM", "--vision", "nobody/nothing"], "backbones.vision: 'nobody/nothing' cannot be loaded"),
         (["--backbone", "TOWER"], "is not a language model"),
-        (["--backbone", "LLM", "--vision", "TOWER", "--length", "9"], "a picture alone takes 9 tokens"),
+        (["--backbone", "LLM", "--vision", "TOWER", "--length", "9"], "an image alone takes 9 tokens"),
         (["nowhere.yaml"], "neither a file nor a preset"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A frozen tower's features are computed once per picture, and never served for another picture, tower or setting."""
+"""A frozen tower's features are computed once per image, and never served for another image, tower or setting."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.vlm.tiny import build, make_batch
 from tests.zoo.case import ZOO
 from tests.zoo.llava import llava
 
-# Towers that read the patches of all pictures at once, or that are a part of the language model.
-REASONS = r"cannot be kept by picture|has \d vision towers that its configuration|cannot be told"
+# Towers that read the patches of all images at once, or that are a part of the language model.
+REASONS = r"cannot be kept by image|has \d vision towers that its configuration|cannot be told"
 
 
 def no_tower(model: nn.Module) -> None:
@@ -261,10 +261,10 @@ def test_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = frozen()
     size = model.get_vision_features(torch.zeros(1, 3, 30, 30)).numel() * 4
     cache = cache_features(model, tmp_path, max_gigabytes=3.5 * size / 1e9)
-    pictures = torch.randn(8, 3, 30, 30)
+    images = torch.randn(8, 3, 30, 30)
     with torch.no_grad():
-        first = model.get_vision_features(pictures)
-        assert_equal(model.get_vision_features(pictures), first)
+        first = model.get_vision_features(images)
+        assert_equal(model.get_vision_features(images), first)
     kept = sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
     assert 2 <= cache.hits <= 3
     assert 0 < kept <= 3.5 * size + 3 * 512  # and a header in each file

@@ -36,7 +36,7 @@ def quickstart(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Checkpoints; a second run continues there.")] = Path("outputs/demo"),
-    results: Annotated[Path, typer.Option(help="Records, table and pictures.")] = Path("benchmarks/results/easy_vqa"),
+    results: Annotated[Path, typer.Option(help="Records, table and images.")] = Path("benchmarks/results/easy_vqa"),
     seeds: Annotated[int, typer.Option(help="Seeds per method.")] = 3,
 ) -> None:
     """The long version, six hours: five methods, three seeds, the full test split, the loss on plain text."""

@@ -18,8 +18,8 @@ COLORS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
 SHAPES = ("circle", "rectangle", "triangle")
 KINDS = ("what", "yes/no")
 YES_NO_GROUPS = ("is there, shown", "is there, not shown", "is there not, shown", "is there not, not shown")
-SYSTEM = "You answer questions about pictures."
-CAPTION_REQUEST = "Describe the picture."
+SYSTEM = "You answer questions about images."
+CAPTION_REQUEST = "Describe the image."
 
 
 def load_questions(split: str) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def kind_of(answer: str) -> str:
 
 
 def yes_no_group(row: dict[str, Any]) -> str | None:
-    """Of a yes/no question: whether it is negated, and whether the picture shows what it asks for; None for others."""
+    """Of a yes/no question: whether it is negated, and whether the image shows what it asks for; None for others."""
     if row["kind"] != "yes/no":
         return None
     negated = re.search(r"\b(not|no)\b", row["question"]) is not None
@@ -53,7 +53,7 @@ def captions(questions: list[dict[str, Any]]) -> dict[int, str]:
 
 
 def blind_baselines(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Answers to the test questions that need no picture: name -> one answer per row of `test`."""
+    """Answers to the test questions that need no image: name -> one answer per row of `test`."""
     frequent = Counter(row["answer"] for row in train).most_common(1)[0][0]
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
@@ -75,38 +75,38 @@ def sample(test: list[dict[str, Any]], sizes: dict[str, int], seed: int = 0) -> 
 
 
 def caption_rows(train: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` training rows of one captioned picture each; every picture comes before one comes again."""
+    """`count` training rows of one captioned image each; every image comes before one comes again."""
     known = captions(train)
     return [{"image_id": i, "turns": [[CAPTION_REQUEST, known[i]]]} for i in _take(list(known), count, seed)]
 
 
 def question_rows(
-    train: list[dict[str, Any]], count: int, seed: int, questions_per_picture: int, draw: str = "any"
+    train: list[dict[str, Any]], count: int, seed: int, questions_per_image: int, draw: str = "any"
 ) -> list[dict[str, Any]]:
-    """`count` training rows of one picture and some of its questions each.
+    """`count` training rows of one image and some of its questions each.
 
     Args:
-        draw: "any" of a picture's questions; or "paired", one "what" question, and yes/no questions in pairs of one
-            wording, of which the picture shows what the first asks for and not what the second does, so that the
-            wording alone is right half of the time; or "affirmative", the same without negated questions. Pictures
+        draw: "any" of an image's questions; or "paired", one "what" question, and yes/no questions in pairs of one
+            wording, of which the image shows what the first asks for and not what the second does, so that the
+            wording alone is right half of the time; or "affirmative", the same without negated questions. Images
             that allow no pair are left out then.
     """
-    by_picture: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in train:
-        by_picture[row["image_id"]].append(row)
+        by_image[row["image_id"]].append(row)
     generator = random.Random(seed)
     if draw != "any":
         wordings = ("is there",) if draw == "affirmative" else ("is there", "is there not")
-        by_picture = {i: pool for i, pool in by_picture.items() if _pairs(pool, wordings, random.Random(0))}
+        by_image = {i: pool for i, pool in by_image.items() if _pairs(pool, wordings, random.Random(0))}
     rows = []
-    for i in _take(list(by_picture), count, seed):
-        turns = by_picture[i]
+    for i in _take(list(by_image), count, seed):
+        turns = by_image[i]
         if draw == "any":
-            turns = generator.sample(turns, min(questions_per_picture, len(turns)))
+            turns = generator.sample(turns, min(questions_per_image, len(turns)))
         else:
             pairs = _pairs(turns, wordings, generator)
             what = [row for row in turns if row["kind"] == "what"]
-            turns = [row for pair in pairs for row in pair][:questions_per_picture]
+            turns = [row for pair in pairs for row in pair][:questions_per_image]
             turns += generator.sample(what, min(1, len(what)))
             generator.shuffle(turns)
         rows.append({"image_id": i, "turns": [[row["question"], row["answer"]] for row in turns]})
@@ -116,7 +116,7 @@ def question_rows(
 def _pairs(
     rows: list[dict[str, Any]], wordings: tuple[str, ...], generator: random.Random
 ) -> list[list[dict[str, Any]]]:
-    """Up to two pairs per wording: a question about what the picture shows, and one about what it does not show."""
+    """Up to two pairs per wording: a question about what the image shows, and one about what it does not show."""
     pairs = []
     for wording in wordings:
         shown = [row for row in rows if yes_no_group(row) == f"{wording}, shown"]
@@ -128,11 +128,11 @@ def _pairs(
 
 
 def messages(turns: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
-    """Chat messages of question and answer turns about one picture; a last turn without answer asks for one."""
+    """Chat messages of question and answer turns about one image; a last turn without answer asks for one."""
     chat: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}]
     for number, (question, *answer) in enumerate(turns):
-        picture = [{"type": "image"}] if number == 0 else []
-        chat.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
+        image = [{"type": "image"}] if number == 0 else []
+        chat.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
         chat += [{"role": "assistant", "content": text} for text in answer]
     return chat
 
@@ -141,7 +141,7 @@ def tokenized(rows: list[dict[str, Any]], processor: Any, isolated: bool = False
     """Rows as input_ids and labels: only answers and the token that ends them count in the loss (-100 elsewhere).
 
     Args:
-        isolated: each question follows the picture as if it were the first, and `Collator` keeps questions from
+        isolated: each question follows the image as if it were the first, and `Collator` keeps questions from
             seeing one another. Otherwise a row is one conversation, in which a question can be answered from the
             answers before it, without looking.
     """
@@ -150,7 +150,7 @@ def tokenized(rows: list[dict[str, Any]], processor: Any, isolated: bool = False
 
 
 def _tokenize_isolated(turns: list[list[str]], processor: Any) -> dict[str, list[int]]:
-    """What comes up to the picture, then what follows it for each turn; `turn` numbers these, -1 for the former."""
+    """What comes up to the image, then what follows it for each turn; `turn` numbers these, -1 for the former."""
     row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": [], "turn": []}
     for number, turn in enumerate(turns):
         one = _tokenize([turn], processor)
@@ -187,13 +187,13 @@ def _render(chat: list[dict[str, Any]], processor: Any, add_generation_prompt: b
 
 
 class Collator:
-    """Pad rows on the right, add each picture's features, and ask for logits only where an answer is predicted.
+    """Pad rows on the right, add each image's features, and ask for logits only where an answer is predicted.
 
     The language model's head is a third of a step's work, and most tokens of a row are no answer. `logits_to_keep`
     lists the columns before those that any row has a label in; `labels` has these columns alone, already shifted.
 
     Args:
-        features: (pictures, tokens, vision_width), by image_id; the frozen tower's output.
+        features: (images, tokens, vision_width), by image_id; the frozen tower's output.
         pad_token_id: fills input_ids; the mask goes by length, since the id may also end a turn.
     """
 

@@ -20,14 +20,14 @@ from .training import Stage, train_stage, write_json
 
 console = Console()
 
-ALIGN = Stage("align", steps=200, pictures_per_step=16, questions_per_picture=1, learning_rate=5e-4, word_weight=1.0)
-# Comparing a question with a picture comes first, without negation; then negation; then how frequent "yes" is, which
+ALIGN = Stage("align", steps=200, images_per_step=16, questions_per_image=1, learning_rate=5e-4, word_weight=1.0)
+# Comparing a question with an image comes first, without negation; then negation; then how frequent "yes" is, which
 # paired questions hide. Questions that see one another's answers are answered from these, and nobody looks.
 FINETUNE = Stage(
     "finetune",
     steps=500,
-    pictures_per_step=6,
-    questions_per_picture=4,
+    images_per_step=6,
+    questions_per_image=4,
     learning_rate=1e-3,
     draws=(("affirmative", 120), ("paired", 200), ("any", 180)),
     isolated=True,

@@ -23,23 +23,23 @@ def answer(
     batch_size: int = 64,
     description: str = "answering",
 ) -> list[str]:
-    """Greedy free generation, one answer per question; a picture is read once for all its questions in a batch.
+    """Greedy free generation, one answer per question; an image is read once for all its questions in a batch.
 
     Args:
-        features: (pictures, tokens, vision_width) by image_id; one row answers every question blindly.
+        features: (images, tokens, vision_width) by image_id; one row answers every question blindly.
     """
     model.eval()
     composite = model.get_base_model() if isinstance(model, PeftModel) else model
     tokenizer, image_token = processor.tokenizer, processor.image_token
-    pictures = [row["image_id"] if len(features) > 1 else 0 for row in questions]
-    order = sorted(range(len(questions)), key=lambda i: pictures[i])
+    images = [row["image_id"] if len(features) > 1 else 0 for row in questions]
+    order = sorted(range(len(questions)), key=lambda i: images[i])
     answers = [""] * len(questions)
     for first in track(range(0, len(order), batch_size), description=description):
         chosen = order[first : first + batch_size]
         chats = [data.messages([[questions[i]["question"]]]) for i in chosen]
         prompts = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
         system, _, _ = prompts[0].partition(image_token)
-        seen = sorted({pictures[i] for i in chosen})
+        seen = sorted({images[i] for i in chosen})
         prefix = tokenizer(
             [system + image_token * processor.image_seq_length] * len(seen),
             add_special_tokens=False,
@@ -53,8 +53,8 @@ def answer(
             return_tensors="pt",
         ).to(model.device)
         read = model(**prefix, vision_features=features[seen].to(model.device), use_cache=True, logits_to_keep=1)
-        row_of = {picture: row for row, picture in enumerate(seen)}
-        rows = torch.tensor([row_of[pictures[i]] for i in chosen], device=model.device)
+        row_of = {image: row for row, image in enumerate(seen)}
+        rows = torch.tensor([row_of[images[i]] for i in chosen], device=model.device)
         read.past_key_values.batch_select_indices(rows)
         cached = torch.ones_like(prefix["input_ids"][rows])  # the ids do not count: their keys and values are there
         input_ids = torch.cat([cached, asked["input_ids"]], dim=1)

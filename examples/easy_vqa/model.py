@@ -23,11 +23,11 @@ from .parts import cache_dir, dinov2_small, easy_vqa_dir, smollm2
 
 METHODS = ("crome", "crome-both", "lora", "projection", "crome-both-4bit")
 PROJECTION = "image_projection"
-POOL_SIZE = 2  # 8 x 8 patches of a 112 px picture -> 16 image tokens
+POOL_SIZE = 2  # 8 x 8 patches of a 112 px image -> 16 image tokens
 
 
 def processor() -> Any:
-    """The composite's processor: DINOv2's pictures, SmolLM2's chat template."""
+    """The composite's processor: DINOv2's images, SmolLM2's chat template."""
     return CromeVLMProcessor.from_backbones(config=backbone("projection").config)
 
 
@@ -127,7 +127,7 @@ def load_stage(directory: Path) -> torch.nn.Module:
 
 
 def vision_features(split: str, image_processor: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The frozen tower's pooled features of all easy-VQA pictures of a split, (pictures, 16, 384) fp16, computed once.
+    """The frozen tower's pooled features of all easy-VQA images of a split, (images, 16, 384) fp16, computed once.
 
     `dtype` is the tower's, as in `backbone`.
     """
@@ -139,16 +139,16 @@ def vision_features(split: str, image_processor: Any, dtype: torch.dtype | None 
 def cached_features(
     name: str,
     count: int,
-    picture: Callable[[int], Image.Image],
+    image: Callable[[int], Image.Image],
     image_processor: Any,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The frozen tower's pooled features of some pictures, (pictures, 16, 384) fp16, computed once and kept.
+    """The frozen tower's pooled features of some images, (images, 16, 384) fp16, computed once and kept.
 
     Args:
-        name: of the file in the cache; another set of pictures takes another name.
-        count: number of pictures.
-        picture: gives picture i.
+        name: of the file in the cache; another set of images takes another name.
+        count: number of images.
+        image: gives image i.
         dtype: the tower's, as in `backbone`.
     """
     dtype = dtype or frozen_dtype()
@@ -158,9 +158,9 @@ def cached_features(
         if not path.is_file():
             model = backbone("projection", dtype).eval()
             batches = []
-            for first in track(range(0, count, 50), description=f"features of {count} {name} pictures"):
-                pictures = [picture(i).convert("RGB") for i in range(first, min(first + 50, count))]
-                pixel_values = image_processor(pictures, return_tensors="pt")["pixel_values"]
+            for first in track(range(0, count, 50), description=f"features of {count} {name} images"):
+                images = [image(i).convert("RGB") for i in range(first, min(first + 50, count))]
+                pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
                 batches.append(model.get_vision_features(pixel_values).half())
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             save_file({"features": torch.cat(batches)}, temporary)
@@ -169,7 +169,7 @@ def cached_features(
 
 
 def blank_features(image_processor: Any) -> torch.Tensor:
-    """The tower's pooled features of one black picture, (1, 16, 384) fp16."""
-    picture = Image.new("RGB", (64, 64))
-    pixel_values = image_processor([picture], return_tensors="pt")["pixel_values"]
+    """The tower's pooled features of one black image, (1, 16, 384) fp16."""
+    image = Image.new("RGB", (64, 64))
+    pixel_values = image_processor([image], return_tensors="pt")["pixel_values"]
     return backbone("projection").eval().get_vision_features(pixel_values).half()

@@ -168,7 +168,7 @@ def dinov2_small() -> Path:
 def easy_vqa_dir() -> Path:
     """Return the easy-VQA data: answers.txt and, in train/ and test/, questions.json and images/<image id>.png.
 
-    questions.json is a list of [question, answer, image id]; pictures are 64 x 64 RGB. Raises PartError as `fetch`.
+    questions.json is a list of [question, answer, image id]; images are 64 x 64 RGB. Raises PartError as `fetch`.
     """
     return fetch("easy-vqa") / "easy_vqa" / "data"
 

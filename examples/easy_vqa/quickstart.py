@@ -26,8 +26,8 @@ from .training import Stage, train_stage, write_json
 
 console = Console()
 
-ALIGN = Stage("align", steps=200, pictures_per_step=16, questions_per_picture=1, learning_rate=1e-3)
-FINETUNE = Stage("finetune", steps=200, pictures_per_step=6, questions_per_picture=4, learning_rate=1e-3)
+ALIGN = Stage("align", steps=200, images_per_step=16, questions_per_image=1, learning_rate=1e-3)
+FINETUNE = Stage("finetune", steps=200, images_per_step=6, questions_per_image=4, learning_rate=1e-3)
 LARGE_SAMPLE = {"what": 2000, "yes/no": 1000}  # test questions for the result
 SMALL_SAMPLE = {"what": 300, "yes/no": 150}  # for what it is compared with
 TINY_SAMPLE = {"what": 100, "yes/no": 50}  # before training, where no answer is right
@@ -47,7 +47,7 @@ def run(
     """Run what is not done yet and return the rows of the table.
 
     Args:
-        output: directory of checkpoints, answers, table and pictures.
+        output: directory of checkpoints, answers, table and images.
         align, finetune: the two stages.
         seed: of the adapter's weights and the order of the data.
         large, small, tiny: test questions per kind, for the final model, for what it is compared with, and for the
@@ -57,7 +57,7 @@ def run(
     start = time.perf_counter()
     train, test = data.load_questions("train"), data.load_questions("test")
     shared = processor()
-    console.print("Before training: the tower reads all pictures, once; then the model answers")
+    console.print("Before training: the tower reads all images, once; then the model answers")
     features = {split: vision_features(split, shared.image_processor) for split in ("train", "test")}
 
     rows = [{"name": name, "score": score(test, said)} for name, said in data.blind_baselines(train, test).items()]
@@ -66,9 +66,9 @@ def run(
         file = output / f"{name.replace(' ', '-')}.json"
         questions = data.sample(test, sizes)
         if not file.is_file():
-            pictures = blank_features(shared.image_processor) if blank else features["test"]
+            images = blank_features(shared.image_processor) if blank else features["test"]
             began = time.perf_counter()
-            said = answer(model(), shared, pictures, questions, description=f"answering {name}")
+            said = answer(model(), shared, images, questions, description=f"answering {name}")
             seconds = round(time.perf_counter() - began, 1)
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             write_json(file, {"answers": said, "answering_seconds": seconds, "peak_memory_bytes": memory})
@@ -76,7 +76,7 @@ def run(
         return {"name": name, "score": score(questions, result["answers"]), **result}
 
     rows.append(evaluated("before training", tiny, lambda: attach("crome", "align")))
-    console.print(f"(a) align: projection and adapter learn {align.steps * align.pictures_per_step} captions")
+    console.print(f"(a) align: projection and adapter learn {align.steps * align.images_per_step} captions")
     aligned = train_stage(align, "crome", seed, shared, features["train"], output / "align")
     rows.append({**aligned, **_timed(evaluated("after (a) align", small, lambda: load_stage(output / "align")))})
     console.print("(b) fine-tune: the adapter alone learns the questions; the projection is frozen now")
@@ -84,7 +84,7 @@ def run(
         finetune, "crome", seed, shared, features["train"], output / "finetune", previous=output / "align"
     )
     final = evaluated("after (b) fine-tune", large, lambda: load_stage(output / "finetune"))
-    blind = evaluated("after (b), pictures blanked", small, lambda: load_stage(output / "finetune"), blank=True)
+    blind = evaluated("after (b), images blanked", small, lambda: load_stage(output / "finetune"), blank=True)
     rows += [blind, {**tuned, **_timed(final)}]
 
     console.print("Without an image: the loss on a book and a question, with the adapter and without")
@@ -103,7 +103,7 @@ def run(
     report.print_table(rows, "easy-VQA, official test split, free generation")
     report.print_language(kept)
     console.print(f"Saved, reloaded in a fresh process and asked again: {reloaded} of {reloaded} answers equal.")
-    console.print(f"Pictures: {output / 'contact_sheet.png'}, {output / 'learning_curves.png'}")
+    console.print(f"Images: {output / 'contact_sheet.png'}, {output / 'learning_curves.png'}")
     console.print(f"This run took {(time.perf_counter() - start) / 60:.1f} minutes.")
     return rows
 

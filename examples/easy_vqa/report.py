@@ -73,7 +73,7 @@ def markdown_table(rows: list[Row]) -> str:
 
 
 def contact_sheet(questions: list[Row], answers: list[str], path: Path, count: int = 24) -> None:
-    """Draw test pictures with question, answer and whether it was right (green) or wrong (red, with the truth)."""
+    """Draw test images with question, answer and whether it was right (green) or wrong (red, with the truth)."""
     figure, axes = plt.subplots(4, count // 4, figsize=(2.3 * count // 4, 10.5))
     step = max(1, len(questions) // count)
     for axis, i in zip(axes.flat, range(0, step * count, step), strict=True):
@@ -87,7 +87,7 @@ def contact_sheet(questions: list[Row], answers: list[str], path: Path, count: i
         axis.set_xticks([])
         axis.set_yticks([])
     right = sum(answers[i] == questions[i]["answer"] for i in range(0, step * count, step))
-    figure.suptitle(f"easy-VQA test pictures, evenly picked from those asked: {right} of {count} right", fontsize=11)
+    figure.suptitle(f"easy-VQA test images, evenly picked from those asked: {right} of {count} right", fontsize=11)
     _save(figure, path)
 
 

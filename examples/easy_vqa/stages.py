@@ -36,7 +36,7 @@ def write_data(folder: Path, test_questions: int) -> None:
     """easy-VQA in the LLaVA format: a training and a test file per stage."""
     for split in ("train", "test"):
         questions = data.load_questions(split)
-        captions = [(i, [("Describe the picture.", text)]) for i, text in data.captions(questions).items()]
+        captions = [(i, [("Describe the image.", text)]) for i, text in data.captions(questions).items()]
         by_kind: dict[str, list[Any]] = {"pretrain": captions, "instruct": [], "finetune": []}
         for row in questions:
             kind = "finetune" if row["answer"] in data.SHAPES else "instruct"
@@ -54,20 +54,20 @@ def every(rows: list[Any], count: int) -> list[Any]:
 
 
 def together(rows: list[Any]) -> list[Any]:
-    """Up to four questions about one picture in one conversation: it is read once for all of them."""
-    by_picture: dict[int, list[Any]] = {}
-    for picture, turns in rows:
-        by_picture.setdefault(picture, []).extend(turns)
-    return [(picture, turns[i : i + 4]) for picture, turns in by_picture.items() for i in range(0, len(turns), 4)]
+    """Up to four questions about one image in one conversation: it is read once for all of them."""
+    by_image: dict[int, list[Any]] = {}
+    for image, turns in rows:
+        by_image.setdefault(image, []).extend(turns)
+    return [(image, turns[i : i + 4]) for image, turns in by_image.items() for i in range(0, len(turns), 4)]
 
 
-def conversation(number: int, picture: int | None, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    """A row in the LLaVA format; no picture: text alone."""
+def conversation(number: int, image: int | None, turns: list[tuple[str, str]]) -> dict[str, Any]:
+    """A row in the LLaVA format; no image: text alone."""
     said = []
     for place, (question, answer) in enumerate(turns):
-        question = f"<image>\n{question}" if place == 0 and picture is not None else question
+        question = f"<image>\n{question}" if place == 0 and image is not None else question
         said += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": number, "conversations": said} | ({} if picture is None else {"image": f"{picture}.png"})
+    return {"id": number, "conversations": said} | ({} if image is None else {"image": f"{image}.png"})
 
 
 def recipe(stage: str, output: Path, folder: Path, steps: int, rows: int, previous: str | None) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def scores(answers: list[str], expected: list[str]) -> dict[str, Any]:
 
 
 def by_words(stage: str, folder: Path) -> dict[str, Any]:
-    """`scores` of the most frequent answer to each question's text, which needs no picture."""
+    """`scores` of the most frequent answer to each question's text, which needs no image."""
     train, test = (
         [
             {"question": ask["value"].removeprefix("<image>\n"), "answer": answer["value"]}
@@ -189,7 +189,7 @@ def run(
     """Train and evaluate what is not done yet; one row per stage, with its accuracy before and after.
 
     Args:
-        image_size: of the pictures, in pixels; the tower's own if None.
+        image_size: of the images, in pixels; the tower's own if None.
         text: what the loss on text is measured on; None: `english_text`.
     """
     folder = output / "data"
@@ -240,7 +240,7 @@ def report(output: Path, test_questions: int, scale: float) -> None:
         after = f"{row['after']['accuracy']:.1%} ± {row['after']['stderr']:.1%} of {row['after']['n']}"
         trained, words = sum(row["trained"].values()), row["by words alone"]
         print(f"{row['stage']}: {row['asked']} {before} -> {after}; {trained:,} weights, {row['steps']} steps")
-        print(f"    by words alone, without a picture: {words['accuracy']:.1%}")
+        print(f"    by words alone, without an image: {words['accuracy']:.1%}")
         for kind, found in row["after"].get("kinds", {}).items():
             alone = words["kinds"][kind]["accuracy"]
             print(f"    {kind}: {found['accuracy']:.1%} of {found['n']} (by words alone {alone:.1%})")

@@ -28,18 +28,18 @@ class Stage:
     Args:
         name: "align" (projection + adapter, on captions) or "finetune" (adapter alone, on questions).
         steps: optimiser steps.
-        pictures_per_step: rows of a batch, one picture each.
-        questions_per_picture: question turns of a row; captions have one.
+        images_per_step: rows of a batch, one image each.
+        questions_per_image: question turns of a row; captions have one.
         learning_rate: AdamW's peak, after a warm-up over 5% of the steps, then cosine to 0.
         draws: which questions, in order: pairs of a draw (see `data.question_rows`) and its steps; "any" if empty.
-        isolated: whether questions about one picture do not see one another.
+        isolated: whether questions about one image do not see one another.
         word_weight: of a term that draws image tokens towards the words of their caption (see `WordLoss`).
     """
 
     name: str
     steps: int
-    pictures_per_step: int
-    questions_per_picture: int
+    images_per_step: int
+    questions_per_image: int
     learning_rate: float
     draws: tuple[tuple[str, int], ...] = ()
     isolated: bool = False
@@ -94,7 +94,7 @@ def fit(
 
     Args:
         checkpoints: directory to continue from and to save to; None: neither.
-        rows: what to train on, one row per picture of each step; None: easy-VQA's, as `stage` draws them.
+        rows: what to train on, one row per image of each step; None: easy-VQA's, as `stage` draws them.
     Returns:
         seconds, whether it was resumed (then seconds count the last part only), losses [[step, loss], ...].
     """
@@ -104,7 +104,7 @@ def fit(
     arguments = TrainingArguments(
         output_dir=str(checkpoints) if checkpoints is not None else None,
         max_steps=stage.steps,
-        per_device_train_batch_size=stage.pictures_per_step,
+        per_device_train_batch_size=stage.images_per_step,
         learning_rate=stage.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, stage.steps // 20),
@@ -136,18 +136,18 @@ def fit(
 
 
 def easy_vqa_rows(stage: Stage, seed: int, questions: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    """The captions or questions that a stage draws, one row per picture of each step.
+    """The captions or questions that a stage draws, one row per image of each step.
 
     Args:
         questions: to draw from; None: easy-VQA's training questions.
     """
     questions = data.load_questions("train") if questions is None else questions
     if stage.name == "align":
-        return data.caption_rows(questions, stage.steps * stage.pictures_per_step, seed)
+        return data.caption_rows(questions, stage.steps * stage.images_per_step, seed)
     rows = []
     for number, (draw, steps) in enumerate(stage.draws or (("any", stage.steps),)):
-        count = steps * stage.pictures_per_step
-        rows += data.question_rows(questions, count, seed + 100 * number, stage.questions_per_picture, draw)
+        count = steps * stage.images_per_step
+        rows += data.question_rows(questions, count, seed + 100 * number, stage.questions_per_image, draw)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Two real data sets and rows without pictures in one recipe: easy-VQA, digits, sums; from the command line.
+"""Two real data sets and rows without images in one recipe: easy-VQA, digits, sums; from the command line.
 
     python -m examples.mixture --output outputs/mixture
 
@@ -37,10 +37,10 @@ SETS = ("easy_vqa", "digits")
 
 
 def write_data(folder: Path, test_rows: int) -> None:
-    """Captions and questions of both sets, their tests, and sums without a picture."""
+    """Captions and questions of both sets, their tests, and sums without an image."""
     for split in ("train", "test"):
         questions = data.load_questions(split)
-        captions = [(i, [("Describe the picture.", text)]) for i, text in data.captions(questions).items()]
+        captions = [(i, [("Describe the image.", text)]) for i, text in data.captions(questions).items()]
         asked = [(row["image_id"], [(row["question"], row["answer"])]) for row in questions if row["kind"] == "what"]
         asked = every(asked, test_rows) if split == "test" else together(asked)
         write_json(folder / f"easy_vqa-{split}.json", [conversation(n, *row) for n, row in enumerate(asked)])
@@ -49,13 +49,13 @@ def write_data(folder: Path, test_rows: int) -> None:
     written = [(number, WORDS[digit]) for number, digit in enumerate(digits.target)]
     for split, rows in (("train", written[:TRAINING_DIGITS]), ("test", every(written[TRAINING_DIGITS:], test_rows))):
         asked = [(number, [("Which digit is written here?", word)]) for number, word in rows]
-        captions = [(number, [("Describe the picture.", word)]) for number, word in rows]
+        captions = [(number, [("Describe the image.", word)]) for number, word in rows]
         write_json(folder / f"digits-{split}.json", [conversation(n, *row) for n, row in enumerate(asked)])
         write_json(folder / f"digits-captions-{split}.json", [conversation(n, *r) for n, r in enumerate(captions)])
     (folder / "digits").mkdir(exist_ok=True)
     for number, pixels in enumerate(digits.images):  # 8 x 8, of 0 to 16
-        picture = Image.fromarray((pixels * (255 / 16)).round().astype("uint8"))
-        picture.resize((64, 64), Image.Resampling.BICUBIC).save(folder / "digits" / f"{number}.png")
+        image = Image.fromarray((pixels * (255 / 16)).round().astype("uint8"))
+        image.resize((64, 64), Image.Resampling.BICUBIC).save(folder / "digits" / f"{number}.png")
     sums = [(a, b) for a in range(10) for b in range(10)]
     rows = [
         conversation(n, None, [(f"What is {WORDS[a]} plus {WORDS[b]}?", SUMS[a + b])]) for n, (a, b) in enumerate(sums)

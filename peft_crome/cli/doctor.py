@@ -27,7 +27,7 @@ def doctor(
         list[str] | None,
         typer.Option(help=IMAGES),
     ] = None,
-    open_images: Annotated[bool, typer.Option(help="Decode every picture, or only look for its file.")] = True,
+    open_images: Annotated[bool, typer.Option(help="Decode every image, or only look for its file.")] = True,
     model: Annotated[
         str | None,
         typer.Option(help="A recipe (YAML), or a stage's directory: measure rows by its tokenizers and template."),

@@ -21,7 +21,7 @@ def inspect(
         str | None, typer.Option(help="Run the backbone on this, and show what the adapter does.")
     ] = None,
     image: Annotated[
-        list[Path] | None, typer.Option(help="A picture before the prompt; several times for more.")
+        list[Path] | None, typer.Option(help="An image before the prompt; several times for more.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The backbone; by default the one that the adapter names.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message; by default the one of training.")] = None,
@@ -29,7 +29,7 @@ def inspect(
     output: Annotated[Path | None, typer.Option(help="Write NAME.html and NAME.png.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace these two files.")] = False,
 ) -> None:
-    """Show singular values and dead units of an adapter, and what its gates do on a prompt with pictures."""
+    """Show singular values and dead units of an adapter, and what its gates do on a prompt with images."""
     from ..data import open_image
     from ..inspection import look, write_inspection
     from ..inspection.files import check_output
@@ -48,7 +48,7 @@ def inspect(
             view = look(
                 name,
                 prompt=prompt,
-                pictures=[str(path) for path in image or []],
+                images=[str(path) for path in image or []],
                 model=model,
                 system=told,
                 device=place(device),

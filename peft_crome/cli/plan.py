@@ -37,7 +37,7 @@ def plan(
     ] = "h100",
     rows: Annotated[int, typer.Option(min=1, help="Rows of an epoch.")] = 100_000,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a row, a picture's among them; by default those and 128.")
+        int | None, typer.Option(min=1, help="Tokens of a row, an image's among them; by default those and 128.")
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
@@ -70,16 +70,16 @@ def plan(
             raise RecipeError("--qformer, --stage and --image-size are for a tower. Name it: --vision NAME.")
         else:
             model = costs.model_skeleton(backbone, dtype, quantization)
-        picture = costs.tokens_per_picture(model)
-        tokens = length or picture + costs.TEXT_TOKENS
-        if tokens <= picture:
-            raise RecipeError(f"--length {tokens}: a picture alone takes {picture} tokens. Write more.")
+        image = costs.tokens_per_image(model)
+        tokens = length or image + costs.TEXT_TOKENS
+        if tokens <= image:
+            raise RecipeError(f"--length {tokens}: an image alone takes {image} tokens. Write more.")
         found = list(costs.costs(model, device, tokens, gradient_checkpointing=gradient_checkpointing))
     except (OSError, ValueError, NotPredictable) as error:
         fail(error)
     _parts(found[0][1])
-    pictures = f", {picture} of them a picture's" if picture else ""
-    say(f"{device.name}: {device.memory / GB:.1f} GB for a step; rows of {tokens} tokens{pictures}.")
+    images = f", {image} of them an image's" if image else ""
+    say(f"{device.name}: {device.memory / GB:.1f} GB for a step; rows of {tokens} tokens{images}.")
     computed = costs.frozen_dtype(model)
     _batches(found, device, computed, rows)
     known = device.seconds(1, computed) is not None

@@ -1,4 +1,4 @@
-"""Data sets as conversations: read them, prepare pictures, make batches with labels on the answers alone."""
+"""Data sets as conversations: read them, prepare images, make batches with labels on the answers alone."""
 
 from ..utils.extras import missing
 

@@ -33,7 +33,7 @@ class ConversationCollator:
     Args:
         processor: the composite's.
         is_encoder_decoder: as in the composite's configuration.
-        augmentation: of training pictures; None: as they are.
+        augmentation: of training images; None: as they are.
         max_length: tokens per row; longer ones are cut at the end, decoder-only models' alone. None: not at all.
         max_positions: tokens that the language model, or an encoder-decoder's encoder, takes; a row that is longer,
             once cut, is refused. None: any.
@@ -143,7 +143,7 @@ class ConversationCollator:
             input_ids, attention_mask, labels, (rows, tokens), padded on the right; pixel_values where there are
             images, and what a Q-Former reads of the instructions.
         Raises:
-            ValueError: a picture cannot be read, an instruction is too long for the Q-Former, or as in `encode`; the
+            ValueError: an image cannot be read, an instruction is too long for the Q-Former, or as in `encode`; the
                 message names the row.
         """
         if DRAWN in rows[0]:
@@ -157,10 +157,10 @@ class ConversationCollator:
             "attention_mask": _pad([[1] * len(item["input_ids"]) for item in encoded], 0),
             "labels": _pad([item["labels"] for item in encoded], IGNORE),
         }
-        pictures = [picture for row in rows for picture in self._pictures(row)]
-        if not pictures:
+        images = [image for row in rows for image in self._images(row)]
+        if not images:
             return batch
-        batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         reader = self.processor.qformer_tokenizer
         if reader is not None:
             instructions = [
@@ -171,7 +171,7 @@ class ConversationCollator:
         return batch
 
     def encode(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One row's input_ids, labels and the instruction for a Q-Former; no picture is opened.
+        """One row's input_ids, labels and the instruction for a Q-Former; no image is opened.
 
         Returns:
             Also "length", the number of tokens before a cut.
@@ -299,11 +299,11 @@ class ConversationCollator:
         text = self.processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
         return text.replace(self.processor.image_token, self.processor.image_token * self.processor.image_seq_length)
 
-    def _pictures(self, row: dict[str, Any]) -> Iterator[Image.Image]:
+    def _images(self, row: dict[str, Any]) -> Iterator[Image.Image]:
         chance = random.Random(f"{self.seed} {row[DRAW]}") if DRAW in row else None
         for path in row["images"]:
-            picture = open_image(path, f"Row {short(row['id'])}")
-            yield self.augmentation(picture, chance) if self.augmentation is not None else picture
+            opened = open_image(path, f"Row {short(row['id'])}")
+            yield self.augmentation(opened, chance) if self.augmentation is not None else opened
 
 
 def _error(name: str, kind: str, message: str) -> RowError:
@@ -319,7 +319,7 @@ def _first_turns(row: dict[str, Any], count: int) -> dict[str, Any]:
 def split_turns(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """One row per answer, with all that was said before it: what an encoder-decoder learns from.
 
-    Pictures stay with the turns that show them.
+    Images stay with the turns that show them.
     """
     for row in rows:
         for end, message in enumerate(row["messages"]):

@@ -1,4 +1,4 @@
-"""Look through a data set before a run does: every row, every picture, and how long rows are."""
+"""Look through a data set before a run does: every row, every image, and how long rows are."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def examine(
 
     Args:
         path, images, columns, prompt: as in `read_rows`.
-        open_images: decode every picture, not only look for its file.
+        open_images: decode every image, not only look for its file.
         encode: `ConversationCollator.encode`, by which rows are measured in tokens.
         on_fault: told of each faulty row as it is found.
         on_row: told how many rows have been seen.
@@ -110,18 +110,18 @@ def examine(
     folders = ImageFolders(images if images is not None else path.parent)
     findings = Findings()
     seen: set[bytes] = set()
-    pictures: dict[str, Fault | int] = {}
+    sizes: dict[str, Fault | int] = {}
     numbered = enumerate(stream(path))
     with _with_rare_collections(), ThreadPoolExecutor(os.cpu_count()) as pool:
         while chunk := list(islice(numbered, CHUNK)):
             parsed = [(number, given, *parse(given, number, folders, columns, prompt)) for number, given in chunk]
             files = {image for *_, row, _ in parsed if row for image in row["images"] if isinstance(image, str)}
-            new = sorted(files - pictures.keys())
-            pictures.update(zip(new, pool.map(_size, new) if open_images else map(_find, new), strict=True))
+            new = sorted(files - sizes.keys())
+            sizes.update(zip(new, pool.map(_size, new) if open_images else map(_find, new), strict=True))
             for number, given, row, faults in parsed:
                 if row is not None:
                     findings.ignored.update(ignored_fields(given, columns))
-                    faults = [*faults, *_of_images(row, pictures, findings), *_twice(row, seen)]
+                    faults = [*faults, *_of_images(row, sizes, findings), *_twice(row, seen)]
                     faults += _measure(row, encode, findings)
                 if faults:
                     patient = Patient(number, row_name(given, number), tuple(faults))
@@ -152,7 +152,7 @@ def _find(path: str) -> Fault | int:
 
 
 def _size(image: Any) -> Fault | int:
-    """A picture's longer side."""
+    """An image's longer side."""
     if isinstance(image, str) and not os.path.isfile(image):
         return _find(image)
     try:
@@ -161,11 +161,11 @@ def _size(image: Any) -> Fault | int:
         return Fault("unreadable", str(error).removeprefix(": "))
 
 
-def _of_images(row: dict[str, Any], pictures: dict[str, Fault | int], findings: Findings) -> Iterator[Fault]:
+def _of_images(row: dict[str, Any], sizes: dict[str, Fault | int], findings: Findings) -> Iterator[Fault]:
     findings.count("images in a row", len(row["images"]))
     findings.text_rows += not row["images"]
     for image in row["images"]:
-        found = pictures[image] if isinstance(image, str) else _size(image)
+        found = sizes[image] if isinstance(image, str) else _size(image)
         if isinstance(found, Fault):
             yield found
         elif found:

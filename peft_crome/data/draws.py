@@ -84,7 +84,7 @@ class DrawStream(IterableDataset):
     """Rows of a stream, again and again without an end.
 
     Each worker of a `DataLoader` reads them all and gives every n-th block, so that the sequence is the same with any
-    number of workers; pictures are opened later, by the worker that has the row.
+    number of workers; images are opened later, by the worker that has the row.
 
     Args:
         rows: `datasets.IterableDataset`.

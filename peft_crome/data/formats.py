@@ -51,7 +51,7 @@ def parse(
         return None, faults
     messages: list[dict[str, Any]] = []
     has_images = bool(image_fields(row))
-    places: list[Any] = []  # each picture that a turn shows: itself, or None for the next one of the row
+    places: list[Any] = []  # each image that a turn shows: itself, or None for the next one of the row
     for turn in row["turns"]:
         message, own, wrong = read_turn(turn, places if has_images else None)
         faults += wrong
@@ -193,7 +193,7 @@ def _image(image: Any, folders: ImageFolders) -> Any:
 
 
 def _place_images(messages: list[dict[str, Any]], given: int) -> list[Fault]:
-    """Put pictures without a placeholder before the first user's turn (LAMM); refuse other numbers."""
+    """Put images without a placeholder before the first user's turn (LAMM); refuse other numbers."""
     if given and not any(map(_shown, messages)):
         place_by_others(messages, given)
     placed = sum(map(_shown, messages))

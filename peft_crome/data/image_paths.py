@@ -23,7 +23,7 @@ class ImageFolders:
         folders: one folder, or what rows' paths begin with -> folder: {"coco": "/data/coco", "": "/data/others"}; the
             longest beginning counts, and it is not repeated in the folder.
         home: folder of a data set, of which absolute paths are taken too: `datasets` makes them where it reads the
-            pictures of a folder.
+            images of a folder.
     """
 
     def __init__(self, folders: str | Path | Mapping[str, str | Path], home: str | Path | None = None) -> None:

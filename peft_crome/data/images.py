@@ -22,8 +22,8 @@ class Augmentation:
 
     Args:
         random_crop: keep 50% to 100% of the area at a ratio of 3:4 to 4:3.
-        horizontal_flip: mirror every second picture.
-        views: how many ways of cropping and mirroring a picture has, which are its own and always the same, so that a
+        horizontal_flip: mirror every second image.
+        views: how many ways of cropping and mirroring an image has, which are its own and always the same, so that a
             feature cache can keep them; one of them is drawn each time. None: each time another one.
     Source: CROME, arXiv 2408.06610 ("random crop, horizontal flip"); the crop's bounds are reconstructed.
     """
@@ -33,7 +33,7 @@ class Augmentation:
     views: int | None = None
 
     def __call__(self, image: Image.Image, draw: random.Random | None = None) -> Image.Image:
-        """One picture in, one out, of the size of the crop.
+        """One image in, one out, of the size of the crop.
 
         Args:
             draw: where chance comes from; None: Python's own `random`.

@@ -10,7 +10,7 @@ from .rows import Fault, RowError
 
 
 def check_instruction(processor: Any, name: str, instruction: str, limit: int | None) -> None:
-    """See that a Q-Former can read the instruction of a row with pictures.
+    """See that a Q-Former can read the instruction of a row with images.
 
     Args:
         limit: tokens that it has positions for; None: any number.

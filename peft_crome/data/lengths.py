@@ -1,4 +1,4 @@
-"""How long rows are, roughly, without a tokenizer and without opening a picture."""
+"""How long rows are, roughly, without a tokenizer and without opening an image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def row_lengths(rows: Any, image_seq_length: int) -> list[int]:
     """Tokens of each row, reckoned from its characters and its images.
 
     Args:
-        rows: `datasets.Dataset` of `load_rows`; pictures that are in the table itself are not read. Or a list of such
+        rows: `datasets.Dataset` of `load_rows`; images that are in the table itself are not read. Or a list of such
             rows.
         image_seq_length: tokens of an image.
     """

@@ -55,7 +55,7 @@ def read_rows(
     Args:
         path: JSON list, JSONL or parquet of {"id", "image": path or list of paths, "conversations": [{"from",
             "value"}]} (LLaVA), {"images", "messages": [{"role", "content"}]}, or records that `columns` describes. A
-            row without an image is text alone; pictures that no `<image>` stands for come before the first question.
+            row without an image is text alone; images that no `<image>` stands for come before the first question.
         images: folder that image paths start from, or a folder per beginning of them, {"coco": "/data/coco"}; None:
             the folder of `path`.
         columns: {"question", "answer", "image", "id", "options"} -> names of a table's columns.
@@ -63,7 +63,7 @@ def read_rows(
         name, split: as in `load_rows`.
         faulty: "stop" raises at the first row that cannot be read, "drop" leaves such rows out and logs how many.
     Yields:
-        id: text; images: list of absolute paths, or {"bytes", "path"} where a file holds the pictures; messages:
+        id: text; images: list of absolute paths, or {"bytes", "path"} where a file holds the images; messages:
         [{"role", "content"}], where content is a list of {"type": "image"} and {"type": "text", "text"}, of which
         `processor.apply_chat_template` makes the text of the row again; an image within a line has "text": "". Rows
         that say them: answers, of several people, and options, of a multiple choice; lists of text.
@@ -156,7 +156,7 @@ def load_rows(
     }
     if streaming:
         return IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments)
-    # Each group of rows costs memory as long as the table is open: few and large ones, but where they hold pictures.
+    # Each group of rows costs memory as long as the table is open: few and large ones, but where they hold images.
     group = None if local.suffix.lower() == ".parquet" else ROWS_PER_GROUP
     try:
         return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, writer_batch_size=group)
@@ -211,7 +211,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _open_table(path: str, name: str | None, split: str, streaming: bool) -> tuple[Any, dict[str, list[str]]]:
-    """A data set as it is, with its pictures undecoded, and the names of its classes by column."""
+    """A data set as it is, with its images undecoded, and the names of its classes by column."""
     folder = Path(path)
     saved = folder.is_dir() and any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
@@ -323,7 +323,7 @@ def check_images(rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _image_files(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    if isinstance(rows, Dataset):  # by column: pictures that are in the table itself are not read
+    if isinstance(rows, Dataset):  # by column: images that are in the table itself are not read
         for batch in rows.select_columns(["id", "images"]).with_format("arrow").iter(batch_size=1000):
             images, ids = batch["images"].combine_chunks(), batch["id"]
             flat = pc.list_flatten(images)

@@ -48,7 +48,7 @@ def generate_answers(
         One text per row, in their order. The model is left in the mode it was in, module by module.
     Raises:
         RowError: an instruction is longer than the Q-Former reads; no row is answered then.
-        ValueError: a picture cannot be read; the message names the row.
+        ValueError: an image cannot be read; the message names the row.
     """
     composite = model.get_base_model() if isinstance(model, PeftModel) else model
     check_instructions(processor, composite.config, rows)
@@ -77,7 +77,7 @@ def _generate(
     answers: list[str] = []
     for first in tqdm(range(0, len(rows), batch_size), desc="answering", leave=False, disable=not progress):
         chosen = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
-        prompts, pictures = [], []
+        prompts, images = [], []
         for row in chosen:
             messages = list(row["messages"])
             if messages[-1]["role"] == "assistant":
@@ -85,8 +85,8 @@ def _generate(
             if system is not None and messages[0]["role"] != "system":
                 messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
             prompts.append(messages)
-            pictures.append([open_image(path, f"Row {short(row['id'])}") for path in row["images"]])
-        given = {"images": pictures} if any(pictures) else {}
+            images.append([open_image(path, f"Row {short(row['id'])}") for path in row["images"]])
+        given = {"images": images} if any(images) else {}
         batch = processor.apply_chat_template(
             prompts,
             add_generation_prompt=True,

@@ -1,4 +1,4 @@
-"""Compute a frozen vision tower's features once per picture, and read them from a folder ever after."""
+"""Compute a frozen vision tower's features once per image, and read them from a folder ever after."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class FeatureCache:
     """What `cache_features` puts on a model.
 
     Attributes:
-        hits: pictures whose features were read.
-        misses: pictures whose features were computed.
+        hits: images whose features were read.
+        misses: images whose features were computed.
         store: the folder.
     """
 
@@ -62,20 +62,20 @@ class FeatureCache:
             self.tower.__dict__.pop("forward", None)
 
     def lookup(
-        self, pictures: torch.Tensor, rows: list[bytes], compute: Callable[[torch.Tensor], list[Features]]
+        self, images: torch.Tensor, rows: list[bytes], compute: Callable[[torch.Tensor], list[Features]]
     ) -> list[Features]:
-        """The features of each picture: read, or computed together and kept.
+        """The features of each image: read, or computed together and kept.
 
         Args:
-            pictures: (images, channels, height, width), as the tower reads them.
-            rows: what else the features of each picture depend on.
-            compute: indices of pictures -> features of each.
+            images: (images, channels, height, width), as the tower reads them.
+            rows: what else the features of each image depend on.
+            compute: indices of images -> features of each.
         """
         if any(parameter.requires_grad for parameter in self.tower.parameters()):
             raise ValueError(
                 "The vision tower trains, so its features change from step to step. Call cache.detach() first."
             )
-        keys = [self._picture_key(picture, row) for picture, row in zip(pictures, rows, strict=True)]
+        keys = [self._image_key(image, row) for image, row in zip(images, rows, strict=True)]
         found = [self.store.get(key) for key in keys]
         missing = [number for number, features in enumerate(found) if features is None]
         self.hits += len(keys) - len(missing)
@@ -84,15 +84,15 @@ class FeatureCache:
             for number, features in zip(missing, compute(torch.tensor(missing)), strict=True):
                 found[number] = features
                 self.store.put(keys[number], features)
-        return [{name: value.to(pictures.device) for name, value in (features or {}).items()} for features in found]
+        return [{name: value.to(images.device) for name, value in (features or {}).items()} for features in found]
 
-    def _picture_key(self, picture: torch.Tensor, row: bytes) -> str:
+    def _image_key(self, image: torch.Tensor, row: bytes) -> str:
         digest = hashlib.blake2b(self._key, digest_size=20)
-        digest.update(f"{picture.dtype} {tuple(picture.shape)} ".encode())
+        digest.update(f"{image.dtype} {tuple(image.shape)} ".encode())
         device = self.tower.device.type
         if torch.is_autocast_enabled(device):  # the same weights and pixels give features of another precision
             digest.update(f"autocast {torch.get_autocast_dtype(device)} ".encode())
-        digest.update(_bytes(picture))
+        digest.update(_bytes(image))
         digest.update(row)
         return digest.hexdigest()
 
@@ -129,7 +129,7 @@ class FeatureCache:
             picked = {key: value[missing.to(value.device)] for key, value in own.items()}
             with torch.no_grad(), _evaluating(self.tower):
                 output = forward(pixel_values[chosen], **picked, **rest)
-            return self._per_picture(output, len(missing))
+            return self._per_image(output, len(missing))
 
         found = self.lookup(pixel_values, rows, features_of)
         whole = {name: torch.stack([features[name] for features in found]) for name in found[0]}
@@ -142,7 +142,7 @@ class FeatureCache:
             hidden_states=_States(layers.get(number, empty) for number in range(count)) or None,
         )
 
-    def _per_picture(self, output: Any, count: int) -> list[Features]:
+    def _per_image(self, output: Any, count: int) -> list[Features]:
         given = {name: value for name, value in output.items() if value is not None}
         states = given.pop("hidden_states", ())
         layers = _layers_read(self.model.config, len(states))
@@ -155,7 +155,7 @@ class FeatureCache:
         wrong = [name for name, value in kept.items() if not isinstance(value, torch.Tensor) or len(value) != count]
         if wrong or not set(given) <= {"last_hidden_state", "pooler_output"} or not kept:
             raise ValueError(
-                f"{type(self.tower).__name__} gives {wrong or sorted(given)}, which cannot be told apart by picture, "
+                f"{type(self.tower).__name__} gives {wrong or sorted(given)}, which cannot be told apart by image, "
                 "or not put together again. Train without a feature cache."
             )
         numbers = {COUNT: torch.tensor(len(states)), LAST: torch.tensor(same[0] if same else -1)}
@@ -163,21 +163,21 @@ class FeatureCache:
 
 
 def cache_features(model: nn.Module, directory: str | os.PathLike, max_gigabytes: float = 50.0) -> FeatureCache:
-    """Keep a frozen tower's features in a folder: each picture goes through the tower once, in all epochs and runs.
+    """Keep a frozen tower's features in a folder: each image goes through the tower once, in all epochs and runs.
 
-    A picture is known by the pixels that the tower is given, so a changed file or another image processing is another
-    picture; features are kept apart by the tower's weights, its dtype, its settings and autocast. The folder may be
+    An image is known by the pixels that the tower is given, so a changed file or another image processing is another
+    image; features are kept apart by the tower's weights, its dtype, its settings and autocast. The folder may be
     shared by processes and runs, and killed processes leave nothing half-written.
 
     Args:
-        model: the composite, any model of transformers whose tower reads `pixel_values` picture by picture, or a
+        model: the composite, any model of transformers whose tower reads `pixel_values` image by image, or a
             PEFT model around either.
         directory: where features are kept.
-        max_gigabytes: limit; pictures that come later are computed each time.
+        max_gigabytes: limit; images that come later are computed each time.
     Returns:
         The cache, with `hits`, `misses` and `detach()`.
     Raises:
-        ValueError: the tower trains, is not to be found, or reads several pictures at once; the limit leaves no room.
+        ValueError: the tower trains, is not to be found, or reads several images at once; the limit leaves no room.
 
     Example:
         >>> cache = cache_features(model, "features", max_gigabytes=20)  # doctest: +SKIP
@@ -235,8 +235,8 @@ def _tower_of(host: nn.Module) -> PreTrainedModel:
     names = list(inspect.signature(towers[0].forward).parameters)
     if names[:1] != ["pixel_values"]:
         raise ValueError(
-            f"{type(towers[0]).__name__} reads {names[:3]}: the patches of all pictures at once, which cannot be kept "
-            "by picture. Train without a feature cache."
+            f"{type(towers[0]).__name__} reads {names[:3]}: the patches of all images at once, which cannot be kept "
+            "by image. Train without a feature cache."
         )
     return towers[0]
 
@@ -251,7 +251,7 @@ def _layers_read(config: Any, count: int) -> list[int]:
 
 @contextmanager
 def _evaluating(tower: nn.Module) -> Iterator[None]:
-    """Features are those of evaluation mode: with dropout they would be no function of the picture."""
+    """Features are those of evaluation mode: with dropout they would be no function of the image."""
     training = tower.training
     tower.eval()
     try:

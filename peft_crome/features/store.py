@@ -64,7 +64,7 @@ class FeatureStore:
         if self._size + size > self.max_bytes:
             if not self._told:
                 logger.warning(
-                    "%s is full (%.2f GB): features of further pictures are computed each time.",
+                    "%s is full (%.2f GB): features of further images are computed each time.",
                     self.directory, self.max_bytes / 1e9,
                 )  # fmt: skip
             self._told = True

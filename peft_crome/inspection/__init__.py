@@ -1,9 +1,9 @@
-"""What an adapter holds and what it does on an input: singular values, gates, changes, as numbers and pictures."""
+"""What an adapter holds and what it does on an input: singular values, gates, changes, as numbers and images."""
 
 from .activity import BranchActivity, inspect_activity
 from .files import write_inspection
 from .look import BranchView, View, look
-from .places import PictureMap, map_pictures
+from .places import ImageMap, map_images
 from .weights import AdapterReport, BranchReport, MatrixReport, inspect_adapter
 
 __all__ = [
@@ -11,12 +11,12 @@ __all__ = [
     "BranchActivity",
     "BranchReport",
     "BranchView",
+    "ImageMap",
     "MatrixReport",
-    "PictureMap",
     "View",
     "inspect_activity",
     "inspect_adapter",
     "look",
-    "map_pictures",
+    "map_images",
     "write_inspection",
 ]

@@ -1,4 +1,4 @@
-"""Panels by matplotlib: singular values, heat maps over pictures, a bar for each token."""
+"""Panels by matplotlib: singular values, heat maps over images, a bar for each token."""
 
 from __future__ import annotations
 
@@ -70,18 +70,18 @@ def draw_singular_values(axes: Any, views: Sequence[View]) -> None:
     axes.legend(fontsize=7, frameon=False, ncols=len(views))
 
 
-def draw_picture(axes: Any, view: BranchView, number: int) -> None:
-    """One picture, as the tower saw it."""
-    picture = view.maps[number].picture
-    axes.imshow(np.asarray(picture))
-    axes.set(title=f"picture {number + 1}, as the tower reads it", xticks=[], yticks=[])
+def draw_image(axes: Any, view: BranchView, number: int) -> None:
+    """One image, as the tower saw it."""
+    image = view.maps[number].image
+    axes.imshow(np.asarray(image))
+    axes.set(title=f"image {number + 1}, as the tower reads it", xticks=[], yticks=[])
 
 
 def draw_map(axes: Any, view: BranchView, number: int, measure: Measure, top: float) -> None:
-    """A heat map over the picture in grey; each square is one token.
+    """A heat map over the image in grey; each square is one token.
 
     Args:
-        number: of the picture.
+        number: of the image.
         measure: what is drawn.
         top: where the colours end, so that maps can be compared.
     """
@@ -90,11 +90,11 @@ def draw_map(axes: Any, view: BranchView, number: int, measure: Measure, top: fl
     cells = chosen.values(values(view))
     rows, columns = cells.shape
     extent = (0, columns, rows, 0)
-    grey = np.asarray(ImageOps.grayscale(chosen.picture))
-    axes.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=extent, aspect=_aspect(chosen.picture, rows, columns))
+    grey = np.asarray(ImageOps.grayscale(chosen.image))
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=extent, aspect=_aspect(chosen.image, rows, columns))
     image = axes.imshow(
         cells, cmap=COLOURS, norm=Normalize(0, top or 1), alpha=0.68, interpolation="nearest", extent=extent,
-        aspect=_aspect(chosen.picture, rows, columns),
+        aspect=_aspect(chosen.image, rows, columns),
     )  # fmt: skip
     axes.set(title=f"{view.activity.branch}: {title}", xlabel=f"column of {columns} tokens", ylabel=f"row of {rows}")
     for axis in (axes.xaxis, axes.yaxis):
@@ -141,10 +141,9 @@ def rank_panel(views: Sequence[View]) -> Panel:
 
 
 def branch_panels(views: Sequence[View], view: View, shown: BranchView) -> list[Panel]:
-    """The pictures and heat maps of one branch of one of the views, or bars where its tokens are no cells."""
+    """The images and heat maps of one branch of one of the views, or bars where its tokens are no cells."""
     found: list[Panel] = [
-        (f"Picture {number + 1}", partial(draw_picture, view=shown, number=number))
-        for number in range(len(shown.maps))
+        (f"Image {number + 1}", partial(draw_image, view=shown, number=number)) for number in range(len(shown.maps))
     ]
     for measure in measures(view.report.gate_activation):
         top = scale(views, shown.activity.branch, measure)
@@ -154,7 +153,7 @@ def branch_panels(views: Sequence[View], view: View, shown: BranchView) -> list[
             found.append((f"Bars, one for each token. {what}", bars))
         for number in range(len(shown.maps)):
             heat = partial(draw_map, view=shown, number=number, measure=measure, top=top)
-            found.append((f"Heat map over picture {number + 1}. {what}", heat))
+            found.append((f"Heat map over image {number + 1}. {what}", heat))
     return found
 
 
@@ -177,7 +176,7 @@ def draw_figure(views: Sequence[View], path: Path) -> None:
     """All panels as one PNG: singular values above, then a row of panels for each adapter and kind.
 
     Args:
-        views: one adapter, or two with the same prompt and pictures.
+        views: one adapter, or two with the same prompt and images.
         path: the file to write.
     """
     rows: list[tuple[str, list[Panel]]] = [("", [rank_panel(views)])]
@@ -212,9 +211,9 @@ def _style(ink: str) -> dict[str, Any]:
     return quiet | dict.fromkeys(inked, ink)
 
 
-def _aspect(picture: Any, rows: int, columns: int) -> float:
-    """Height of a cell by its width, so that the grid has the picture's shape."""
-    return (picture.height / rows) / (picture.width / columns)
+def _aspect(image: Any, rows: int, columns: int) -> float:
+    """Height of a cell by its width, so that the grid has the image's shape."""
+    return (image.height / rows) / (image.width / columns)
 
 
 def _drawable(text: str) -> str:

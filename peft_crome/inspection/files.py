@@ -39,7 +39,7 @@ def write_inspection(views: Sequence[View], output: str | Path, *, overwrite: bo
     """Write one HTML page with everything in it, and one PNG figure of its panels.
 
     Args:
-        views: from `look`: one adapter, or two with the same prompt and pictures.
+        views: from `look`: one adapter, or two with the same prompt and images.
         output: name of both files; ".html" and ".png" are put behind it.
         overwrite: replace files of these names.
     Returns:
@@ -53,7 +53,7 @@ def write_inspection(views: Sequence[View], output: str | Path, *, overwrite: bo
         from .drawing import draw_figure
         from .page import write_html
     except ImportError as error:
-        raise ImportError(f"Pictures need {error.name!r}, which is not installed. Write: {EXTRA}") from error
+        raise ImportError(f"Images need {error.name!r}, which is not installed. Write: {EXTRA}") from error
 
     page, figure = output_files(output)
     with moved_into(page.absolute().parent) as temporary:

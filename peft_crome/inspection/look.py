@@ -1,4 +1,4 @@
-"""Everything that is shown of one adapter: its files, and what it does on a prompt with pictures."""
+"""Everything that is shown of one adapter: its files, and what it does on a prompt with images."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from transformers import (
 from transformers.image_utils import load_image
 from transformers.utils import cached_file
 
-from ..tuner.guard import from_pictures
+from ..tuner.guard import from_images
 from ..tuner.layer import crome_layers
 from ..utils.read_image import read_image
 from ..vlm import CromeVLMConfig, CromeVLMProcessor
 from .activity import BranchActivity, inspect_activity
-from .places import PictureMap, map_pictures, words
+from .places import ImageMap, map_images, words
 from .weights import AdapterReport, inspect_adapter
 
 
@@ -35,12 +35,12 @@ class BranchView:
 
     Attributes:
         activity: the numbers.
-        maps: pictures with the tokens over them; empty where the tokens are no cells of a picture.
+        maps: images with the tokens over them; empty where the tokens are no cells of an image.
         words: the tokens as text, each with its number among the activity's; None: what stands in a gap.
     """
 
     activity: BranchActivity
-    maps: list[PictureMap]
+    maps: list[ImageMap]
     words: list[tuple[str, int | None]]
 
 
@@ -53,21 +53,21 @@ class View:
         report: what its files say.
         branches: what it does on the input; None without a prompt.
         prompt: the question.
-        pictures: how many there were.
+        images: how many there were.
     """
 
     name: str
     report: AdapterReport
     branches: list[BranchView] | None = None
     prompt: str | None = None
-    pictures: int = 0
+    images: int = 0
 
 
 def look(
     adapter: str | Path,
     *,
     prompt: str | None = None,
-    pictures: Sequence[Image.Image | str] = (),
+    images: Sequence[Image.Image | str] = (),
     model: str | None = None,
     system: str | None = None,
     device: str | None = None,
@@ -77,37 +77,37 @@ def look(
     Args:
         adapter: a directory, or a Hub repository.
         prompt: what the user says; None: files alone, no backbone is loaded.
-        pictures: before the prompt, in their order; images, or their paths.
+        images: before the prompt, in their order; PIL images or paths.
         model: the backbone's directory or name; None: the adapter's own directory where it holds one (a stage's
             does), else the base model that the adapter names.
         system: a system message.
         device: where it runs; None: where the model's loading puts it.
     Raises:
         ValueError: the adapter cannot be read (see `inspect_adapter`), its backbone cannot be found, or there are
-            pictures and no branch that reads them.
+            images and no branch that reads them.
     """
     report = inspect_adapter(adapter)
     if prompt is None:
         return View(str(adapter), report)
     network, processor = load_with_backbone(report, model, device)
     layers = list(crome_layers(network))
-    sees = ({branch for _, layer in layers for branch in layer.branches} - {"text"}) | from_pictures(layers)
-    if pictures and not sees:
+    sees = ({branch for _, layer in layers for branch in layer.branches} - {"text"}) | from_images(layers)
+    if images and not sees:
         raise ValueError(
-            f"{adapter} has no branch that reads pictures, only {[b.branch for b in report.branches]}. Leave the "
-            "picture out, or give an adapter of a model that sees."
+            f"{adapter} has no branch that reads images, only {[b.branch for b in report.branches]}. Leave the "
+            "image out, or give an adapter of a model that sees."
         )
     # As the model's own processor reads them: a composite's by our rules, a host's by transformers'.
     read = read_image if isinstance(processor, CromeVLMProcessor) else load_image
-    opened = [read(picture) for picture in pictures]
+    opened = [read(image) for image in images]
     batch = encode(processor, network, prompt, opened, system)
     tokenizer = getattr(processor, "tokenizer", processor)
     base = network.get_base_model() if isinstance(network, PeftModel) else network
     branches = [
-        BranchView(activity, map_pictures(base, batch, activity, opened, processor), words(activity, tokenizer))
+        BranchView(activity, map_images(base, batch, activity, opened, processor), words(activity, tokenizer))
         for activity in inspect_activity(network, batch)
     ]
-    return View(str(adapter), report, branches, prompt, len(pictures))
+    return View(str(adapter), report, branches, prompt, len(images))
 
 
 def load_with_backbone(report: AdapterReport, model: str | None = None, device: str | None = None) -> tuple[Any, Any]:
@@ -138,26 +138,24 @@ def load_with_backbone(report: AdapterReport, model: str | None = None, device: 
 
 
 def encode(
-    processor: Any, model: Any, prompt: str, pictures: Sequence[Image.Image] = (), system: str | None = None
+    processor: Any, model: Any, prompt: str, images: Sequence[Image.Image] = (), system: str | None = None
 ) -> dict[str, Any]:
     """A prompt as the model's inputs, by the chat template where there is one.
 
     Args:
-        processor: a processor, or a tokenizer where there are no pictures.
+        processor: a processor, or a tokenizer where there are no images.
         model: for its device, and where its decoder starts.
         prompt: what the user says.
-        pictures: before the prompt.
+        images: before the prompt.
         system: a system message.
     Raises:
-        ValueError: there are pictures, and only a tokenizer to read them.
+        ValueError: there are images, and only a tokenizer to read them.
     """
-    if pictures and getattr(processor, "image_processor", None) is None:
-        raise ValueError(
-            f"{type(processor).__name__} reads no pictures. Leave --image out, or name a model that sees."
-        )
+    if images and getattr(processor, "image_processor", None) is None:
+        raise ValueError(f"{type(processor).__name__} reads no images. Leave --image out, or name a model that sees.")
     if getattr(processor, "chat_template", None):
         plain = getattr(processor, "image_processor", None) is None
-        content = [{"type": "image", "image": picture} for picture in pictures] + [{"type": "text", "text": prompt}]
+        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
         said: list[tuple[str, Any]] = [("user", prompt if plain else content)]
         if system is not None:
             said.insert(0, ("system", system if plain else [{"type": "text", "text": system}]))
@@ -166,9 +164,9 @@ def encode(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
     else:
-        marks = "".join(f"{processor.image_token}\n" for _ in pictures)
+        marks = "".join(f"{processor.image_token}\n" for _ in images)
         text = marks + (f"{system}\n" if system is not None else "") + prompt
-        batch = processor(text=text, return_tensors="pt", **({"images": list(pictures)} if pictures else {}))
+        batch = processor(text=text, return_tensors="pt", **({"images": list(images)} if images else {}))
     inputs = dict(batch.to(model.device))
     text_config = model.config.get_text_config()
     if model.config.is_encoder_decoder or text_config.is_encoder_decoder:

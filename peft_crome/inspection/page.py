@@ -19,8 +19,8 @@ from .tables import ACTIVITY_HEADINGS, MATRIX_HEADINGS, activity_rows, facts, ma
 from .weights import DEAD
 
 NO_GRID = (
-    "How this host lays the tokens of a picture out is not known to peft-crome, so they stand in the order in which "
-    "they come, and not over the picture."
+    "How this host lays the tokens of an image out is not known to peft-crome, so they stand in the order in which "
+    "they come, and not over the image."
 )
 
 
@@ -28,7 +28,7 @@ def write_html(views: Sequence[View]) -> str:
     """The page about one adapter, or about two side by side.
 
     Args:
-        views: from `look`; of two, both with the same prompt and pictures.
+        views: from `look`; of two, both with the same prompt and images.
     """
     shown = [view for view in views if view.branches is not None]
     return render(
@@ -36,7 +36,7 @@ def write_html(views: Sequence[View]) -> str:
         title="CROME adapter " + " and ".join(view.name for view in views),
         version=__version__,
         prompt=views[0].prompt,
-        pictures=views[0].pictures,
+        images=views[0].images,
         views=views,
         facts=facts(views),
         matrix_headings=MATRIX_HEADINGS,
@@ -47,7 +47,7 @@ def write_html(views: Sequence[View]) -> str:
         activity_headings=ACTIVITY_HEADINGS,
         shown=[_view(views, view) for view in shown],
         gradient=", ".join(to_hex(colormaps[COLOURS](step / 8)) for step in range(9)),
-        show=_picture,
+        show=_image,
     )
 
 
@@ -89,7 +89,7 @@ def _text(views: Sequence[View], view: View, shown: BranchView, which: int) -> d
     return {"label": f"{title}, {label}", "top": f"{top:.3g}", "tokens": tokens}
 
 
-def _picture(panel: Panel) -> Markup:
+def _image(panel: Panel) -> Markup:
     """A panel as an image for a light page and one for a dark page."""
     text, draw = panel
     light, dark = (

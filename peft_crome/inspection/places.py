@@ -1,4 +1,4 @@
-"""Where a branch's tokens belong: cells of a picture, or words of a prompt."""
+"""Where a branch's tokens belong: cells of an image, or words of a prompt."""
 
 from __future__ import annotations
 
@@ -25,39 +25,39 @@ WINDOWS = ("qwen2_5_vl",)  # of these, those whose merger reads window by window
 
 
 @dataclass(frozen=True, eq=False)
-class PictureMap:
-    """One picture, or the piece of it that the tower read, and which token belongs to which cell of its grid.
+class ImageMap:
+    """One image, or the piece of it that the tower read, and which token belongs to which cell of its grid.
 
     Attributes:
-        picture: as the tower saw it where that can be told, else as it was given.
+        image: as the tower saw it where that can be told, else as it was given.
         cells: (rows, columns), the number of the token among those of the branch's activity.
     """
 
-    picture: Image.Image
+    image: Image.Image
     cells: torch.Tensor
 
     def values(self, of_tokens: torch.Tensor) -> np.ndarray:
-        """Numbers of the activity's tokens, laid out as the picture: (rows, columns)."""
+        """Numbers of the activity's tokens, laid out as the image: (rows, columns)."""
         return of_tokens[self.cells].numpy()
 
 
-def map_pictures(
+def map_images(
     model: nn.Module,
     batch: dict[str, Any],
     activity: BranchActivity,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     processor: Any = None,
-) -> list[PictureMap]:
-    """Lay a branch's tokens over the pictures of a batch.
+) -> list[ImageMap]:
+    """Lay a branch's tokens over the images of a batch.
 
     Args:
         model: what `inspect_activity` ran.
         batch: what it ran on.
         activity: of the branch.
-        pictures: as they were given, in their order.
-        processor: the model's; with it, pictures are drawn as the tower saw them.
+        images: as they were given, in their order.
+        processor: the model's; with it, images are drawn as the tower saw them.
     Returns:
-        One for each picture or piece; empty where this host's tokens are not known to lie on a grid.
+        One for each image or piece; empty where this host's tokens are not known to lie on a grid.
     """
     if activity.token_ids is not None or AUDIO_INPUTS.fullmatch(activity.branch):
         return []
@@ -65,10 +65,10 @@ def map_pictures(
     count = sum(int(cells.numel()) for cells in grids)
     seen = _as_seen(batch.get("pixel_values"), processor)
     if len(seen) != len(grids):
-        seen = list(pictures)
+        seen = list(images)
     if not grids or len(seen) != len(grids) or count > len(activity.gate):
         return []
-    return [PictureMap(picture, cells) for picture, cells in zip(seen, grids, strict=True)]
+    return [ImageMap(image, cells) for image, cells in zip(seen, grids, strict=True)]
 
 
 def words(activity: BranchActivity, tokenizer: Any) -> list[tuple[str, int | None]]:
@@ -104,7 +104,7 @@ def printable(text: str) -> str:
 
 
 def _grids(model: Any, batch: dict[str, Any], activity: BranchActivity) -> list[torch.Tensor]:
-    """The token of each cell, (rows, columns) for each picture."""
+    """The token of each cell, (rows, columns) for each image."""
     config = model.config
     model_type, total = config.model_type, len(activity.gate)
     if model_type == "crome_vlm" and activity.site.endswith("vision_fusion"):
@@ -119,7 +119,7 @@ def _grids(model: Any, batch: dict[str, Any], activity: BranchActivity) -> list[
 
 
 def _rows(sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """Row by row, one picture after another."""
+    """Row by row, one image after another."""
     grids, start = [], 0
     for rows, columns in sizes:
         grids.append(torch.arange(start, start + rows * columns).view(rows, columns))
@@ -135,7 +135,7 @@ def _composite(model: Any, total: int) -> list[torch.Tensor]:
         return []
     prefix = each - rows * columns
     cells = torch.arange(rows * columns).view(rows, columns)
-    return [cells + picture * each + prefix for picture in range(total // each)]
+    return [cells + image * each + prefix for image in range(total // each)]
 
 
 def _merged(vision: Any, sizes: torch.Tensor, windows: bool, total: int) -> list[torch.Tensor]:
@@ -151,7 +151,7 @@ def _merged(vision: Any, sizes: torch.Tensor, windows: bool, total: int) -> list
 
 
 def _as_seen(pixels: Any, processor: Any) -> list[Image.Image]:
-    """The pictures that a tower read, from what the processor made of them; empty where that is no picture."""
+    """The images that a tower read, from what the processor made of them; empty where that is no image."""
     image_processor = getattr(processor, "image_processor", None)
     if image_processor is None or not isinstance(pixels, torch.Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
         return []

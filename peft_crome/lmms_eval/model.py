@@ -83,7 +83,7 @@ class AdaptedModel(lmms):
         asked = ChatMessages(messages=self._apply_system_prompt(messages, self.system_prompt))
         _, videos, sounds = asked.extract_media()
         if videos or sounds:
-            raise ValueError("The task asks with videos or sound; this model answers about pictures. Name another.")
+            raise ValueError("The task asks with videos or sound; this model answers about images. Name another.")
         return asked.to_hf_messages()
 
     def _answer(self, rows: list[list[dict[str, Any]]], settings: dict[str, Any]) -> list[GenerationResult]:

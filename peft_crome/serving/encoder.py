@@ -34,7 +34,7 @@ class ImageEncoder:
         self.host: Any = model.get_base_model()
         if not callable(getattr(self.host, "get_image_features", None)):
             raise ValueError(
-                f"{type(self.host).__name__} has no get_image_features, which turns pictures into embeddings."
+                f"{type(self.host).__name__} has no get_image_features, which turns images into embeddings."
             )
         if not self._sites():
             raise ValueError(f"The adapter on {type(self.host).__name__} has no branch beside its text.")
@@ -54,7 +54,7 @@ class ImageEncoder:
         taken = inspect.signature(self.host.get_image_features).parameters
         given = {key: value for key, value in inputs.items() if key in taken and value is not None}
         if not any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in given.values()):
-            raise ValueError(f"inputs have {sorted(inputs)}; expected pictures: processor(images=..., text=...).")
+            raise ValueError(f"inputs have {sorted(inputs)}; expected images: processor(images=..., text=...).")
         seen: list[CromeLayer] = []
         handles = [site.register_forward_hook(lambda site, *_: seen.append(site)) for site in self._sites()]
         try:

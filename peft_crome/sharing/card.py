@@ -58,10 +58,10 @@ def write_card(
     path = directory / PAGE
     card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData())
     _fill_in(card.data, config, details)
-    if details.picture is not None:
-        copy = directory / f"picture{details.picture.suffix.lower()}"
-        if not (copy.exists() and copy.samefile(details.picture)):
-            shutil.copyfile(details.picture, copy)
+    if details.image is not None:
+        copy = directory / f"example_image{details.image.suffix.lower()}"
+        if not (copy.exists() and copy.samefile(details.image)):
+            shutil.copyfile(details.image, copy)
     ours = card_text(directory, config, details, where, subfolder)
     part = f"{BEGIN.format(digest=_digest(ours))}\n{ours}\n{END}"
     found = PART.search(card.text)
@@ -141,7 +141,7 @@ def correct_upload(repo_id: str, operations: Iterable[Any]) -> list[Any]:
     for place, folder in folders.items():
         if not correct_card(folder, repo_id, str(place) if place.parts else None):
             continue
-        for file in (folder / PAGE, *folder.glob("picture.*")):
+        for file in (folder / PAGE, *folder.glob("example_image.*")):
             operation = CommitOperationAdd(path_in_repo=str(place / file.name), path_or_fileobj=str(file))
             if place / file.name in places:
                 operations[places[place / file.name]] = operation

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 from peft import PeftModel
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class CardDetails:
     task: str | None = None
     datasets: tuple[str, ...] = ()
     results: tuple[EvalResult, ...] = ()
-    picture: Path | None = None
+    image: Path | None = None
     license: str | None = None
     language: str | None = None
     record: dict[str, Any] | None = None
@@ -33,7 +33,7 @@ def describe_adapter(
     task: str | None = None,
     datasets: Sequence[str] = (),
     results: Sequence[EvalResult] = (),
-    picture: str | Path | None = None,
+    image: str | Path | None = None,
     license: str | None = None,
     language: str | None = None,
     record: dict[str, Any] | None = None,
@@ -45,11 +45,11 @@ def describe_adapter(
         task: a sentence or more of Markdown: what the adapter is for.
         datasets: Hub names of the data it was trained on; other words are put into the text alone.
         results: measured values; the Hub shows them beside the card.
-        picture: stored with the adapter and shown in the card.
+        image: stored with the adapter and shown in the card.
         license, language: as the Hub knows them: "apache-2.0", "en".
         record: what `peft_crome.training.train` or `read_record` returns, for the recipe.
     Raises:
-        ValueError, TypeError, FileNotFoundError: no such adapter or picture, or results of another type.
+        ValueError, TypeError, FileNotFoundError: no such adapter or image, or results of another type.
 
     Example:
         >>> describe_adapter(model, task="Reads gauges.", datasets=["user/gauges"])  # doctest: +SKIP
@@ -66,7 +66,7 @@ def describe_adapter(
             "'visual-question-answering', dataset_type='user/data', dataset_name='Data', metric_type='accuracy', "
             "metric_value=0.9)."
         )
-    path = Path(picture) if picture is not None else None
-    if path is not None and (not path.is_file() or path.suffix.lower() not in PICTURES):
-        raise FileNotFoundError(f"picture={str(path)!r} is no file with one of the endings {PICTURES}.")
+    path = Path(image) if image is not None else None
+    if path is not None and (not path.is_file() or path.suffix.lower() not in IMAGE_SUFFIXES):
+        raise FileNotFoundError(f"image={str(path)!r} is no file with one of the endings {IMAGE_SUFFIXES}.")
     config._card = CardDetails(task, tuple(datasets), tuple(results), path, license, language, record)

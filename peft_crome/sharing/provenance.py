@@ -111,7 +111,7 @@ def _commit(name: str) -> str | None:
 
 
 def _describe_tower(config: Any) -> dict[str, Any] | None:
-    """Of the vision tower: its architecture and the size of its pictures and patches, as far as they are fixed."""
+    """Of the vision tower: its architecture and the size of its images and patches, as far as they are fixed."""
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return None

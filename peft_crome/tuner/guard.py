@@ -116,7 +116,7 @@ def check(model: nn.Module, batch: dict[str, Any]) -> list[SiteReport]:
         weights.observer = None
         for module, training in modes:
             module.training = training
-    expected = expected_branches({branch for _, branch in acting(layers)}, batch, from_pictures(layers))
+    expected = expected_branches({branch for _, branch in acting(layers)}, batch, from_images(layers))
     verify(rows, expected, {branch for _, branch in training_pairs(weights, layers)})
     return rows
 
@@ -147,7 +147,7 @@ def verify(rows: Iterable[SiteReport], expected: set[str], training: set[str]) -
             )
 
 
-def from_pictures(layers: Iterable[tuple[str, CromeLayer]]) -> set[str]:
+def from_images(layers: Iterable[tuple[str, CromeLayer]]) -> set[str]:
     """The branches that read images whatever they are called: behind a Q-Former, the text branch does.
 
     Its sites are fusion sites, which are identities, and no table of tokens.
@@ -160,13 +160,13 @@ def from_pictures(layers: Iterable[tuple[str, CromeLayer]]) -> set[str]:
 
 
 def expected_branches(
-    branches: Iterable[str], arguments: dict[str, Any], from_pictures: set[str] | None = None
+    branches: Iterable[str], arguments: dict[str, Any], from_images: set[str] | None = None
 ) -> set[str]:
     """The branches that a forward call has input for: token ids, sound, or (for any other name) images."""
     given = {name for name, value in arguments.items() if _is_given(value)}
     expected = set()
     for branch in branches:
-        if branch == "text" and branch not in (from_pictures or ()):
+        if branch == "text" and branch not in (from_images or ()):
             names = TEXT_INPUTS if "inputs_embeds" not in given else None
         else:
             names = AUDIO_INPUTS if branch == "audio" else VISION_INPUTS
@@ -202,7 +202,7 @@ class Guard:
         self.weights = weights
         self.layers = list(crome_layers(model))
         self.copies = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        self.from_pictures = from_pictures(self.layers)
+        self.from_images = from_images(self.layers)
         # What runs inside a compiled part of a host cannot be watched.
         seen = [layer for path, layer in self.layers if COMPILED not in path.split(".")]
         self.unproven = {branch for layer in seen for branch in layer.branches}
@@ -263,7 +263,7 @@ class Guard:
         if not branches and not merged & self.unproven:
             return
         arguments = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
-        expected = expected_branches({*branches, *merged}, arguments, self.from_pictures)
+        expected = expected_branches({*branches, *merged}, arguments, self.from_images)
         if stopped := sorted(expected.intersection(merged)):
             raise RuntimeError(
                 f"The CROME branches {stopped} do not train: they are merged into the embedding table. Write "

@@ -207,7 +207,7 @@ def _clean(config: PreTrainedConfig, quantization_config: Quantization | None) -
 
 
 def processor_image_size(name: str, revision: str | None, loading: Loading) -> tuple[int, int] | None:
-    """What the tower's image processor makes of a picture; None: it has none, or keeps the picture's shape."""
+    """What the tower's image processor makes of an image; None: it has none, or keeps the image's shape."""
     try:
         processor = AutoImageProcessor.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
     except (OSError, ValueError):

@@ -7,13 +7,13 @@ from PIL import Image
 
 
 def fixed_image_size(image_processor: Any) -> tuple[int, int] | None:
-    """Height and width in pixels that an image processor makes of any picture; None where they vary."""
+    """Height and width in pixels that an image processor makes of any image; None where they vary."""
     shapes = {_output_size(image_processor, shape) for shape in ((96, 160), (160, 96))}
     return shapes.pop() if len(shapes) == 1 else None
 
 
 def with_image_size(image_processor: Any, height: int, width: int) -> Any:
-    """A copy of the image processor that makes height x width pixels of any picture.
+    """A copy of the image processor that makes height x width pixels of any image.
 
     Resizing and cropping keep their proportions where the processor does both (resize to 256, crop to 224).
 
@@ -70,6 +70,6 @@ def _refuse_timm(image_processor: Any) -> None:
 
 
 def _output_size(image_processor: Any, shape: tuple[int, int]) -> tuple[int, int]:
-    picture = Image.new("RGB", shape)  # PIL's and "pt": timm's processor takes nothing else
-    pixels = image_processor(picture, return_tensors="pt")["pixel_values"]
+    image = Image.new("RGB", shape)  # PIL's and "pt": timm's processor takes nothing else
+    pixels = image_processor(image, return_tensors="pt")["pixel_values"]
     return tuple(pixels.shape[-2:])

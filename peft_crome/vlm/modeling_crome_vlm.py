@@ -49,7 +49,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     `vision_tower` -> `image_projection` -> `vision_fusion` -> `language_model`, and with a Q-Former also
     `vision_tower` -> `qformer` -> `text_projection` -> `text_fusion` -> `language_model`. `model` is the same without
     the language model's head, as in transformers' own vision-language models. A tower or Q-Former without
-    trained parameters stays in evaluation mode under `train()`, so the tower's features are a function of the picture
+    trained parameters stays in evaluation mode under `train()`, so the tower's features are a function of the image
     and can be cached; the language model follows `train()`, since gradient checkpointing depends on it.
 
     Args:
@@ -129,7 +129,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         self._stored_keys: set[str] = set()  # backbone weights that differ from the named backbones'
         self._samples: Samples = {}  # of the weights as they were put together
         self.feature_cache: Any = None  # see `peft_crome.cache_features`
-        self.blank_picture = False  # see `embed_inputs`
+        self.blank_image = False  # see `embed_inputs`
         for part in given:
             for module in part.modules():
                 module._is_hf_initialized = True  # post_init must not draw the given weights anew
@@ -228,7 +228,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             (images, tokens, vision_width): the selected and pooled patches, or with a Q-Former, which reads all of
             them, every token of the tower; without a graph where the tower is frozen.
         Raises:
-            ValueError: the pictures are not of the size that the projection was built for.
+            ValueError: the images are not of the size that the projection was built for.
         """
         expected = self.config.image_height_width
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != expected:
@@ -340,7 +340,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     ) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor | None]:
         """Embed text and images into one sequence; each token's embedding is looked up once.
 
-        With `blank_picture`, a batch without images looks at one black image, whose embeddings go nowhere, so that
+        With `blank_image`, a batch without images looks at one black image, whose embeddings go nowhere, so that
         every process of a run with FSDP or ZeRO-3 calls the same modules.
 
         Args:
@@ -366,7 +366,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         inputs_embeds = self.get_input_embeddings()(valid_ids)
         if not num_images:
             check()
-            if self.blank_picture and torch.is_grad_enabled():
+            if self.blank_image and torch.is_grad_enabled():
                 blank = self._blank_features(inputs_embeds)
                 inputs_embeds = inputs_embeds.masked_scatter(torch.zeros_like(is_image).unsqueeze(-1), blank)
             return valid_ids, inputs_embeds, None
@@ -378,7 +378,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         return valid_ids, inputs_embeds.masked_scatter(mask, image_features), image_features
 
     def _blank_features(self, like: torch.Tensor) -> torch.Tensor:
-        """Embeddings of a black picture and an instruction of one token, (1, image_seq_length, hidden)."""
+        """Embeddings of a black image and an instruction of one token, (1, image_seq_length, hidden)."""
         pixel_values = like.new_zeros(1, 3, *self.config.image_height_width)
         word = torch.zeros(1, 1, dtype=torch.long, device=like.device)
         instruction = {"qformer_input_ids": word, "qformer_attention_mask": torch.ones_like(word)}

@@ -1,4 +1,4 @@
-"""Processor of the composite: text with `<image>` and pictures -> input_ids, attention_mask, pixel_values."""
+"""Processor of the composite: text with `<image>` and images -> input_ids, attention_mask, pixel_values."""
 
 import copy
 import os
@@ -172,21 +172,21 @@ class CromeVLMProcessor(ProcessorMixin):
         qformer_text: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Turn text and pictures into the model's inputs.
+        """Turn text and images into the model's inputs.
 
         Args:
-            images: one picture, a list in reading order over the batch, or per row a list, a picture or None
+            images: one image, a list in reading order over the batch, or per row a list, an image or None
                 (`[[a, b], [], None, c]`). An image is whatever `read_image` takes, which gives every form of one image
                 the same pixels: a path, an address, a data URI, base64, bytes, {"bytes", "path"} as `datasets` has
                 it, a PIL image, an array or a tensor. With do_rescale=False, arrays and tensors are taken as prepared.
-            text: one string or a list; each `<image>` stands for one picture.
+            text: one string or a list; each `<image>` stands for one image.
             qformer_text: the instruction of each row, for a Q-Former that reads it; None: what the user says, of a
                 text that `apply_chat_template` has returned, else the text without `<image>`.
             kwargs: of the tokenizer (`padding`, `return_tensors`, ...) and of the image processor.
         Returns:
-            input_ids and attention_mask, (batch, tokens), with image_seq_length placeholders per picture;
-            pixel_values, (images, channels, height, width), absent without pictures; with a Q-Former's tokenizer also
-            qformer_input_ids and qformer_attention_mask, (images, instruction tokens), a row per picture.
+            input_ids and attention_mask, (batch, tokens), with image_seq_length placeholders per image;
+            pixel_values, (images, channels, height, width), absent without images; with a Q-Former's tokenizer also
+            qformer_input_ids and qformer_attention_mask, (images, instruction tokens), a row per image.
         Raises:
             ValueError: an image cannot be read, a row's placeholders and images differ, truncation would cut an image,
                 or the instructions are not one per row.
@@ -216,7 +216,7 @@ class CromeVLMProcessor(ProcessorMixin):
         return [[read_image(image, channels) for image in row] for row in rows]
 
     def _instructions(self, texts: list[str], qformer_text: str | Sequence[str] | None) -> list[str]:
-        """The instruction of each picture's row, once per picture."""
+        """The instruction of each image's row, once per image."""
         if qformer_text is None:
             if any(not isinstance(sample, Prompt) and self._is_templated(sample) for sample in texts):
                 logger.warning_once(
@@ -263,7 +263,7 @@ class CromeVLMProcessor(ProcessorMixin):
         return " ".join(text.replace(self.image_token, " ").split())
 
     def _check_rows(self, rows: list[list[Any]], texts: list[str]) -> None:
-        """Compare placeholders with pictures, row by row where the pictures are given by row."""
+        """Compare placeholders with images, row by row where the images are given by row."""
         wanted = [sample.count(self.image_token) for sample in texts]
         given = [len(row) for row in rows]
         if len(rows) == 1 and len(texts) > 1:  # a flat list: only the sum can be compared
@@ -286,7 +286,7 @@ class CromeVLMProcessor(ProcessorMixin):
                 )
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """The placeholders that one picture takes in the prompt."""
+        """The placeholders that one image takes in the prompt."""
         return self.image_token * self.image_seq_length
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
@@ -308,7 +308,7 @@ class CromeVLMProcessor(ProcessorMixin):
     ) -> Any:
         """Render a conversation with the language model's own chat template, which sees plain strings.
 
-        A content that is a list of parts becomes one string, with `<image>` where a picture stands. A Q-Former reads
+        A content that is a list of parts becomes one string, with `<image>` where an image stands. A Q-Former reads
         what the user says, without the template's marks.
 
         Args:
@@ -355,7 +355,7 @@ class CromeVLMProcessor(ProcessorMixin):
         return prompts if is_batch else prompts[0]
 
     def _flatten(self, message: Mapping[str, Any], images: list[Any]) -> dict[str, str]:
-        """A message's content as one string; the pictures in it are appended to images."""
+        """A message's content as one string; the images in it are appended to images."""
         content = message.get("content")
         reorder = self.images_after_text and message.get("role") == "user"
         if content is None or (isinstance(content, str) and not reorder):
@@ -404,7 +404,7 @@ def _is_array(image: Any) -> bool:
 
 
 def _image_rows(images: Any) -> list[list[Any]]:
-    """Pictures by row; one row for a flat list."""
+    """Images by row; one row for a flat list."""
     if isinstance(images, str | bytes | Mapping | os.PathLike) or hasattr(images, "read"):
         return [[images]]
     if is_valid_image(images):

@@ -35,7 +35,7 @@ def prepare(trainer: Any) -> None:
             "(qformer_input_ids). Train it with SFTTrainer or DPOTrainer, or take a Q-Former that reads images alone: "
             "qformer_config=Blip2QFormerConfig(...)."
         )
-    if hasattr(trainer.data_collator, "processor"):  # reads pictures; its labels are the ids
+    if hasattr(trainer.data_collator, "processor"):  # reads images; its labels are the ids
         trainer.data_collator = WithoutImageLabels(trainer.data_collator, host.config.image_token_id)
 
 

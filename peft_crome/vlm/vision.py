@@ -115,7 +115,7 @@ def find_vision_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _why_no_features(tower: PreTrainedModel) -> str | None:
-    """Why a tower does not give the features of every patch of a picture; None: it does."""
+    """Why a tower does not give the features of every patch of an image; None: it does."""
     parameters = inspect.signature(tower.forward).parameters.values()
     needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if isinstance(tower, BackboneMixin):
@@ -123,7 +123,7 @@ def _why_no_features(tower: PreTrainedModel) -> str | None:
     if "noise" in _inputs(tower):
         return "may hide patches at random, for its own training (ViT-MAE: load the checkpoint with ViTModel)"
     if set(needed) > {"pixel_values"}:
-        return f"reads {needed}, so pictures are cut up before it; expected a tower that reads pixel_values alone"
+        return f"reads {needed}, so images are cut up before it; expected a tower that reads pixel_values alone"
     return None
 
 
@@ -210,7 +210,7 @@ def infer_layout(config: CromeVLMConfig) -> VisionLayout:
     for hierarchical towers; what is left over in front of them is the prefix.
 
     Raises:
-        ValueError: the tower cannot read pictures of this size, or its features cannot be laid out as a grid.
+        ValueError: the tower cannot read images of this size, or its features cannot be laid out as a grid.
     """
     height, width = config.image_height_width
     try:

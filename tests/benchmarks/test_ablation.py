@@ -81,8 +81,8 @@ def test_a_second_call_goes_on_in_the_dtype_of_the_records(tmp_path: Path) -> No
     ],
 )
 def test_variant_trains_what_it_says(name: str, trained: int, tmp_path: Path) -> None:
-    align = replace(quickstart.ALIGN, steps=2, pictures_per_step=2)
-    finetune = replace(quickstart.FINETUNE, steps=2, pictures_per_step=2)
+    align = replace(quickstart.ALIGN, steps=2, images_per_step=2)
+    finetune = replace(quickstart.FINETUNE, steps=2, images_per_step=2)
     variant = BY_NAME[name]
     record = ablation.run_one(variant, 0, torch.float32, align, finetune, {"what": 4, "yes/no": 4})
     assert record["dtype"] == "float32"

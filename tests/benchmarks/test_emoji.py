@@ -35,7 +35,7 @@ def test_rows_show_every_object_before_one_comes_again(stage: str) -> None:
     by_number = {thing.number: thing for thing in OBJECTS}
     for number, row in zip(shown, rows, strict=True):
         thing = by_number[number]
-        asked = "Describe the picture." if stage == "align" else QUESTION
+        asked = "Describe the image." if stage == "align" else QUESTION
         assert row["turns"] == [[asked, thing.kind]]
     assert rows == emoji_data.rows(train, 2 * len(train), 5, stage)
 
@@ -49,9 +49,9 @@ def test_questions_ask_for_the_kind() -> None:
 def test_drawings_lie_on_white_and_later_views_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "package" / "img" / "google" / "64"
     folder.mkdir(parents=True)
-    picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-    picture.paste((255, 0, 0, 255), (0, 0, 32, 48))
-    picture.save(folder / "0.png")
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    image.paste((255, 0, 0, 255), (0, 0, 32, 48))
+    image.save(folder / "0.png")
     monkeypatch.setattr(emoji_data, "fetch", lambda part: tmp_path)
     views = [emoji_data.drawing("google", OBJECTS[0], view) for view in range(VIEWS)]
     assert views[0].getpixel((63, 63)) == (255, 255, 255)

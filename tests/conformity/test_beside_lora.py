@@ -16,7 +16,7 @@ from tests.zoo.llava import llava
 
 SECOND = "ignore:You are trying to modify a model with PEFT for a second time:UserWarning"
 SHARED = "ignore:Already found a `peft_config` attribute:UserWarning"
-NAMES = {"crome": "pictures", "lora": "words"}
+NAMES = {"crome": "images", "lora": "words"}
 pytestmark = [pytest.mark.filterwarnings(SECOND), pytest.mark.filterwarnings(SHARED)]
 
 
@@ -57,7 +57,7 @@ def test_one_after_the_other_both_act_train_and_are_saved(order: tuple[str, str]
 
 def test_one_name_for_two_methods_is_refused_before_anything_is_lost() -> None:
     model = get_peft_model(llava().model, config("lora"))
-    with pytest.raises(ValueError, match=r"'default' is on this model already.*adapter_name='pictures'"):
+    with pytest.raises(ValueError, match=r"'default' is on this model already.*adapter_name='images'"):
         get_peft_model(model.get_base_model(), config("crome"))
     assert type(model.peft_config["default"]) is LoraConfig
 

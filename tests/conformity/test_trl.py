@@ -40,12 +40,12 @@ def model(folder: Path) -> PeftModel:
     return get_peft_model(host, CromeConfig(bottleneck_dim=8))
 
 
-def turn(role: str, text: str, picture: bool = False) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = [{"type": "image"}] if picture else []
+def turn(role: str, text: str, image: bool = False) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "image"}] if image else []
     return [{"role": role, "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def pictures(rows: int) -> list[list[Image.Image]]:
+def images(rows: int) -> list[list[Image.Image]]:
     return [[Image.new("RGB", (28, 28), ("red", "blue")[row % 2])] for row in range(rows)]
 
 
@@ -63,8 +63,8 @@ def test_dpo_learns_a_preference_with_the_frozen_model_as_reference(
 
     rows = Dataset.from_dict(
         {
-            "images": pictures(8),
-            "prompt": [turn("user", "what color is the shape?", picture=True) for _ in range(8)],
+            "images": images(8),
+            "prompt": [turn("user", "what color is the shape?", image=True) for _ in range(8)],
             "chosen": [turn("assistant", "red") for _ in range(8)],
             "rejected": [turn("assistant", "blue") for _ in range(8)],
         }
@@ -93,7 +93,7 @@ def test_grpo_samples_with_the_adapter_and_raises_the_reward(model: PeftModel, f
         return [sum(token % 2 for token in ids) / max(1, len(ids)) for ids in completion_ids]
 
     rows = Dataset.from_dict(
-        {"images": pictures(8), "prompt": [turn("user", "what color is the shape?", picture=True) for _ in range(8)]}
+        {"images": images(8), "prompt": [turn("user", "what color is the shape?", image=True) for _ in range(8)]}
     )
     before = copy.deepcopy(model.state_dict())
     arguments = GRPOConfig(
@@ -115,9 +115,9 @@ def test_sft_collator_does_not_show_a_qformer_the_answers() -> None:
 
     composite = with_qformer()
     composite.config.image_token_id = 95  # the first id that the tokenizer's words leave
-    messages = turn("user", "w1 w2", picture=True) + turn("assistant", "w9 w8")
+    messages = turn("user", "w1 w2", image=True) + turn("assistant", "w9 w8")
     batch = DataCollatorForVisionLanguageModeling(qformer_processor(composite))(
-        [{"images": pictures(1)[0], "messages": messages}]
+        [{"images": images(1)[0], "messages": messages}]
     )
     assert batch["qformer_input_ids"].tolist() == [[6, 7]]  # w1 w2
     assert 14 in batch["input_ids"]  # w9
@@ -147,16 +147,16 @@ def composite(kind: str = "plain", language: str = "llama") -> CromeVLMForCondit
 def processor_of(model: CromeVLMForConditionalGeneration) -> CromeVLMProcessor:
     if model.qformer is not None and model.qformer.reads_instructions:
         return qformer_processor(model)
-    pictures_processor = CLIPImageProcessor(size={"shortest_edge": 30}, crop_size=30)
+    images_processor = CLIPImageProcessor(size={"shortest_edge": 30}, crop_size=30)
     tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
-    return CromeVLMProcessor.from_backbones(pictures_processor, tokenizer, config=model.config)
+    return CromeVLMProcessor.from_backbones(images_processor, tokenizer, config=model.config)
 
 
 def rows_of(form: str, count: int = 4) -> Dataset:
-    asked = [turn("user", "w1 w2", picture=True) for _ in range(count)]
+    asked = [turn("user", "w1 w2", image=True) for _ in range(count)]
     if form == "messages":
         return Dataset.from_dict(
-            {"images": pictures(count), "messages": [prompt + turn("assistant", "w3 w4") for prompt in asked]}
+            {"images": images(count), "messages": [prompt + turn("assistant", "w3 w4") for prompt in asked]}
         )
     columns = {
         "prompt": {},
@@ -166,7 +166,7 @@ def rows_of(form: str, count: int = 4) -> Dataset:
             "rejected": [turn("assistant", "w5") for _ in range(count)],
         },
     }[form]
-    return Dataset.from_dict({"images": pictures(count), "prompt": asked, **columns})
+    return Dataset.from_dict({"images": images(count), "prompt": asked, **columns})
 
 
 def sft(model: Any, processor: Any, folder: Path, form: str = "messages", **arguments: Any) -> Any:

@@ -17,14 +17,14 @@ from tests.vlm.tiny import CHAT_TEMPLATE
 def row(*turns: tuple[str, str], images: list[str] | None = None, name: str = "r") -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
     for number, (question, answer) in enumerate(turns):
-        pictures = [{"type": "image"}] * (len(images or []) if number == 0 else 0)
-        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
+        parts = [{"type": "image"}] * (len(images or []) if number == 0 else 0)
+        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return {"id": name, "images": images or [], "messages": messages}
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
+def image_file(tmp_path: Path) -> str:
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     return str(tmp_path / "a.png")
 
@@ -35,10 +35,10 @@ def learnt(batch: dict[str, torch.Tensor], tokenizer: Any, number: int = 0) -> s
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATES["plain"], CHAT_TEMPLATES["vicuna"]])
-def test_answers_alone_are_learnt(template: str, processor: Any, picture: str) -> None:
+def test_answers_alone_are_learnt(template: str, processor: Any, image_file: str) -> None:
     # The tokenizer here splits at spaces alone.
     processor.chat_template = template.replace("{{ eos_token or '' }}", " {{ eos_token or '' }} ")
-    rows = [row(("w1 w2", "w3"), ("w4", "w5 w6"), images=[picture]), row(("w7", "w8"), name="text")]
+    rows = [row(("w1 w2", "w3"), ("w4", "w5 w6"), images=[image_file]), row(("w7", "w8"), name="text")]
     batch = ConversationCollator(processor)(rows)
     end = "</s>" if template is not CHAT_TEMPLATE else ""
     said = [learnt(batch, processor.tokenizer, number).split() for number in (0, 1)]
@@ -200,7 +200,7 @@ def test_rows_in_which_nothing_is_learnt_are_refused(processor: Any) -> None:
         ConversationCollator(processor).encode({"id": "q", "images": [], "messages": [question]})
 
 
-def test_prompt_is_the_one_of_generation(processor: Any, picture: str) -> None:
+def test_prompt_is_the_one_of_generation(processor: Any, image_file: str) -> None:
     """What precedes the answer in training is what apply_chat_template gives for answering."""
     from tokenizers.processors import TemplateProcessing
 
@@ -208,18 +208,18 @@ def test_prompt_is_the_one_of_generation(processor: Any, picture: str) -> None:
     processor.tokenizer._tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    one = row(("w1 w2", "w3"), images=[picture])
+    one = row(("w1 w2", "w3"), images=[image_file])
     ids = ConversationCollator(processor).encode(one)["input_ids"]
     asked = processor.apply_chat_template(
         [one["messages"][:1]], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        processor_kwargs={"images": [[Image.open(picture)]]},
+        processor_kwargs={"images": [[Image.open(image_file)]]},
     )["input_ids"][0].tolist()  # fmt: skip
     assert ids[: len(asked)] == asked
 
 
-def test_encoder_decoder_learns_the_last_answer(processor: Any, picture: str) -> None:
+def test_encoder_decoder_learns_the_last_answer(processor: Any, image_file: str) -> None:
     processor.chat_template = CHAT_TEMPLATES["t5"].replace("{{ eos_token", " {{ eos_token")
-    rows = list(split_turns([row(("w1", "w2"), ("w3", "w4 w5"), images=[picture])]))
+    rows = list(split_turns([row(("w1", "w2"), ("w3", "w4 w5"), images=[image_file])]))
     assert [len(part["messages"]) for part in rows] == [2, 4]
     collator = ConversationCollator(processor, is_encoder_decoder=True, max_target_length=2)
     batch = collator(rows)
@@ -230,8 +230,8 @@ def test_encoder_decoder_learns_the_last_answer(processor: Any, picture: str) ->
         collator.encode(row(("w1", "w2 w3 w4"), name="long"))
 
 
-def test_long_rows_are_cut_or_refused(processor: Any, picture: str) -> None:
-    one = row(("w1", "w2"), ("w3", "w4"), images=[picture])
+def test_long_rows_are_cut_or_refused(processor: Any, image_file: str) -> None:
+    one = row(("w1", "w2"), ("w3", "w4"), images=[image_file])
     whole = ConversationCollator(processor).encode(one)["input_ids"]
     cut = ConversationCollator(processor, max_length=len(whole) - 2).encode(one)
     assert cut["input_ids"] == whole[:-2]
@@ -239,8 +239,8 @@ def test_long_rows_are_cut_or_refused(processor: Any, picture: str) -> None:
         ConversationCollator(processor, max_length=8).encode(one)
 
 
-def test_rows_longer_than_the_language_model_takes_are_refused(processor: Any, picture: str) -> None:
-    one = row(("w1", "w2"), ("w3", "w4"), images=[picture])
+def test_rows_longer_than_the_language_model_takes_are_refused(processor: Any, image_file: str) -> None:
+    one = row(("w1", "w2"), ("w3", "w4"), images=[image_file])
     length = ConversationCollator(processor).encode(one)["length"]
     assert ConversationCollator(processor, max_positions=length).encode(one)["length"] == length
     message = rf"Row 'r': {length} tokens, 9 of them image tokens, and the language model takes {length - 1}. "
@@ -267,15 +267,15 @@ def test_limits_of_language_models(config: Any, encoder: int | None, decoder: in
     assert (limits["max_positions"], limits["max_target_length"]) == (encoder, decoder)
 
 
-def test_image_tokens_of_the_text_itself_are_refused(processor: Any, picture: str) -> None:
-    """Else the model would look for the features of pictures that are not there, in the middle of a run."""
-    sly = row((f"w1 {processor.image_token} w2", "w3"), images=[picture])
+def test_image_tokens_of_the_text_itself_are_refused(processor: Any, image_file: str) -> None:
+    """Else the model would look for the features of images that are not there, in the middle of a run."""
+    sly = row((f"w1 {processor.image_token} w2", "w3"), images=[image_file])
     with pytest.raises(RowError, match=r"Row 'r': 18 image tokens for 1 images of 9. Take .* out of the text"):
         ConversationCollator(processor).encode(sly)
 
 
-def test_unreadable_pictures_name_the_row(processor: Any, tmp_path: Path) -> None:
-    (tmp_path / "text.jpg").write_text("no picture")
+def test_unreadable_images_name_the_row(processor: Any, tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("no image")
     for path in (tmp_path / "text.jpg", tmp_path / "missing.png"):
         with pytest.raises(ValueError, match=r"Row 'bad': cannot read the image .*\. Replace the file or drop"):
             ConversationCollator(processor)([row(("w1", "w2"), images=[str(path)], name="bad")])

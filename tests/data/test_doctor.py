@@ -44,7 +44,7 @@ def path(tmp_path: Path) -> Path:
     (root / "sub").mkdir(parents=True)
     Image.new("RGB", (40, 30)).save(root / "a.png")
     Image.new("RGB", (300, 20)).save(root / "sub" / "b.jpg")
-    (root / "text.jpg").write_text("no picture")
+    (root / "text.jpg").write_text("no image")
     rows = [{"id": name, **row} for name, row in SOUND.items()]
     rows += [{"id": name, **row} for name, (_, row) in FAULTY.items()]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -113,8 +113,8 @@ def test_copy_keeps_what_utf8_cannot_hold(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "b.jsonl").read_text()) == row
 
 
-def test_copy_leaves_out_pictures_of_turns_that_it_leaves_out(tmp_path: Path) -> None:
-    """By LAMM's rule they would come before another question; rows' own pictures and turns' are counted apart."""
+def test_copy_leaves_out_images_of_turns_that_it_leaves_out(tmp_path: Path) -> None:
+    """By LAMM's rule they would come before another question; rows' own images and turns' are counted apart."""
     (tmp_path / "a.png").touch()
     own = {"role": "user", "content": [{"type": "image", "image": "a.png"}]}
     user, answer = {"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a", "from": None}

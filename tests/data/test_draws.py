@@ -120,8 +120,8 @@ def test_crops_depend_on_what_draws_them_alone() -> None:
     assert len(set(sizes)) > 10
 
 
-def test_lengths_need_no_picture(tmp_path: Path) -> None:
-    """Pictures are named that are not there; twelve characters are three tokens, an image has nine."""
+def test_lengths_need_no_image(tmp_path: Path) -> None:
+    """Images are named that are not there; twelve characters are three tokens, an image has nine."""
 
     def turns(*texts: str) -> list[dict[str, str]]:
         return [

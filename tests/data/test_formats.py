@@ -71,7 +71,7 @@ def test_messages_as_trl_and_chat_templates_have_them(tmp_path: Path) -> None:
         assert row["messages"] == [user, {"role": "assistant", "content": [text("red")]}]
 
 
-def test_pictures_of_turns_and_of_the_row_stand_where_they_are_shown(tmp_path: Path) -> None:
+def test_images_of_turns_and_of_the_row_stand_where_they_are_shown(tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "red"}
     own = {"role": "user", "content": [{"type": "image", "image": "own.png"}, text("What?")]}
     bare = {"role": "user", "content": [IMAGE, text("And this <image>?")]}
@@ -119,7 +119,7 @@ def test_nulls_of_a_table_that_holds_two_forms(tmp_path: Path) -> None:
     assert read["messages"][0]["content"] == [IMAGE, text("q")]
 
 
-def test_pictures_as_plain_bytes(tmp_path: Path) -> None:
+def test_images_as_plain_bytes(tmp_path: Path) -> None:
     table = {"q": ["What?"] * 2, "a": ["red"] * 2, "image": [b"png", b"jpg"], "two": [[b"a", b"b"]] * 2}
     pa.parquet.write_table(pa.table(table), tmp_path / "rows.parquet")
     columns = {"question": "q", "answer": "a", "image": "image"}
@@ -134,10 +134,10 @@ def test_tables_with_named_columns(tmp_path: Path) -> None:
     table = {
         "q": ["What?", "How many?"],
         "people": [["red", "blue", "red"], ["2", "3", "3"]],
-        "picture": [{"bytes": b"png", "path": None}, {"bytes": b"jpg", "path": "x.jpg"}],
+        "image": [{"bytes": b"png", "path": None}, {"bytes": b"jpg", "path": "x.jpg"}],
     }
     pa.parquet.write_table(pa.table(table), tmp_path / "rows.parquet")
-    columns = {"question": "q", "answer": "people", "image": "picture"}
+    columns = {"question": "q", "answer": "people", "image": "image"}
     read = list(read_rows(tmp_path / "rows.parquet", columns=columns))
     assert [row["messages"][1]["content"][0]["text"] for row in read] == ["red", "3"]
     assert read[0]["messages"][0]["content"] == [IMAGE, text("What?")]
@@ -251,9 +251,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "object.json").write_text('{\n"rows": []\n}')
     with pytest.raises(ValueError, match="holds one object; expected a list of rows"):
         list(read_rows(tmp_path / "object.json"))
-    (tmp_path / "picture.json").write_bytes(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"picture.json begins with .*; expected a JSON list"):
-        list(read_rows(tmp_path / "picture.json"))
+    (tmp_path / "image.json").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"image.json begins with .*; expected a JSON list"):
+        list(read_rows(tmp_path / "image.json"))
     (tmp_path / "latin.jsonl").write_bytes('{"id": "é"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"row '0': line 1 is not JSON .*utf-8"):
         list(read_rows(tmp_path / "latin.jsonl"))

@@ -1,4 +1,4 @@
-"""Pictures as people have them, sound and damaged."""
+"""Images as people have them, sound and damaged."""
 
 import io
 import struct
@@ -34,7 +34,7 @@ def test_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
-def test_dark_pictures_of_sixteen_bits_stay_dark(mode: str, tmp_path: Path) -> None:
+def test_dark_images_of_sixteen_bits_stay_dark(mode: str, tmp_path: Path) -> None:
     """Their highest shade says nothing about how many bits they have."""
     shades = np.full((4, 4), 200, dtype="<u2" if mode == "I;16" else ">u2")
     dark = Image.frombytes(mode, (4, 4), shades.tobytes())
@@ -52,7 +52,7 @@ def test_animations_give_their_first_frame_and_cameras_their_turn(tmp_path: Path
     assert open_image(save(Image.new("RGB", (30, 60)), tmp_path / "turned.jpg", exif=exif), "x").size == (60, 30)
 
 
-def test_pictures_in_memory(tmp_path: Path) -> None:
+def test_images_in_memory(tmp_path: Path) -> None:
     stored = io.BytesIO()
     Image.new("L", (3, 2), 7).save(stored, "PNG")
     assert open_image({"bytes": stored.getvalue(), "path": None}, "x").getpixel((0, 0)) == (7, 7, 7)
@@ -82,8 +82,8 @@ def floats() -> bytes:
     return stored.getvalue()
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", bomb(), truncated(), floats()])
-def test_damaged_pictures_name_the_row(data: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", [b"", b"no image", bomb(), truncated(), floats()])
+def test_damaged_images_name_the_row(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(data)
     for image in (str(tmp_path / "bad.jpg"), {"bytes": data, "path": "bad.jpg"}):
         with pytest.raises(ValueError, match=r"^Row 'r': cannot read the image .*bad.jpg \(.+\). Replace the file or"):
@@ -99,7 +99,7 @@ def test_damaged_pictures_name_the_row(data: bytes, tmp_path: Path) -> None:
 )
 @settings(max_examples=150, deadline=None)
 @pytest.mark.filterwarnings("default")  # Pillow's about damaged files
-def test_whatever_is_damaged_is_a_picture_or_names_the_row(kind: str, place: float, change: bytes) -> None:
+def test_whatever_is_damaged_is_an_image_or_names_the_row(kind: str, place: float, change: bytes) -> None:
     stored = io.BytesIO()
     Image.new("RGB", (20, 10), "red").save(stored, kind)
     data = stored.getvalue()

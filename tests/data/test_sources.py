@@ -101,18 +101,18 @@ def test_error_is_the_rows_own(path: Path) -> None:
 
 @pytest.fixture
 def table(tmp_path: Path) -> Dataset:
-    """Pictures in the table itself, labels as numbers."""
+    """Images in the table itself, labels as numbers."""
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["zero", "one"]),
          "question": datasets.Value("string")}
     )  # fmt: skip
-    pictures = [Image.new("L", (4, 4), 100 * number) for number in range(3)]
-    values = {"image": pictures, "label": [0, 1, 1], "question": ["Which digit?"] * 3}
+    images = [Image.new("L", (4, 4), 100 * number) for number in range(3)]
+    values = {"image": images, "label": [0, 1, 1], "question": ["Which digit?"] * 3}
     return Dataset.from_dict(values, features=features)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_folder_of_datasets_with_pictures_in_it(streaming: bool, table: Dataset, tmp_path: Path) -> None:
+def test_folder_of_datasets_with_images_in_it(streaming: bool, table: Dataset, tmp_path: Path) -> None:
     datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(tmp_path / "saved")
     columns = {"image": "image", "answer": "label", "question": "question"}
     rows = list(load_rows(tmp_path / "saved", columns=columns, streaming=streaming))
@@ -151,7 +151,7 @@ def test_name_that_leads_nowhere(tmp_path: Path) -> None:
         load_rows("nobody/nothing")
 
 
-def test_pictures_in_a_table_are_not_looked_for(table: Dataset, tmp_path: Path) -> None:
+def test_images_in_a_table_are_not_looked_for(table: Dataset, tmp_path: Path) -> None:
     table.save_to_disk(tmp_path / "saved")
     columns = {"image": "image", "answer": "label", "question": "question"}
     stored = load_rows(tmp_path / "saved", columns=columns)
@@ -164,7 +164,7 @@ def test_pictures_in_a_table_are_not_looked_for(table: Dataset, tmp_path: Path) 
         check_images(mixed)
 
 
-def test_missing_pictures_are_counted(path: Path) -> None:
+def test_missing_images_are_counted(path: Path) -> None:
     Image.new("L", (2, 2)).save(path.parent / "0.png")
     for rows in (list(read_rows(path)), load_rows(path)):
         with pytest.raises(ValueError, match=r"Row '1': the image .*1.png is missing \(4 such files in all\)"):
@@ -181,7 +181,7 @@ def test_table_whose_rows_are_all_dropped_is_named(tmp_path: Path) -> None:
 def test_image_folder_of_a_table_is_the_one_of_where_it_is_read(
     images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that were kept for another working directory would show its pictures."""
+    """Rows that were kept for another working directory would show its images."""
     Dataset.from_dict({"q": ["What?"], "a": ["red"], "image": ["a.png"]}).save_to_disk(tmp_path / "saved")
     columns = {"question": "q", "answer": "a", "image": "image"}
     for name in ("one", "two"):
@@ -192,7 +192,7 @@ def test_image_folder_of_a_table_is_the_one_of_where_it_is_read(
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_folder_of_pictures(streaming: bool, tmp_path: Path) -> None:
+def test_folder_of_images(streaming: bool, tmp_path: Path) -> None:
     """`datasets` makes absolute paths of them, and follows links; others' absolute paths are refused."""
     (tmp_path / "flags" / "train").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "flags")

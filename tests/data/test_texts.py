@@ -71,8 +71,8 @@ def as_row(form: str, messages: list[dict[str, Any]], images: list[str]) -> dict
     return {"images": images, "messages": messages}
 
 
-def ids_of_inference(byte_processor: Any, messages: list[dict[str, Any]], picture: Any, images: int) -> list[int]:
-    given = {"images": [[picture] * images]} if images else {}
+def ids_of_inference(byte_processor: Any, messages: list[dict[str, Any]], image: Any, images: int) -> list[int]:
+    given = {"images": [[image] * images]} if images else {}
     batch = byte_processor.apply_chat_template(
         [messages], tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=given
     )
@@ -91,18 +91,16 @@ def test_training_reads_the_text_of_inference(
     form: str, parts: bool, template: str, data: Any, byte_processor: Any, tmp_path: Path
 ) -> None:
     byte_processor.chat_template = TEMPLATES[template]
-    picture = tmp_path / "a.png"
-    if not picture.exists():
-        Image.new("RGB", (30, 30)).save(picture)
+    image = tmp_path / "a.png"
+    if not image.exists():
+        Image.new("RGB", (30, 30)).save(image)
     messages, images = data.draw(conversations(parts))
-    (tmp_path / "rows.json").write_text(json.dumps([as_row(form, messages, [str(picture)] * images)]))
+    (tmp_path / "rows.json").write_text(json.dumps([as_row(form, messages, [str(image)] * images)]))
     [row] = read_rows(tmp_path / "rows.json")
-    expected = ids_of_inference(byte_processor, messages, str(picture), images)
+    expected = ids_of_inference(byte_processor, messages, str(image), images)
     assert ConversationCollator(byte_processor).encode(row)["input_ids"] == expected
     assert byte_processor.instruction(row["messages"]) == byte_processor.instruction(messages)
-    assert ids_of_inference(byte_processor, row["messages"], str(picture), images) == expected, (
-        "rows are conversations"
-    )
+    assert ids_of_inference(byte_processor, row["messages"], str(image), images) == expected, "rows are conversations"
 
 
 @given(question=PIECE, answer=PIECE, images=st.integers(0, 2))

@@ -285,7 +285,7 @@ def test_smollm2_tokenizer_has_chat_template_and_splits_digits():
 
 
 @pytest.mark.slow
-def test_dinov2_loads_strictly_and_tells_pictures_apart():
+def test_dinov2_loads_strictly_and_tells_images_apart():
     torch = importlib.import_module("torch")
     transformers = importlib.import_module("transformers")
     image_module = importlib.import_module("PIL.Image")
@@ -293,8 +293,8 @@ def test_dinov2_loads_strictly_and_tells_pictures_apart():
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not loading[kind]
     processor = transformers.AutoImageProcessor.from_pretrained(parts.dinov2_small())
-    pictures = [image_module.open(parts.easy_vqa_dir() / "test" / "images" / f"{i}.png") for i in (0, 1, 0)]
-    pixel_values = processor(pictures, return_tensors="pt").pixel_values
+    images = [image_module.open(parts.easy_vqa_dir() / "test" / "images" / f"{i}.png") for i in (0, 1, 0)]
+    pixel_values = processor(images, return_tensors="pt").pixel_values
     assert pixel_values.shape == (3, 3, 112, 112)
     with torch.inference_mode():
         first, second, again = model.eval()(pixel_values).last_hidden_state
@@ -308,9 +308,9 @@ def test_easy_vqa_holds_the_announced_counts():
     data = parts.easy_vqa_dir()
     answers = set((data / "answers.txt").read_text().split())
     assert len(answers) == 13
-    for split, picture_count, question_count in (("train", 4_000, 38_575), ("test", 1_000, 9_673)):
+    for split, image_count, question_count in (("train", 4_000, 38_575), ("test", 1_000, 9_673)):
         questions = json.loads((data / split / "questions.json").read_text())
         assert len(questions) == question_count
         assert {answer for _, answer, _ in questions} == answers
-        pictures = {int(path.stem) for path in (data / split / "images").glob("*.png")}
-        assert pictures == {image_id for _, _, image_id in questions} == set(range(picture_count))
+        images = {int(path.stem) for path in (data / split / "images").glob("*.png")}
+        assert images == {image_id for _, _, image_id in questions} == set(range(image_count))

@@ -71,7 +71,7 @@ def test_paired_questions_are_not_told_by_their_wording(draw, wordings):
         assert counts[f"{wording}, shown"] == counts[f"{wording}, not shown"] > 100
     assert 0.8 < groups.count(None) / len(rows) <= 1  # one "what" question, where there is one
     any_draw = data.question_rows(train, 500, 0, 4)
-    assert sum(len(row["turns"]) for row in any_draw) > 1900  # a few pictures have fewer than four
+    assert sum(len(row["turns"]) for row in any_draw) > 1900  # a few images have fewer than four
 
 
 @pytest.mark.slow
@@ -131,8 +131,8 @@ def test_labels_cover_answers_and_their_ends_only():
 
 @pytest.mark.slow
 def test_quickstart_runs_draws_and_continues_after_an_interruption(tmp_path, monkeypatch, capsys):
-    align = replace(quickstart.ALIGN, steps=6, pictures_per_step=4)
-    finetune = replace(quickstart.FINETUNE, steps=6, pictures_per_step=2)
+    align = replace(quickstart.ALIGN, steps=6, images_per_step=4)
+    finetune = replace(quickstart.FINETUNE, steps=6, images_per_step=2)
     monkeypatch.setattr(training, "SAVE_STEPS", 3)
 
     settings = {"large": SMALL, "small": SMALL, "tiny": SMALL, "text": "It is a truth universally acknowledged. " * 40}
@@ -164,8 +164,8 @@ def test_quickstart_runs_draws_and_continues_after_an_interruption(tmp_path, mon
     printed = capsys.readouterr().out
     assert "of 60 answers equal" in printed
     assert printed.count(f"{kept['text_loss']['base']:.6f}") == 2
-    for picture in ("contact_sheet.png", "learning_curves.png"):
-        assert (tmp_path / picture).stat().st_size > 10_000
+    for image in ("contact_sheet.png", "learning_curves.png"):
+        assert (tmp_path / image).stat().st_size > 10_000
 
     monkeypatch.setattr(Trainer, "train", lambda *args, **kwargs: pytest.fail("a finished stage was trained again"))
     again = quickstart.run(tmp_path, align, finetune, **settings)

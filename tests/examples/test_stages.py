@@ -16,13 +16,13 @@ ANSWER = """
 import sys
 from PIL import Image
 from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
-directory, picture = sys.argv[1:]
+directory, image = sys.argv[1:]
 model = CromeVLMForConditionalGeneration.from_pretrained(directory)
 processor = CromeVLMProcessor.from_pretrained(directory)
 question = {"type": "text", "text": "what shape is in the image?"}
 messages = [
-    {"role": "system", "content": "You answer questions about pictures."},
-    {"role": "user", "content": [{"type": "image", "image": Image.open(picture)}, question]},
+    {"role": "system", "content": "You answer questions about images."},
+    {"role": "user", "content": [{"type": "image", "image": Image.open(image)}, question]},
 ]
 inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -56,8 +56,8 @@ def test_each_stage_improves_what_it_is_for(tmp_path, monkeypatch):
     shutil.move(tmp_path / "finetune", copied)
     shutil.rmtree(tmp_path / "pretrain")
     shutil.rmtree(tmp_path / "instruct")
-    picture = stages.easy_vqa_dir() / "test" / "images" / "0.png"
+    image = stages.easy_vqa_dir() / "test" / "images" / "0.png"
     said = subprocess.run(
-        [sys.executable, "-c", ANSWER, str(copied), str(picture)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", ANSWER, str(copied), str(image)], capture_output=True, text=True, check=True
     ).stdout.strip()
     assert said in stages.data.SHAPES

@@ -20,8 +20,8 @@ def test_no_image_is_on_both_sides():
 @pytest.mark.slow
 def test_a_trial_trains_on_the_rest_and_writes_its_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "QUESTIONS", {"what": 2, "yes/no": 4})
-    align = replace(trial.ALIGN, steps=2, pictures_per_step=2)
-    tune = replace(trial.FINETUNE, steps=2, pictures_per_step=2, draws=(("affirmative", 1), ("any", 1)))
+    align = replace(trial.ALIGN, steps=2, images_per_step=2)
+    tune = replace(trial.FINETUNE, steps=2, images_per_step=2, draws=(("affirmative", 1), ("any", 1)))
     train, _ = trial.split(data.load_questions("train"))
     assert all(row["image_id"] % trial.VALIDATION for row in easy_vqa_rows(tune, 0, train))
     file = tmp_path / "results" / "crome.json"

@@ -1,4 +1,4 @@
-"""A tiny random LLaVA with a complete processor, and questions about pictures in easy-VQA's layout; both on disk."""
+"""A tiny random LLaVA with a complete processor, and questions about images in easy-VQA's layout; both on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLORS, SHAPES = ("teal", "red", "blue", "black"), ("circle", "rectangle")
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 IMAGE_SIZE, PATCH_SIZE, WIDTH, LAYERS = 28, 7, 32, 2
 
-# As LLaVA-1.5's: a role, pictures first, text with a space after it, and no end of turn.
+# As LLaVA-1.5's: a role, images first, text with a space after it, and no end of turn.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
@@ -85,9 +85,9 @@ def save_questions(folder: Path) -> None:
     (folder / "images").mkdir(parents=True)
     questions = []
     for image_id, (color, shape) in enumerate((color, shape) for color in COLORS for shape in SHAPES):
-        picture = Image.new("RGB", (64, 64), "white")
-        paint = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (64, 64), "white")
+        paint = ImageDraw.Draw(image)
         (paint.ellipse if shape == "circle" else paint.rectangle)((16, 16, 48, 48), fill=color)
-        picture.save(folder / "images" / f"{image_id}.png")
+        image.save(folder / "images" / f"{image_id}.png")
         questions += [[f"What color is the {shape}?", color, image_id], [f"Is there a {shape}?", "yes", image_id]]
     (folder / "questions.json").write_text(json.dumps(questions))

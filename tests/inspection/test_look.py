@@ -48,9 +48,9 @@ def adapters(base: str, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    Image.radial_gradient("L").convert("RGB").save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+def image(tmp_path: Path) -> Path:
+    Image.radial_gradient("L").convert("RGB").save(tmp_path / "image.png")
+    return tmp_path / "image.png"
 
 
 class Page(HTMLParser):
@@ -90,24 +90,24 @@ def test_images_are_read_as_the_models_own_processor_reads_them(
             return batch
 
         monkeypatch.setattr(look_module, "encode", spy)
-        look(adapter, prompt=prompt, pictures=[str(path)], model=model)
+        look(adapter, prompt=prompt, images=[str(path)], model=model)
         monkeypatch.setattr(look_module, "encode", encode)
         assert torch.equal(seen[0], expected)
         assert (seen[0].amin() > 0) == (model is None)
 
 
-def test_composite_with_its_backbone(adapters: list[str], picture: Path) -> None:
-    view = look(adapters[0], prompt="w1 w2", pictures=[Image.open(picture).convert("RGB")])
+def test_composite_with_its_backbone(adapters: list[str], image: Path) -> None:
+    view = look(adapters[0], prompt="w1 w2", images=[Image.open(image).convert("RGB")])
     found = {shown.activity.branch: shown for shown in view.branches}
     assert set(found) == {"text", "vision"}
     (drawn,) = found["vision"].maps
     assert drawn.cells.shape == (3, 3)
-    assert drawn.picture.size == (30, 30)  # cut out, as the tower reads it
+    assert drawn.image.size == (30, 30)  # cut out, as the tower reads it
     assert [text for text, _ in found["text"].words] == ["user:", "[9 image tokens]", "w1", "w2", "assistant:"]
 
 
-def test_two_adapters_on_one_page(adapters: list[str], picture: Path, tmp_path: Path) -> None:
-    given = {"prompt": "w1 <b>", "pictures": [Image.open(picture).convert("RGB")]}
+def test_two_adapters_on_one_page(adapters: list[str], image: Path, tmp_path: Path) -> None:
+    given = {"prompt": "w1 <b>", "images": [Image.open(image).convert("RGB")]}
     views = [look(adapter, **given) for adapter in adapters]
     files = write_inspection(views, tmp_path / "out")
     assert files == (tmp_path / "out.html", tmp_path / "out.png")
@@ -125,7 +125,7 @@ def test_two_adapters_on_one_page(adapters: list[str], picture: Path, tmp_path: 
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "http" not in re.sub(r"http-equiv", "", files[0].read_text(encoding="utf-8"))
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 1 + 2 * 3  # singular values; a picture and two maps for each adapter
+    assert len(images) == 1 + 2 * 3  # singular values; an image and two maps for each adapter
     assert all(attributes["alt"] for attributes in images)
     for adapter in adapters:
         assert f"{adapter} on this input" in page.text
@@ -154,13 +154,13 @@ def test_backbone_that_cannot_be_had(adapters: list[str], base: str, tmp_path: P
     assert look(adapters[0]).branches is None
 
 
-def test_stage_directory_is_its_own_backbone(values: dict[str, Any], picture: Path) -> None:
+def test_stage_directory_is_its_own_backbone(values: dict[str, Any], image: Path) -> None:
     train(load_recipe(values))
-    view = look(values["output"], prompt="w1", pictures=[Image.open(picture).convert("RGB")] * 2)
+    view = look(values["output"], prompt="w1", images=[Image.open(image).convert("RGB")] * 2)
     found = {shown.activity.branch: shown for shown in view.branches}
-    assert view.pictures == 2
+    assert view.images == 2
     assert len(found["vision"].maps) == 2
-    # A Q-Former's tokens are no places of the picture.
+    # A Q-Former's tokens are no places of the image.
     assert found["text"].maps == []
     assert [text for text, _ in found["text"].words] == [str(number) for number in range(1, 9)]
 
@@ -186,28 +186,28 @@ def llava(tmp_path: Path) -> str:
     return str(tmp_path / "llava")
 
 
-def test_host_of_transformers_without_a_template(llava: str, picture: Path, tmp_path: Path) -> None:
+def test_host_of_transformers_without_a_template(llava: str, image: Path, tmp_path: Path) -> None:
     model = tf.AutoModelForImageTextToText.from_pretrained(llava)
     adapter = save(model, tmp_path / "adapter")
-    view = look(adapter, prompt="w1 w2", pictures=[Image.open(picture).convert("RGB")])
+    view = look(adapter, prompt="w1 w2", images=[Image.open(image).convert("RGB")])
     found = {shown.activity.branch: shown for shown in view.branches}
     assert found["vision"].maps[0].cells.tolist() == [[0, 1], [2, 3]]
     assert [text for text, _ in found["text"].words] == ["[4 image tokens]", "w1", "w2"]
 
 
-def test_picture_for_a_model_that_does_not_see(backbones: tuple[str, str], tmp_path: Path) -> None:
+def test_image_for_a_model_that_does_not_see(backbones: tuple[str, str], tmp_path: Path) -> None:
     model = tf.AutoModelForCausalLM.from_pretrained(backbones[1])
     adapter = save(model, tmp_path / "adapter", branches={"text": ["embed_tokens"]})
     (shown,) = look(adapter, prompt="w1 w2").branches
     assert shown.maps == []
     assert [text for text, _ in shown.words] == ["user:", "w1", "w2", "assistant:"]
-    with pytest.raises(ValueError, match=r"has no branch that reads pictures, only \['text'\]"):
-        look(adapter, prompt="w1", pictures=[Image.new("RGB", (8, 8))])
+    with pytest.raises(ValueError, match=r"has no branch that reads images, only \['text'\]"):
+        look(adapter, prompt="w1", images=[Image.new("RGB", (8, 8))])
 
 
-def test_command(adapters: list[str], picture: Path, tmp_path: Path) -> None:
+def test_command(adapters: list[str], image: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    result = runner.invoke(app, ["inspect", *adapters, "--prompt", "w1", "--image", str(picture), "--output", out])
+    result = runner.invoke(app, ["inspect", *adapters, "--prompt", "w1", "--image", str(image), "--output", out])
     assert result.exit_code == 0, result.output
     assert "first on this input" in result.stdout
     assert "out.html" in result.stdout
@@ -218,11 +218,11 @@ def test_command(adapters: list[str], picture: Path, tmp_path: Path) -> None:
     assert "on this input" not in result.stdout
 
 
-def test_command_says_what_is_wrong(adapters: list[str], picture: Path, tmp_path: Path) -> None:
+def test_command_says_what_is_wrong(adapters: list[str], image: Path, tmp_path: Path) -> None:
     (tmp_path / "there.html").write_text("")
     for arguments, message in (
         ([str(tmp_path / "nowhere")], "is no folder, and cannot be had from the Hub"),
-        ([adapters[0], "--image", str(picture)], "need --prompt"),
+        ([adapters[0], "--image", str(image)], "need --prompt"),
         ([adapters[0], "--prompt", "w1", "--image", str(tmp_path / "no.png")], "cannot read the image"),
         ([adapters[0], "--output", str(tmp_path / "there")], "there.html is there already"),
         ([adapters[0], "--prompt", "w1", "--device", "cuda"], "this PyTorch sees no accelerator"),

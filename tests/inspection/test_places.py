@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from peft_crome.inspection import inspect_activity, map_pictures
+from peft_crome.inspection import inspect_activity, map_images
 from peft_crome.inspection.places import GRID_THW, SQUARE, printable, words
 from tests.tuner.helpers import adapted, attach, randomise
 from tests.vlm.tiny import build, make_batch
@@ -42,14 +42,14 @@ def look_nowhere_else(model: nn.Module) -> None:
                 layer.register_forward_hook(skip, with_kwargs=True)
 
 
-def cells_that_change(model: Any, batch: dict[str, Any], other: dict[str, Any], pictures: int = 2) -> list[np.ndarray]:
-    """For each picture, where the map of the change differs between two batches."""
+def cells_that_change(model: Any, batch: dict[str, Any], other: dict[str, Any], images: int = 2) -> list[np.ndarray]:
+    """For each image, where the map of the change differs between two batches."""
     drawn = []
     for given in (batch, other):
         activity = next(row for row in inspect_activity(model, given) if row.branch == "vision")
-        views = [Image.new("RGB", (8, 8))] * pictures
-        maps = map_pictures(getattr(model, "get_base_model", lambda: model)(), given, activity, views)
-        assert len(maps) == pictures
+        views = [Image.new("RGB", (8, 8))] * images
+        maps = map_images(getattr(model, "get_base_model", lambda: model)(), given, activity, views)
+        assert len(maps) == images
         drawn.append([found.values(activity.change_norm) for found in maps])
     return [~np.isclose(a, b, rtol=1e-4) for a, b in zip(*drawn, strict=True)]
 
@@ -93,7 +93,7 @@ def test_merged_grids_also_where_windows_reorder_them(name: str) -> None:
     }
     batch["mm_token_type_ids"] = (batch["input_ids"] == 60).int()
     row, column = 2, 3
-    patch = rows * columns + 4 * (row * columns // 2 + column)  # of the second picture, four patches in a square
+    patch = rows * columns + 4 * (row * columns // 2 + column)  # of the second image, four patches in a square
     other = dict(batch, pixel_values=batch["pixel_values"].clone())
     other["pixel_values"][patch : patch + 4] += 3
     first, second = cells_that_change(model, batch, other)
@@ -110,7 +110,7 @@ def test_composite(settings: dict[str, Any]) -> None:
     batch = make_batch(model.get_base_model())
     other = dict(batch, pixel_values=batch["pixel_values"].clone())
     other["pixel_values"][2, :, 10:20, 20:30] += 3
-    *others, last = cells_that_change(model, batch, other, pictures=3)
+    *others, last = cells_that_change(model, batch, other, images=3)
     assert not any(changed.any() for changed in others)
     assert last.shape == ((1, 1) if "vision_pool_size" in settings else (3, 3))
     assert_one(last, *((0, 0) if "vision_pool_size" in settings else (1, 2)))
@@ -120,7 +120,7 @@ def test_grid_that_is_not_known_is_none() -> None:
     case = ZOO["idefics2"]()
     model = adapted(case)
     for activity in inspect_activity(model, case.batch):
-        assert map_pictures(model.get_base_model(), case.batch, activity, [Image.new("RGB", (8, 8))] * 2) == []
+        assert map_images(model.get_base_model(), case.batch, activity, [Image.new("RGB", (8, 8))] * 2) == []
 
 
 class Words:

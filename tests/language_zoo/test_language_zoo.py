@@ -73,7 +73,7 @@ def language_model(name: str, seq2seq: bool) -> PreTrainedModel:
 
 
 def composite(model: PreTrainedModel) -> tuple[CromeVLMForConditionalGeneration, dict[str, Any]]:
-    """The language model joined to a tiny tower, and a batch with a picture in each row."""
+    """The language model joined to a tiny tower, and a batch with an image in each row."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "mlp_ratio": 2}
     tower = AutoModel.from_config(Dinov2Config(hidden_size=16, **sizes))
     joined = CromeVLMForConditionalGeneration.from_backbones(tower, model, image_token_id=IMAGE).eval()

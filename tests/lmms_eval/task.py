@@ -12,7 +12,7 @@ dataset_path: parquet
 dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function functions.pictures
+doc_to_visual: !function functions.images
 doc_to_text: !function functions.question
 doc_to_messages: !function functions.messages
 doc_to_target: answer
@@ -21,7 +21,7 @@ metric_list:
   - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
 FUNCTIONS = """
-def pictures(doc):
+def images(doc):
     return [doc["image"].convert("RGB")]
 
 

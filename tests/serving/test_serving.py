@@ -45,9 +45,7 @@ def assert_serves(case: Case, folder: Path, tolerance: float) -> float:
     if stock.dtype == torch.float32:  # elsewhere random weights put tokens closer together than a rounding
         assert torch.equal(stock.generate(**inputs, **given, **TOKENS), tokens)
     without = logits(stock, {key: value for key, value in case.batch.items() if key != "labels"})
-    assert not torch.allclose(
-        without, expected, rtol=tolerance, atol=tolerance
-    )  # pictures come in without the adapter
+    assert not torch.allclose(without, expected, rtol=tolerance, atol=tolerance)  # images come in without the adapter
     return float((found - expected).abs().max())
 
 
@@ -141,7 +139,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with unchanged(model), pytest.raises(FileExistsError, match="is there already; nothing was written"):
         fold(model, tmp_path / "there")
     encoder = ImageEncoder(model)
-    with pytest.raises(ValueError, match=r"inputs have \['input_ids'\]; expected pictures: processor\(images"):
+    with pytest.raises(ValueError, match=r"inputs have \['input_ids'\]; expected images: processor\(images"):
         encoder(input_ids=case.batch["input_ids"])
     with pytest.raises(ValueError, match="prompt_embeds are for a composite"):
         encoder.prompt_embeds(**case.batch)
@@ -156,7 +154,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no adapter of CROME's"):
         fold(lora, tmp_path / "new")
     both = get_peft_model(ZOO["llava"]().model, LoraConfig(target_modules=r".*language_model.*q_proj"), "words")
-    both = attach(both.get_base_model(), "pictures")
+    both = attach(both.get_base_model(), "images")
     with unchanged(both), pytest.raises(ValueError, match=r"carry adapters of another PEFT method"):
         fold(both, tmp_path / "new")
     queries = attach(qformer_composite())

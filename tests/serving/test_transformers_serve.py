@@ -44,13 +44,13 @@ def post(port: int, body: dict) -> dict:
 def test_server_answers_as_the_adapted_model(tmp_path: Path) -> None:
     save_tokenizer_and_model(tmp_path / "served")
     save_questions(tmp_path / "questions")
-    picture = tmp_path / "questions" / "images" / "0.png"
+    image = tmp_path / "questions" / "images" / "0.png"
     torch.manual_seed(0)
     host = AutoModelForImageTextToText.from_pretrained(tmp_path / "served")
     host.lm_head.weight.data.mul_(30)  # words that differ
     host.save_pretrained(tmp_path / "served")
     processor = AutoProcessor.from_pretrained(tmp_path / "served")
-    parts = [{"type": "image", "image": Image.open(picture)}, {"type": "text", "text": QUESTION}]
+    parts = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
         return_tensors="pt",
@@ -82,7 +82,7 @@ def test_server_answers_as_the_adapted_model(tmp_path: Path) -> None:
                 break
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.5)
-        url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+        url = "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode()
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
         body = {"model": str(tmp_path / "served"), "messages": [{"role": "user", "content": content}], "max_tokens": 3}
         answer = post(port, {**body, "temperature": 0})

@@ -61,7 +61,7 @@ def code_of(card: ModelCard) -> str:
 
 
 def run_code(card: ModelCard, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.new("RGB", (40, 30), "teal").save(tmp_path / "picture.png")
+    Image.new("RGB", (40, 30), "teal").save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     code = code_of(card).replace("<this repository>", str(folder)).replace("max_new_tokens=32", "max_new_tokens=2")
     exec(compile(code, "card", "exec"), {})
@@ -120,9 +120,9 @@ def test_details_that_the_author_gives_are_told(tmp_path: Path) -> None:
     describe_adapter(
         model,
         task="Tells colours.",
-        datasets=["user/colours", "pictures of my own"],
+        datasets=["user/colours", "images of my own"],
         results=[RESULT],
-        picture=tmp_path / "shown.PNG",
+        image=tmp_path / "shown.PNG",
         license="apache-2.0",
         language="en",
         record=RECORD,
@@ -132,9 +132,9 @@ def test_details_that_the_author_gives_are_told(tmp_path: Path) -> None:
     assert (card.data.license, card.data.language, card.data.datasets) == ("apache-2.0", "en", ["user/colours"])
     assert card.data.eval_results[0].metric_value == 0.93
     assert card.data.to_dict()["model-index"][0]["results"][0]["dataset"]["type"] == "user/colours"
-    assert (tmp_path / "a" / "picture.png").read_bytes() == (tmp_path / "shown.PNG").read_bytes()
+    assert (tmp_path / "a" / "example_image.png").read_bytes() == (tmp_path / "shown.PNG").read_bytes()
     for part in (
-        "Tells colours.", "![What this adapter does](picture.png)", "`pictures of my own`",
+        "Tells colours.", "![What this adapter does](example_image.png)", "`images of my own`",
         "| Colours | test | accuracy | 0.93 |", "| task | adapter: 640 | colours.json (4,000) | 8 | 20 |",
         "1e-08 to 0.001 in 10 steps, cosine to 0 | 0.2500 |", "| also trained | `lm_head",
     ):  # fmt: skip
@@ -148,8 +148,8 @@ def test_details_that_the_author_gives_are_told(tmp_path: Path) -> None:
         ({"adapter_name": "other"}, "No CROME adapter 'other'"),
         ({"datasets": "user/data"}, r"Write datasets=\['user/data'\]"),
         ({"results": [{"accuracy": 1}]}, "is no huggingface_hub.EvalResult"),
-        ({"picture": "nowhere.png"}, "is no file"),
-        ({"picture": __file__}, "with one of the endings"),
+        ({"image": "nowhere.png"}, "is no file"),
+        ({"image": __file__}, "with one of the endings"),
     ],
 )
 def test_wrong_details_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -63,7 +63,7 @@ if sys.argv[1] != "again":
     AutoProcessor.from_pretrained(sys.argv[1]).push_to_hub("user/base")
 base = AutoModelForImageTextToText.from_pretrained("user/base")
 model = get_peft_model(base, peft_crome.CromeConfig(bottleneck_dim=4, init_weights=False)).eval()
-peft_crome.describe_adapter(model, task="Tells colours.", datasets=["user/colours"], picture=sys.argv[2])
+peft_crome.describe_adapter(model, task="Tells colours.", datasets=["user/colours"], image=sys.argv[2])
 ids = torch.tensor([[1, 5, 6]])
 torch.save(model(input_ids=ids).logits, sys.argv[3])
 model.push_to_hub("user/adapter")
@@ -94,12 +94,12 @@ check(PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("use
 
 def test_an_adapter_is_pushed_and_loaded_by_its_name(hub: Hub, tmp_path: Path) -> None:
     save_tokenizer_and_model(tmp_path / "base")
-    (tmp_path / "shown.png").write_bytes(b"not really a picture")
+    (tmp_path / "shown.png").write_bytes(b"not really an image")
     run(PUSH, hub, tmp_path, tmp_path / "base", tmp_path / "shown.png", tmp_path / "logits.pt")
     assert {"POST create", "POST preupload", "POST batch", "PUT put", "POST commit"} <= set(hub.asked)
     files = hub.files("user/adapter")
     assert set(files) == {
-        ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "picture.png"
+        ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "example_image.png"
     }  # fmt: skip
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == "user/base"

@@ -41,8 +41,8 @@ def model():
     peft_crome.describe_adapter(made, task="Tells colours.", license="mit")
     return made
 
-def turn(role, text, picture=False):
-    return [{"role": role, "content": ([{"type": "image"}] if picture else []) + [{"type": "text", "text": text}]}]
+def turn(role, text, image=False):
+    return [{"role": role, "content": ([{"type": "image"}] if image else []) + [{"type": "text", "text": text}]}]
 
 PICTURES = [[Image.new("RGB", (28, 28), "red")] for _ in range(4)]
 ASKED = [turn("user", "what color is the shape?", True) for _ in range(4)]

@@ -27,7 +27,7 @@ def test_names_with_bars_and_braces_stand_in_the_card_as_they_are() -> None:
     )  # fmt: skip
     card = stage_card({"stages": [stage]}, composite)
     for line in (
-        "- vision tower: `user/tower`, revision `abc`, pictures of 224 x 336",
+        "- vision tower: `user/tower`, revision `abc`, images of 224 x 336",
         "- language model: `stored here`, quantised when loaded",
         f'    {{"role": "system", "content": {json.dumps(SYSTEM)}}},',
         f"| a\\|b | adapter: 640 | {WORDS}\\|.json (4,000) | 8 | 20 "

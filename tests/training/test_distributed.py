@@ -79,17 +79,17 @@ def test_two_processes_have_the_losses_of_one_for_an_encoder_decoder(
 
 
 @pytest.mark.parametrize("name", ["Q-Former", "no Q-Former", "checkpointed"])
-def test_pictures_in_one_process_and_text_alone_in_the_other(name: str, quiet: dict[str, Any], tmp_path: Path) -> None:
-    """In some steps one process has no picture, in others none has: no part of its loss is the vision branch's."""
+def test_images_in_one_process_and_text_alone_in_the_other(name: str, quiet: dict[str, Any], tmp_path: Path) -> None:
+    """In some steps one process has no image, in others none has: no part of its loss is the vision branch's."""
     if name == "no Q-Former":
         for key in ("qformer", "qformer_tokenizer", "num_query_tokens"):
             del quiet["backbones"][key]
     quiet["training"]["gradient_checkpointing"] = name == "checkpointed"
     source = Path(quiet["data"][0]["path"])
     rows = json.loads(source.read_text())
-    pictured = [row for row in rows if "image" in row]
+    imaged = [row for row in rows if "image" in row]
     text = [row for row in rows if "image" not in row]
-    order = [pictured[0], text[0], text[1], pictured[1], text[0], text[1], pictured[2], text[0]]
+    order = [imaged[0], text[0], text[1], imaged[1], text[0], text[1], imaged[2], text[0]]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in order))
     # Streamed, rows come in the order of the file: one to each process.
     quiet["data"] = [{"path": str(tmp_path / "rows.jsonl"), "images": str(source.parent), "streaming": True}]

@@ -142,7 +142,7 @@ def test_harmless_keys_may_change_and_data_may_not(
 def test_faulty_row_in_the_middle_of_a_run_is_mended_and_the_run_goes_on(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A picture that cannot be read, found after a checkpoint; nothing of what was trained is lost."""
+    """An image that cannot be read, found after a checkpoint; nothing of what was trained is lost."""
     rows = json.loads(Path(values["data"][0]["path"]).read_text())
     for name in ("red", "green", "blue", "white"):
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -151,7 +151,7 @@ def test_faulty_row_in_the_middle_of_a_run_is_mended_and_the_run_goes_on(
     values["data"] = [{"path": str(tmp_path / "rows.json")}]
     checkpoints = interrupt(values, monkeypatch)
     shutil.rmtree(checkpoints / "checkpoint-6")
-    (tmp_path / "images" / "red.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "red.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"Row '\d+'.*red.png"):
         train(load_recipe(values))
     (tmp_path / "rows.json").write_text(json.dumps([row for row in rows if "red" not in row.get("image", "")]))

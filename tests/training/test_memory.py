@@ -23,7 +23,7 @@ from tests.vlm.tiny import text_config
 
 
 def real_batch(composite: Any, rows: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Rows of one picture each, as `StepSize(rows, tokens, images=rows)` describes them."""
+    """Rows of one image each, as `StepSize(rows, tokens, images=rows)` describes them."""
     ids = torch.full((rows, tokens), 5)
     ids[:, 1 : 1 + composite.image_seq_length] = composite.config.image_token_id
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids % 50}

@@ -88,9 +88,9 @@ def test_share_of_rows_that_are_cut_is_counted(values: dict[str, Any], tmp_path:
         sample_rows(load_rows(tmp_path / "rows.json"), collator)
 
 
-def test_row_with_a_picture_is_preferred(values: dict[str, Any], dataset: Path) -> None:
+def test_row_with_an_image_is_preferred(values: dict[str, Any], dataset: Path) -> None:
     collator = prepared(load_recipe(values))[3]
-    assert sample_rows(load_rows(dataset).select([11, 3]), collator).with_picture["id"] == "3"
+    assert sample_rows(load_rows(dataset).select([11, 3]), collator).with_image["id"] == "3"
 
 
 def test_stage_in_which_nothing_trains_is_refused(values: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ def test_adapter_that_is_not_reached_is_refused(branch: str, values: dict[str, A
     site = next(name for name, module in base.named_modules() if branch in getattr(module, "branches", {}))
     base.set_submodule(site, base.get_submodule(site).base_layer)
     with pytest.raises(RecipeError, match=branch):
-        check_gradients(trainer.model, collator([sample_rows(rows, collator).with_picture]))
+        check_gradients(trainer.model, collator([sample_rows(rows, collator).with_image]))
 
 
 def test_more_memory_than_there_is_names_the_keys_to_change(
@@ -146,12 +146,12 @@ def test_a_cpu_without_instructions_for_a_dtype_is_pointed_out(
     assert preflight(*prepared(load_recipe(values))).warnings == []
 
 
-def test_data_without_pictures_are_pointed_out(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
+def test_data_without_images_are_pointed_out(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
     rows = [row for row in json.loads(dataset.read_text()) if "image" not in row]
     (tmp_path / "text.json").write_text(json.dumps(rows))
     values["data"] = [{"path": str(tmp_path / "text.json")}]
     report = preflight(*prepared(load_recipe(values)))
-    assert "no row of the sample has a picture, so image_projection" in report.warnings[0]
+    assert "no row of the sample has an image, so image_projection" in report.warnings[0]
 
 
 def test_forward_pass_that_cannot_be_rehearsed_is_said(

@@ -39,11 +39,11 @@ def test_presets_are_the_papers(stage: str, batch_size: int, length: str) -> Non
 def test_preset_is_named_in_a_file_and_changed_there_and_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("preset: pretrain\noutput: out\ndata: [{path: a.json}]\ntraining: {batch_size: 64}\n")
-    settings = parse_overrides(["training.epochs=null", "training.max_steps=2e3", "data.0.images=pictures"])
+    settings = parse_overrides(["training.epochs=null", "training.max_steps=2e3", "data.0.images=images"])
     recipe = load_recipe(file, settings)
     assert (recipe.training.batch_size, recipe.training.epochs, recipe.training.max_steps) == (64, None, 2000)
     assert recipe.training.learning_rate == 1e-5
-    assert recipe.data[0].images == "pictures"
+    assert recipe.data[0].images == "images"
 
 
 def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
@@ -177,10 +177,10 @@ def test_home_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.Monk
             "preset": "instruct",
             "output": "~/out",
             "previous": "~/before",
-            "data": [{"path": "~/rows.json", "images": "~/pictures"}, {"path": "a/b", "images": {"coco": "~/coco"}}],
+            "data": [{"path": "~/rows.json", "images": "~/images"}, {"path": "a/b", "images": {"coco": "~/coco"}}],
             "feature_cache": {"directory": "~/features"},
             "images": {"views": 2},
-            "evaluation": {"data": [{"path": "~/test.json", "images": "~/pictures"}]},
+            "evaluation": {"data": [{"path": "~/test.json", "images": "~/images"}]},
             "backbones": {"vision": "~/tower", "language": "~/llm"},
         }
     )

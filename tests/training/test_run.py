@@ -142,7 +142,7 @@ def test_card_says_what_was_trained_on_what(
     assert "1e-08 to 0.01 in 1 steps, cosine to 0" in card
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    Image.new("RGB", (40, 40), "red").save("picture.png")
+    Image.new("RGB", (40, 40), "red").save("photo.png")
     said = []
     for part in card.split("```python\n")[1:]:
         code = part.split("```")[0].replace("<this repository or directory>", str(stages["finetune"]))
@@ -227,7 +227,7 @@ def test_adapter_that_is_missing_or_damaged_is_no_silence(values: dict[str, Any]
 
 @pytest.mark.parametrize("how", ["mixture", "weights", "streaming", "without a Q-Former"])
 def test_mixtures_train(how: str, values: dict[str, Any], tmp_path: Path) -> None:
-    """Two sets, one of them a table without pictures."""
+    """Two sets, one of them a table without images."""
     (tmp_path / "table.jsonl").write_text("\n".join(json.dumps({"q": f"w{i}", "a": "w9"}) for i in range(40)))
     columns = {"question": "q", "answer": "a"}
     values["data"] = [*values["data"], {"path": str(tmp_path / "table.jsonl"), "columns": columns}]
@@ -245,7 +245,7 @@ def test_mixtures_train(how: str, values: dict[str, Any], tmp_path: Path) -> Non
     assert "(streamed)" in (Path(values["output"]) / "README.md").read_text() or how != "streaming"
 
 
-def test_batches_without_pictures_train_too(values: dict[str, Any]) -> None:
+def test_batches_without_images_train_too(values: dict[str, Any]) -> None:
     """Behind a Q-Former nothing that trains sees such a row."""
     values["training"] |= {"rows_per_device": 1, "batch_size": 1, "max_steps": 14, "save_steps": 100}
     record = train(load_recipe(values))["stages"][0]
@@ -280,12 +280,12 @@ def test_loss_does_not_depend_on_how_a_batch_is_cut(
 def test_feature_cache_gives_the_same_run_and_is_shared(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Augmented pictures in three views each: a second run computes none of them."""
-    for colour in ("red", "green", "blue", "white"):  # a plain picture looks the same however it is cropped
-        picture = Image.new("RGB", (40, 50), colour)
-        picture.paste("gray", (0, 0, 10, 50))
+    """Augmented images in three views each: a second run computes none of them."""
+    for colour in ("red", "green", "blue", "white"):  # a plain image looks the same however it is cropped
+        image = Image.new("RGB", (40, 50), colour)
+        image.paste("gray", (0, 0, 10, 50))
         (tmp_path / "images").mkdir(exist_ok=True)
-        picture.save(tmp_path / "images" / f"{colour}.png")
+        image.save(tmp_path / "images" / f"{colour}.png")
     values["data"][0]["images"] = str(tmp_path)
     values["images"] = {"horizontal_flip": True, "random_crop": True, "views": 3}
     values["training"]["max_steps"] = 12
@@ -297,7 +297,7 @@ def test_feature_cache_gives_the_same_run_and_is_shared(
         values["output"] = str(tmp_path / run)
         records.append(train(load_recipe(values))["stages"][-1])
         stored = len(list((tmp_path / "features").rglob("*.safetensors")))
-        assert 4 < stored <= 12  # of four pictures
+        assert 4 < stored <= 12  # of four images
         monkeypatch.setattr("peft_crome.features.cache.FeatureStore.put", None)  # nothing is left to be written
     assert records[0]["losses"] == records[1]["losses"]
     for cached, direct in zip(records[0]["losses"], plain["losses"], strict=True):
@@ -311,7 +311,7 @@ def test_two_image_roots_for_one_file(values: dict[str, Any]) -> None:
     assert [item["rows"] for item in record["data"]] == [12, 12]
 
 
-def test_missing_pictures_are_found_before_anything_is_loaded(values: dict[str, Any], tmp_path: Path) -> None:
+def test_missing_images_are_found_before_anything_is_loaded(values: dict[str, Any], tmp_path: Path) -> None:
     values["data"][0]["images"] = str(tmp_path)
     values["backbones"]["language"] = "not/looked-at"
     with pytest.raises(ValueError, match=r"Row '0': the image .*red.png is missing \(11 such files in all\)"):

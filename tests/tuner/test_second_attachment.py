@@ -124,14 +124,14 @@ def test_adapters_that_were_merged_before_are_unloaded_too() -> None:
 @pytest.mark.parametrize("branches", [None, BOTH], ids=["vision", "both"])
 def test_another_method_s_merge_leaves_the_adapter_in_place(branches: list[str] | None) -> None:
     case = llava()
-    inner = adapted(case, adapter_name="pictures", branches=branches).get_base_model()
+    inner = adapted(case, adapter_name="images", branches=branches).get_base_model()
     lora = LoraConfig(target_modules=r".*language_model.*q_proj", init_lora_weights=False)
     model = get_peft_model(inner, lora, adapter_name="words").eval()
     expected = logits(model, case.batch)
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged, case.batch), expected, rtol=1e-5, atol=1e-5)
     assert not [name for name in merged.state_dict() if "lora_" in name]
-    again = get_peft_model(merged, CromeConfig(bottleneck_dim=M), adapter_name="pictures").eval()
+    again = get_peft_model(merged, CromeConfig(bottleneck_dim=M), adapter_name="images").eval()
     assert not torch.equal(logits(again, case.batch), expected)  # the old one made room, and the new one adds nothing
 
 

@@ -134,11 +134,11 @@ def test_a_second_turn_goes_on_from_the_cache_without_the_first_one_s_images(lan
     if adapted:
         model = get_peft_model(model, CromeConfig(bottleneck_dim=4, init_weights=False)).eval()
     host = model.get_base_model() if adapted else model
-    pictures = torch.randn(2, 3, 30, 30)
-    ids, mask, cache = first_turn(host, pictures)
+    pixels = torch.randn(2, 3, 30, 30)
+    ids, mask, cache = first_turn(host, pixels)
     whole = torch.cat([ids, SECOND], dim=1)
     mask = torch.cat([mask, torch.ones_like(SECOND)], dim=1)
-    expected = model.generate(input_ids=whole, attention_mask=mask, pixel_values=pictures, **GREEDY)
+    expected = model.generate(input_ids=whole, attention_mask=mask, pixel_values=pixels, **GREEDY)
     given = whole if form == "all tokens" else SECOND
     found = model.generate(input_ids=given, attention_mask=mask, past_key_values=cache, **GREEDY)
     assert torch.equal(found[:, : given.shape[1]], given)
@@ -149,16 +149,16 @@ def test_a_second_turn_goes_on_from_the_cache_without_the_first_one_s_images(lan
 @pytest.mark.parametrize("with_reader", [False, True])
 def test_a_second_turn_brings_its_own_image(with_reader, form):
     model = with_qformer() if with_reader else build()
-    pictures = torch.randn(4, 3, 30, 30)
-    ids, mask, cache = first_turn(model, pictures[[0, 2]])
+    pixels = torch.randn(4, 3, 30, 30)
+    ids, mask, cache = first_turn(model, pixels[[0, 2]])
     new = torch.tensor(
         [[22, *[IMAGE_ID] * model.image_seq_length, 23], [32, *[IMAGE_ID] * model.image_seq_length, 33]]
     )
     whole, mask = torch.cat([ids, new], dim=1), torch.cat([mask, torch.ones_like(new)], dim=1)
     read = {"qformer_input_ids": torch.tensor([[5, 6], [7, 8], [5, 6], [7, 8]])} if with_reader else {}
-    expected = model.generate(input_ids=whole, attention_mask=mask, pixel_values=pictures, **read, **GREEDY)
+    expected = model.generate(input_ids=whole, attention_mask=mask, pixel_values=pixels, **read, **GREEDY)
     given = new if form == "new tokens" else whole
-    images = {"pixel_values": pictures} | read
+    images = {"pixel_values": pixels} | read
     if form != "all tokens and images":
         images = {name: value[[1, 3]] for name, value in images.items()}
     found = model.generate(input_ids=given, attention_mask=mask, past_key_values=cache, **images, **GREEDY)
@@ -167,30 +167,30 @@ def test_a_second_turn_brings_its_own_image(with_reader, form):
 
 def test_a_cache_goes_on_without_a_mask_in_a_static_one_and_in_a_dictionary_of_outputs():
     model = build()
-    pictures = torch.randn(1, 3, 30, 30)
-    ids, _, cache = first_turn(model, pictures, rows=1)
+    pixels = torch.randn(1, 3, 30, 30)
+    ids, _, cache = first_turn(model, pixels, rows=1)
     whole = torch.cat([ids, SECOND[:1]], dim=1)
-    expected = model.generate(input_ids=whole, pixel_values=pictures, **GREEDY)
+    expected = model.generate(input_ids=whole, pixel_values=pixels, **GREEDY)
     found = model.generate(input_ids=SECOND[:1], past_key_values=cache, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(found.sequences, expected[:, -found.sequences.shape[1] :])
-    _, _, static = first_turn(model, pictures, rows=1, cache=StaticCache(model.config.text_config, max_cache_len=64))
+    _, _, static = first_turn(model, pixels, rows=1, cache=StaticCache(model.config.text_config, max_cache_len=64))
     assert torch.equal(model.generate(input_ids=whole, past_key_values=static, **GREEDY), expected)
-    _, _, cache = first_turn(model, pictures, rows=1)
+    _, _, cache = first_turn(model, pixels, rows=1)
     turns = model.generate(input_ids=SECOND[:1], past_key_values=cache, **GREEDY)  # and a third turn after the second
     third = torch.cat([ids, turns, SECOND[1:]], dim=1)
     again = model.generate(input_ids=third, past_key_values=cache, **GREEDY)
-    assert torch.equal(again, model.generate(input_ids=third, pixel_values=pictures, **GREEDY))
+    assert torch.equal(again, model.generate(input_ids=third, pixel_values=pixels, **GREEDY))
 
 
 @pytest.mark.parametrize("language", ["llama", "gpt2"])
 def test_forward_goes_on_from_a_cache_as_if_it_had_read_all(language):
     model = build(language=language)
-    pictures = torch.randn(2, 3, 30, 30)
-    ids, mask, cache = first_turn(model, pictures)
+    pixels = torch.randn(2, 3, 30, 30)
+    ids, mask, cache = first_turn(model, pixels)
     whole = torch.cat([ids, SECOND], dim=1)
     mask = torch.cat([mask, torch.ones_like(SECOND)], dim=1)
     with torch.no_grad():
-        expected = model(input_ids=whole, attention_mask=mask, pixel_values=pictures).logits[:, -3:]
+        expected = model(input_ids=whole, attention_mask=mask, pixel_values=pixels).logits[:, -3:]
         found = model(input_ids=SECOND, attention_mask=mask, past_key_values=cache).logits
     torch.testing.assert_close(found, expected)
 
@@ -202,11 +202,11 @@ def test_a_cache_that_does_not_fit_the_mask_is_refused():
     with pytest.raises(ValueError, match=message):
         model.generate(input_ids=SECOND, attention_mask=torch.ones_like(SECOND), past_key_values=cache, **GREEDY)
     both = torch.cat([ids, SECOND], dim=1)
-    pictures = torch.randn(1, 3, 30, 30)
+    pixels = torch.randn(1, 3, 30, 30)
     with pytest.raises(ValueError, match="0 image tokens"):
         model.generate(
             input_ids=both,
             attention_mask=torch.cat([mask, torch.ones_like(SECOND)], dim=1),
-            pixel_values=pictures,
+            pixel_values=pixels,
             past_key_values=cache,
         )

@@ -1,4 +1,4 @@
-"""Text and pictures in, the model's inputs out."""
+"""Text and images in, the model's inputs out."""
 
 import copy
 import subprocess
@@ -12,8 +12,8 @@ from peft_crome.vlm import CromeVLMProcessor
 from tests.vlm.tiny import make_tokenizer
 
 
-def test_rows_of_any_mix(processor, composite, pictures):
-    a, b, c = pictures
+def test_rows_of_any_mix(processor, composite, photos):
+    a, b, c = photos
     text = ["<image> w1", "w2 w3", "w4 <image> <image>"]
     batch = processor(images=[[a], [], [b, c]], text=text, padding=True, return_tensors="pt")
     assert set(batch) == {"input_ids", "attention_mask", "pixel_values"}
@@ -44,22 +44,20 @@ def test_pad_is_the_end_token_and_masked_by_length(processor):
         ([[0], [1]], ["<image>"] * 3, "images for 2 rows and 3 texts"),
     ],
 )
-def test_wrong_counts_name_the_row(processor, pictures, images, text, message):
-    pick = [[pictures[i] for i in r] if isinstance(r, list) else pictures[r] for r in images] if images else None
+def test_wrong_counts_name_the_row(processor, photos, images, text, message):
+    pick = [[photos[i] for i in r] if isinstance(r, list) else photos[r] for r in images] if images else None
     with pytest.raises(ValueError, match=message):
         processor(images=pick, text=text)
 
 
-def test_truncation_inside_an_image_is_refused(processor, pictures):
+def test_truncation_inside_an_image_is_refused(processor, photos):
     with pytest.raises(ValueError, match="Row 1 has 9 image tokens, of which truncation keeps 4"):
-        processor(images=[[], [pictures[0]]], text=["w1", "w1 <image>"], truncation=True, max_length=5)
-    assert (
-        len(processor(images=pictures[0], text="<image> w1 w2", truncation=True, max_length=10)["input_ids"][0]) == 10
-    )
+        processor(images=[[], [photos[0]]], text=["w1", "w1 <image>"], truncation=True, max_length=5)
+    assert len(processor(images=photos[0], text="<image> w1 w2", truncation=True, max_length=10)["input_ids"][0]) == 10
 
 
-def test_chat_template_sees_plain_strings(processor, pictures):
-    content = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "w5"}]
+def test_chat_template_sees_plain_strings(processor, photos):
+    content = [{"type": "image", "image": photos[0]}, {"type": "text", "text": "w5"}]
     chat = [
         {"role": "user", "content": "w1"},
         {"role": "assistant", "content": "w2"},
@@ -69,7 +67,7 @@ def test_chat_template_sees_plain_strings(processor, pictures):
     assert text == "user: w1 assistant: w2 user: <image>\nw5 assistant:"
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     batch = processor.apply_chat_template(chat, **options)
-    expected = processor(images=pictures[0], text=text, return_tensors="pt")
+    expected = processor(images=photos[0], text=text, return_tensors="pt")
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
     both = processor.apply_chat_template([chat, chat[:1]], processor_kwargs={"padding": True}, **options)
     assert both["input_ids"].shape[0] == 2
@@ -103,14 +101,14 @@ def test_no_chat_template_says_what_to_do(processor):
         bare.apply_chat_template([{"role": "user", "content": "w1"}])
 
 
-def test_save_and_load(processor, tmp_path, pictures):
+def test_save_and_load(processor, tmp_path, photos):
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is CromeVLMProcessor
     assert loaded.tokenizer.padding_side == "left"
     text = ["<image> w1", "w2"]
-    expected = processor(images=pictures[:1], text=text, padding=True, return_tensors="pt")
-    found = loaded(images=pictures[:1], text=text, padding=True, return_tensors="pt")
+    expected = processor(images=photos[:1], text=text, padding=True, return_tensors="pt")
+    found = loaded(images=photos[:1], text=text, padding=True, return_tensors="pt")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert loaded.batch_decode(found["input_ids"], skip_special_tokens=True) == ["w1", "w2"]
     assert loaded.chat_template == processor.chat_template

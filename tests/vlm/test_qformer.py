@@ -291,37 +291,37 @@ def qformer_processor(model: Any) -> CromeVLMProcessor:
 
 
 def test_processor_reads_instructions(tmp_path: Path) -> None:
-    """One instruction per picture, the template's marks left out; saved and loaded with the rest."""
+    """One instruction per image, the template's marks left out; saved and loaded with the rest."""
     model = with_qformer()
     model.config.image_token_id = 95  # the first id that the tokenizer's words leave
     processor = qformer_processor(model)
-    picture = Image.new("RGB", (40, 30), "red")
+    image = Image.new("RGB", (40, 30), "red")
     texts = ["<image> w1 w2", "w3", "<image> w4 <image> w5 w6"]
-    inputs = processor([[picture], [], [picture, picture]], texts, padding=True, return_tensors="pt")
+    inputs = processor([[image], [], [image, image]], texts, padding=True, return_tensors="pt")
     assert inputs["qformer_input_ids"].tolist() == [[6, 7, 0], [9, 10, 11], [9, 10, 11]]
     assert inputs["qformer_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1]]
     assert model(**inputs).logits.isfinite().all()
     assert "qformer_input_ids" not in processor(text="w3", return_tensors="pt")
 
-    own = processor([[picture]], ["<image> w1"], qformer_text=["w9"], return_tensors="pt")
+    own = processor([[image]], ["<image> w1"], qformer_text=["w9"], return_tensors="pt")
     assert own["qformer_input_ids"].tolist() == [[14]]
     with pytest.raises(ValueError, match="2 instructions"):
-        processor([[picture]], ["<image> w1"], qformer_text=["w9", "w8"])
+        processor([[image]], ["<image> w1"], qformer_text=["w9", "w8"])
 
-    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "w1 w2"}]}]
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "w1 w2"}]}]
     settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     templated = processor.apply_chat_template(chat, **settings)
     assert templated["qformer_input_ids"].tolist() == [[6, 7]]
     assert model.generate(**templated, max_new_tokens=2).shape[1] == templated["input_ids"].shape[1] + 2
 
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-    in_two_steps = processor([[picture]], prompt, return_tensors="pt", add_special_tokens=False)
+    in_two_steps = processor([[image]], prompt, return_tensors="pt", add_special_tokens=False)
     assert {k: v.tolist() for k, v in in_two_steps.items()} == {k: v.tolist() for k, v in templated.items()}
     answered = [*chat, {"role": "assistant", "content": [{"type": "text", "text": "w9"}]}]
     prompts = processor.apply_chat_template([answered, chat])
     assert "w9" in prompts[0]
     for same in (prompts, pickle.loads(pickle.dumps(prompts)), copy.deepcopy(prompts)):
-        both = processor([[picture], [picture]], same, padding=True, return_tensors="pt")
+        both = processor([[image], [image]], same, padding=True, return_tensors="pt")
         assert both["qformer_input_ids"].tolist() == [[6, 7]] * 2, "an answer is not for the Q-Former"
     parts = [{"type": "image"}, {"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]
     assert processor.instruction([{"role": "user", "content": parts}, *answered[1:], answered[0]]) == "w1 w2 w1 w2"
@@ -329,7 +329,7 @@ def test_processor_reads_instructions(tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     for loaded in (CromeVLMProcessor.from_pretrained(tmp_path), tf.AutoProcessor.from_pretrained(tmp_path)):
-        again = loaded([[picture], [], [picture, picture]], texts, padding=True, return_tensors="pt")
+        again = loaded([[image], [], [image, image]], texts, padding=True, return_tensors="pt")
         assert {name: value.tolist() for name, value in again.items()} == {
             name: value.tolist() for name, value in inputs.items()
         }

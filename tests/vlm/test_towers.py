@@ -1,4 +1,4 @@
-"""Every tower of transformers that reads pictures of one size: a feature of each patch, and it trains and reloads."""
+"""Every tower of transformers that reads images of one size: a feature of each patch, and it trains and reloads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VIT = PLAIN | {"image_size": 32, "patch_size": 8}
 WINDOWS = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 FOUR = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
 SPATIAL = FOUR | {"num_attention_heads": [1, 1, 2, 4], "image_size": 64}
-# model_type -> its configuration, patches of a picture; a size beside it where the configuration has none
+# model_type -> its configuration, patches of an image; a size beside it where the configuration has none
 TOWERS: dict[str, tuple[dict[str, Any], int]] = {
     **dict.fromkeys(("aimv2_vision_model", "beit", "chinese_clip_vision_model", "clip_vision_model"), (VIT, 16)),
     **dict.fromkeys(("data2vec-vision", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit"), (VIT, 16)),
@@ -83,14 +83,14 @@ ALIKE = [name for name, (settings, _) in TOWERS.items() if settings == VIT]
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_patches_lie_row_by_row(name: str) -> None:
-    """What changes in one corner of a picture changes that corner's feature most."""
+    """What changes in one corner of an image changes that corner's feature most."""
     model = joined(name)
     grid = model.vision_layout
-    picture = torch.randn(1, 3, 32, 32)
+    image = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        before = model.get_vision_features(picture)
+        before = model.get_vision_features(image)
         for row, column in ((0, 3), (3, 0)):
-            other = picture.clone()
+            other = image.clone()
             other[..., 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 3 * torch.randn(1, 3, 8, 8)
             change = (model.get_vision_features(other) - before).norm(dim=-1)[0]
             assert int(change.argmax()) == row * grid.width + column

@@ -300,7 +300,7 @@ def mllama() -> Case:
         image_token_index=VOCABULARY,
     )  # fmt: skip
     batch = token_rows(1, 1, token=VOCABULARY)
-    tiles = torch.tensor([[[1, 0]], [[1, 1]]])  # a picture of one tile, and one of two
+    tiles = torch.tensor([[[1, 0]], [[1, 1]]])  # an image of one tile, and one of two
     attended = tiles[:, None].repeat(1, batch["input_ids"].shape[1], 1, 1)
     attended[:, 0] = 0  # what comes before the image does not see it
     batch |= {

@@ -172,7 +172,7 @@ def _mistral3_image() -> dict[str, Any]:
 
 @architecture("mistral3")
 def mistral3() -> Case:
-    """Its projector takes the pictures' sizes as well, and reads all of them at once."""
+    """Its projector takes the images' sizes as well, and reads all of them at once."""
     text = tf.MistralConfig(**TEXT, head_dim=16)
     return _kin("Mistral3", 1, _pixtral(), text=text, image=_mistral3_image(), image_token_index=IMAGE_TOKEN)
 

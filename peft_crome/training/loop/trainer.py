@@ -58,7 +58,7 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
         "seed": settings.seed,
         "remove_unused_columns": False,  # the rows are the collator's, not the model's
         "label_names": ["labels"],  # the Trainer does not look for them through a PeftModel
-        "accelerator_config": {"dispatch_batches": False},  # a batch's pictures are not one to a row
+        "accelerator_config": {"dispatch_batches": False},  # a batch's images are not one to a row
         "ddp_find_unused_parameters": False,  # all have a gradient: see guard.py
         "report_to": "none",
         "use_cpu": not torch.accelerator.is_available(),  # bf16 is refused otherwise
@@ -77,7 +77,7 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
         ) from error
     if made.n_gpu > 1:
         raise RecipeError(
-            f"One process sees {made.n_gpu} GPUs, between which the Trainer would split rows and pictures apart. "
+            f"One process sees {made.n_gpu} GPUs, between which the Trainer would split rows and images apart. "
             "Write accelerate launch -m peft_crome train ..., or show it one GPU: CUDA_VISIBLE_DEVICES=0."
         )
     return made
@@ -117,7 +117,7 @@ class CromeTrainer(Trainer):
         composite = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         # These wait for every process to call the same modules, the tower among them.
         sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        composite.blank_picture = self.accelerator.distributed_type in sharded
+        composite.blank_image = self.accelerator.distributed_type in sharded
         if self.train_dataset is not None and has_length(self.train_dataset):
             self.train_dataset = Draws(self.train_dataset)
         elif self.train_dataset is not None:

@@ -149,7 +149,7 @@ def _tower_width(said: Backbones) -> int:
 
 
 def prepare_processor(processor: CromeVLMProcessor, recipe: Recipe) -> None:
-    """Give a processor what a recipe says of templates and pictures."""
+    """Give a processor what a recipe says of templates and images."""
     if recipe.chat_template is not None:
         processor.chat_template = CHAT_TEMPLATES.get(recipe.chat_template, recipe.chat_template)
     if recipe.images_after_text is not None:

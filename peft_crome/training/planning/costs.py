@@ -25,7 +25,7 @@ from ..stages import STAGES
 from .devices import Device
 from .memory import StepCost, StepSize, predict_step
 
-TEXT_TOKENS = 128  # of a row beside its picture, where nothing else is said
+TEXT_TOKENS = 128  # of a row beside its image, where nothing else is said
 MOST_ROWS = 64
 
 
@@ -69,7 +69,7 @@ def model_skeleton(name: str, dtype: str, quantization: Bits | None) -> PeftMode
         return get_peft_model(model, CromeConfig(branches=["text"]))
 
 
-def tokens_per_picture(model: nn.Module) -> int:
+def tokens_per_image(model: nn.Module) -> int:
     """Of a composite; 0 for other models, whose image tokens are counted among a row's tokens alone."""
     return getattr(model.get_base_model(), "image_seq_length", None) or 0  # type: ignore[operator]
 
@@ -85,7 +85,7 @@ def costs(
     """Rows of a forward pass, doubled each time, with what they take; the first that does not fit is the last.
 
     Args:
-        tokens: of a row, image tokens among them; a picture per row.
+        tokens: of a row, image tokens among them; an image per row.
     Raises:
         NotPredictable: as `predict_step`.
     """

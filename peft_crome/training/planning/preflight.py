@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RowSample:
-    """Rows spread evenly over the data, measured without opening a picture.
+    """Rows spread evenly over the data, measured without opening an image.
 
     Attributes:
         lengths: tokens of each, image tokens among them, before a cut.
         max_length: where rows are cut; None: nowhere.
-        images: the most pictures in one of them.
+        images: the most images in one of them.
         instruction_tokens, target_tokens: the longest that a Q-Former or a decoder reads.
-        with_picture: one of them, if any has one; else the first.
+        with_image: one of them, if any has one; else the first.
     """
 
     lengths: list[int]
@@ -48,7 +48,7 @@ class RowSample:
     images: int
     instruction_tokens: int
     target_tokens: int
-    with_picture: dict[str, Any]
+    with_image: dict[str, Any]
 
     @property
     def cut(self) -> int:
@@ -105,11 +105,11 @@ def preflight(
     if not trained:
         raise RecipeError(f"stage: nothing of this model trains in {recipe.stage!r}. Write another stage.")
     sample = sample_rows(rows, collator)
-    warnings = [] if sample.images else _no_pictures(trained)
+    warnings = [] if sample.images else _no_images(trained)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # there, one process may not hold the model
         plain = copy.copy(collator)
         plain.augmentation = None  # it would draw random numbers
-        check_gradients(model, send_to_device(plain([sample.with_picture]), arguments.device))
+        check_gradients(model, send_to_device(plain([sample.with_image]), arguments.device))
     config, dtype = model.get_base_model().config, frozen_dtype(model)
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     device = this_device(arguments.device, mixed or dtype)
@@ -179,13 +179,13 @@ def sample_rows(rows: Any, collator: ConversationCollator) -> RowSample:
 def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     """Run a batch forward and backward: each branch is reached, each weight that trains gets a gradient.
 
-    Weights that have no part in a batch without pictures are not asked for then.
+    Weights that have no part in a batch without images are not asked for then.
 
     Raises:
         RecipeError: a branch is not reached or cannot learn, or weights get no gradient; the message names them.
     """
     base = model.get_base_model()  # type: ignore[operator]
-    cache, base.feature_cache = base.feature_cache, None  # this picture is not as training will see it
+    cache, base.feature_cache = base.feature_cache, None  # this image is not as training will see it
     modes = [(module, module.training) for module in model.modules()]
     try:
         try:
@@ -207,16 +207,16 @@ def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
         model.zero_grad()
     if without and "pixel_values" in batch:
         raise RecipeError(
-            f"stage: {len(without)} weights are to train and get no gradient from a row with a picture: "
+            f"stage: {len(without)} weights are to train and get no gradient from a row with an image: "
             f"{without[:4]}. The loss does not depend on them; write another stage, or leave their part out."
         )
 
 
-def _no_pictures(trained: dict[str, int]) -> list[str]:
+def _no_images(trained: dict[str, int]) -> list[str]:
     blind = [part for part in trained if part != "adapter"]
     if not blind:
         return []
-    return [f"data: no row of the sample has a picture, so {', '.join(blind)} would learn nothing. Name other data."]
+    return [f"data: no row of the sample has an image, so {', '.join(blind)} would learn nothing. Name other data."]
 
 
 def _too_large(peak: int, device: Device, size: StepSize, recipe: Recipe, config: Any) -> str:

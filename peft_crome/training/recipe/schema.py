@@ -149,16 +149,16 @@ class Adapter(_Section):
 
 
 class Images(_Section):
-    """How training pictures are prepared; the processor saved with the model has the values given here."""
+    """How training images are prepared; the processor saved with the model has the values given here."""
 
     random_crop: bool = Field(default=False, description="Crop 50% to 100% of the area, then resize.")
     horizontal_flip: bool = Field(
-        default=False, description="Mirror every second picture; not where left and right matter."
+        default=False, description="Mirror every second image; not where left and right matter."
     )
     views: int | None = Field(
         default=None,
         ge=1,
-        description="Crops and mirror images that a picture has, always the same; None: each time another one.",
+        description="Crops and mirror images that an image has, always the same; None: each time another one.",
     )
     resample: Literal["bicubic", "bilinear"] | None = Field(default=None, description="None: the tower's processor's.")
     mean: tuple[float, float, float] | None = None
@@ -235,11 +235,11 @@ class Evaluation(_Section):
 
 
 class FeatureCache(_Section):
-    """Keep the frozen tower's features, so that each picture goes through it once, in all epochs and runs."""
+    """Keep the frozen tower's features, so that each image goes through it once, in all epochs and runs."""
 
     directory: str = Field(description="Folder; runs and machines may share it.")
     max_gigabytes: float = Field(
-        default=50.0, gt=0, description="Pictures that come when it is full are computed each time."
+        default=50.0, gt=0, description="Images that come when it is full are computed each time."
     )
 
     _home = field_validator("directory")(_expanded)
@@ -356,7 +356,7 @@ class Recipe(_Section):
             raise ValueError("images.views counts crops and mirror images, and there are none; take it out")
         if self.feature_cache is not None and augmented and self.images.views is None:
             raise ValueError(
-                "feature_cache: each time another crop or mirror image is another picture, which is never found "
+                "feature_cache: each time another crop or mirror image is another image, which is never found "
                 "again; write images.views: 4, or take the augmentation out"
             )
         return self

@@ -87,5 +87,5 @@ def check_free(model: nn.Module, adapter_name: str, own: Any) -> None:
         if is_of_another_method(module, own) and adapter_name in cast(Any, module)._all_available_adapter_names():
             raise ValueError(
                 f"An adapter {adapter_name!r} is on this model already, of {type(module).__module__}. Give this one "
-                f"another name: get_peft_model(model, config, adapter_name='pictures')."
+                f"another name: get_peft_model(model, config, adapter_name='images')."
             )
