@@ -116,7 +116,7 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed-torch
 	@touch $@
 
 $(VENV)/.installed-conformity: $(VENV)/.installed-dev
-	@echo "Installing what PEFT's own tests and other quantisation libraries need (a minute or two)"
+	@echo "Installing what PEFT's own tests and other quantization libraries need (a minute or two)"
 	$(PIP) --quiet --group conformity
 	@touch $@
 

@@ -134,7 +134,7 @@ def write_report(results: Path = RESULTS) -> None:
         cells = [variant.name, len(records), *(_spread(values[kind], records, kind) for kind in data.KINDS)]
         rows.append([*cells, f"{weights:,}", rates, dtypes])
         points.append((variant, weights, values["what"]))
-    header = ["", "seeds", "what colour / shape", "yes/no", "weights in (b)", "rates (a) / (b)", "frozen dtype"]
+    header = ["", "seeds", "what color / shape", "yes/no", "weights in (b)", "rates (a) / (b)", "frozen dtype"]
     table = markdown(header, rows)
     _replace(results / "table.md", lambda path: path.write_text(table))
     _replace(results / "accuracy_over_weights.png", lambda path: _plot(points, path))

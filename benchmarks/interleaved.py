@@ -73,12 +73,12 @@ def plot_ratios(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path,
     for (case, ways), axis in zip(panels.items(), axes[:, 0], strict=True):
         for place, (name, values) in enumerate(ways.items()):
             low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-            colour = "C1" if name.startswith("CROME") else "C0"
+            color = "C1" if name.startswith("CROME") else "C0"
             spread = [[median - low], [high - median]]
-            axis.errorbar(median, place, xerr=spread, fmt="o", color=colour, capsize=3)
+            axis.errorbar(median, place, xerr=spread, fmt="o", color=color, capsize=3)
         axis.set_yticks(range(len(ways)), list(ways), fontsize=8)
         axis.invert_yaxis()
-        axis.axvline(1, color="grey", linewidth=0.8)
+        axis.axvline(1, color="gray", linewidth=0.8)
         axis.set_title(case, fontsize=9, loc="left")
         axis.grid(axis="x", alpha=0.3)
     axes[-1, 0].set_xlabel(label)

@@ -59,7 +59,7 @@ def attach(composite: nn.Module, method: str) -> nn.Module:
 
 
 def batch_of(composite: Any, rows: int, tokens: int, prompt: bool = False) -> dict[str, torch.Tensor]:
-    """Rows of one image and random words, all of them learnt.
+    """Rows of one image and random words, all of them learned.
 
     Args:
         tokens: of each row, the image's among them.

@@ -119,7 +119,7 @@ def crome(init: str = "scaled", **kwargs: Any) -> Callable[[nn.Module, torch.Ten
             for kind in ("gate", "down"):
                 weight = getattr(weights, f"crome_{kind}_{branch}")["default"].weight
                 with torch.no_grad():
-                    weight.copy_(INITIALISATIONS[init](read, torch.empty_like(weight)))
+                    weight.copy_(INITIALIZATIONS[init](read, torch.empty_like(weight)))
         return adapted
 
     return attach
@@ -143,16 +143,16 @@ def per_branch(read: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def principal(read: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Principal directions of what this branch reads, each scaled to unit variance, in random order and sign."""
-    centred = read - read.mean(0)
-    _, values, directions = torch.linalg.svd(centred, full_matrices=False)
-    deviations = values / len(centred) ** 0.5
+    centered = read - read.mean(0)
+    _, values, directions = torch.linalg.svd(centered, full_matrices=False)
+    deviations = values / len(centered) ** 0.5
     count = min(len(weight), int((deviations > deviations[0] * 1e-3).sum()))
     chosen = torch.arange(len(weight)) % count
     sign = torch.randint(0, 2, (len(weight), 1)) * 2.0 - 1
     return (sign * directions[chosen] / deviations[chosen, None])[torch.randperm(len(weight))]
 
 
-INITIALISATIONS = {"normal": normal, "kaiming": kaiming, "per branch": per_branch, "principal": principal}
+INITIALIZATIONS = {"normal": normal, "kaiming": kaiming, "per branch": per_branch, "principal": principal}
 
 
 def only(branch: str) -> Callable[[nn.Module, torch.Tensor], nn.Module]:
@@ -182,5 +182,5 @@ VARIANTS = [
     Variant("IA3", peft(IA3), align_rate=5e-3, finetune_rate=5e-3),
     *[Variant(f"CROME, m = {m}", crome(bottleneck_dim=m), main=False) for m in (16, 64, 1024)],
     *[Variant(f"CROME, rate {r:g}", crome(), align_rate=r, finetune_rate=r, main=False) for r in (3e-4, 3e-3)],
-    *[Variant(f"CROME, W_g and W_d {name}", crome(name), main=False) for name in INITIALISATIONS],
+    *[Variant(f"CROME, W_g and W_d {name}", crome(name), main=False) for name in INITIALIZATIONS],
 ]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 from peft_crome.vlm import CromeVLMForConditionalGeneration, CromeVLMProcessor
-from tests.training.tiny import COLOURS, QFORMER
+from tests.training.tiny import COLORS, QFORMER
 from tests.vlm.tiny import CHAT_TEMPLATE, make_tokenizer, text_config, vision_config
 
 
@@ -59,9 +59,9 @@ def processor(composite: CromeVLMForConditionalGeneration) -> CromeVLMProcessor:
 
 @pytest.fixture
 def images() -> list[Image.Image]:
-    """Three images of different sizes and colours."""
+    """Three images of different sizes and colors."""
     return [
-        Image.new("RGB", size, colour) for size, colour in (((50, 37), "red"), ((20, 90), "green"), ((30, 30), "blue"))
+        Image.new("RGB", size, color) for size, color in (((50, 37), "red"), ((20, 90), "green"), ((30, 30), "blue"))
     ]
 
 
@@ -70,13 +70,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve rows about four images, one of them text alone."""
     root = tmp_path_factory.mktemp("dataset")
     (root / "images").mkdir()
-    for number, colour in enumerate(COLOURS):
-        Image.new("RGB", (40 + number, 50), colour).save(root / "images" / f"{colour}.png")
+    for number, color in enumerate(COLORS):
+        Image.new("RGB", (40 + number, 50), color).save(root / "images" / f"{color}.png")
     rows: list[dict[str, Any]] = []
     for number in range(11):
-        colour = number % 4
-        turns = [{"from": "human", "value": f"<image>\nw1 w{number}"}, {"from": "gpt", "value": f"w{40 + colour}"}]
-        rows.append({"id": number, "image": f"images/{COLOURS[colour]}.png", "conversations": turns})
+        color = number % 4
+        turns = [{"from": "human", "value": f"<image>\nw1 w{number}"}, {"from": "gpt", "value": f"w{40 + color}"}]
+        rows.append({"id": number, "image": f"images/{COLORS[color]}.png", "conversations": turns})
     turns = [{"from": "human", "value": "w7 w8"}, {"from": "gpt", "value": "w50"}]
     rows.append({"id": "text-1", "conversations": turns})
     (root / "rows.json").write_text(json.dumps(rows))

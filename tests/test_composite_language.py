@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from peft_crome.tuner.sites.find import default_bottleneck_dim
 from tests.test_mixed_batch import COMPOSITES
-from tests.tuner.helpers import assert_equal, attach, logits, randomise
+from tests.tuner.helpers import assert_equal, attach, logits, randomize
 from tests.vlm.tiny import make_batch
 from tests.zoo.test_language import kernels
 
@@ -28,7 +28,7 @@ def batch_of(kind: str, images: tuple[int, ...]) -> dict[str, Any]:
 def both(kind: str) -> tuple[Any, PeftModel]:
     """The base model, and another one with the default's adapter, which is not an identity."""
     model = attach(COMPOSITES[kind](), branches=None, bottleneck_dim=None)
-    randomise(model)
+    randomize(model)
     return COMPOSITES[kind]().requires_grad_(False).eval(), model.eval()
 
 

@@ -125,7 +125,7 @@ def test_each_change_is_another_entry(tmp_path: Path) -> None:
             model.vision_tower.half().float()
         elif change == "pixel":
             pixel_values[:, 0, 0, 0] += 1e-6
-        elif change == "normalisation":
+        elif change == "normalization":
             pixel_values = (pixel_values - 0.1) / 1.1
         elif change == "config":
             model.vision_tower.config.layer_norm_eps *= 2
@@ -136,7 +136,7 @@ def test_each_change_is_another_entry(tmp_path: Path) -> None:
 
     assert entries() == (0, 3)
     assert entries() == (3, 0)
-    for change in ("weight", "dtype", "pixel", "normalisation", "config"):
+    for change in ("weight", "dtype", "pixel", "normalization", "config"):
         assert entries(change) == (0, 3), change
     for setting in ({"vision_feature_layer": -2}, {"vision_feature_select_strategy": "full"}, {"vision_pool_size": 3}):
         assert entries(**setting) == (0, 3), setting

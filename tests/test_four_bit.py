@@ -14,8 +14,8 @@ from torch import nn
 
 from peft_crome import CromeVLMForConditionalGeneration
 from peft_crome.backbone.four_bit import REPACKS, mend_repacking
-from tests.tuner.helpers import KEYS, attach, crome_weight, logits, randomise
-from tests.tuner.test_quantised import QUANTISATION, quantised, wide_llava
+from tests.tuner.helpers import KEYS, attach, crome_weight, logits, randomize
+from tests.tuner.test_quantized import QUANTIZATION, quantized, wide_llava
 from tests.zoo.llava import llava
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -29,8 +29,8 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_gradients_pass_after_an_evaluation(tmp_path: Path) -> None:
     wide_llava().model.save_pretrained(tmp_path)
-    model = attach(quantised(tmp_path, "nf4"))
-    randomise(model)
+    model = attach(quantized(tmp_path, "nf4"))
+    randomize(model)
     before = gradients(model)
     logits(model.eval(), wide_llava().batch)
     after = gradients(model)
@@ -42,10 +42,10 @@ def test_gradients_pass_after_an_evaluation(tmp_path: Path) -> None:
 
 def test_gradients_pass_where_the_base_was_evaluated_before(tmp_path: Path) -> None:
     wide_llava().model.save_pretrained(tmp_path)
-    base = quantised(tmp_path, "nf4")
+    base = quantized(tmp_path, "nf4")
     logits(base, wide_llava().batch)
     model = attach(base)
-    randomise(model)
+    randomize(model)
     assert all(gradient.abs().max() > 0 for gradient in gradients(model).values())
 
 
@@ -54,7 +54,7 @@ def test_host_of_sizes_that_do_not_fit(tmp_path: Path) -> None:
     case = llava(vision=sizes, hidden_size=64, intermediate_size=112)
     case.model.save_pretrained(tmp_path)
     base = tf.LlavaForConditionalGeneration.from_pretrained(
-        tmp_path, quantization_config=QUANTISATION["nf4"], dtype=torch.float32, device_map="cpu"
+        tmp_path, quantization_config=QUANTIZATION["nf4"], dtype=torch.float32, device_map="cpu"
     )
     model = attach(base)
     assert torch.isfinite(logits(model.eval(), case.batch)).all()

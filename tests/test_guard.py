@@ -12,7 +12,7 @@ from torch import nn
 
 import peft_crome
 from peft_crome.tuner.guard import PATIENCE, Guard
-from tests.tuner.helpers import attach, crome_weight, randomise, snapshot
+from tests.tuner.helpers import attach, crome_weight, randomize, snapshot
 from tests.zoo import ZOO
 from tests.zoo.case import WIDTH, words
 from tests.zoo.llava import llava
@@ -122,7 +122,7 @@ def test_a_branch_that_is_not_to_train_is_not_missed() -> None:
     """Only the vision branch trains, W_u and the text branch are frozen on purpose."""
     case = llava()
     model = attach(case.model)
-    randomise(model)
+    randomize(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("_vision.default.weight"))
     model.train()(**case.batch).loss.backward()
@@ -134,7 +134,7 @@ def test_a_branch_that_is_not_to_train_is_not_missed() -> None:
 def test_training_while_merged_says_so() -> None:
     case = llava()
     model = attach(case.model)
-    randomise(model)
+    randomize(model)
     model.merge_adapter()
     with pytest.raises(RuntimeError, match=r"\['text'\] do not train: they are merged .*unmerge_adapter"):
         model.train()(**case.batch)
@@ -193,7 +193,7 @@ def test_user_embeddings_bypass_the_text_branch() -> None:
     embeddings = torch.randn(1, 5, WIDTH)
     with torch.no_grad():
         expected = model(inputs_embeds=embeddings).logits
-        randomise(model)
+        randomize(model)
         assert torch.equal(model(inputs_embeds=embeddings).logits, expected)
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_crome import CromeConfig
 from peft_crome.tuner.layer import crome_layers
-from tests.tuner.helpers import BOTH, M, adapted, logits, randomise
+from tests.tuner.helpers import BOTH, M, adapted, logits, randomize
 from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO, Batch
 
@@ -23,7 +23,7 @@ def with_adapters(model: Any, **config: Any) -> PeftModel:
     model = get_peft_model(model, CromeConfig(bottleneck_dim=M, **config), adapter_name="first")
     model.add_adapter("second", CromeConfig(bottleneck_dim=2 * M, **config))
     for seed, name in enumerate(("first", "second")):
-        randomise(model, name, seed=seed)
+        randomize(model, name, seed=seed)
     return model.eval()
 
 
@@ -148,7 +148,7 @@ def test_many_adapters_on_one_batch() -> None:
     peft_model = with_adapters(model)
     for number in range(14):
         peft_model.add_adapter(f"a{number}", CromeConfig(branches=BOTH, bottleneck_dim=M))
-        randomise(peft_model, f"a{number}", seed=100 + number)
+        randomize(peft_model, f"a{number}", seed=100 + number)
     names = [f"a{number}" for number in range(14)] + ["first", "second"]
     batch = make_batch(model, images_per_row=tuple(number % 3 for number in range(16)))
     with torch.no_grad():

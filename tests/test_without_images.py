@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from tests.tuner.helpers import attach, randomise
+from tests.tuner.helpers import attach, randomize
 from tests.zoo import ZOO
 from tests.zoo.case import Batch, words
 from tests.zoo.llava import llava
@@ -46,7 +46,7 @@ def test_the_loss_is_the_base_model_s_and_gradients_are_zero(config: dict[str, A
     host = llava().model.to(dtype).requires_grad_(False)
     expected = host(**sentence()).loss
     model = attach(host, branches=None, **config)
-    randomise(model)
+    randomize(model)
     assert_no_change_and_zero(model, model.train()(**sentence()).loss, expected)
 
 
@@ -55,7 +55,7 @@ def test_gradient_checkpointing(checkpointing: dict[str, bool]) -> None:
     host = llava().model.requires_grad_(False)
     expected = host(**sentence()).loss
     model = attach(host, branches=None)
-    randomise(model)
+    randomize(model)
     model.gradient_checkpointing_enable(checkpointing)
     model.enable_input_require_grads()
     assert_no_change_and_zero(model, model.train()(**sentence()).loss, expected)
@@ -65,7 +65,7 @@ def test_gradient_checkpointing(checkpointing: dict[str, bool]) -> None:
 def test_compiled(fullgraph: bool) -> None:
     host = llava().model.requires_grad_(False)
     model = attach(host, branches=None).train()
-    randomise(model)
+    randomize(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
     compiled(**sentence()).loss.backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained(model).values())
@@ -84,7 +84,7 @@ def test_images_without_sound() -> None:
     model = attach(case.model, branches=None).train()
     branches = model.peft_config["default"].branches
     assert {"vision", "audio"} <= set(branches)
-    randomise(model)
+    randomize(model)
     silent = {key: value for key, value in case.batch.items() if "audio" not in key}
     reached = any("pixel" in key or "image" in key for key in silent)
     model(**(silent if reached else words())).logits.sum().backward()
@@ -131,7 +131,7 @@ def _two_processes(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, **where)
     case = llava()
     model = attach(case.model, branches=None, modules_to_save=["multi_modal_projector"])
-    randomise(model)
+    randomize(model)
     parallel = nn.parallel.DistributedDataParallel(model.train())  # every parameter is waited for
     for batch in (case.batch if rank == 0 else sentence(), sentence()):
         parallel(**batch).loss.backward()
@@ -145,7 +145,7 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_two_processes, (str(tmp_path),), nprocs=2)
     case = llava()
     model = attach(case.model, branches=None, modules_to_save=["multi_modal_projector"])
-    randomise(model)
+    randomize(model)
     model.train()(**case.batch).loss.backward()
     for rank in range(2):
         found = torch.load(tmp_path / str(rank))

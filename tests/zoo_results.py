@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 RESULTS = Path(__file__).parent.parent / "build" / "zoo.json"
-TEST = re.compile(r"tests/zoo/test_(?:zoo|quantised|language)\.py::test_(\w+)\[(.+)\]")
+TEST = re.compile(r"tests/zoo/test_(?:zoo|quantized|language)\.py::test_(\w+)\[(.+)\]")
 
 found: dict[str, dict[str, Any]] = {}
 

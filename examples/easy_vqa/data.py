@@ -43,7 +43,7 @@ def yes_no_group(row: dict[str, Any]) -> str | None:
 
 
 def captions(questions: list[dict[str, Any]]) -> dict[int, str]:
-    """image_id -> "red circle", where the answers to the training questions tell both colour and shape."""
+    """image_id -> "red circle", where the answers to the training questions tell both color and shape."""
     known: dict[int, dict[str, str]] = defaultdict(dict)
     for row in questions:
         for part, words in (("color", COLORS), ("shape", SHAPES)):

@@ -56,7 +56,7 @@ def run(output: Path, results: Path, seeds: int) -> None:
         if not is_done(file, method):
             console.print(f"[bold]{NAMES[method]}, seed {seed}[/bold]")
             write_json(file, run_one(method, seed, output / f"{method}-seed{seed}", test))
-        summarise(results)
+        summarize(results)
 
 
 def is_done(file: Path, method: str) -> bool:
@@ -84,13 +84,13 @@ def run_one(method: str, seed: int, directory: Path, test: list[dict[str, Any]])
     return {"method": method, "seed": seed, "align": aligned, "finetune": tuned, **scores, "language": kept}
 
 
-def summarise(results: Path) -> list[dict[str, Any]]:
+def summarize(results: Path) -> list[dict[str, Any]]:
     """Write the table (means over seeds, with their spread) and the learning curves from what is there."""
     records = [json.loads(file.read_text()) for file in sorted(results.glob("*-seed*.json"))]
     baselines = data.blind_baselines(data.load_questions("train"), data.load_questions("test"))
     test = data.load_questions("test")
     lines = [
-        "| | seeds | what colour / shape | yes/no | text loss, with | without | capital of France "
+        "| | seeds | what color / shape | yes/no | text loss, with | without | capital of France "
         "| weights (a) / (b) |",
         "|" + " --- |" * 8,
     ]

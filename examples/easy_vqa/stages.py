@@ -3,7 +3,7 @@
     python -m examples.easy_vqa stages --output outputs/three_stages
 
 joins DINOv2-small and SmolLM2-135M (fetched as for the quick start) by two projections and a small new Q-Former.
-`pretrain` learns captions ("red circle"), `instruct` questions on colours and yes/no, `finetune` the shapes, which
+`pretrain` learns captions ("red circle"), `instruct` questions on colors and yes/no, `finetune` the shapes, which
 `instruct` was never asked for. Each stage is asked the same test questions before and after. A stage that is done is
 not trained again.
 """
@@ -23,13 +23,13 @@ from .parts import dinov2_small, easy_vqa_dir, smollm2
 from .report import print_language
 from .training import write_json
 
-SIZES = {"pretrain": 200, "instruct": 600, "finetune": 100}  # optimiser steps
+SIZES = {"pretrain": 200, "instruct": 600, "finetune": 100}  # optimizer steps
 ROWS = {"pretrain": 16, "instruct": 8, "finetune": 8}  # of a step
 QFORMER = {
     "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768,
     "cross_attention_frequency": 2, "vocab_size": 49_152, "max_position_embeddings": 512,
 }  # fmt: skip
-KINDS = {"pretrain": "captions", "instruct": "colours and yes/no", "finetune": "shapes"}
+KINDS = {"pretrain": "captions", "instruct": "colors and yes/no", "finetune": "shapes"}
 
 
 def write_data(folder: Path, test_questions: int) -> None:

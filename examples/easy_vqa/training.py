@@ -27,13 +27,13 @@ class Stage:
 
     Args:
         name: "align" (projection + adapter, on captions) or "finetune" (adapter alone, on questions).
-        steps: optimiser steps.
+        steps: optimizer steps.
         images_per_step: rows of a batch, one image each.
         questions_per_image: question turns of a row; captions have one.
         learning_rate: AdamW's peak, after a warm-up over 5% of the steps, then cosine to 0.
         draws: which questions, in order: pairs of a draw (see `data.question_rows`) and its steps; "any" if empty.
         isolated: whether questions about one image do not see one another.
-        word_weight: of a term that draws image tokens towards the words of their caption (see `WordLoss`).
+        word_weight: of a term that draws image tokens toward the words of their caption (see `WordLoss`).
     """
 
     name: str
@@ -163,7 +163,7 @@ class WordLoss:
 
     The distance is that of the image tokens' mean to the mean of the words' embeddings, squared, relative to the
     latter's square. Image tokens that lie among words can be compared with words by what the language model has
-    learnt on text; captions alone do not put them there.
+    learned on text; captions alone do not put them there.
 
     Args:
         model: the composite, adapted or not.

@@ -14,7 +14,7 @@ from torch import nn
 
 REPACKS = "support_avx512bf16_for_cpu"  # the layer's own switch
 ROWS = 32  # that the other order puts together
-BLOCK = 64  # weights to a scale, in a layer that is not quantised yet
+BLOCK = 64  # weights to a scale, in a layer that is not quantized yet
 
 
 def mend_repacking(model: nn.Module) -> None:

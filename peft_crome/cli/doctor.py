@@ -35,7 +35,7 @@ def doctor(
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens at which training will cut rows.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message for rows without one.")] = None,
     show: Annotated[
-        int, typer.Option(min=0, help="Print the first rows token by token, what is learnt in green; needs --model.")
+        int, typer.Option(min=0, help="Print the first rows token by token, what is learned in green; needs --model.")
     ] = 0,
     fix: Annotated[Path | None, typer.Option(help="Write a copy without what is wrong; DATA is not touched.")] = None,
     column: Annotated[list[str] | None, typer.Option(help=COLUMN)] = None,
@@ -105,7 +105,7 @@ def _collator(model: str, max_length: int | None, system: str | None) -> Any:
 
 
 def _show(row: dict[str, Any], collator: Any) -> None:
-    """One row's tokens: those that are learnt in green, images in blue, the rest as it is."""
+    """One row's tokens: those that are learned in green, images in blue, the rest as it is."""
     from ..data import RowError
 
     try:

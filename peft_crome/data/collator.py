@@ -130,7 +130,7 @@ class ConversationCollator:
         """Whether a prompt for generation is no beginning of the conversation with its answer.
 
         Gemma 4's closes an empty thought before the answer, DeepSeek R1's opens one, and neither stands in what they
-        write of a conversation. An answer is learnt after the prompt that it will follow.
+        write of a conversation. An answer is learned after the prompt that it will follow.
         """
         asked = [*self._before, turn("user", "(question)")]
         said = self._render([*asked, turn("assistant", ANSWER)])
@@ -234,7 +234,7 @@ class ConversationCollator:
                 name,
                 "answer",
                 f"the chat template writes the prompt {error.prompt[-40:]!r} in another way once the answer follows, "
-                f"so what is to be learnt cannot be told. {REMEDY}",
+                f"so what is to be learned cannot be told. {REMEDY}",
             ) from error
         return self._with_labels(text, spans, name)
 
@@ -260,7 +260,7 @@ class ConversationCollator:
             labels.append(token if span < len(starts) and starts[span] < last else IGNORE)
         if all(label == IGNORE for label in labels):
             raise _error(
-                name, "answer", "no token is learnt; the answer is empty, or the chat template leaves it out."
+                name, "answer", "no token is learned; the answer is empty, or the chat template leaves it out."
             )
         length = len(ids)
         if self.max_length is not None and length > self.max_length:

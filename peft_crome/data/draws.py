@@ -39,14 +39,14 @@ class DrawOrder(Sampler[int]):
     """The draws of an epoch: every row once, in an order that follows from seed and epoch.
 
     The last rows are made up to a `multiple` by rows that do not count. Between processes that have rows left and
-    processes that have none, nothing could be exchanged; and rows that came twice would be learnt twice.
+    processes that have none, nothing could be exchanged; and rows that came twice would be learned twice.
 
     Args:
         rows: number of rows.
         seed: of the order; each epoch has another one.
         multiple: rows that all processes take at a time.
         lengths: of the rows, in any unit; rows of about one length come in one batch then. None: as they come.
-        batch_size: rows of an optimiser step, over all processes.
+        batch_size: rows of an optimizer step, over all processes.
     """
 
     def __init__(

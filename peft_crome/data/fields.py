@@ -23,7 +23,7 @@ ADDRESSES = re.compile(r".*_(url|uri)s?", re.IGNORECASE)
 MEDIA = re.compile(rf"(video|audio|speech)s?{KINDS}", re.IGNORECASE)
 WRITTEN = ("tools", "functions", "chat_template_kwargs")  # a chat template would write them
 SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-WEIGHTS = ("weight", "loss", "train")  # of a turn: whether it is learnt
+WEIGHTS = ("weight", "loss", "train")  # of a turn: whether it is learned
 IMAGE_FILE = re.compile(r"[^\n]+\.(png|jpe?g|gif|webp|bmp|tiff?|avif)", re.IGNORECASE)
 
 
@@ -105,7 +105,7 @@ def unread_of_turn(turn: Mapping[str, Any]) -> Fault | None:
     weights = [key for key in WEIGHTS if key in given and given[key] != 1]
     if weights:
         return Fault(
-            "turn", f"a turn has {weights[0]!r}: {short(given[weights[0]])}. All answers of a row are learnt."
+            "turn", f"a turn has {weights[0]!r}: {short(given[weights[0]])}. All answers of a row are learned."
         )
     return None
 

@@ -1,4 +1,4 @@
-"""Images of rows, and the paper's augmentation; resizing and normalising are the image processor's."""
+"""Images of rows, and the paper's augmentation; resizing and normalizing are the image processor's."""
 
 from __future__ import annotations
 

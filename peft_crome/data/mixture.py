@@ -38,7 +38,7 @@ def mixture_probabilities(sizes: Sequence[int], temperature: float = 2.0) -> lis
     return [weight / sum(weights) for weight in weights]
 
 
-def normalised(weights: Sequence[float]) -> list[float]:
+def normalized(weights: Sequence[float]) -> list[float]:
     """Weights divided by their sum.
 
     Raises:

@@ -23,7 +23,7 @@ OTHER_PUNCTUATION = re.compile(r"""[;/\[\]"{}()=+\\_\-><@`,?!]""")
 FULL_STOP = re.compile(r"(?<!\d)\.|\.(?!\d)")
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """An answer as VQAv2's evaluation compares it.
 
     Lower case; no full stops but in decimal numbers; punctuation but apostrophe and colon becomes a space; numbers up
@@ -33,7 +33,7 @@ def normalise(text: str) -> str:
     they are always made alike.
 
     Example:
-        >>> normalise("The  two dogs, 1,000.5 m-long; dont.")
+        >>> normalize("The  two dogs, 1,000.5 m-long; dont.")
         "2 dogs 1000.5 m long don't"
     """
     text = FULL_STOP.sub("", BETWEEN_DIGITS.sub("", text.lower()))
@@ -55,7 +55,7 @@ def agreement(answer: str, people: Sequence[str]) -> float:
         >>> round(agreement("Blue.", ["blue"] * 3 + ["navy"] * 7), 3)
         0.9
     """
-    said = normalise(answer)
-    same = [normalise(person) == said for person in people]
+    said = normalize(answer)
+    same = [normalize(person) == said for person in people]
     shares = [min(1.0, (sum(same) - own) / AGREEING) for own in same]
     return sum(shares) / len(shares)

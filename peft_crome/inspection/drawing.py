@@ -20,7 +20,7 @@ from PIL import ImageOps
 
 from .look import BranchView, View
 
-COLOURS = "viridis"  # grows evenly in lightness, for every kind of colour vision
+COLORS = "viridis"  # grows evenly in lightness, for every kind of color vision
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
 DASHES = ("-", "--")  # of the first and the second adapter
 PANEL = (4.4, 3.1)  # inches
@@ -66,7 +66,7 @@ def draw_singular_values(axes: Any, views: Sequence[View]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for view, dash in zip(views, DASHES, strict=False):
         if len(views) > 1:
-            axes.plot([], [], dash, color="grey", linewidth=1.4, label=view.name)
+            axes.plot([], [], dash, color="gray", linewidth=1.4, label=view.name)
     axes.legend(fontsize=7, frameon=False, ncols=len(views))
 
 
@@ -78,22 +78,22 @@ def draw_image(axes: Any, view: BranchView, number: int) -> None:
 
 
 def draw_map(axes: Any, view: BranchView, number: int, measure: Measure, top: float) -> None:
-    """A heat map over the image in grey; each square is one token.
+    """A heat map over the image in gray; each square is one token.
 
     Args:
         number: of the image.
         measure: what is drawn.
-        top: where the colours end, so that maps can be compared.
+        top: where the colors end, so that maps can be compared.
     """
     title, label, values = measure
     chosen = view.maps[number]
     cells = chosen.values(values(view))
     rows, columns = cells.shape
     extent = (0, columns, rows, 0)
-    grey = np.asarray(ImageOps.grayscale(chosen.image))
-    axes.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=extent, aspect=_aspect(chosen.image, rows, columns))
+    gray = np.asarray(ImageOps.grayscale(chosen.image))
+    axes.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=extent, aspect=_aspect(chosen.image, rows, columns))
     image = axes.imshow(
-        cells, cmap=COLOURS, norm=Normalize(0, top or 1), alpha=0.68, interpolation="nearest", extent=extent,
+        cells, cmap=COLORS, norm=Normalize(0, top or 1), alpha=0.68, interpolation="nearest", extent=extent,
         aspect=_aspect(chosen.image, rows, columns),
     )  # fmt: skip
     axes.set(title=f"{view.activity.branch}: {title}", xlabel=f"column of {columns} tokens", ylabel=f"row of {rows}")
@@ -106,7 +106,7 @@ def draw_tokens(axes: Any, view: BranchView, measure: Measure, top: float) -> No
     """A bar for each token, with its text where there is room."""
     title, label, values = measure
     numbers = values(view).numpy()
-    axes.bar(np.arange(len(numbers)), numbers, width=0.8, color=colormaps[COLOURS](numbers / (top or 1)))
+    axes.bar(np.arange(len(numbers)), numbers, width=0.8, color=colormaps[COLORS](numbers / (top or 1)))
     axes.set(
         title=f"{view.activity.branch}: {title}",
         ylabel=label,
@@ -124,7 +124,7 @@ def draw_tokens(axes: Any, view: BranchView, measure: Measure, top: float) -> No
 
 
 def scale(views: Sequence[View], branch: str, measure: Measure) -> float:
-    """The largest number of a branch over all adapters: where its colours end."""
+    """The largest number of a branch over all adapters: where its colors end."""
     _, _, values = measure
     found = [float(values(shown).max()) for view in views for shown in view.branches or [] if
              shown.activity.branch == branch]  # fmt: skip

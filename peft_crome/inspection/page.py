@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing beside it: tables, panels as data URIs, tokens in colour."""
+"""One HTML file that needs nothing beside it: tables, panels as data URIs, tokens in color."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from ..utils.templates import render
 from ..version import __version__
 from .activity import SILENT
-from .drawing import COLOURS, Panel, branch_panels, measures, panel_png, rank_panel, scale
+from .drawing import COLORS, Panel, branch_panels, measures, panel_png, rank_panel, scale
 from .look import BranchView, View
 from .tables import ACTIVITY_HEADINGS, MATRIX_HEADINGS, activity_rows, facts, matrix_rows
 from .weights import DEAD
@@ -46,7 +46,7 @@ def write_html(views: Sequence[View]) -> str:
         shared=[rank_panel(views)],
         activity_headings=ACTIVITY_HEADINGS,
         shown=[_view(views, view) for view in shown],
-        gradient=", ".join(to_hex(colormaps[COLOURS](step / 8)) for step in range(9)),
+        gradient=", ".join(to_hex(colormaps[COLORS](step / 8)) for step in range(9)),
         show=_image,
     )
 
@@ -77,14 +77,14 @@ def _text(views: Sequence[View], view: View, shown: BranchView, which: int) -> d
     tokens = []
     for text, number in shown.words:
         if number is None:
-            tokens.append({"text": text, "colour": None, "ink": None, "value": None})
+            tokens.append({"text": text, "color": None, "ink": None, "value": None})
             continue
         value = float(numbers[number])
-        red, green, blue, _ = colormaps[COLOURS](value / (top or 1))
+        red, green, blue, _ = colormaps[COLORS](value / (top or 1))
         light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2  # WCAG's luminance, about
         ink = "#000" if light > 0.18 else "#fff"
         tokens.append(
-            {"text": text, "colour": to_hex((red, green, blue)), "ink": ink, "value": f"{title}: {value:.3g}"}
+            {"text": text, "color": to_hex((red, green, blue)), "ink": ink, "value": f"{title}: {value:.3g}"}
         )
     return {"label": f"{title}, {label}", "top": f"{top:.3g}", "tokens": tokens}
 

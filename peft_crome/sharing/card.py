@@ -34,7 +34,7 @@ NOT_A_USER_S = re.compile(
 QUICK_START = re.compile(r"## Quick start\n+```python\n[^`]*pipeline\([^`]*```")
 TRAINERS = ("generated_from_trainer",)  # tags of cards that transformers' and TRL's trainers write
 PAGE = "README.md"
-QUANTISATION = re.compile(r"^(## Training procedure|The following `bitsandbytes` .*|- \w+: .*)$")
+QUANTIZATION = re.compile(r"^(## Training procedure|The following `bitsandbytes` .*|- \w+: .*)$")
 
 logger = logging.getLogger(__name__)
 # What authors have said of adapters that this process has saved: by folder, and by what adapter_config.json holds.
@@ -220,7 +220,7 @@ def _is_template(text: str) -> bool:
     """Whether a card has no line that a person wrote."""
     template = set(ModelCard.from_template(ModelCardData()).text.splitlines())
     own = [line for line in text.splitlines() if line.strip() and line not in template]
-    return all(NOT_A_USER_S.match(line) or QUANTISATION.match(line) for line in own)
+    return all(NOT_A_USER_S.match(line) or QUANTIZATION.match(line) for line in own)
 
 
 def _digest(text: str) -> str:

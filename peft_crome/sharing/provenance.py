@@ -17,8 +17,8 @@ from ..backbone.model import Host
 from ..version import __version__
 
 PACKAGES = ("peft_crome", "peft", "transformers")
-# What of a quantisation's configuration changes the weights that the adapter meets.
-QUANTISATION = ("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bits", "group_size", "fmt")
+# What of a quantization's configuration changes the weights that the adapter meets.
+QUANTIZATION = ("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bits", "group_size", "fmt")
 TOWER = ("model_type", "image_size", "patch_size")
 
 
@@ -86,7 +86,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         )
     if "quantization" in there and "quantization" in here and there["quantization"] != here["quantization"]:
         found.append(
-            f"- quantisation: it was trained on weights {_spell(there['quantization'])}, these are "
+            f"- quantization: it was trained on weights {_spell(there['quantization'])}, these are "
             f"{_spell(here['quantization'])}. Outputs shift a little; load the model with the same "
             "quantization_config to have the training's."
         )
@@ -122,12 +122,12 @@ def _describe_tower(config: Any) -> dict[str, Any] | None:
 
 
 def _describe_quantization(config: Any) -> dict[str, Any] | None:
-    """How the weights are quantised; None: they are not. The composite has one for each part."""
+    """How the weights are quantized; None: they are not. The composite has one for each part."""
     own = getattr(config, "quantization_config", None) or getattr(config, "text_quantization_config", None)
     if own is None:
         return None
     values = own if isinstance(own, dict) else own.to_dict()
-    return {name: _plain(values[name]) for name in QUANTISATION if values.get(name) not in (None, False)}
+    return {name: _plain(values[name]) for name in QUANTIZATION if values.get(name) not in (None, False)}
 
 
 def _plain(value: Any) -> Any:
@@ -146,8 +146,8 @@ def _revision(record: dict[str, Any]) -> str:
 
 def _spell(quantization: dict[str, Any] | None) -> str:
     if quantization is None:
-        return "not quantised"
-    return "quantised by " + ", ".join(
+        return "not quantized"
+    return "quantized by " + ", ".join(
         f"{k}={v!r}" if k != "quant_method" else repr(v) for k, v in quantization.items()
     )
 

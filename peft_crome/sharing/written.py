@@ -12,21 +12,21 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-REMEDY = "Load the model without quantisation, put the adapter on it, and write it from there."
+REMEDY = "Load the model without quantization, put the adapter on it, and write it from there."
 
 
 def check_ordinary(model: PreTrainedModel) -> None:
     """Refuse a model whose weights no ordinary checkpoint of its class holds, before a file appears.
 
     Raises:
-        ValueError: it is quantised in a way that transformers does not write, or has layers of another kind than its
+        ValueError: it is quantized in a way that transformers does not write, or has layers of another kind than its
             class makes, as torchao's and HQQ's functions put them in.
     """
     name, quantizer = type(model).__name__, getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         if not quantizer.is_serializable():
             method = quantizer.quantization_config.quant_method
-            raise ValueError(f"{name} is quantised by {method}, which transformers cannot write. {REMEDY}")
+            raise ValueError(f"{name} is quantized by {method}, which transformers cannot write. {REMEDY}")
         return
     with torch.device("meta"):
         ordinary = type(model)(copy.deepcopy(model.config)).state_dict()
@@ -60,7 +60,7 @@ def check_model_files(folder: Path, model: PreTrainedModel, original_names: bool
 def check_files(folder: Path, meant: Iterable[str], names: str = "*.safetensors") -> None:
     """Compare the keys in a folder's safetensors files with those that were meant to be there.
 
-    transformers leaves out a state dict that it is given where a model has a quantiser, for one.
+    transformers leaves out a state dict that it is given where a model has a quantizer, for one.
 
     Args:
         meant: the keys.

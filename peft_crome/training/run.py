@@ -81,7 +81,7 @@ def train(
             train_dataset=rows,
             data_collator=NamedRows(collator),
         )
-    except (RuntimeError, ImportError) as error:  # a report_to or an optimiser whose package is not there
+    except (RuntimeError, ImportError) as error:  # a report_to or an optimizer whose package is not there
         raise RecipeError(f"training.arguments: {error}") from error
     if trainer.is_fsdp_enabled:
         check_storage(model, config.text_config.dtype)

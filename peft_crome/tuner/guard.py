@@ -194,7 +194,7 @@ class Guard:
     """Hooks on a model with CROME's sites, for forward passes in training.
 
     The first pass that has input for a branch proves that the branch acts and learns, or fails. Any pass that does not
-    reach a branch, since no row has an image, gives the branch's weights a gradient of zero: an optimiser, DDP and
+    reach a branch, since no row has an image, gives the branch's weights a gradient of zero: an optimizer, DDP and
     accumulation wait for one. Nothing else of the pass changes, so its loss is that of the base model.
     """
 

@@ -53,11 +53,11 @@ def from_backbones(
         vision: name of a tower (or of a dual model such as CLIP), or a model object, which is used as it is, and is
             stored with the composite: its weights may be other ones than where it came from.
         language: name of a causal or encoder-decoder language model, or a model object, in the same way. Only a
-            quantised object goes by the name that it was loaded by.
+            quantized object goes by the name that it was loaded by.
         vision_revision: branch, tag or commit of the tower's repository.
         text_revision: branch, tag or commit of the language model's repository.
-        quantization_config: quantises the language model while it is loaded.
-        vision_quantization_config: quantises the tower while it is loaded.
+        quantization_config: quantizes the language model while it is loaded.
+        vision_quantization_config: quantizes the tower while it is loaded.
         dtype: of both backbones; None: each as its checkpoint. Model objects keep theirs.
         device_map: as in transformers; a dictionary names the composite's modules.
         attn_implementation: one for both, or {"vision_config": ..., "text_config": ...}.
@@ -144,7 +144,7 @@ def assemble(
 
 
 def _quantized_on_load(model: PreTrainedModel) -> dict[str, Any] | None:
-    """The quantisation that loading applied; None where there is none or the checkpoint states its own."""
+    """The quantization that loading applied; None where there is none or the checkpoint states its own."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or quantizer.pre_quantized:
         return None

@@ -113,7 +113,7 @@ def _check_sizes(name: str, stored: PreTrainedConfig, config: PreTrainedConfig) 
 
 
 def _with_quantizer(model: PreTrainedModel) -> PreTrainedModel:
-    """The tower of a loaded model, which was quantised with the whole."""
+    """The tower of a loaded model, which was quantized with the whole."""
     tower = find_vision_model(model)
     if hasattr(model, "hf_quantizer"):
         tower.hf_quantizer = model.hf_quantizer
@@ -131,8 +131,8 @@ def parts_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return _arguments("vision_tower", kwargs.get("vision_revision"), None, _loading(kwargs))
 
 
-def load_quantised_tower(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The tower as `from_backbones`' arguments say that it is quantised and loaded."""
+def load_quantized_tower(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The tower as `from_backbones`' arguments say that it is quantized and loaded."""
     return load_vision_tower(
         name, kwargs.get("vision_revision"), None, kwargs["vision_quantization_config"], _loading(kwargs)
     )
@@ -200,7 +200,7 @@ def _revision(revision: str | None) -> dict[str, str]:
 
 
 def _clean(config: PreTrainedConfig, quantization_config: Quantization | None) -> PreTrainedConfig:
-    """The configuration without the quantisation of the last load, which would read as the checkpoint's own."""
+    """The configuration without the quantization of the last load, which would read as the checkpoint's own."""
     if quantization_config is not None and hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -32,8 +32,8 @@ class CromeVLMConfig(PreTrainedConfig):
         vision_revision: branch, tag or commit of that repository; None: its default branch.
         text_model_name_or_path: where the language model's weights are; None: they are stored with the composite.
         text_revision: branch, tag or commit of that repository; None: its default branch.
-        vision_quantization_config: how the tower is quantised while it is loaded; None: as its checkpoint is.
-        text_quantization_config: how the language model is quantised while it is loaded; None: as its checkpoint is.
+        vision_quantization_config: how the tower is quantized while it is loaded; None: as its checkpoint is.
+        text_quantization_config: how the language model is quantized while it is loaded; None: as its checkpoint is.
         image_token_id: id of the image placeholder; it may lie outside the embedding table, which is never resized.
         image_size: height and width in pixels that the tower is fed, or one number for both; None: the tower's own.
         image_seq_length: tokens per image in the prompt, after pooling; None: computed when the model is built.
@@ -41,7 +41,7 @@ class CromeVLMConfig(PreTrainedConfig):
             any other number indexes its `hidden_states`; -2 is the penultimate layer, as in the paper.
         vision_feature_select_strategy: "default" drops the tokens before the patches (CLS, registers); "full" keeps
             them.
-        vision_pool_size: n averages n x n neighbouring patches into one token; 1 keeps every patch.
+        vision_pool_size: n averages n x n neighboring patches into one token; 1 keeps every patch.
         image_projection_bias: whether the image projection has a bias.
         qformer_config: the Q-Former's own configuration, or its dictionary; None: there is none.
         qformer_model_name_or_path: the InstructBLIP or BLIP-2 checkpoint that has the Q-Former's weights; None: they
@@ -136,7 +136,7 @@ class CromeVLMConfig(PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values; a quantisation applied while loading is recorded once."""
+        """The configuration as JSON-ready values; a quantization applied while loading is recorded once."""
         output = super().to_dict()
         for part in ("vision", "text"):
             if output[f"{part}_quantization_config"] is not None:
@@ -161,7 +161,7 @@ class CromeVLMConfig(PreTrainedConfig):
 
 
 def quantization_to_dict(quantization_config: QuantizationConfigMixin | dict[str, Any] | None) -> dict | None:
-    """A JSON-ready copy of a quantisation configuration; None stays None."""
+    """A JSON-ready copy of a quantization configuration; None stays None."""
     if isinstance(quantization_config, QuantizationConfigMixin):
         return quantization_config.to_dict()
     return None if quantization_config is None else dict(quantization_config)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 Samples = dict[str, tuple[torch.Size, torch.Tensor]]
-NUM_VALUES = 4096  # of a tensor without columns: a bias whole, or what a quantised weight is packed into
+NUM_VALUES = 4096  # of a tensor without columns: a bias whole, or what a quantized weight is packed into
 
 
 def take_samples(weights: Mapping[str, torch.Tensor]) -> Samples:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .assembly import from_backbones
-from .backbones import load_quantised_tower, parts_arguments
+from .backbones import load_quantized_tower, parts_arguments
 from .blip_parts import PARTS_CLASSES, load_parts, qformer_of
 
 Composite = TypeVar("Composite", bound=PreTrainedModel)
@@ -27,11 +27,11 @@ def from_instructblip(
         checkpoint: name of an InstructBLIP or BLIP-2 checkpoint, whose own language model is not loaded, or a model.
         language: name of a causal or encoder-decoder language model, or a model object, which is used as it is.
         kwargs: of `from_backbones`; `vision_revision` is the checkpoint's. `vision_quantization_config` is the tower's
-            alone: the Q-Former trains, and is stored, unquantised.
+            alone: the Q-Former trains, and is stored, unquantized.
     Returns:
         The composite in evaluation mode.
     Raises:
-        ValueError: the checkpoint is of another kind or a quantised object, or as in `from_backbones`.
+        ValueError: the checkpoint is of another kind or a quantized object, or as in `from_backbones`.
     """
     if isinstance(checkpoint, PreTrainedModel):
         parts, name = checkpoint, checkpoint.config.name_or_path
@@ -45,12 +45,12 @@ def from_instructblip(
         parts = load_parts(name, **parts_arguments(kwargs))
     if getattr(parts, "hf_quantizer", None) is not None:
         raise ValueError(
-            f"{name or type(parts).__name__} is quantised, its Q-Former and projection too, which are to train. Name "
+            f"{name or type(parts).__name__} is quantized, its Q-Former and projection too, which are to train. Name "
             "a checkpoint that is not: from_instructblip('...', language=..., vision_quantization_config=...)."
         )
     qformer, tower = qformer_of(parts), parts.vision_model
     if isinstance(checkpoint, str) and kwargs.get("vision_quantization_config") is not None:
-        tower = parts.vision_model = load_quantised_tower(name, kwargs)
+        tower = parts.vision_model = load_quantized_tower(name, kwargs)
     tower.config.name_or_path = qformer.config.name_or_path = name
     model = from_backbones(cls, tower, language, qformer=qformer, **kwargs)
     if isinstance(checkpoint, str):  # loaded here, so the name gives these weights

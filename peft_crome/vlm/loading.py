@@ -89,7 +89,7 @@ def load(
         name_or_path: directory or repository that `save_pretrained` wrote.
         model_args: refused; the composite takes none.
         config: instead of the stored one, for instance with other backbone names.
-        quantization_config: of the language model; None: as recorded. To load a recorded quantisation in full
+        quantization_config: of the language model; None: as recorded. To load a recorded quantization in full
             precision, pass a config whose text_quantization_config is None.
         vision_quantization_config: of the tower; None: as recorded.
         dtype: of everything; None or "auto": each part as it was saved.

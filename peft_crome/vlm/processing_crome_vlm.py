@@ -290,7 +290,7 @@ class CromeVLMProcessor(ProcessorMixin):
         return self.image_token * self.image_seq_length
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
-        """Refuse ids from which truncation has cut image tokens; called once the text is tokenised."""
+        """Refuse ids from which truncation has cut image tokens; called once the text is tokenized."""
         for row, (sample, ids) in enumerate(zip(text, text_inputs["input_ids"], strict=False)):
             wanted, got = sample.count(self.image_token), list(map(int, ids)).count(self.image_token_id)
             if wanted != got:

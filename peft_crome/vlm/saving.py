@@ -37,7 +37,7 @@ def select_weights(model: Any, state_dict: Weights) -> Weights:
         composite was put together, or was loaded from a composite's checkpoint; the whole of a backbone without a
         name.
     Raises:
-        ValueError: a backbone without a name is quantised, a quantised one changed, or adapters are attached.
+        ValueError: a backbone without a name is quantized, a quantized one changed, or adapters are attached.
     """
     wrapped = [name for name, module in model.named_modules() if _is_peft_layer(module)]
     if wrapped:
@@ -50,14 +50,14 @@ def select_weights(model: Any, state_dict: Weights) -> Weights:
     for part in unnamed:
         if getattr(getattr(model, part), "hf_quantizer", None) is not None:
             raise ValueError(
-                f"{part} is quantised and has no name, so its weights would have to be stored quantised. Load it by "
+                f"{part} is quantized and has no name, so its weights would have to be stored quantized. Load it by "
                 "name: from_backbones(vision='...', language='...', quantization_config=...)."
             )
     different = changed(state_dict, model._samples)
-    quantised = [key for key in different if (part := key.split(".", 1)[0]) in names and _is_packed(model, part, key)]
-    if quantised:
+    quantized = [key for key in different if (part := key.split(".", 1)[0]) in names and _is_packed(model, part, key)]
+    if quantized:
         raise ValueError(
-            f"Quantised weights have changed since they were loaded ({sorted(quantised)[:3]}), which no name gives "
+            f"Quantized weights have changed since they were loaded ({sorted(quantized)[:3]}), which no name gives "
             "and a composite's checkpoint does not hold. Load the backbone without quantization_config to change it."
         )
     stored = model._stored_keys | model.trained_backbone_keys() | different

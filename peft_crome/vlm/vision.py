@@ -81,7 +81,7 @@ class VisionLayout:
         return torch.cat([prefix, patches], dim=1) if strategy == "full" and self.num_prefix_tokens else patches
 
     def pool(self, patches: torch.Tensor, pool_size: int) -> torch.Tensor:
-        """Average pool_size x pool_size neighbours of (images, height * width, hidden)."""
+        """Average pool_size x pool_size neighbors of (images, height * width, hidden)."""
         if pool_size == 1:
             return patches
         grid = patches.transpose(1, 2).unflatten(2, (self.height, self.width))

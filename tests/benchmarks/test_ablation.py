@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from benchmarks import ablation
-from benchmarks.variants import EQUAL, INITIALISATIONS, OWN_UP, VARIANTS, Bottleneck, by_hooks, table_rms
+from benchmarks.variants import EQUAL, INITIALIZATIONS, OWN_UP, VARIANTS, Bottleneck, by_hooks, table_rms
 from examples.easy_vqa import quickstart
 from examples.easy_vqa.model import frozen_dtype
 from peft_crome import CromeConfig
@@ -41,10 +41,10 @@ def test_sizes_are_equal_where_they_can_be() -> None:
         assert count == pytest.approx(default, rel=0.002)
 
 
-@pytest.mark.parametrize("name", INITIALISATIONS)
-def test_initialisations_give_what_they_say(name: str) -> None:
+@pytest.mark.parametrize("name", INITIALIZATIONS)
+def test_initializations_give_what_they_say(name: str) -> None:
     read = 5 * torch.randn(500, 32) @ torch.diag(torch.linspace(0.1, 2, 32))
-    weight = INITIALISATIONS[name](read, torch.empty(16, 32))
+    weight = INITIALIZATIONS[name](read, torch.empty(16, 32))
     assert torch.isfinite(weight).all()
     hidden = (read - read.mean(0)) @ weight.T
     if name == "principal":

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from tests.tuner.helpers import adapted, assert_equal, attach, crome_weight, logits, randomise, train_steps
+from tests.tuner.helpers import adapted, assert_equal, attach, crome_weight, logits, randomize, train_steps
 from tests.zoo.llava import llava
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_device_map_auto_trains_and_is_saved(tmp_path: Path) -> None:
         return LlavaForConditionalGeneration.from_pretrained(tmp_path / "host", device_map="auto")
 
     model = attach(load())
-    randomise(model)
+    randomize(model)
     losses = train_steps(model, host.batch)
     assert losses[-1] < losses[0]
     expected = logits(model.eval(), host.batch)

@@ -193,9 +193,9 @@ def test_two_renderings_find_all_answers(name: str, byte_processor: Any, monkeyp
     encoded = collator.encode(row)
     assert len(rendered) == 2
     monkeypatch.undo()
-    learnt = byte_processor.tokenizer.decode([label for label in encoded["labels"] if label != -100])
-    assert [f"answer {number}" in learnt for number in range(40)] == [True] * 40
-    assert "question" not in learnt
+    learned = byte_processor.tokenizer.decode([label for label in encoded["labels"] if label != -100])
+    assert [f"answer {number}" in learned for number in range(40)] == [True] * 40
+    assert "question" not in learned
 
 
 def test_contents_that_are_strings_give_the_same_tokens(byte_processor: Any) -> None:

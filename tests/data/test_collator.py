@@ -29,19 +29,19 @@ def image_file(tmp_path: Path) -> str:
     return str(tmp_path / "a.png")
 
 
-def learnt(batch: dict[str, torch.Tensor], tokenizer: Any, number: int = 0) -> str:
+def learned(batch: dict[str, torch.Tensor], tokenizer: Any, number: int = 0) -> str:
     labels = batch["labels"][number]
     return tokenizer.decode(labels[labels != -100])
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHAT_TEMPLATES["plain"], CHAT_TEMPLATES["vicuna"]])
-def test_answers_alone_are_learnt(template: str, processor: Any, image_file: str) -> None:
+def test_answers_alone_are_learned(template: str, processor: Any, image_file: str) -> None:
     # The tokenizer here splits at spaces alone.
     processor.chat_template = template.replace("{{ eos_token or '' }}", " {{ eos_token or '' }} ")
     rows = [row(("w1 w2", "w3"), ("w4", "w5 w6"), images=[image_file]), row(("w7", "w8"), name="text")]
     batch = ConversationCollator(processor)(rows)
     end = "</s>" if template is not CHAT_TEMPLATE else ""
-    said = [learnt(batch, processor.tokenizer, number).split() for number in (0, 1)]
+    said = [learned(batch, processor.tokenizer, number).split() for number in (0, 1)]
     assert said == [[w for w in ("w3", end, "w5", "w6", end) if w], [w for w in ("w8", end) if w]]
     image = batch["input_ids"] == processor.image_token_id
     assert image.sum(dim=1).tolist() == [processor.image_seq_length, 0]
@@ -71,7 +71,7 @@ def real_tokenizer(kind: str) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, show_progress=False, initial_alphabet=alphabet
     )
-    tokenizer.train_from_iterator(["what colour is it? blue red USER: ASSISTANT: user assistant system"] * 20, trainer)
+    tokenizer.train_from_iterator(["what color is it? blue red USER: ASSISTANT: user assistant system"] * 20, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
@@ -97,15 +97,15 @@ def with_template(composite: Any, template: str, kind: str = "byte-level") -> Cr
 
 @pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
 @pytest.mark.parametrize("template", ["plain", "vicuna", "chatml"])
-def test_whole_answers_are_learnt_with_tokenizers_that_keep_spaces(
+def test_whole_answers_are_learned_with_tokenizers_that_keep_spaces(
     template: str,
     kind: str,
     composite: Any,
 ) -> None:
     whole = with_template(composite, CHAT_TEMPLATES.get(template, CHATML), kind)
-    batch = ConversationCollator(whole)([row(("what colour is it?", "blue"), ("is it red?", "it is blue"))])
+    batch = ConversationCollator(whole)([row(("what color is it?", "blue"), ("is it red?", "it is blue"))])
     end = "<|im_end|>" if template == "chatml" else "</s>"
-    said = [text.strip() for text in learnt(batch, whole.tokenizer).split(end)]
+    said = [text.strip() for text in learned(batch, whole.tokenizer).split(end)]
     assert said == ["blue", "it is blue", ""]
 
 
@@ -113,8 +113,8 @@ def test_template_that_rewrites_earlier_answers_learns_the_last(composite: Any) 
     whole = with_template(composite, FORGETS)
     collator = ConversationCollator(whole)
     assert collator.needs_split
-    rows = list(split_turns([row(("what colour is it?", "blue"), ("is it red?", "it is blue"))]))
-    said = [learnt(collator([part]), whole.tokenizer) for part in rows]
+    rows = list(split_turns([row(("what color is it?", "blue"), ("is it red?", "it is blue"))]))
+    said = [learned(collator([part]), whole.tokenizer) for part in rows]
     assert said == ["<think>\n</think>\nblue<|im_end|>", "<think>\n</think>\nit is blue<|im_end|>"]
 
 
@@ -124,11 +124,11 @@ THINKS = (  # as Gemma 4's and DeepSeek R1's: a prompt for generation has more t
 )
 
 
-def test_answers_are_learnt_after_the_prompt_of_generation(composite: Any) -> None:
+def test_answers_are_learned_after_the_prompt_of_generation(composite: Any) -> None:
     whole = with_template(composite, THINKS)
     collator = ConversationCollator(whole)
     assert collator.needs_split
-    for part in split_turns([row(("what colour is it?", "blue"), ("is it red?", " it is blue"))]):
+    for part in split_turns([row(("what color is it?", "blue"), ("is it red?", " it is blue"))]):
         encoded = collator.encode(part)
         asked = whole.apply_chat_template(part["messages"][:-1], add_generation_prompt=True, tokenize=False)
         answer = part["messages"][-1]["content"][0]["text"].strip()
@@ -141,7 +141,7 @@ def test_template_that_writes_a_prompt_by_what_is_said_is_refused(composite: Any
     by_words = "{{ 'assistant: ' if 'red' in messages[0]['content'] else 'assistant\n' }}{%"
     whole = with_template(composite, CHATML.replace("assistant\n{%", by_words))
     collator = ConversationCollator(whole)
-    collator.encode(row(("what colour is it?", "blue")))
+    collator.encode(row(("what color is it?", "blue")))
     with pytest.raises(ValueError, match=r"Row 'r': the chat template writes the prompt .* in another way"):
         collator.encode(row(("is it red?", "it is blue")))
 
@@ -170,15 +170,15 @@ def test_template_that_demands_a_system_message(rewrites: bool, composite: Any) 
     demands = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('give a system message') }}{% endif %}"
     filled = with_template(composite, demands + (FORGETS if rewrites else CHATML))
     plain = with_template(composite, FORGETS if rewrites else CHATML)
-    system = {"role": "system", "content": [{"type": "text", "text": "colour"}]}
+    system = {"role": "system", "content": [{"type": "text", "text": "color"}]}
     asked = row(("what", "blue"), ("is it", "red"))
     said = {**asked, "messages": [system, *asked["messages"]]}
     expected = ConversationCollator(plain)
     assert expected.needs_split == rewrites
-    for collator in (ConversationCollator(filled), ConversationCollator(filled, system="colour")):
+    for collator in (ConversationCollator(filled), ConversationCollator(filled, system="color")):
         assert collator.needs_split == rewrites
         assert collator.encode(said) == expected.encode(said)
-    assert ConversationCollator(filled, system="colour").encode(asked) == expected.encode(said)
+    assert ConversationCollator(filled, system="color").encode(asked) == expected.encode(said)
     with pytest.raises(RowError, match=r"Row 'r': .*give a system message"):
         ConversationCollator(filled).encode(asked)
 
@@ -189,11 +189,11 @@ def test_template_of_one_question_alone_splits_rows(processor: Any) -> None:
     assert ConversationCollator(processor).needs_split
 
 
-def test_rows_in_which_nothing_is_learnt_are_refused(processor: Any) -> None:
+def test_rows_in_which_nothing_is_learned_are_refused(processor: Any) -> None:
     processor.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(ValueError, match=r"Row 'r': no token is learnt"):
+    with pytest.raises(ValueError, match=r"Row 'r': no token is learned"):
         ConversationCollator(processor).encode(row(("w1", "w2")))
     question = {"role": "user", "content": [{"type": "text", "text": "w1"}]}
     with pytest.raises(ValueError, match=r"Row 'q': the last turn is no answer"):
@@ -223,7 +223,7 @@ def test_encoder_decoder_learns_the_last_answer(processor: Any, image_file: str)
     assert [len(part["messages"]) for part in rows] == [2, 4]
     collator = ConversationCollator(processor, is_encoder_decoder=True, max_target_length=2)
     batch = collator(rows)
-    assert [learnt(batch, processor.tokenizer, number) for number in (0, 1)] == ["w2", "w4 w5"]
+    assert [learned(batch, processor.tokenizer, number) for number in (0, 1)] == ["w2", "w4 w5"]
     read = [processor.tokenizer.decode([t for t in ids if t < 100]).split() for ids in batch["input_ids"].tolist()]
     assert [[word for word in words if word.startswith("w")] for words in read] == [["w1"], ["w1", "w2", "w3"]]
     with pytest.raises(ValueError, match=r"Row 'long': the answer has 3 tokens, and the decoder takes 2. Shorten"):

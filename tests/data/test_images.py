@@ -44,7 +44,7 @@ def test_dark_images_of_sixteen_bits_stay_dark(mode: str, tmp_path: Path) -> Non
 
 
 def test_animations_give_their_first_frame_and_cameras_their_turn(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     path = save(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert open_image(path, "x").getpixel((0, 0)) == (255, 0, 0)
     exif = Image.Exif()

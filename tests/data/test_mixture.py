@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_crome.data import mix, mixture_probabilities
-from peft_crome.data.mixture import normalised
+from peft_crome.data.mixture import normalized
 
 PAPER = [798_245, 443_752, 9_009, 17_056, 566_747, 361_411, 109_765]  # of InstructBLIP's and BLIVA's mixture
 
@@ -68,8 +68,8 @@ def test_bad_numbers() -> None:
     with pytest.raises(ValueError, match="a data set without rows"):
         mixture_probabilities([1, 0])
     with pytest.raises(ValueError, match=r"weights=\[1, inf\]; expected positive numbers"):
-        normalised([1, float("inf")])
-    assert normalised([1e308, 1e308]) == [0.5, 0.5], "their sum is no float"
+        normalized([1, float("inf")])
+    assert normalized([1e308, 1e308]) == [0.5, 0.5], "their sum is no float"
 
 
 @pytest.mark.parametrize("probabilities", [None, [0.5, 0.5]])

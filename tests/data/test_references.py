@@ -65,7 +65,7 @@ def test_rows_carry_them_and_training_does_not_keep_them(tmp_path: Path) -> None
 def test_vqa_and_choices_as_tables(tmp_path: Path) -> None:
     """As VQAv2 and AI2D are published on the Hub: saved folders here."""
     people = [{"answer": "red", "answer_id": n} for n in range(9)] + [{"answer": "pink", "answer_id": 9}]
-    vqa = Dataset.from_list([{"question": "What colour?", "answers": people, "question_id": 7}])
+    vqa = Dataset.from_list([{"question": "What color?", "answers": people, "question_id": 7}])
     vqa.save_to_disk(tmp_path / "vqa")
     columns = {"question": "question", "answer": "answers", "id": "question_id"}
     (row,) = read_rows(tmp_path / "vqa", columns=columns)

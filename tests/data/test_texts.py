@@ -181,10 +181,10 @@ def test_answers_after_prompts_of_their_own_are_as_the_template_writes_them(
     user = {"role": "user", "content": [{"type": "text", "text": "q"}]}
     messages = [user, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
     encoded = ConversationCollator(byte_processor).encode({"id": "r", "images": [], "messages": messages})
-    learnt = byte_processor.tokenizer.decode([label for label in encoded["labels"] if label != -100])
-    assert learnt == (answer.strip() if trims else answer) + "<|im_end|>"
+    learned = byte_processor.tokenizer.decode([label for label in encoded["labels"] if label != -100])
+    assert learned == (answer.strip() if trims else answer) + "<|im_end|>"
     prompt = byte_processor.apply_chat_template([user], add_generation_prompt=True)
-    assert byte_processor.tokenizer.decode(encoded["input_ids"]) == prompt + learnt
+    assert byte_processor.tokenizer.decode(encoded["input_ids"]) == prompt + learned
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)

@@ -40,7 +40,7 @@ def test_table_has_accuracy_beside_what_the_language_costs(tmp_path: Path, monke
     runs = [("crome", 0, 0.0), ("lora", 0, 0.25), ("lora", 1, None), ("projection", 0, None)]
     for method, seed, cost in runs:
         (tmp_path / f"{method}-seed{seed}.json").write_text(json.dumps(record(method, seed, cost)))
-    demo.summarise(tmp_path)
+    demo.summarize(tmp_path)
     lines = (tmp_path / "table.md").read_text().splitlines()
     table = lines[: lines.index("")]
     assert len({line.count("|") for line in table}) == 1

@@ -8,7 +8,7 @@ from examples.mixture import experiment as mixture
 
 
 @pytest.mark.slow
-def test_both_sets_are_learnt(tmp_path, monkeypatch):
+def test_both_sets_are_learned(tmp_path, monkeypatch):
     """Questions of both are answered in kind; what is right at full size is in benchmarks/results/mixture."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the stages' own processes: other tests run beside them
     results = mixture.run(tmp_path, {"pretrain": 60, "finetune": 80}, rows=8, test_rows=48)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from peft_crome import CromeConfig
 from peft_crome.inspection import inspect_activity
-from tests.tuner.helpers import BOTH, M, adapted, assert_equal, attach, crome_weight, logits, randomise
+from tests.tuner.helpers import BOTH, M, adapted, assert_equal, attach, crome_weight, logits, randomize
 from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO
 from tests.zoo.case import IMAGE_TOKEN
@@ -109,7 +109,7 @@ def test_other_hosts(name: str) -> None:
 
 def test_composite_with_several_images_in_a_row() -> None:
     model = attach(build())
-    randomise(model)
+    randomize(model)
     batch = make_batch(model.get_base_model())
     rows = {row.branch: row for row in inspect_activity(model, batch)}
     asked = batch["attention_mask"].bool() & (batch["input_ids"] != model.config.image_token_id)
@@ -133,17 +133,17 @@ def test_several_adapters_and_none() -> None:
 
 
 @pytest.mark.slow
-def test_quantised_backbone(tmp_path: Path) -> None:
+def test_quantized_backbone(tmp_path: Path) -> None:
     """8-bit: in 4-bit, some CPUs' kernel for evaluation takes layers of whole blocks only, wider than these."""
     pytest.importorskip("bitsandbytes")
-    from tests.zoo.test_quantised import quantised
+    from tests.zoo.test_quantized import quantized
 
     case = ZOO["llava"]()
     case.model.save_pretrained(tmp_path)
-    model = attach(quantised(case, tmp_path, "int8"))
-    randomise(model)
+    model = attach(quantized(case, tmp_path, "int8"))
+    randomize(model)
     rows = {row.branch: row for row in inspect_activity(model, case.batch)}
     plain = {row.branch: row for row in inspect_activity(adapted(case), case.batch)}
-    # The embedding table is not quantised, so text reads the same.
+    # The embedding table is not quantized, so text reads the same.
     assert set(rows) == set(plain)
     torch.testing.assert_close(rows["text"].embedding_norm, plain["text"].embedding_norm)

@@ -16,7 +16,7 @@ from peft_crome.cli import app
 from peft_crome.inspection import look, write_inspection
 from peft_crome.training import load_recipe, train
 from tests.examples.tiny_llava import save_tokenizer_and_model
-from tests.tuner.helpers import attach, randomise
+from tests.tuner.helpers import attach, randomize
 from tests.vlm.tiny import make_tokenizer
 
 look_module = sys.modules["peft_crome.inspection.look"]  # the package has a function of that name
@@ -26,7 +26,7 @@ runner = CliRunner()
 def save(model: Any, folder: Path, seed: int = 3, **config: Any) -> str:
     """An adapter that is not an identity, beside its backbone's directory."""
     model = attach(model, **config)
-    randomise(model, seed=seed)
+    randomize(model, seed=seed)
     model.save_pretrained(folder)
     model.unload()
     return str(folder)

@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_crome.inspection import inspect_activity, map_images
 from peft_crome.inspection.places import GRID_THW, SQUARE, printable, words
-from tests.tuner.helpers import adapted, attach, randomise
+from tests.tuner.helpers import adapted, attach, randomize
 from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO
 from tests.zoo.case import VISION, pixels, token_rows
@@ -105,7 +105,7 @@ def test_merged_grids_also_where_windows_reorder_them(name: str) -> None:
 @pytest.mark.parametrize("settings", [{}, {"vision_pool_size": 3}, {"vision_feature_select_strategy": "full"}])
 def test_composite(settings: dict[str, Any]) -> None:
     model = attach(build(**settings))
-    randomise(model)
+    randomize(model)
     look_nowhere_else(model)
     batch = make_batch(model.get_base_model())
     other = dict(batch, pixel_values=batch["pixel_values"].clone())

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from peft_crome.serving import ImageEncoder, fold
 from peft_crome.serving.encoder import NOT_IN_VLLM
 from tests.test_mixed_batch import qformer_composite
-from tests.tuner.helpers import adapted, assert_equal, attach, logits, randomise, unchanged
+from tests.tuner.helpers import adapted, assert_equal, attach, logits, randomize, unchanged
 from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO, Case
 
@@ -63,7 +63,7 @@ def test_hosts(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
 def test_composite(tmp_path: Path) -> None:
     """The language model alone, with whole prompts as embeddings."""
     model = attach(build())
-    randomise(model)
+    randomize(model)
     batch = make_batch(model.get_base_model())
     expected = logits(model.eval(), batch)
     fold(model, tmp_path / "folded")
@@ -81,7 +81,7 @@ def test_composite(tmp_path: Path) -> None:
 
 def test_seq2seq_composite(tmp_path: Path) -> None:
     model = attach(build(language="t5"))
-    randomise(model)
+    randomize(model)
     batch = make_batch(model.get_base_model()) | {"labels": torch.tensor([[9, 10, 1]] * 3)}
     expected = logits(model.eval(), batch)
     fold(model, tmp_path / "folded")

@@ -23,8 +23,8 @@ from tests.zoo.llava import llava
 
 RESULT = EvalResult(
     task_type="visual-question-answering",
-    dataset_type="user/colours",
-    dataset_name="Colours",
+    dataset_type="user/colors",
+    dataset_name="Colors",
     dataset_split="test",
     metric_type="accuracy",
     metric_value=0.93,
@@ -35,7 +35,7 @@ RECORD = {
         {
             "stage": "task",
             "trained": {"adapter": 640},
-            "data": [{"path": "colours.json", "rows": 4000}],
+            "data": [{"path": "colors.json", "rows": 4000}],
             "steps": 20,
             "losses": [[20, 0.25]],
             "recipe": {
@@ -106,7 +106,7 @@ def test_facts_are_those_of_the_file(folder: Path) -> None:
         "| architecture | llava |",
         "model type clip_vision_model",
         "| bottleneck | 4 hidden features, silu |",
-        "| weights of the base | not quantised |",
+        "| weights of the base | not quantized |",
         "peft_crome 0.",
         "KeyError: 'CROME'",
     ):
@@ -119,8 +119,8 @@ def test_details_that_the_author_gives_are_told(tmp_path: Path) -> None:
     model = adapted(llava(), modules_to_save=["lm_head"])
     describe_adapter(
         model,
-        task="Tells colours.",
-        datasets=["user/colours", "images of my own"],
+        task="Tells colors.",
+        datasets=["user/colors", "images of my own"],
         results=[RESULT],
         image=tmp_path / "shown.PNG",
         license="apache-2.0",
@@ -129,13 +129,13 @@ def test_details_that_the_author_gives_are_told(tmp_path: Path) -> None:
     )
     model.save_pretrained(tmp_path / "a")
     card = card_of(tmp_path / "a")
-    assert (card.data.license, card.data.language, card.data.datasets) == ("apache-2.0", "en", ["user/colours"])
+    assert (card.data.license, card.data.language, card.data.datasets) == ("apache-2.0", "en", ["user/colors"])
     assert card.data.eval_results[0].metric_value == 0.93
-    assert card.data.to_dict()["model-index"][0]["results"][0]["dataset"]["type"] == "user/colours"
+    assert card.data.to_dict()["model-index"][0]["results"][0]["dataset"]["type"] == "user/colors"
     assert (tmp_path / "a" / "example_image.png").read_bytes() == (tmp_path / "shown.PNG").read_bytes()
     for part in (
-        "Tells colours.", "![What this adapter does](example_image.png)", "`images of my own`",
-        "| Colours | test | accuracy | 0.93 |", "| task | adapter: 640 | colours.json (4,000) | 8 | 20 |",
+        "Tells colors.", "![What this adapter does](example_image.png)", "`images of my own`",
+        "| Colors | test | accuracy | 0.93 |", "| task | adapter: 640 | colors.json (4,000) | 8 | 20 |",
         "1e-08 to 0.001 in 10 steps, cosine to 0 | 0.2500 |", "| also trained | `lm_head",
     ):  # fmt: skip
         assert part in card.text
@@ -187,7 +187,7 @@ def test_the_code_for_a_text_model_is_its_own(tmp_path: Path) -> None:
     compile(code_of(card), "card", "exec")
 
 
-def test_a_quantised_base_is_loaded_as_in_training(tmp_path: Path) -> None:
+def test_a_quantized_base_is_loaded_as_in_training(tmp_path: Path) -> None:
     model = attach(llava().model)
     config = model.peft_config["default"]
     config.trained_on["quantization"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -299,8 +299,8 @@ def test_words_with_bars_and_braces_stand_in_the_card_as_they_are(tmp_path: Path
     model = attach(llava().model)
     result = EvalResult(
         task_type="visual-question-answering",
-        dataset_type="user/colours",
-        dataset_name=f"Colours | shades\nand {words}",
+        dataset_type="user/colors",
+        dataset_name=f"Colors | shades\nand {words}",
         metric_type="accuracy",
         metric_value=0.93,
     )
@@ -309,7 +309,7 @@ def test_words_with_bars_and_braces_stand_in_the_card_as_they_are(tmp_path: Path
     model.save_pretrained(tmp_path)
     text = card_of(tmp_path).text
     for part in (
-        f"\n| {words} |\n", f"Data: `{words}`.", f"\n| Colours \\| shades and {words} |  | accuracy | 0.93 |\n",
+        f"\n| {words} |\n", f"Data: `{words}`.", f"\n| Colors \\| shades and {words} |  | accuracy | 0.93 |\n",
         f"\n| a\\|b {words} | adapter: 640 | a\\|b.json (streamed) | 8 |",
     ):  # fmt: skip
         assert part in text

@@ -63,7 +63,7 @@ if sys.argv[1] != "again":
     AutoProcessor.from_pretrained(sys.argv[1]).push_to_hub("user/base")
 base = AutoModelForImageTextToText.from_pretrained("user/base")
 model = get_peft_model(base, peft_crome.CromeConfig(bottleneck_dim=4, init_weights=False)).eval()
-peft_crome.describe_adapter(model, task="Tells colours.", datasets=["user/colours"], image=sys.argv[2])
+peft_crome.describe_adapter(model, task="Tells colors.", datasets=["user/colors"], image=sys.argv[2])
 ids = torch.tensor([[1, 5, 6]])
 torch.save(model(input_ids=ids).logits, sys.argv[3])
 model.push_to_hub("user/adapter")
@@ -103,9 +103,9 @@ def test_an_adapter_is_pushed_and_loaded_by_its_name(hub: Hub, tmp_path: Path) -
     }  # fmt: skip
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == "user/base"
-    assert card.data.datasets == ["user/colours"]
+    assert card.data.datasets == ["user/colors"]
     assert card.data.pipeline_tag == "image-text-to-text"
-    for text in ("import peft_crome", 'PeftModel.from_pretrained(model, "user/adapter")', "Tells colours."):
+    for text in ("import peft_crome", 'PeftModel.from_pretrained(model, "user/adapter")', "Tells colors."):
         assert text in card.text
     assert f'revision="{hub.repositories["user/base"].head}"' in card.text
     assert str(tmp_path) not in card.content, "no folder of this machine"

@@ -89,8 +89,8 @@ def test_one_warning_names_all_that_differs(adapter: Path) -> None:
         UserWarning(messages[0]),
         "- backbone: This adapter was trained on 'LlavaForConditionalGeneration' (llava, revision '0123456789ab')",
         f"- vision tower: it was trained with image size 336, here {size}",
-        "- quantisation: it was trained on weights quantised by 'bitsandbytes', load_in_4bit=True, "
-        "bnb_4bit_quant_type='nf4', these are not quantised",
+        "- quantization: it was trained on weights quantized by 'bitsandbytes', load_in_4bit=True, "
+        "bnb_4bit_quant_type='nf4', these are not quantized",
         "- versions: it was trained with peft 9.0.0; here are peft",
         "pip install peft==9.0.0",
     )
@@ -105,7 +105,7 @@ def test_one_warning_names_all_that_differs(adapter: Path) -> None:
         ({"tower": {**RECORD["tower"], "image_size": 224}}, "trained with image size 224, here 336"),
         ({"tower": {**RECORD["tower"], "model_type": "vit"}}, "model type 'vit', here 'clip_vision_model'"),
         ({"tower": {**RECORD["tower"], "feature_layer": -1}}, "feature layer -1, here -2"),
-        ({"quantization": FOUR_BIT}, "quantised by 'bitsandbytes', load_in_4bit=True"),
+        ({"quantization": FOUR_BIT}, "quantized by 'bitsandbytes', load_in_4bit=True"),
         ({"versions": {"transformers": "4.57.0"}}, "trained with transformers 4.57.0; here are transformers 5.23.0"),
         ({"versions": {"transformers": "5.24.0"}}, "pip install transformers==5.24.0"),
         ({"versions": {"peft": "0.20.0"}}, "peft==0.20.0"),
@@ -154,7 +154,7 @@ def test_another_resolution_of_the_composite_s_tower_is_named(tmp_path: Path) ->
     assert "image size 30, here [20, 40]" in messages[0]
 
 
-def test_quantisation_of_a_model_is_recorded() -> None:
+def test_quantization_of_a_model_is_recorded() -> None:
     model = llava().model
     model.config.quantization_config = tf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     record = describe_backbone(model, replace(read_host(model), rows=None), 32)

@@ -38,7 +38,7 @@ def host():
 
 def model():
     made = get_peft_model(host(), peft_crome.CromeConfig(**CONFIG))
-    peft_crome.describe_adapter(made, task="Tells colours.", license="mit")
+    peft_crome.describe_adapter(made, task="Tells colors.", license="mit")
     return made
 
 def turn(role, text, image=False):
@@ -86,13 +86,13 @@ PATHS = {
     "trainer that saved before": """
         trainer = plain(model(), hub_model_id="user/adapter")
         trainer.save_model()
-        trainer.create_model_card(tasks="image-text-to-text", dataset="colours")
+        trainer.create_model_card(tasks="image-text-to-text", dataset="colors")
         trainer.push_to_hub(blocking=False).result()
     """,
     "sft": """
         trainer = sft(model(), output_dir="out", hub_model_id="user/adapter")
         trainer.train()
-        trainer.push_to_hub(dataset_name="user/colours")
+        trainer.push_to_hub(dataset_name="user/colors")
     """,
     "sft, card by hand": """
         trainer = sft(model(), output_dir="out", save_strategy="no")
@@ -122,26 +122,26 @@ PATHS = {
     """,
     "named adapter": """
         made = get_peft_model(host(), peft_crome.CromeConfig(**CONFIG), adapter_name="gauges")
-        peft_crome.describe_adapter(made, "gauges", task="Tells colours.", license="mit")
+        peft_crome.describe_adapter(made, "gauges", task="Tells colors.", license="mit")
         made.push_to_hub("user/adapter")
     """,
     "integrated": """
         made = host()
         made.add_adapter(peft_crome.CromeConfig(**CONFIG))
-        made.peft_config["default"]._card = CardDetails(task="Tells colours.", license="mit")
+        made.peft_config["default"]._card = CardDetails(task="Tells colors.", license="mit")
         made.push_to_hub("user/adapter")
     """,
     "integrated, loaded, pushed while it is saved": """
         model().save_pretrained("saved")
         made = host()
         made.load_adapter("saved")
-        made.peft_config["default"]._card = CardDetails(task="Tells colours.", license="mit")
+        made.peft_config["default"]._card = CardDetails(task="Tells colors.", license="mit")
         made.save_pretrained("again", push_to_hub=True, repo_id="user/adapter")
     """,
     "integrated, trainer": """
         made = host()
         made.add_adapter(peft_crome.CromeConfig(**CONFIG))
-        made.peft_config["default"]._card = CardDetails(task="Tells colours.", license="mit")
+        made.peft_config["default"]._card = CardDetails(task="Tells colors.", license="mit")
         trainer = plain(made, hub_model_id="user/adapter")
         trainer.train()
         trainer.push_to_hub()
@@ -215,7 +215,7 @@ def test_the_card_on_the_hub_loads_what_lies_beside_it(path: str, uploaded: tupl
         card = ModelCard(files[f"{folder}README.md"].decode())
         assert card.text.count("import peft_crome  # tells PEFT the method") == 1, card.text
         assert "pipeline(" not in card.text
-        assert "Tells colours." in card.text
+        assert "Tells colors." in card.text
         assert card.data.license == "mit"
         assert card.data.library_name == "peft"
         assert {"crome", "peft"} <= set(card.data.tags)

@@ -28,7 +28,7 @@ def test_names_with_bars_and_braces_stand_in_the_card_as_they_are() -> None:
     card = stage_card({"stages": [stage]}, composite)
     for line in (
         "- vision tower: `user/tower`, revision `abc`, images of 224 x 336",
-        "- language model: `stored here`, quantised when loaded",
+        "- language model: `stored here`, quantized when loaded",
         f'    {{"role": "system", "content": {json.dumps(SYSTEM)}}},',
         f"| a\\|b | adapter: 640 | {WORDS}\\|.json (4,000) | 8 | 20 "
         "| 1e-08 to 0.001<br>qformer: 1e-05 in 10 steps, cosine to 0 | - |",

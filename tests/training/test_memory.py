@@ -57,7 +57,7 @@ def test_packed_in_another_way_names_the_key(part: str, key: str, values: dict[s
     config = composite_config(recipe.backbones)
     own = config.text_config if part == "language_model" else config.vision_config
     own.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(ValueError, match=rf"The {part} is quantised with 'gptq'.* with {key}: 4bit"):
+    with pytest.raises(ValueError, match=rf"The {part} is quantized with 'gptq'.* with {key}: 4bit"):
         quantization_of(config, part)
 
 
@@ -168,7 +168,7 @@ def test_tied_weights_count_once(tmp_path: Path) -> None:
     assert found[1] - found[0] == 100 * 32 * 4
 
 
-def test_what_transformers_would_not_quantise_stays() -> None:
+def test_what_transformers_would_not_quantize_stays() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(text_config("llama"))
         gpt = AutoModelForCausalLM.from_config(text_config("gpt2"))  # its linear maps are transposed

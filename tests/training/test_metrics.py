@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from peft_crome.evaluation.multiple_choice import chosen
-from peft_crome.evaluation.vqa import agreement, normalise
+from peft_crome.evaluation.vqa import agreement, normalize
 from peft_crome.training import METRICS, exact_match, score
 
 
@@ -52,8 +52,8 @@ def test_vqa_accuracy_is_the_published_table(same: int, expected: float) -> None
         ("", ""),
     ],
 )
-def test_vqa_answers_are_normalised(given: str, expected: str) -> None:
-    assert normalise(given) == expected
+def test_vqa_answers_are_normalized(given: str, expected: str) -> None:
+    assert normalize(given) == expected
 
 
 OPTIONS = ["photosynthesis", "cell division", "leaf", "leaf blade"]

@@ -52,8 +52,8 @@ def test_each_stage_trains_its_parts_alone(stages: dict[str, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_stages_on_quantised_backbones(quantization: str, values: dict[str, Any], tmp_path: Path) -> None:
-    """All three stages train what they name beside quantised weights, and the last directory loads quantised."""
+def test_stages_on_quantized_backbones(quantization: str, values: dict[str, Any], tmp_path: Path) -> None:
+    """All three stages train what they name beside quantized weights, and the last directory loads quantized."""
     values["backbones"] |= {"quantization": quantization, "vision_quantization": quantization, "dtype": "bfloat16"}
     instruct = following(values, "instruct", tmp_path / "instruct")
     finetune = following(instruct, "finetune", tmp_path / "finetune")
@@ -281,11 +281,11 @@ def test_feature_cache_gives_the_same_run_and_is_shared(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Augmented images in three views each: a second run computes none of them."""
-    for colour in ("red", "green", "blue", "white"):  # a plain image looks the same however it is cropped
-        image = Image.new("RGB", (40, 50), colour)
+    for color in ("red", "green", "blue", "white"):  # a plain image looks the same however it is cropped
+        image = Image.new("RGB", (40, 50), color)
         image.paste("gray", (0, 0, 10, 50))
         (tmp_path / "images").mkdir(exist_ok=True)
-        image.save(tmp_path / "images" / f"{colour}.png")
+        image.save(tmp_path / "images" / f"{color}.png")
     values["data"][0]["images"] = str(tmp_path)
     values["images"] = {"horizontal_flip": True, "random_crop": True, "views": 3}
     values["training"]["max_steps"] = 12

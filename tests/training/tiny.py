@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-COLOURS = ("red", "green", "blue", "white")
+COLORS = ("red", "green", "blue", "white")
 QFORMER = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
     "vocab_size": 200, "max_position_embeddings": 12,

@@ -1,4 +1,4 @@
-"""What the tuner's tests share: attach, randomise, compare."""
+"""What the tuner's tests share: attach, randomize, compare."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def crome_weight(model: nn.Module, name: str, adapter: str = "default") -> nn.Pa
     return dict(model.named_parameters())[f"base_model.model.crome.crome_{name}.{adapter}.weight"]
 
 
-def randomise(model: nn.Module, adapter: str = "default", seed: int = 3) -> None:
+def randomize(model: nn.Module, adapter: str = "default", seed: int = 3) -> None:
     """Give W_u values, so that the adapter changes the logits."""
     up = crome_weight(model, "up", adapter)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def randomise(model: nn.Module, adapter: str = "default", seed: int = 3) -> None
 def adapted(case: Case, adapter_name: str = "default", **config: Any) -> PeftModel:
     """The case's model with an adapter on all its branches that is not an identity, in eval mode."""
     model = attach(case.model, adapter_name, **{"branches": [*case.sites], **config})
-    randomise(model, adapter_name)
+    randomize(model, adapter_name)
     return model.eval()
 
 

@@ -17,7 +17,7 @@ from tests.tuner.helpers import (
     attach,
     file_keys,
     logits,
-    randomise,
+    randomize,
     train_steps,
     trainable,
     unchanged,
@@ -77,7 +77,7 @@ def test_attach_train_save_reload_unload(name: str, branches: list[str] | None, 
     for host in (llava().model, HOSTS[name](case.model)):
         torch.manual_seed(0)
         both.append(attach(host, branches=branches))
-        randomise(both[-1])
+        randomize(both[-1])
     plain, model = both
     assert_equal(logits(model.eval(), case.batch), logits(plain.eval(), case.batch))
     assert_equal(logits(model, words()), logits(plain, words()))
@@ -102,7 +102,7 @@ def test_attach_train_save_reload_unload(name: str, branches: list[str] | None, 
 def test_a_trained_projector_is_reloaded(name: str, tmp_path: Path) -> None:
     case = llava()
     model = attach(HOSTS[name](case.model), branches=None, modules_to_save=["multi_modal_projector"])
-    randomise(model)
+    randomize(model)
     train_steps(model.train(), case.batch)
     expected = logits(model.eval(), case.batch)
     model.save_pretrained(tmp_path)
@@ -133,7 +133,7 @@ def test_second_adapter_rows_and_check(name: str) -> None:
     model = attach(HOSTS[name](case.model), branches=None)
     model.add_adapter("other", CromeConfig(branches=["text"], bottleneck_dim=3))
     for adapter in ("default", "other"):
-        randomise(model, adapter)
+        randomize(model, adapter)
     model.eval()
     single = {}
     for adapter in ("default", "other"):

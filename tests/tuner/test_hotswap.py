@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_crome import CromeConfig
 from peft_crome.tuner.hotswap import hotswap_adapter
-from tests.tuner.helpers import BOTH, adapted, assert_equal, assert_message, attach, logits, randomise, unchanged
+from tests.tuner.helpers import BOTH, adapted, assert_equal, assert_message, attach, logits, randomize, unchanged
 from tests.zoo.llava import llava
 
 
@@ -20,7 +20,7 @@ def save_adapter(folder: Path, **config: Any) -> torch.Tensor:
     host = llava()
     torch.manual_seed(7)
     model = attach(host.model, **config)
-    randomise(model, seed=7)
+    randomize(model, seed=7)
     model.eval().save_pretrained(folder)
     return logits(model, host.batch)
 
@@ -54,7 +54,7 @@ def test_hotswap_carries_modules_to_save(tmp_path: Path) -> None:
     names = ["multi_modal_projector"]
     model = attach(host.model, modules_to_save=names).eval()
     other = attach(llava().model, modules_to_save=names).eval()
-    randomise(other)
+    randomize(other)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             if "modules_to_save" in name:

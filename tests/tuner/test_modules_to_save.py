@@ -20,7 +20,7 @@ from tests.tuner.helpers import (
     crome_weight,
     frozen_logits,
     logits,
-    randomise,
+    randomize,
     snapshot,
     to_dtype,
     train_steps,
@@ -35,7 +35,7 @@ PROJECTOR = "model.multi_modal_projector"
 def test_modules_to_save_trains_a_module_that_is_a_site() -> None:
     host = llava()
     model = attach(host.model, modules_to_save=["multi_modal_projector"])
-    randomise(model)
+    randomize(model)
     before = snapshot(model)
     losses = train_steps(model, host.batch)
     assert losses[-1] < losses[0]
@@ -56,7 +56,7 @@ def test_modules_to_save_reload_equal_and_unload(names: list[str], tmp_path: Pat
     host = llava()
     base = frozen_logits(host)
     model = attach(host.model, modules_to_save=names)
-    randomise(model)
+    randomize(model)
     train_steps(model, host.batch)
     expected = logits(model.eval(), host.batch)
     model.save_pretrained(str(tmp_path))
@@ -74,7 +74,7 @@ def test_modules_to_save_in_two_adapters_are_two_copies() -> None:
     config = {"bottleneck_dim": 4, "modules_to_save": ["multi_modal_projector"]}
     model = attach(host.model, modules_to_save=["multi_modal_projector"])
     model.add_adapter("other", CromeConfig(branches=BOTH, **config))
-    randomise(model)
+    randomize(model)
     train_steps(model, host.batch)
     copies = f"base_model.model.{PROJECTOR}.base_layer.modules_to_save"
     trained = model.get_parameter(f"{copies}.default.linear_1.weight")
@@ -89,7 +89,7 @@ def test_modules_to_save_in_two_adapters_are_two_copies() -> None:
 def test_trainable_tokens_train_inside_the_text_site(indices: list | dict, tmp_path: Path) -> None:
     host = llava()
     model = attach(host.model, trainable_token_indices=indices)
-    randomise(model)
+    randomize(model)
     before = snapshot(model)
     train_steps(model, host.batch)
     others = changed(model, before) - {f"base_model.model.crome.{key}.default.weight" for key in KEYS}
@@ -117,7 +117,7 @@ def test_a_configuration_can_be_used_for_another_model() -> None:
 def test_a_table_that_trains_folds_when_it_is_unloaded(config: dict) -> None:
     host = llava()
     model = attach(host.model, branches=["text"], **config)
-    randomise(model)
+    randomize(model)
     train_steps(model, host.batch)
     expected = logits(model.eval(), host.batch)
     with pytest.raises(ValueError, match=r"embed_tokens'\] trains as well .* Write merge_and_unload\(\)"):
@@ -142,7 +142,7 @@ def test_heads_that_peft_adds_for_a_task(task_type: str, tmp_path: Path) -> None
     branches = {"text": ["embed_tokens"]}
     model = attach(classifier(), task_type=task_type, branches=branches)
     assert "base_model.model.score.modules_to_save.default.weight" in trainable(model)
-    randomise(model)
+    randomize(model)
     model.save_pretrained(tmp_path)
     batch = {"input_ids": torch.tensor([[5, 6, 7]])}
     loaded = PeftModel.from_pretrained(classifier(), tmp_path)
@@ -170,7 +170,7 @@ def test_a_copy_on_a_half_precision_host_stays_in_its_dtype(
     sites = case.sites["vision"] if what == "projector" else case.sites["text"]
     also = {"trainable_token_indices": [5, 6]} if what == "tokens" else {"modules_to_save": sites}
     model = attach(case.model, branches=[*case.sites], **also)
-    randomise(model)
+    randomize(model)
     copies = {n: p for n, p in model.named_parameters() if ".modules_to_save.default." in n}
     assert {parameter.dtype for parameter in copies.values()} <= {dtype}
     assert bool(copies) == (what != "tokens")

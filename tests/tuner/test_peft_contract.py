@@ -28,7 +28,7 @@ from tests.tuner.helpers import (
     crome_weight,
     frozen_logits,
     logits,
-    randomise,
+    randomize,
     snapshot,
     trainable,
     unchanged,
@@ -42,7 +42,7 @@ def two_adapters() -> tuple[PeftModel, Case, dict[str, torch.Tensor]]:
     host = llava()
     model = adapted(host)
     model.add_adapter("other", CromeConfig(branches=BOTH, bottleneck_dim=3, gate_activation="sigmoid"))
-    randomise(model, "other", seed=9)
+    randomize(model, "other", seed=9)
     model.eval()
     answers = {}
     for name in ("default", "other"):
@@ -116,7 +116,7 @@ def test_delete_adapter_of_the_last_one_leaves_the_base() -> None:
 
     model.add_adapter("default", CromeConfig(branches=BOTH, bottleneck_dim=4))
     model.set_adapter("default")
-    randomise(model)
+    randomize(model)
     assert not torch.equal(logits(model, host.batch), expected)
     assert len(trainable(model)) == len(KEYS)
 
@@ -178,12 +178,12 @@ def w_u_sites(model: nn.Module) -> list[nn.Module]:
 def test_copies_share_one_w_u_of_their_own(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     host = llava()
     model = attach(host.model)
-    randomise(model)
+    randomize(model)
     twin = duplicate(model)
     first, second = w_u_sites(twin)
     assert first is second is not w_u_sites(model)[0]
     assert_equal(logits(twin, host.batch), logits(model, host.batch))
-    randomise(twin, seed=8)
+    randomize(twin, seed=8)
     assert not torch.equal(logits(twin, host.batch), logits(model, host.batch))
 
 

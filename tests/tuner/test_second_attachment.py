@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_crome import CromeConfig
-from tests.tuner.helpers import BOTH, M, adapted, assert_equal, attach, crome_weight, frozen_logits, logits, randomise
+from tests.tuner.helpers import BOTH, M, adapted, assert_equal, attach, crome_weight, frozen_logits, logits, randomize
 from tests.zoo import ZOO
 
 llava = ZOO["llava"]
@@ -34,7 +34,7 @@ def test_the_same_name_again_is_a_fresh_adapter(tmp_path: Path) -> None:
     assert crome_weight(again, "up").shape[1] == 2 * M
     assert again.get_base_model().crome.settings["default"][0] == "sigmoid"
     assert_equal(logits(again, case.batch), expected)
-    randomise(again)
+    randomize(again)
     again.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llava().model, tmp_path).eval()
     assert_equal(logits(loaded, case.batch), logits(again, case.batch))
@@ -111,7 +111,7 @@ def test_adapters_that_were_merged_before_are_unloaded_too() -> None:
     case = llava()
     model = adapted(case, adapter_name="a", branches=["text"])
     model.add_adapter("b", CromeConfig(branches=["text"], bottleneck_dim=M))
-    randomise(model, "b", seed=5)
+    randomize(model, "b", seed=5)
     model.base_model.set_adapter(["a", "b"])
     both = logits(model, case.batch)
     model.set_adapter("a")
@@ -135,7 +135,7 @@ def test_another_method_s_merge_leaves_the_adapter_in_place(branches: list[str] 
     assert not torch.equal(logits(again, case.batch), expected)  # the old one made room, and the new one adds nothing
 
 
-def test_initialised_by_an_offloaded_table() -> None:
+def test_initialized_by_an_offloaded_table() -> None:
     """The values of a table whose weight accelerate fetches for each call."""
     deviations = []
     for offloaded in (False, True):

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from peft_crome import CromeConfig, CromeLayer
-from tests.tuner.helpers import M, assert_equal, attach, crome_weight, file_keys, logits, randomise, unchanged
+from tests.tuner.helpers import M, assert_equal, attach, crome_weight, file_keys, logits, randomize, unchanged
 from tests.zoo.case import Batch, words
 from tests.zoo.llava import llava
 from tests.zoo.unusual import chameleon
@@ -130,7 +130,7 @@ def test_image_tokens_of_a_vocabulary() -> None:
     model = attach(case.model, "vision", branches=["vision"])
     model.add_adapter("text", CromeConfig(branches=["text"], bottleneck_dim=M))
     for name in ("vision", "text"):
-        randomise(model, name)
+        randomize(model, name)
     model.eval()
     table = model.get_base_model().get_input_embeddings()
     ids = torch.arange(table.num_embeddings)

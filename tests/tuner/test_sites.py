@@ -17,7 +17,7 @@ from peft_crome import CromeConfig
 from peft_crome.tuner.branches import site_path, token_range, with_ranges
 from peft_crome.tuner.sites.find import find_branches
 from peft_crome.tuner.sites.rules import _ranges
-from tests.tuner.helpers import M, assert_equal, attach, crome_weight, logits, randomise, unchanged
+from tests.tuner.helpers import M, assert_equal, attach, crome_weight, logits, randomize, unchanged
 from tests.zoo import VOCABULARY, WIDTH
 
 PLACEHOLDER = VOCABULARY - 1
@@ -117,7 +117,7 @@ def test_one_module_under_two_names_is_wrapped_under_both() -> None:
     model = attach(base, branches={"text": ["model.shared"]})
     assert base.model.encoder.embed_tokens is base.model.decoder.embed_tokens is base.model.shared
     assert_equal(logits(model.eval(), batch), expected)
-    randomise(model)
+    randomize(model)
     assert not torch.allclose(logits(model, batch), expected, atol=1e-4)
     model.unload()
     assert isinstance(base.model.encoder.embed_tokens, nn.Embedding)
@@ -156,7 +156,7 @@ IMAGE_IDS = {"text": ["embed_tokens"], "vision": ["embed_tokens[40:60]"]}
 
 def test_branch_can_be_a_range_of_token_ids() -> None:
     model = attach(llama(), branches=IMAGE_IDS).eval()
-    randomise(model)
+    randomize(model)
     embed, weights = model.base_model.model.model.embed_tokens, model.base_model.model.crome
     ids = torch.tensor([[1, 39, 40, 59, 60]])
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_branch_can_be_a_range_of_token_ids() -> None:
 
 def test_ranges_fold_into_the_table() -> None:
     model = attach(llama(), branches=IMAGE_IDS).eval()
-    randomise(model)
+    randomize(model)
     batch = {"input_ids": torch.tensor([[1, 39, 40, 59, 60]])}
     expected = logits(model, batch)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_ranges_fold_into_the_table() -> None:
 
 def test_branch_without_image_tokens_in_the_batch_is_untouched() -> None:
     model = attach(llama(), branches=IMAGE_IDS).eval()
-    randomise(model)
+    randomize(model)
     batch = {"input_ids": torch.tensor([[1, 5, 6]])}
     expected = logits(model, batch)
     with torch.no_grad():

@@ -20,7 +20,7 @@ from tests.tuner.helpers import (
     crome_weight,
     file_keys,
     logits,
-    randomise,
+    randomize,
     snapshot,
 )
 from tests.zoo import ZOO
@@ -42,7 +42,7 @@ def gradients(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
 def test_gradient_checkpointing_gives_equal_gradients(name: str, use_reentrant: bool) -> None:
     host = ZOO[name]()
     model = attach(host.model)
-    randomise(model)
+    randomize(model)
     expected = gradients(model, host.batch)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
@@ -56,7 +56,7 @@ def test_gradient_checkpointing_gives_equal_gradients(name: str, use_reentrant: 
 def test_compiled_model_gives_equal_gradients() -> None:
     host = llava()
     model = attach(host.model)
-    randomise(model)
+    randomize(model)
     expected = gradients(model, host.batch)
     compiled = torch.compile(model, backend="eager")
     model.zero_grad()
@@ -84,7 +84,7 @@ def make_trainer(model: nn.Module, batch: Batch, folder: Path, **arguments: Any)
 def test_trainer_changes_the_adapter_alone(tmp_path: Path) -> None:
     host = llava()
     model = attach(host.model)
-    randomise(model)
+    randomize(model)
     before = snapshot(model)
     make_trainer(model, host.batch, tmp_path, save_strategy="no").train()
     assert changed(model, before) == CROME

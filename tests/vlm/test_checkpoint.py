@@ -161,12 +161,12 @@ def test_one_embedding_that_was_set_by_hand_is_stored(row, backbones, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
-def test_changed_quantised_weights_are_refused(backbones, tmp_path):
+def test_changed_quantized_weights_are_refused(backbones, tmp_path):
     composite = CromeVLMForConditionalGeneration.from_backbones(
         vision=backbones[0], language=backbones[1], quantization_config=BitsAndBytesConfig(**FOUR_BIT)
     )
     composite.language_model.model.layers[0].mlp.up_proj.weight.data.zero_()
-    with pytest.raises(ValueError, match="Quantised weights have changed since they were loaded"):
+    with pytest.raises(ValueError, match="Quantized weights have changed since they were loaded"):
         composite.save_pretrained(tmp_path)
     assert not (tmp_path / "config.json").exists()
 
@@ -192,7 +192,7 @@ def test_a_resized_vocabulary_survives(backbones, tmp_path, tied):
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @pytest.mark.parametrize("options", [FOUR_BIT, {"load_in_8bit": True}], ids=["nf4", "int8"])
-def test_quantised_language_model_trains_saves_and_loads(backbones, tmp_path, options):
+def test_quantized_language_model_trains_saves_and_loads(backbones, tmp_path, options):
     model = CromeVLMForConditionalGeneration.from_backbones(
         vision=backbones[0], language=backbones[1], quantization_config=BitsAndBytesConfig(**options)
     )

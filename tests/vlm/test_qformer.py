@@ -201,7 +201,7 @@ def test_saved_and_loaded(named: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_tower_beside_a_qformer_that_can_train(bits: int, tmp_path: Path) -> None:
+def test_quantized_tower_beside_a_qformer_that_can_train(bits: int, tmp_path: Path) -> None:
     """The projection is the checkpoint's, and what was trained is stored and loaded in full."""
     theirs = upstream()
     theirs.save_pretrained(tmp_path / "instructblip")
@@ -236,7 +236,7 @@ def test_quantised_tower_beside_a_qformer_that_can_train(bits: int, tmp_path: Pa
     )
     whole.save_pretrained(tmp_path / "packed")
     for packed in (whole, str(tmp_path / "packed")):
-        with pytest.raises(ValueError, match=r"is quantised, its Q-Former and projection too.*not: from_instructblip"):
+        with pytest.raises(ValueError, match=r"is quantized, its Q-Former and projection too.*not: from_instructblip"):
             CromeVLMForConditionalGeneration.from_instructblip(packed, language=str(tmp_path / "llama"))
 
 

@@ -36,7 +36,7 @@ def test_registers_are_dropped_or_kept():
     torch.testing.assert_close(kept.get_vision_features(pixels), raw)
 
 
-def test_pooling_averages_neighbouring_patches():
+def test_pooling_averages_neighboring_patches():
     model = build("dinov2", image_size=40, vision_pool_size=2)
     pixels = torch.randn(1, 3, 40, 40)
     patches = model.vision_tower(pixels).last_hidden_state[0, 1:].reshape(4, 4, -1)

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from peft_crome import CromeConfig
-from tests.tuner.helpers import M, adapted, assert_equal, logits, randomise
+from tests.tuner.helpers import M, adapted, assert_equal, logits, randomize
 from tests.zoo import ZOO, Case
 from tests.zoo.test_zoo import applies, each_architecture
 
@@ -15,7 +15,7 @@ from tests.zoo.test_zoo import applies, each_architecture
 def two_adapters(case: Case) -> PeftModel:
     model = adapted(case, "first")
     model.add_adapter("second", CromeConfig(branches=[*case.sites], bottleneck_dim=M))
-    randomise(model, "second", seed=7)
+    randomize(model, "second", seed=7)
     return model.eval()
 
 

@@ -24,7 +24,7 @@ from tests.tuner.helpers import (
     file_keys,
     frozen_logits,
     logits,
-    randomise,
+    randomize,
     to_dtype,
     trainable,
     unchanged,
@@ -158,7 +158,7 @@ def test_gradients(name: str) -> None:
     """Every adapter parameter gets a finite gradient that is not all zero; no parameter of the base gets one."""
     case = ZOO[name]()
     model = attach(case.model, branches=[*case.sites])
-    randomise(model)
+    randomize(model)
     output = model(**case.batch)
     loss = output.loss if output.loss is not None else output.logits.square().mean()  # DiffusionGemma computes none
     loss.backward()

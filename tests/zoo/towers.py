@@ -281,7 +281,7 @@ def dots3_note() -> Case:
     return Case(model, batch, sites("model.vision_tower.merger", "model.audio_tower.adapter"), words())
 
 
-NORMALISED = "its token embedding normalises every row it looks up, so no table holds what the adapter adds"
+NORMALIZED = "its token embedding normalizes every row it looks up, so no table holds what the adapter adds"
 MUSE_TEXT = TEXT | {"head_dim": 16, "sliding_window": 16}
 MUSE_TOWER = VISION | {"pos_emb_height": 4, "pos_emb_width": 4, "max_position_embeddings": 16}
 MUSE = {
@@ -301,7 +301,7 @@ def muse_glimmer() -> Case:
         sites("model.perception_emb_norm"),
         words(),
     )
-    case.not_applicable["fold"] = NORMALISED
+    case.not_applicable["fold"] = NORMALIZED
     return case
 
 
@@ -329,7 +329,7 @@ def muse_spark() -> Case:
         sites("model.perception_emb_norm", "model.audio_tower.post_proj_norm"),
         words(),
     )
-    case.not_applicable["fold"] = NORMALISED
+    case.not_applicable["fold"] = NORMALIZED
     return case
 
 
@@ -371,7 +371,7 @@ def inkling_mm_model() -> Case:
         sites("model.vision_tower.final_norm", "model.audio_tower.norm"),
         words(),
     )
-    case.not_applicable["fold"] = NORMALISED
+    case.not_applicable["fold"] = NORMALIZED
     return case
 
 
@@ -388,6 +388,6 @@ def inkling2() -> Case:
     }
     model = build(tf.Inkling2ForConditionalGeneration, config)
     case = Case(model, batch, sites("model.vision_tower.merger"), words())
-    case.not_applicable["fold"] = NORMALISED
+    case.not_applicable["fold"] = NORMALIZED
     case.not_applicable["bfloat16"] = "model.to(bfloat16) also casts its router, which must stay in float32"
     return case

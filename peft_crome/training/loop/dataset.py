@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from ...data import check_images, load_rows, mix, mixture_probabilities, split_turns
-from ...data.mixture import normalised
+from ...data.mixture import normalized
 from ...data.sources import FEATURES, file_digest
 from ..recipe.schema import Data, Recipe
 
@@ -48,7 +48,7 @@ def training_rows(recipe: Recipe, sources: list[Any], split: bool) -> Any:
         split: whether each answer becomes a row (see `ConversationCollator`).
     """
     weights = [said.weight for said in recipe.data if said.weight is not None]
-    probabilities = normalised(weights) if weights else None  # the recipe has seen to it that all have one, or none
+    probabilities = normalized(weights) if weights else None  # the recipe has seen to it that all have one, or none
     if recipe.mixture is not None and len(sources) > 1:
         sizes = [len(source) for source in sources]
         probabilities = mixture_probabilities(sizes, recipe.mixture.temperature)

@@ -79,7 +79,7 @@ def decode_ids(ids: torch.Tensor) -> list[str]:
 
 
 class FiniteCheck:
-    """Collects the losses of a step's batches, and looks at them and the gradient before the optimiser does."""
+    """Collects the losses of a step's batches, and looks at them and the gradient before the optimizer does."""
 
     def __init__(self) -> None:
         self.losses: list[torch.Tensor] = []

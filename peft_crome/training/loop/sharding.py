@@ -49,7 +49,7 @@ def check_storage(model: nn.Module, dtype: torch.dtype) -> None:
             raise RecipeError(
                 f"{name} is 4-bit in {value.dtype}, which FSDP2 does not divide. Load the language model with "
                 f'bnb_4bit_quant_storage="{str(dtype).removeprefix("torch.")}" and save it again, or name one that is '
-                "not quantised and write backbones.quantization: 4bit."
+                "not quantized and write backbones.quantization: 4bit."
             )
 
 

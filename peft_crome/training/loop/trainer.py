@@ -145,7 +145,7 @@ class CromeTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The Trainer asks for it right before the optimiser's step: no callback is told the norm there."""
+        """The Trainer asks for it right before the optimizer's step: no callback is told the norm there."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.finite.check(norm, self.accelerator, self.state.global_step + 1, self.args.output_dir)
         return norm
@@ -196,7 +196,7 @@ class CromeTrainer(Trainer):
             best = self.state.best_model_checkpoint
             rotate_checkpoints(self.args.output_dir, save_total_limit=limit, best_model_checkpoint=best)
 
-    # ---- optimiser ----
+    # ---- optimizer ----
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over groups: each part, weights with decay and without (biases, norms)."""

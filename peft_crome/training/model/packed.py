@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..quantization import Bits
 
 BLOCK = 64  # weights that share one scale, in 4 bits
-NESTED_BLOCK = 256  # scales that share one, with double quantisation
+NESTED_BLOCK = 256  # scales that share one, with double quantization
 TABLES = 16 + 256  # float32 values of a layer's look-up tables
 
 
@@ -24,7 +24,7 @@ class PackedLinear(nn.Module):
     """A frozen linear layer as bitsandbytes packs it: what it stores, and what a step needs beside that.
 
     Args:
-        quantization: "4bit" (nf4 with double quantisation) or "8bit" (LLM.int8, a scale per row).
+        quantization: "4bit" (nf4 with double quantization) or "8bit" (LLM.int8, a scale per row).
         bias: the layer's own, which stays as it is.
     Source: bitsandbytes 0.50.2, `MatMul4Bit` (keeps the packed weight) and `MatMul8bitLt` (keeps its input as well).
     """
@@ -66,7 +66,7 @@ def _unpack(layer: PackedLinear, like: torch.Tensor) -> torch.Tensor:
 
 
 def pack(model: PreTrainedModel, quantization: Bits) -> None:
-    """Replace the layers that transformers would quantise; output head and tied weights stay, as there."""
+    """Replace the layers that transformers would quantize; output head and tied weights stay, as there."""
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     for name, module in list(model.named_modules()):
         if not (isinstance(module, Conv1D) or type(module) is nn.Linear) or not should_convert_module(name, kept):

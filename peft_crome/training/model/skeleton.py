@@ -75,17 +75,17 @@ def skeleton(config: CromeVLMConfig, stage: Stage, adapter: CromeConfig) -> Peft
     """A composite with an adapter as `build` makes it, on the meta device.
 
     Args:
-        config: the composite's; its parts' `dtype`, and its quantisations, say how they are loaded.
+        config: the composite's; its parts' `dtype`, and its quantizations, say how they are loaded.
         stage: what trains; kept in float32.
         adapter: its size; `modules_to_save` follows from the stage.
     Raises:
-        ValueError: a backbone's checkpoint is quantised by something else than bitsandbytes.
+        ValueError: a backbone's checkpoint is quantized by something else than bitsandbytes.
     """
     config = copy.deepcopy(config)
     packed = {part: quantization_of(config, part) for part in ("language_model", "vision_tower")}
     with torch.device("meta"), no_init_weights():
         composite = CromeVLMForConditionalGeneration(config).requires_grad_(False)
-        composite.language_model.tie_weights()  # a part of the initialisation that is left out
+        composite.language_model.tie_weights()  # a part of the initialization that is left out
         for part, quantization in packed.items():
             if quantization is not None:
                 pack(getattr(composite, part), quantization)
@@ -117,8 +117,8 @@ def quantization_of(config: CromeVLMConfig, part: str) -> Bits | None:
     if (bits := bits_of(values)) is not None:
         return bits
     raise ValueError(
-        f"The {part} is quantised with {values.get('quant_method')!r}; its memory is predicted for bitsandbytes' 4 "
-        f"and 8 bits alone. Name the checkpoint that is not quantised, with {recipe_key}: 4bit."
+        f"The {part} is quantized with {values.get('quant_method')!r}; its memory is predicted for bitsandbytes' 4 "
+        f"and 8 bits alone. Name the checkpoint that is not quantized, with {recipe_key}: 4bit."
     )
 
 

@@ -62,7 +62,7 @@ def model_skeleton(name: str, dtype: str, quantization: Bits | None) -> PeftMode
     auto_class = AutoModelForImageTextToText if sees else language_class(config)
     with torch.device("meta"), no_init_weights():
         model: PreTrainedModel = auto_class.from_config(config, dtype=getattr(torch, dtype)).requires_grad_(False)
-        model.tie_weights()  # a part of the initialisation that is left out
+        model.tie_weights()  # a part of the initialization that is left out
         if quantization is not None:
             pack(model, quantization)
         # Of a row only its tokens are known, not which of them an image becomes: an adapter on all costs no less.

@@ -69,7 +69,7 @@ class StepCost:
     """What a step needs on one device that holds all of the model; bytes.
 
     Attributes:
-        weights: per part of the model, quantised ones as they are packed.
+        weights: per part of the model, quantized ones as they are packed.
         optimizer: AdamW's states.
         gradients: of what trains.
         kept: what the forward pass leaves for the backward pass.
@@ -86,7 +86,7 @@ class StepCost:
 
     @property
     def activations(self) -> int:
-        """What is there at the peak beside weights and the optimiser's states, gradients included."""
+        """What is there at the peak beside weights and the optimizer's states, gradients included."""
         return self.peak - sum(self.weights.values()) - self.optimizer
 
 

@@ -72,7 +72,7 @@ class Preflight:
         size: of a forward pass on one device, with rows as long as the sample's longest.
         cost: of it; None: `warnings` says why.
         device: what it will run on.
-        seconds: of an optimiser step, from and to; None: unknown.
+        seconds: of an optimizer step, from and to; None: unknown.
         warnings: what is probably a mistake, with the key to change.
     """
 
@@ -98,7 +98,7 @@ def preflight(
     Raises:
         RecipeError: nothing trains, the adapter is not reached by the forward pass, or something that trains would
             get no gradient.
-        RowError: a row of the sample cannot be learnt from.
+        RowError: a row of the sample cannot be learned from.
     """
     model, arguments = trainer.model, trainer.args
     trained = count_trained(model)

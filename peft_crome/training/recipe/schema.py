@@ -218,7 +218,7 @@ class Evaluation(_Section):
     """Data sets that are answered by free generation every so many steps, and after the last one."""
 
     data: list[Questions] = Field(min_length=1)
-    steps: int = Field(default=500, ge=1, description="Optimiser steps from one evaluation to the next.")
+    steps: int = Field(default=500, ge=1, description="Optimizer steps from one evaluation to the next.")
     max_rows: int | None = Field(
         default=1000, ge=1, description="The first rows of each set; they are kept in memory. None: all."
     )
@@ -257,9 +257,9 @@ class Mixture(_Section):
 
 
 class Training(_Section):
-    """The optimiser, its schedule and the loop."""
+    """The optimizer, its schedule and the loop."""
 
-    batch_size: int = Field(default=32, ge=1, description="Rows per optimiser step, over all devices.")
+    batch_size: int = Field(default=32, ge=1, description="Rows per optimizer step, over all devices.")
     rows_per_device: int | None = Field(
         default=None, ge=1, description="Rows per forward pass; None: all of a device's."
     )
@@ -298,7 +298,7 @@ class Training(_Section):
         if self.arguments.get("label_smoothing_factor"):
             raise ValueError(
                 "arguments.label_smoothing_factor: transformers' Trainer smooths labels that it does not shift for "
-                "vision-language models, so each token would be learnt from itself; take it out"
+                "vision-language models, so each token would be learned from itself; take it out"
             )
         own = [key for key in self.arguments if key in OWNED]
         if own:

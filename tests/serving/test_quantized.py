@@ -1,4 +1,4 @@
-"""What `fold` writes of a quantised model loads with the same logits, or is refused before a file appears."""
+"""What `fold` writes of a quantized model loads with the same logits, or is refused before a file appears."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from transformers.quantizers import HfQuantizer
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
 from peft_crome.serving import fold
 from peft_crome.training import save_stage
-from tests.conformity.test_quantisation_matrix import load, load_hqq, torchao_int4, torchao_int8
+from tests.conformity.test_quantization_matrix import load, load_hqq, torchao_int4, torchao_int8
 from tests.tuner.helpers import adapted
-from tests.tuner.test_quantised import wide_llava
+from tests.tuner.test_quantized import wide_llava
 from tests.vlm.tiny import build
 from tests.zoo import ZOO
 
@@ -48,7 +48,7 @@ WAYS: dict[str, Callable[[], Any]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("quantised")
+    home = tmp_path_factory.mktemp("quantized")
     wide_llava().model.save_pretrained(home / "llava")
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -75,7 +75,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_quantised_host_loads_with_the_same_logits(way: str, folder: Path, tmp_path: Path) -> None:
+def test_a_quantized_host_loads_with_the_same_logits(way: str, folder: Path, tmp_path: Path) -> None:
     host = load(folder / "llava", torch.float32, WAYS[way])
     model = with_both_branches(host, "multi_modal_projector")
     expected = logits(model)
@@ -91,7 +91,7 @@ def test_a_quantised_host_loads_with_the_same_logits(way: str, folder: Path, tmp
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_composite_with_a_quantised_language_model(way: str, tied: bool, folder: Path, tmp_path: Path) -> None:
+def test_a_composite_with_a_quantized_language_model(way: str, tied: bool, folder: Path, tmp_path: Path) -> None:
     composite = CromeVLMForConditionalGeneration.from_backbones(
         str(folder / "vision"), str(folder / f"language-{tied}"), quantization_config=WAYS[way](), image_token_id=100
     )
@@ -114,7 +114,7 @@ def assert_refused(model: Any, output: Path, message: str) -> None:
 
 def test_layers_that_hqq_put_in_are_refused(folder: Path, tmp_path: Path) -> None:
     model = with_both_branches(load_hqq(folder / "llava"), "multi_modal_projector")
-    assert_refused(model, tmp_path / "folded", r"(?s)LlavaForConditionalGeneration has no .*W_q.*without quantisation")
+    assert_refused(model, tmp_path / "folded", r"(?s)LlavaForConditionalGeneration has no .*W_q.*without quantization")
 
 
 def test_tensors_that_torchao_put_in_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -128,13 +128,13 @@ def test_tensors_that_torchao_put_in_are_refused(folder: Path, tmp_path: Path) -
     assert_refused(model, tmp_path / "folded", r"LlavaForConditionalGeneration has no .*proj\.weight")
 
 
-def test_a_quantisation_that_cannot_be_written_is_refused(
+def test_a_quantization_that_cannot_be_written_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = load(folder / "llava", torch.float32, eight_bit)
     monkeypatch.setattr(type(host.hf_quantizer), "is_serializable", lambda self: False)
     model = with_both_branches(host, "multi_modal_projector")
-    assert_refused(model, tmp_path / "folded", "which transformers cannot write. Load the model without quantisation")
+    assert_refused(model, tmp_path / "folded", "which transformers cannot write. Load the model without quantization")
 
 
 def test_a_module_of_a_user_s_own_in_the_host_is_refused(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_module_of_a_user_s_own_in_the_host_is_refused(tmp_path: Path) -> None
 
 
 class DropsTheStateDict(HfQuantizer):
-    """As transformers' quantisers: what is written is the model's own state dict, whatever was handed over."""
+    """As transformers' quantizers: what is written is the model's own state dict, whatever was handed over."""
 
     def __init__(self) -> None:
         self.quantization_config, self.pre_quantized = None, False

@@ -1,6 +1,6 @@
 """What a backbone may be held in: each way trains some steps, is saved, and loads onto a fresh backbone, bit-equal.
 
-bitsandbytes' 4-bit and 8-bit are in tests/tuner/test_quantised.py, more of them in tests/zoo/test_quantised.py.
+bitsandbytes' 4-bit and 8-bit are in tests/tuner/test_quantized.py, more of them in tests/zoo/test_quantized.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import nn
 
 from examples.easy_vqa.parts import dinov2_small, fetch
 from peft_crome import CromeVLMForConditionalGeneration
-from tests.tuner.helpers import assert_equal, attach, crome_weight, logits, randomise, to_dtype, train_steps
-from tests.tuner.test_quantised import wide_llava
+from tests.tuner.helpers import assert_equal, attach, crome_weight, logits, randomize, to_dtype, train_steps
+from tests.tuner.test_quantized import wide_llava
 from tests.zoo.case import Batch
 
 SKIPPED = ["lm_head"]
@@ -40,8 +40,8 @@ def torchao_int4() -> Any:
     return tf.TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(32)), modules_to_not_convert=SKIPPED)
 
 
-def load(folder: Path, dtype: torch.dtype, quantisation: Callable[[], Any] | None = None) -> nn.Module:
-    config = None if quantisation is None else quantisation()
+def load(folder: Path, dtype: torch.dtype, quantization: Callable[[], Any] | None = None) -> nn.Module:
+    config = None if quantization is None else quantization()
     return tf.LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, quantization_config=config, device_map="cpu"
     ).eval()
@@ -66,8 +66,8 @@ WAYS: dict[str, tuple[Callable[[Path], nn.Module], torch.dtype]] = {
     "float32": (partial(load, dtype=torch.float32), torch.float32),
     "bfloat16": (partial(load, dtype=torch.bfloat16), torch.bfloat16),
     "float16": (partial(load, dtype=torch.float16), torch.float16),
-    "torchao int8": (partial(load, dtype=torch.float32, quantisation=torchao_int8), torch.float32),
-    "torchao int4": (partial(load, dtype=torch.float32, quantisation=torchao_int4), torch.float32),
+    "torchao int8": (partial(load, dtype=torch.float32, quantization=torchao_int8), torch.float32),
+    "torchao int4": (partial(load, dtype=torch.float32, quantization=torchao_int4), torch.float32),
     "HQQ 4 bits": (load_hqq, torch.float32),
 }
 
@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of a model's tensors; quantised ones as what they stand for."""
+    """Copies of a model's tensors; quantized ones as what they stand for."""
     tensors = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
     return {
         name: tensor.clone() if type(tensor) in (torch.Tensor, nn.Parameter) else tensor.dequantize()
@@ -95,7 +95,7 @@ def assert_trains_and_reloads(make: Callable[[], nn.Module], batch: Batch, folde
     model = attach(make()).eval()
     assert_equal(logits(model, batch), expected)
     assert crome_weight(model, "up").dtype == torch.float32
-    randomise(model)
+    randomize(model)
     before = plain(model.train())
     losses = train_steps(model, batch)
     assert losses[-1] < losses[0]

@@ -1,4 +1,4 @@
-"""Quantised backbones of different families: a fresh adapter is an identity, trains, and reloads equal."""
+"""Quantized backbones of different families: a fresh adapter is an identity, trains, and reloads equal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import transformers as tf
 from peft import PeftModel
 from torch import nn
 
-from tests.tuner.helpers import assert_equal, attach, logits, randomise
+from tests.tuner.helpers import assert_equal, attach, logits, randomize
 from tests.zoo import ZOO, Case
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -22,7 +22,7 @@ FAMILIES = (
 )  # fmt: skip
 # Towers stay as they are: their tiny layers do not fill bitsandbytes' blocks.
 KEPT = ["lm_head", "vision_tower", "vision_model", "visual", "audio_tower", "qformer", "connector"]
-QUANTISATION = {
+QUANTIZATION = {
     "nf4": tf.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=KEPT,
@@ -32,24 +32,24 @@ QUANTISATION = {
 LAYER = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}
 
 
-def quantised(case: Case, folder: Path, kind: str) -> nn.Module:
+def quantized(case: Case, folder: Path, kind: str) -> nn.Module:
     model = type(case.model).from_pretrained(
-        folder, quantization_config=QUANTISATION[kind], dtype=torch.float32, device_map="cpu"
+        folder, quantization_config=QUANTIZATION[kind], dtype=torch.float32, device_map="cpu"
     )
-    assert sum(isinstance(module, LAYER[kind]) for module in model.modules()) >= 8, "hardly anything is quantised"
+    assert sum(isinstance(module, LAYER[kind]) for module in model.modules()) >= 8, "hardly anything is quantized"
     # In eval mode, some CPUs pack 4-bit weights for a kernel that takes whole blocks only; nothing here has dropout.
     return model.train(kind == "nf4")
 
 
-def quantised_check(name: str, kind: str, folder: Path) -> None:
+def quantized_check(name: str, kind: str, folder: Path) -> None:
     case = ZOO[name]()
     case.model.save_pretrained(folder / "base")
-    base = quantised(case, folder / "base", kind).requires_grad_(False)
+    base = quantized(case, folder / "base", kind).requires_grad_(False)
     expected = logits(base, case.batch)
     assert_equal(logits(attach(base, branches=[*case.sites]), case.batch), expected)
 
-    model = attach(quantised(case, folder / "base", kind), branches=[*case.sites])
-    randomise(model)
+    model = attach(quantized(case, folder / "base", kind), branches=[*case.sites])
+    randomize(model)
     model(**case.batch).loss.backward()
     for path, parameter in model.named_parameters():
         assert (parameter.grad is not None) == ("crome_" in path), path
@@ -57,15 +57,15 @@ def quantised_check(name: str, kind: str, folder: Path) -> None:
     adapted = logits(model, case.batch)
     assert not torch.allclose(adapted, expected, atol=1e-4)
     model.save_pretrained(folder / "adapter")
-    loaded = PeftModel.from_pretrained(quantised(case, folder / "base", kind), folder / "adapter")
+    loaded = PeftModel.from_pretrained(quantized(case, folder / "base", kind), folder / "adapter")
     assert_equal(logits(loaded.train(kind == "nf4"), case.batch), adapted)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_nf4(name: str, tmp_path: Path) -> None:
-    quantised_check(name, "nf4", tmp_path)
+    quantized_check(name, "nf4", tmp_path)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_int8(name: str, tmp_path: Path) -> None:
-    quantised_check(name, "int8", tmp_path)
+    quantized_check(name, "int8", tmp_path)

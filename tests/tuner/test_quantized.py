@@ -1,4 +1,4 @@
-"""bitsandbytes backbones on the CPU, language model and projector quantised: train, save, load, equal logits."""
+"""bitsandbytes backbones on the CPU, language model and projector quantized: train, save, load, equal logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tuner.helpers import (
     crome_weight,
     file_keys,
     logits,
-    randomise,
+    randomize,
     snapshot,
     train_steps,
     trainable,
@@ -31,7 +31,7 @@ from tests.zoo.llava import llava
 
 bnb = pytest.importorskip("bitsandbytes")
 
-QUANTISATION = {
+QUANTIZATION = {
     "nf4": tf.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["lm_head"],
@@ -39,7 +39,7 @@ QUANTISATION = {
     "int8": tf.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"]),
 }  # fmt: skip
 LAYER = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt}
-each_kind = pytest.mark.parametrize("kind", QUANTISATION)
+each_kind = pytest.mark.parametrize("kind", QUANTIZATION)
 
 
 @cache
@@ -55,9 +55,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def quantised(checkpoint: Path, kind: str) -> nn.Module:
+def quantized(checkpoint: Path, kind: str) -> nn.Module:
     model = tf.LlavaForConditionalGeneration.from_pretrained(
-        checkpoint, quantization_config=QUANTISATION[kind], dtype=torch.float32, device_map="cpu"
+        checkpoint, quantization_config=QUANTIZATION[kind], dtype=torch.float32, device_map="cpu"
     )
     assert isinstance(model.model.multi_modal_projector.linear_2, LAYER[kind])
     assert isinstance(model.model.language_model.layers[0].self_attn.q_proj, LAYER[kind])
@@ -66,7 +66,7 @@ def quantised(checkpoint: Path, kind: str) -> nn.Module:
 
 @each_kind
 def test_fresh_adapter_leaves_logits_bit_equal(kind: str, checkpoint: Path) -> None:
-    model = quantised(checkpoint, kind).requires_grad_(False)
+    model = quantized(checkpoint, kind).requires_grad_(False)
     batch = wide_llava().batch
     expected = logits(model, batch)
     assert_equal(logits(attach(model).eval(), batch), expected)
@@ -74,9 +74,9 @@ def test_fresh_adapter_leaves_logits_bit_equal(kind: str, checkpoint: Path) -> N
 
 @each_kind
 def test_training_changes_the_adapter_alone_and_reloads_equal(kind: str, checkpoint: Path, tmp_path: Path) -> None:
-    model = attach(quantised(checkpoint, kind))
+    model = attach(quantized(checkpoint, kind))
     assert {crome_weight(model, key.removeprefix("crome_")).dtype for key in KEYS} == {torch.float32}
-    randomise(model)
+    randomize(model)
     before = snapshot(model.train())  # in eval mode bitsandbytes repacks its own tensors for the CPU
     losses = train_steps(model, wide_llava().batch, steps=3)
     assert losses[-1] < losses[0]
@@ -85,14 +85,14 @@ def test_training_changes_the_adapter_alone_and_reloads_equal(kind: str, checkpo
     expected = logits(model.eval(), wide_llava().batch)
     model.save_pretrained(tmp_path)
     assert file_keys(tmp_path) == FILE_KEYS
-    loaded = PeftModel.from_pretrained(quantised(checkpoint, kind), tmp_path)
+    loaded = PeftModel.from_pretrained(quantized(checkpoint, kind), tmp_path)
     assert_equal(logits(loaded, wide_llava().batch), expected)
 
 
 @each_kind
 def test_gradients_reach_every_adapter_parameter(kind: str, checkpoint: Path) -> None:
-    model = attach(quantised(checkpoint, kind))
-    randomise(model)
+    model = attach(quantized(checkpoint, kind))
+    randomize(model)
     model(**wide_llava().batch).loss.backward()
     for key in KEYS:
         gradient = crome_weight(model, key.removeprefix("crome_")).grad
@@ -106,10 +106,10 @@ def test_gradients_reach_every_adapter_parameter(kind: str, checkpoint: Path) ->
 def test_prepare_for_kbit_training_makes_no_difference_to_what_trains(
     kind: str, checkpointing: bool, checkpoint: Path
 ) -> None:
-    plain = attach(quantised(checkpoint, kind))
+    plain = attach(quantized(checkpoint, kind))
     prepared = attach(
         prepare_model_for_kbit_training(
-            quantised(checkpoint, kind), checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+            quantized(checkpoint, kind), checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
         )
     )
     assert trainable(prepared) == trainable(plain)
@@ -127,20 +127,20 @@ def test_prepare_for_kbit_training_makes_no_difference_to_what_trains(
 
 
 @each_kind
-def test_unload_gives_the_quantised_backbone_back(kind: str, checkpoint: Path) -> None:
-    model = quantised(checkpoint, kind).requires_grad_(False)
+def test_unload_gives_the_quantized_backbone_back(kind: str, checkpoint: Path) -> None:
+    model = quantized(checkpoint, kind).requires_grad_(False)
     batch = wide_llava().batch
     expected = logits(model, batch)
     adapted = attach(model)
-    randomise(adapted)
+    randomize(adapted)
     assert not torch.equal(logits(adapted.eval(), batch), expected)
     assert_equal(logits(adapted.unload(), batch), expected)
 
 
 @each_kind
-def test_merge_folds_the_text_branch_of_a_quantised_backbone(kind: str, checkpoint: Path) -> None:
-    model = attach(quantised(checkpoint, kind), branches=["text"])
-    randomise(model)
+def test_merge_folds_the_text_branch_of_a_quantized_backbone(kind: str, checkpoint: Path) -> None:
+    model = attach(quantized(checkpoint, kind), branches=["text"])
+    randomize(model)
     batch = wide_llava().batch
     expected = logits(model.eval(), batch)
     torch.testing.assert_close(logits(model.merge_and_unload(), batch), expected, atol=1e-4, rtol=1e-4)
