@@ -4,7 +4,7 @@ Each has the real model class and the real processor class of its family. The im
 settings, and the tokenizer, made for the test, has the family's special tokens and chat template.
 """
 
-from . import llava
+from . import gemma, idefics, llava, qwen
 from .family import ABSENT, FAMILIES, Family
 
-__all__ = ["ABSENT", "FAMILIES", "Family", "llava"]
+__all__ = ["ABSENT", "FAMILIES", "Family", "gemma", "idefics", "llava", "qwen"]
