@@ -4,7 +4,9 @@ Each has the real model class and the real processor class of its family. The im
 settings, and the tokenizer, made for the test, has the family's special tokens and chat template.
 """
 
-from . import gemma, idefics, llava, qwen
+from . import deepseek, florence, gemma, glm, idefics, llava, mistral, qwen, tiles
 from .family import ABSENT, FAMILIES, Family
 
-__all__ = ["ABSENT", "FAMILIES", "Family", "gemma", "idefics", "llava", "qwen"]
+__all__ = [
+    "ABSENT", "FAMILIES", "Family", "deepseek", "florence", "gemma", "glm", "idefics", "llava", "mistral", "qwen", "tiles",
+]  # fmt: skip

@@ -47,7 +47,9 @@ def _vocabulary(specials: Iterable[str], alphabet: Iterable[str], merges: list[t
     return {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
 
 
-def _fast(tokenizer: Tokenizer, specials: Iterable[str], *, starts_with_bos: bool, **named: Any) -> Any:
+def _fast(
+    tokenizer: Tokenizer, specials: Iterable[str], *, starts_with_bos: bool, ends_with_eos: bool = False, **named: Any
+) -> Any:
     """Wrap a tokenizer; `named` are its special tokens by attribute, those of the family among them."""
     usual = ("bos_token", "eos_token", "pad_token", "unk_token")
     extra = {name: token for name, token in named.items() if name not in usual and name.endswith("_token")}
@@ -55,10 +57,10 @@ def _fast(tokenizer: Tokenizer, specials: Iterable[str], *, starts_with_bos: boo
     fast = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=extra, **rest)
     fast.add_special_tokens({"additional_special_tokens": list(specials)}, replace_extra_special_tokens=False)
     if starts_with_bos:
+        first, last = [(fast.bos_token, fast.bos_token_id)], [(fast.eos_token, fast.eos_token_id)] * ends_with_eos
+        pieces = [[name for name, _ in first], ["$A"], [name for name, _ in last]]
         fast._tokenizer.post_processor = processors.TemplateProcessing(
-            single="$bos $A".replace("$bos", fast.bos_token),
-            pair="$bos $A $bos $B".replace("$bos", fast.bos_token),
-            special_tokens=[(fast.bos_token, fast.bos_token_id)],
+            single=[piece for part in pieces for piece in part], special_tokens=[*first, *last]
         )
     return fast
 
