@@ -13,6 +13,11 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 # Rows that tests convert stay out of the user's own cache.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="peft_crome-tests-")
 
+
+import tests.torchvision_on_cpu  # noqa: F401  # before anything that imports torchvision
+
+# isort: split
+
 import pytest
 import torch
 

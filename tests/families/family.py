@@ -1,0 +1,66 @@
+"""What a family of models is to the tests."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny checkpoint of one family, with the real model class and the real processor class.
+
+    Attributes:
+        name: of the family, also of its chat template in `templates/`.
+        build: writes the checkpoint to a directory, for `AutoProcessor` and `auto_class` to load.
+        image_token: the token that stands for image features in `input_ids`, once per feature.
+        auto_class: of transformers, loads the model.
+        end_of_turn: what the chat template writes after an answer; None where it writes no token.
+        several_images: a conversation may have more than one image.
+        system: the chat template takes a system message.
+        video: the processor takes videos.
+        audio: the processor takes sound.
+        encoder_decoder: the answer is read by a decoder of its own.
+        chat_template: the family publishes one.
+        generation: the chat template marks the assistant's words with `{% generation %}`.
+        needs: packages that the processor cannot do without.
+    """
+
+    name: str
+    build: Callable[[Path], None]
+    image_token: str
+    auto_class: str = "AutoModelForImageTextToText"
+    end_of_turn: str | None = None
+    several_images: bool = True
+    system: bool = True
+    video: bool = False
+    audio: bool = False
+    encoder_decoder: bool = False
+    chat_template: bool = True
+    generation: bool = False
+    needs: tuple[str, ...] = field(default=())
+
+    def missing(self) -> list[str]:
+        """Packages in `needs` that are not installed."""
+        return [package for package in self.needs if importlib.util.find_spec(package) is None]
+
+
+FAMILIES: dict[str, Family] = {}
+
+# name -> why there is no checkpoint of this family
+ABSENT: dict[str, str] = {}
+
+
+def family(
+    name: str, image_token: str, end_of_turn: str | None, **flags: object
+) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
+    """Enter the decorated builder in FAMILIES."""
+
+    def enter(build: Callable[[Path], None]) -> Callable[[Path], None]:
+        assert name not in FAMILIES, name
+        FAMILIES[name] = Family(name, build, image_token, end_of_turn=end_of_turn, **flags)
+        return build
+
+    return enter

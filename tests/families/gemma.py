@@ -1,0 +1,66 @@
+"""Gemma 3 and PaliGemma.
+
+Sources: transformers' `convert_gemma3_weights.py` (image processor, special tokens, chat template) and
+`convert_paligemma_weights_to_hf.py`. PaliGemma publishes no chat template: its processor takes a prompt, and the
+answer as `suffix`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers as tf
+
+from .family import family
+from .parts import TEXT, VISION, image_processor, save, sentence_piece, template
+
+FIRST = ["<pad>", "<eos>", "<bos>", "<unk>"]
+HALVES: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
+
+
+def gemma_tokenizer(specials: list[str], **named: Any) -> Any:
+    """Spaces are kept as they are; `<bos>` comes first."""
+    usual = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "padding_side": "left"}
+    return sentence_piece(specials, first=FIRST, prefix=False, **usual | named)
+
+
+@family("gemma3", "<image_soft_token>", "<end_of_turn>")
+def gemma3(directory: Path) -> None:
+    """256 tokens for every image; `<start_of_image>` in the prompt becomes them, with line feeds around."""
+    tokenizer = gemma_tokenizer(
+        ["<start_of_turn>", "<end_of_turn>"],
+        image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>",
+    )  # fmt: skip
+    images = image_processor("Gemma3ImageProcessor", size={"height": 896, "width": 896}, **HALVES)
+    processor = tf.Gemma3Processor(images, tokenizer, image_seq_length=256, chat_template=template("gemma3"))
+    config = tf.Gemma3Config(
+        text_config=TEXT | {
+            "vocab_size": len(tokenizer), "head_dim": 16, "sliding_window": 512, "query_pre_attn_scalar": 16,
+            "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+        },
+        vision_config=tf.SiglipVisionConfig(**VISION, image_size=896, patch_size=14, vision_use_head=False),
+        mm_tokens_per_image=256, image_token_index=tokenizer.image_token_id, boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+    )  # fmt: skip
+    save(directory, "Gemma3ForConditionalGeneration", config, processor, end="<end_of_turn>")
+
+
+@family("paligemma", "<image>", None, system=False, chat_template=False)
+def paligemma(directory: Path) -> None:
+    """256 tokens for every image, all before the prompt; a line feed ends the prompt, `<eos>` the answer."""
+    places = [f"<loc{place:04d}>" for place in range(1024)]
+    segments = [f"<seg{part:03d}>" for part in range(128)]
+    # The processor writes <bos> itself, behind the image.
+    tokenizer = gemma_tokenizer([*places, *segments], image_token="<image>", starts_with_bos=False)
+    images = image_processor("SiglipImageProcessor", size={"height": 224, "width": 224}, **HALVES | {"resample": 3})
+    images.image_seq_length = 256
+    processor = tf.PaliGemmaProcessor(images, tokenizer)
+    config = tf.PaliGemmaConfig(
+        vision_config=tf.SiglipVisionConfig(**VISION, image_size=224, patch_size=14, vision_use_head=False),
+        text_config=tf.GemmaConfig(
+            **TEXT, head_dim=16, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=2
+        ),
+        image_token_index=tokenizer.image_token_id, projection_dim=TEXT["hidden_size"], pad_token_id=0,
+    )  # fmt: skip
+    save(directory, "PaliGemmaForConditionalGeneration", config, processor)

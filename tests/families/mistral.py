@@ -1,0 +1,66 @@
+"""Pixtral as transformers has it (a LLaVA with a Pixtral tower), and Mistral 3.
+
+Sources: transformers' `convert_pixtral_weights_to_hf.py` and `convert_mistral3_weights_to_hf.py`, the image sizes of
+mistral-community/pixtral-12b and mistralai/Mistral-Small-3.1-24B-Instruct-2503, and the latter's chat template in
+llama.cpp's `models/templates`. Its published system message is longer; like it, this one has today's date.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers as tf
+
+from .family import family
+from .parts import TEXT, VISION, byte_level, image_processor, save, template
+
+MARKS = ["[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+IMAGE = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+
+
+def _tokenizer() -> Any:
+    return byte_level(
+        [*MARKS, *IMAGE], starts_with_bos=True, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def _tower(image_size: int, patch_size: int) -> tf.PixtralVisionConfig:
+    return tf.PixtralVisionConfig(**VISION, head_dim=8, image_size=image_size, patch_size=patch_size)
+
+
+def _text(tokenizer: Any) -> tf.MistralConfig:
+    return tf.MistralConfig(
+        **TEXT, head_dim=16, sliding_window=None, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+
+
+@family("pixtral", "[IMG]", "</s>", needs=("torchvision",))
+def pixtral(directory: Path) -> None:
+    """A token for each 16 x 16 pixels, and one behind each row; the last question has the system message."""
+    tokenizer = _tokenizer()
+    images = image_processor("PixtralImageProcessor", size={"longest_edge": 1024}, patch_size=16)
+    processor = tf.PixtralProcessor(
+        images, tokenizer, patch_size=16, spatial_merge_size=1, chat_template=template("pixtral")
+    )
+    config = tf.LlavaConfig(
+        vision_config=_tower(1024, 16), text_config=_text(tokenizer), image_token_index=processor.image_token_id,
+        vision_feature_layer=-1, vision_feature_select_strategy="full", image_seq_length=1,
+    )  # fmt: skip
+    save(directory, "LlavaForConditionalGeneration", config, processor)
+
+
+@family("mistral3", "[IMG]", "</s>", needs=("torchvision",))
+def mistral3(directory: Path) -> None:
+    """A token for each 28 x 28 pixels, and one behind each row; without a system message, one with the date."""
+    tokenizer = _tokenizer()
+    images = image_processor("PixtralImageProcessor", size={"longest_edge": 1540}, patch_size=14)
+    processor = tf.PixtralProcessor(
+        images, tokenizer, patch_size=14, spatial_merge_size=2, chat_template=template("mistral3")
+    )
+    config = tf.Mistral3Config(
+        vision_config=_tower(1540, 14), text_config=_text(tokenizer), image_token_index=processor.image_token_id,
+        vision_feature_layer=-1, spatial_merge_size=2, multimodal_projector_bias=False,
+    )  # fmt: skip
+    save(directory, "Mistral3ForConditionalGeneration", config, processor)

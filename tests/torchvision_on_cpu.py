@@ -1,0 +1,36 @@
+"""Let torchvision's wheels from PyPI, which are built for CUDA, be imported beside a CPU build of PyTorch.
+
+Their compiled operators do not load there, and torchvision's import stops because it describes two of them. Only
+detection models need those operators. The transforms, which image and video processors use, are Python. This module
+declares the two operators when torchvision is first imported, so import it before anything that imports torchvision.
+A test that starts a process sets PYTHONPATH to `SITE`, whose `sitecustomize.py` imports this module.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+SITE = Path(__file__).parent / "site"
+OPERATORS = ("nms", "qnms")
+SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+
+class _Declare(MetaPathFinder):
+    """Finds nothing; it acts once, before torchvision is looked up."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name != "torchvision":
+            return
+        sys.meta_path.remove(self)
+        import torch
+
+        if torch.version.cuda is None and torch.version.hip is None:
+            for operator in OPERATORS:
+                torch.library.define(f"torchvision::{operator}", SCHEMA)
+
+
+if "torchvision" not in sys.modules:
+    sys.meta_path.insert(0, _Declare())
