@@ -1,10 +1,11 @@
-"""Rows of conversations -> the composite's inputs, with labels on the answers' tokens alone."""
+"""Conversations -> a model's inputs, with labels on the answers' tokens alone."""
 
 from __future__ import annotations
 
 import random
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,25 +15,29 @@ from PIL import Image
 from ..backbone.positions import position_limit
 from ..utils.shorten import cut, short
 from .answer_spans import ANSWER, AnswerSpans, PromptRewritten, turn
-from .images import Augmentation, open_image
+from .expansion import Expansion, tokens_in
+from .images import Augmentation, image_size, open_image
 from .instructions import check_instruction
+from .processed import Messages, Processed, Tokens, UnknownPlaceholder, padded
 from .rows import COUNTS, DRAW, DRAWN, Fault, RowError
 
 IGNORE = -100
 REMEDY = "Write another chat_template in the recipe."
+Spans = list[tuple[int, int]]
 
 
 class ConversationCollator:
-    """Make batches for training a composite.
+    """Make batches of conversations for training any model whose processor has a chat template.
 
-    Only what the assistant says counts in the loss, with the token that ends it; images, instructions and padding do
-    not. `needs_split` says whether a row must hold one answer to learn, its last (see `split_turns`): for an
-    encoder-decoder; for a Q-Former, which reads what is asked up to an answer and nothing later; and for a chat
+    A model gets what `processor.apply_chat_template(conversation, tokenize=True, return_dict=True)` gives, padded on
+    the right. Only what the assistant says counts in the loss, with the token that ends it; images, instructions and
+    padding do not. `needs_split` says whether a row must hold one answer to learn, its last (see `split_turns`): for
+    an encoder-decoder; for a Q-Former, which reads what is asked up to an answer and nothing later; and for a chat
     template that writes an answer in another way once more is said, or a prompt unlike generation's.
 
     Args:
-        processor: the composite's.
-        is_encoder_decoder: as in the composite's configuration.
+        processor: of the model, with a fast tokenizer.
+        is_encoder_decoder: as in the model's configuration.
         augmentation: of training images; None: as they are.
         max_length: tokens per row; longer ones are cut at the end, decoder-only models' alone. None: not at all.
         max_positions: tokens that the language model, or an encoder-decoder's encoder, takes; a row that is longer,
@@ -43,8 +48,8 @@ class ConversationCollator:
         seed: of the augmentation, which depends on it and on a row's "draw" alone (see `draws`), whatever was drawn
             before and by whichever worker.
     Raises:
-        ValueError: the tokenizer cannot tell where tokens come from, or there is no chat template, or one that takes
-            no question with its answer.
+        ValueError: the processor is a bare tokenizer, or has no fast one; there is no chat template, or one that takes
+            no question with its answer; or the processor's text cannot be told apart from its images.
     """
 
     def __init__(
@@ -60,16 +65,7 @@ class ConversationCollator:
         system: str | None = None,
         seed: int = 0,
     ) -> None:
-        if not getattr(processor.tokenizer, "is_fast", False):
-            raise ValueError(
-                f"{type(processor.tokenizer).__name__} does not say which text its tokens come from, so answers "
-                "cannot be told from questions. Load the fast tokenizer of this model."
-            )
-        if processor.chat_template is None:
-            raise ValueError(
-                "The language model has no chat template. Write chat_template: vicuna, plain or t5 in the recipe, or "
-                "set processor.chat_template."
-            )
+        check_processor(processor)
         self.processor = processor
         self.is_encoder_decoder = is_encoder_decoder
         self.augmentation = augmentation
@@ -83,21 +79,42 @@ class ConversationCollator:
         self._writes_prompts_apart = self._has_prompts_of_its_own()
         self.needs_split = (
             is_encoder_decoder
-            or processor.qformer_tokenizer is not None
+            or getattr(processor, "qformer_tokenizer", None) is not None
             or self._writes_prompts_apart
             or not self._keeps_earlier_turns()
         )
-        self._spans = AnswerSpans(self._render, processor.chat_template, self._before)
+
+    @cached_property
+    def _spans(self) -> AnswerSpans:
+        return AnswerSpans(self._render, self.processor.chat_template, self._before)
+
+    @cached_property
+    def _processed(self) -> Processed:
+        return Processed(self.processor)
+
+    @cached_property
+    def _expansion(self) -> Expansion:
+        return Expansion(self._processed, self._render, self._before)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the watched tokenizer, whose class is made when it is needed: for workers that are spawned."""
+        return {
+            name: value for name, value in vars(self).items() if name not in ("_processed", "_expansion", "_spans")
+        }
 
     @staticmethod
     def limits(config: Any) -> dict[str, Any]:
-        """What a composite's configuration tells of its kind and of how much its parts read, as arguments."""
-        text, decoder = config.text_config, position_limit(config.text_config, "decoder")
+        """What a model's configuration tells of its kind and of how much its parts read, as arguments."""
+        text = config.get_text_config()
+        is_encoder_decoder = bool(config.is_encoder_decoder)
+        decoder = position_limit(text, "decoder")
         return {
-            "is_encoder_decoder": config.is_encoder_decoder,
-            "max_positions": position_limit(text, "encoder") if config.is_encoder_decoder else decoder,
-            "max_target_length": decoder if config.is_encoder_decoder else None,
-            "max_instruction_length": getattr(config.qformer_config, "max_position_embeddings", None),
+            "is_encoder_decoder": is_encoder_decoder,
+            "max_positions": position_limit(text, "encoder") if is_encoder_decoder else decoder,
+            "max_target_length": decoder if is_encoder_decoder else None,
+            "max_instruction_length": getattr(
+                getattr(config, "qformer_config", None), "max_position_embeddings", None
+            ),
         }
 
     def _turns_before_probes(self) -> list[dict[str, Any]]:
@@ -140,38 +157,25 @@ class ConversationCollator:
         """Turn rows of `read_rows` or `load_rows` into a batch.
 
         Returns:
-            input_ids, attention_mask, labels, (rows, tokens), padded on the right; pixel_values where there are
-            images, and what a Q-Former reads of the instructions.
+            input_ids, attention_mask, labels, (rows, tokens), padded on the right; with images also pixel_values and
+            what else the processor makes of them.
         Raises:
             ValueError: an image cannot be read, an instruction is too long for the Q-Former, or as in `encode`; the
                 message names the row.
         """
         if DRAWN in rows[0]:
             return {}  # of a stream that goes on: the Trainer throws these away
-        encoded = [self.encode(row) for row in rows]
-        for row, item in zip(rows, encoded, strict=True):
+        read = [self._read(row) for row in rows]
+        groups = [[n for n, row in enumerate(rows) if bool(row["images"]) is shown] for shown in (True, False)]
+        parts = [self._batch([rows[n] for n in group], [read[n] for n in group]) for group in groups if group]
+        batch = parts[0] if len(parts) == 1 else _merge(parts, groups, self.processor.tokenizer.pad_token_id or 0)
+        for number, row in enumerate(rows):
             if not row.get(COUNTS, True):
-                item["labels"] = [IGNORE] * len(item["labels"])
-        batch = {
-            "input_ids": _pad([item["input_ids"] for item in encoded], self.processor.tokenizer.pad_token_id),
-            "attention_mask": _pad([[1] * len(item["input_ids"]) for item in encoded], 0),
-            "labels": _pad([item["labels"] for item in encoded], IGNORE),
-        }
-        images = [image for row in rows for image in self._images(row)]
-        if not images:
-            return batch
-        batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        reader = self.processor.qformer_tokenizer
-        if reader is not None:
-            instructions = [
-                item["instruction"] for item, row in zip(encoded, rows, strict=True) for _ in row["images"]
-            ]
-            read = reader(instructions, padding=True, return_tensors="pt")
-            batch |= {f"qformer_{name}": read[name] for name in ("input_ids", "attention_mask")}
+                batch["labels"][number] = IGNORE
         return batch
 
     def encode(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One row's input_ids, labels and the instruction for a Q-Former; no image is opened.
+        """One row's input_ids, labels and the instruction for a Q-Former; of images, the headers alone are read.
 
         Returns:
             Also "length", the number of tokens before a cut.
@@ -179,16 +183,33 @@ class ConversationCollator:
             RowError: the last turn is no answer, a decoder cannot hold it, a Q-Former cannot read the instruction, a
                 cut would leave no answer or part of an image, the text holds image tokens of its own, or the chat
                 template hides where an answer begins or does not take the conversation.
+            ValueError: an image's size cannot be read; the message names the row.
         """
+        read = self._read(row)
+        name = f"Row {short(row['id'])}"
+        sizes = [] if self._expansion.is_fixed else [image_size(image, name) for image in row["images"]]
+        expanded = self._expansion.expand(read.pieces, sizes or [(1, 1)] * len(row["images"]))
+        tokens = self._processed.tokens(expanded)
+        labels = self._labels(tokens, read, row)
+        length = len(tokens.ids)
+        kept = slice(None) if self.is_encoder_decoder else slice(self.max_length)
+        return {
+            "input_ids": tokens.ids[kept],
+            "labels": labels if self.is_encoder_decoder else labels[kept],
+            "length": length,
+            "instruction": read.instruction,
+        }
+
+    def _read(self, row: dict[str, Any]) -> _Read:
+        """What is said in a row, as the chat template writes it; no image is opened."""
         name = row["id"]
         messages = list(row["messages"])
         if messages[-1]["role"] != "assistant":
             raise _error(name, "order", "the last turn is no answer. Take that turn out.")
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": [{"type": "text", "text": self.system}]}, *messages]
-        encode = self._encoder_decoder if self.is_encoder_decoder else self._decoder_only
         try:
-            encoded = {**encode(messages, name), "instruction": self.processor.instruction(messages)}
+            text, spans = self._rendered(messages, name)
         except TemplateError as error:  # Gemma's takes no system message, Mistral's no two turns of one role
             raise _error(
                 name,
@@ -196,39 +217,36 @@ class ConversationCollator:
                 f"the language model's chat template says: {cut(str(error), 300)}. Change the row (or system: in the "
                 "recipe), or write another chat_template in the recipe.",
             ) from error
-        tokens = encoded["input_ids"].count(self.processor.image_token_id)
-        if tokens != len(row["images"]) * self.processor.image_seq_length:
-            raise _error(
-                name,
-                "placeholder",
-                f"{tokens} image tokens for {len(row['images'])} images of {self.processor.image_seq_length}. Take "
-                f"{self.processor.image_token!r} out of the text.",
-            )
-        if self.max_positions is not None and len(encoded["input_ids"]) > self.max_positions:
-            raise _error(
-                name,
-                "long",
-                f"{len(encoded['input_ids'])} tokens, {tokens} of them image tokens, and the language model takes "
-                f"{self.max_positions}. "
-                + (
-                    "Shorten the row"
-                    if self.is_encoder_decoder
-                    else f"Write max_length: {self.max_positions} to cut it"
-                )
-                + ", or take it out.",
-            )
-        if row["images"]:
-            check_instruction(self.processor, name, encoded["instruction"], self.max_instruction_length)
-        return encoded
+        try:
+            pieces = self._expansion.pieces(text, len(row["images"]))
+        except UnknownPlaceholder as error:
+            raise self._strange_placeholder(name, str(error)) from error
+        token = getattr(self.processor, "image_token", None)
+        if token and any(token in piece for piece in pieces):
+            raise self._strange_placeholder(name, f"{token!r} in the text", token)
+        instruction = getattr(self.processor, "instruction", None)
+        said = instruction(messages) if instruction is not None else ""
+        if row["images"] and instruction is not None:
+            check_instruction(self.processor, name, said, self.max_instruction_length)
+        target = self._target(messages, name) if self.is_encoder_decoder else None
+        return _Read(messages, text, pieces, spans, target, said)
 
-    def _decoder_only(self, messages: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    def _strange_placeholder(self, name: str, problem: str, token: str | None = None) -> RowError:
+        return _error(
+            name, "placeholder", f"{problem}. Take {token or self._expansion.placeholder!r} out of the text."
+        )
+
+    def _rendered(self, messages: Messages, name: str) -> tuple[str, Spans]:
+        """The text that a model reads, and where its answers stand in it."""
+        if self.is_encoder_decoder:
+            return self._render(messages[:-1], True), []
         if self._writes_prompts_apart:
-            prompt = self._render(messages[:-1], prompt=True)
+            prompt = self._render(messages[:-1], True)
             text = prompt + self._answer(messages, name)
-            return self._with_labels(text, [(len(prompt), len(text))], name)
+            return text, [(len(prompt), len(text))]
         text = self._render(messages)
         try:
-            spans = self._spans.find(messages, text, earlier=not self.needs_split)
+            return text, self._spans.find(messages, text, earlier=not self.needs_split)
         except PromptRewritten as error:
             raise _error(
                 name,
@@ -236,9 +254,8 @@ class ConversationCollator:
                 f"the chat template writes the prompt {error.prompt[-40:]!r} in another way once the answer follows, "
                 f"so what is to be learned cannot be told. {REMEDY}",
             ) from error
-        return self._with_labels(text, spans, name)
 
-    def _answer(self, messages: list[dict[str, Any]], name: str) -> str:
+    def _answer(self, messages: Messages, name: str) -> str:
         """The last answer as the template writes it, with what ends it."""
         before, _, ending = self._render([*messages[:-1], turn("assistant", ANSWER)]).rpartition(ANSWER)
         said = self._render(messages)
@@ -248,41 +265,10 @@ class ConversationCollator:
             )
         return said[len(before) :].rstrip()
 
-    def _with_labels(self, text: str, spans: list[tuple[int, int]], name: str) -> dict[str, Any]:
-        """Tokens, and labels where a token is part of what stands between a span's first and last character."""
-        encoded = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        starts, stops = ([*edges] for edges in zip(*spans, strict=True))
-        labels = []
-        for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=True):
-            # A token may hold the space before an answer too; one that ends before it is none of it.
-            span = bisect_right(stops, first)
-            labels.append(token if span < len(starts) and starts[span] < last else IGNORE)
-        if all(label == IGNORE for label in labels):
-            raise _error(
-                name, "answer", "no token is learned; the answer is empty, or the chat template leaves it out."
-            )
-        length = len(ids)
-        if self.max_length is not None and length > self.max_length:
-            ids, labels = self._cut(ids, labels, name)
-        return {"input_ids": ids, "labels": labels, "length": length}
-
-    def _cut(self, ids: list[int], labels: list[int], name: str) -> tuple[list[int], list[int]]:
-        image = self.processor.image_token_id
-        kept = ids[: self.max_length]
-        if kept.count(image) != ids.count(image) or all(label == IGNORE for label in labels[: self.max_length]):
-            raise _error(
-                name,
-                "long",
-                f"{len(ids)} tokens, {ids.count(image)} of them image tokens; the first {self.max_length} hold no "
-                "whole image and answer. Raise max_length, or take the row out.",
-            )
-        return kept, labels[: self.max_length]
-
-    def _encoder_decoder(self, messages: list[dict[str, Any]], name: str) -> dict[str, list[int]]:
-        tokenizer = self.processor.tokenizer
-        prompt = self._render(messages[:-1], prompt=True)
-        target = tokenizer(text_target="".join(part["text"] for part in messages[-1]["content"]))["input_ids"]
+    def _target(self, messages: Messages, name: str) -> list[int]:
+        """What a decoder learns."""
+        said = "".join(part["text"] for part in messages[-1]["content"])
+        target: list[int] = self.processor.tokenizer(text_target=said)["input_ids"]
         if self.max_target_length is not None and len(target) > self.max_target_length:
             raise _error(
                 name,
@@ -290,20 +276,162 @@ class ConversationCollator:
                 f"the answer has {len(target)} tokens, and the decoder takes {self.max_target_length}. Shorten the "
                 "answer, or take the row out.",
             )
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return {"input_ids": ids, "labels": target, "length": len(ids)}
+        return target
 
-    def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+    def _batch(self, rows: Sequence[dict[str, Any]], read: Sequence[_Read]) -> dict[str, torch.Tensor]:
+        """Rows that all have images, or none of which has."""
+        shown = [self._with_images(row, one.messages) for row, one in zip(rows, read, strict=True)]
+        try:
+            batch, tokens = self._processed.batch(shown, [one.text for one in read])
+        except UnknownPlaceholder as error:
+            raise _error(rows[0]["id"], "placeholder", str(error)) from error
+        labels = [self._labels(*one) for one in zip(tokens, read, rows, strict=True)]
+        made = dict(batch)
+        shape = made["input_ids"].shape
+        if self.max_length is not None and not self.is_encoder_decoder and shape[1] > self.max_length:
+            made = {
+                key: value[:, : self.max_length] if _by_token(value, shape) else value for key, value in made.items()
+            }
+            labels = [row[: self.max_length] for row in labels]
+        made["labels"] = padded([torch.tensor(row) for row in labels], IGNORE)
+        return made
+
+    def _labels(self, tokens: Tokens, read: _Read, row: dict[str, Any]) -> list[int]:
+        """Labels where a token is part of what stands between a span's first and last character; nothing is cut."""
+        name = row["id"]
+        try:
+            spans, images = self._expansion.spans(read.spans, read.pieces, read.text, tokens.text)
+        except UnknownPlaceholder as error:
+            raise _error(name, "placeholder", f"{error}.") from error
+        of_images = tokens_in(tokens, images) if row["images"] else []
+        if read.target is not None:
+            labels = read.target
+        else:
+            # A token may hold the space before an answer too; one that ends before it is none of it.
+            learned = set(tokens_in(tokens, spans))
+            labels = [token if number in learned else IGNORE for number, token in enumerate(tokens.ids)]
+            if not learned:
+                raise _error(
+                    name, "answer", "no token is learned; the answer is empty, or the chat template leaves it out."
+                )
+        self._check_length(tokens, labels, of_images, name)
+        return labels
+
+    def _check_length(self, tokens: Tokens, labels: list[int], of_images: list[int], name: str) -> None:
+        length = len(tokens.ids)
+        if self.max_length is not None and not self.is_encoder_decoder and length > self.max_length:
+            cuts_image = bool(of_images) and of_images[-1] >= self.max_length
+            if cuts_image or all(label == IGNORE for label in labels[: self.max_length]):
+                raise _error(
+                    name,
+                    "long",
+                    f"{length} tokens, {len(of_images)} of them image tokens; the first {self.max_length} hold no "
+                    "whole image and answer. Raise max_length, or take the row out.",
+                )
+            length = self.max_length
+        if self.max_positions is not None and length > self.max_positions:
+            way = "Shorten the row" if self.is_encoder_decoder else f"Write max_length: {self.max_positions} to cut it"
+            raise _error(
+                name,
+                "long",
+                f"{length} tokens, {len(of_images)} of them image tokens, and the language model takes "
+                f"{self.max_positions}. {way}, or take it out.",
+            )
+
+    def _render(self, messages: Messages, prompt: bool = False) -> str:
         if not messages:
             return ""
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-        return text.replace(self.processor.image_token, self.processor.image_token * self.processor.image_seq_length)
+        return self.processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)  # type: ignore[no-any-return]
+
+    def _with_images(self, row: dict[str, Any], messages: Messages) -> Messages:
+        """The turns that a model reads, with the images in them."""
+        images = self._images(row)
+        shown = []
+        for message in messages[:-1] if self.is_encoder_decoder else messages:
+            content = [
+                {**part, "image": next(images)} if part["type"] == "image" else part for part in message["content"]
+            ]
+            shown.append({**message, "content": content})
+        return shown
 
     def _images(self, row: dict[str, Any]) -> Iterator[Image.Image]:
         chance = random.Random(f"{self.seed} {row[DRAW]}") if DRAW in row else None
         for path in row["images"]:
-            opened = open_image(path, f"Row {short(row['id'])}")
+            opened = open_image(path, f"Row {short(row['id'])}", self.processor)
             yield self.augmentation(opened, chance) if self.augmentation is not None else opened
+
+
+def check_processor(processor: Any) -> None:
+    """See that a processor tells where its tokens come from, and how conversations are written.
+
+    Raises:
+        ValueError: says what to load or write instead.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(
+            f"{type(processor).__name__} is a bare tokenizer or image processor, and conversations need both. Load "
+            "the processor of this model: AutoProcessor.from_pretrained(...)."
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say which text its tokens come from, so answers cannot be told from "
+            "questions. Load the fast tokenizer of this model."
+        )
+    if processor.chat_template is None:
+        raise ValueError(
+            "The language model has no chat template. Write chat_template: vicuna, plain or t5 in the recipe, or set "
+            "processor.chat_template."
+        )
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What is said in a row.
+
+    Attributes:
+        messages: with the system message.
+        text: as the chat template renders it.
+        pieces: of the text, between its images.
+        spans: of the answers in the text.
+        target: tokens of an encoder-decoder's answer.
+        instruction: what a Q-Former reads.
+    """
+
+    messages: Messages
+    text: str
+    pieces: list[str]
+    spans: Spans
+    target: list[int] | None
+    instruction: str
+
+
+def _by_token(value: Any, shape: torch.Size) -> bool:
+    """Whether a value of a batch has a number for each token."""
+    return isinstance(value, torch.Tensor) and value.shape[:2] == shape
+
+
+def _merge(parts: list[dict[str, Any]], groups: list[list[int]], pad_token: int) -> dict[str, Any]:
+    """A batch with images and one without as one, in the rows' order.
+
+    Args:
+        groups: the rows of each part.
+    """
+    merged = {}
+    for key, value in parts[0].items():
+        is_label = key == "labels"
+        if not is_label and not _by_token(value, parts[0]["input_ids"].shape):
+            merged[key] = value
+            continue
+        fill = {"labels": IGNORE, "input_ids": pad_token}.get(key, 0)
+        rows: dict[int, torch.Tensor] = {}
+        for part, group in zip(parts, groups, strict=True):
+            # What a processor gives for images alone is zero for a row of text.
+            like = part["labels" if is_label else "input_ids"]
+            given = part[key] if key in part else value.new_zeros((*like.shape, *value.shape[2:]))
+            rows.update(zip(group, given, strict=True))
+        merged[key] = padded([rows[number] for number in sorted(rows)], fill)
+    return merged
 
 
 def _error(name: str, kind: str, message: str) -> RowError:
@@ -325,8 +453,3 @@ def split_turns(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for end, message in enumerate(row["messages"]):
             if message["role"] == "assistant":
                 yield _first_turns(row, end + 1)
-
-
-def _pad(rows: list[list[int]], value: int) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])

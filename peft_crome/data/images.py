@@ -8,9 +8,10 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+from transformers.image_utils import load_image
 
-from ..utils.read_image import read_image
+from ..utils.read_image import open_lazily, read_image
 
 AREA = (0.5, 1.0)  # of a random crop; reconstructed: the paper says "random crop", LAVIS's recipes keep 50% or more
 RATIO = (3 / 4, 4 / 3)
@@ -63,17 +64,40 @@ def _box(draw: random.Random, width: int, height: int) -> tuple[int, int, int, i
     return left, top, left + crop_width, top + crop_height
 
 
-def open_image(image: Any, name: str) -> Image.Image:
-    """Read an image of a row as `read_image` does, as the composite's processor reads it too.
+def open_image(image: Any, name: str, processor: Any = None) -> Image.Image:
+    """Read an image of a row as the model's processor reads its file.
 
     Args:
         image: a path, {"path", "bytes"} as `datasets` keeps images, or anything else that `read_image` takes.
         name: what the message of an error begins with.
+        processor: of the model; None: the composite's, or any that reads images with `read_image`.
     Raises:
         ValueError: there is no such file, it is not an image, or it is damaged or larger than Pillow's limit against
             decompression bombs.
     """
+    read = read_image if processor is None or getattr(processor, "reads_images", False) else _as_transformers
     try:
-        return read_image(image)
+        return read(image)
     except ValueError as error:
         raise ValueError(f"{name}: {error}. Replace the file or drop the row.") from error
+
+
+def image_size(image: Any, name: str) -> tuple[int, int]:
+    """Width and height as the image is shown, from its header alone.
+
+    Raises:
+        ValueError: as `open_image`.
+    """
+    try:
+        with open_lazily(image) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}. Replace the file or drop the row.") from error
+    return (height, width) if turned else (width, height)
+
+
+def _as_transformers(image: Any) -> Image.Image:
+    """As transformers' processors read a path: without transparency, on the color that a transparent pixel hides."""
+    with open_lazily(image) as opened:
+        return load_image(opened)  # type: ignore[no-any-return]

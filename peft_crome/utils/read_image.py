@@ -7,7 +7,8 @@ import binascii
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
@@ -47,16 +48,37 @@ def read_image(image: Any, channels: Channels | None = None, timeout: float | No
         ValueError: there is no such file, it is not an image, it is damaged, its white is unknown, or it is larger
             than Pillow's limit against decompression bombs.
     """
-    try:
-        if isinstance(image, Image.Image):
-            return _to_rgb(image)
-        if isinstance(image, np.ndarray | torch.Tensor):
+    if isinstance(image, np.ndarray | torch.Tensor):
+        with _naming(image):
             return _to_rgb(_from_array(image, channels))
+    with open_lazily(image, timeout) as opened:
+        return _to_rgb(opened)
+
+
+@contextmanager
+def open_lazily(image: Any, timeout: float | None = None) -> Iterator[Image.Image]:
+    """Open an image and read its header; its pixels are read when they are asked for.
+
+    Args:
+        image, timeout: as in `read_image`, without arrays.
+    Raises:
+        ValueError: as `read_image`, in the block as well.
+    """
+    with _naming(image):
+        if isinstance(image, Image.Image):
+            yield image
+            return
         with Image.open(_file(image, timeout)) as opened:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and opened.width * opened.height > limit:
                 raise ValueError(f"{opened.width} x {opened.height} pixels; Pillow takes {limit:,}")
-            return _to_rgb(opened)
+            yield opened
+
+
+@contextmanager
+def _naming(image: Any) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # each format's decoder has errors of its own
         cause = str(error) or type(error).__name__
         raise ValueError(f"cannot read the image {_described(image)} ({cut(cause, 200)})") from error

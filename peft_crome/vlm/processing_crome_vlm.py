@@ -58,6 +58,8 @@ class CromeVLMProcessor(ProcessorMixin):
             wherever the message has them; False: where the message has them.
     """
 
+    reads_images = True  # whatever they are given as, by `read_image`
+
     def __init__(
         self,
         image_processor: Any = None,

@@ -8,5 +8,6 @@ from . import deepseek, florence, gemma, glm, idefics, llava, mistral, qwen, til
 from .family import ABSENT, FAMILIES, Family
 
 __all__ = [
-    "ABSENT", "FAMILIES", "Family", "deepseek", "florence", "gemma", "glm", "idefics", "llava", "mistral", "qwen", "tiles",
+    "ABSENT", "FAMILIES", "Family", "deepseek", "florence", "gemma", "glm", "idefics", "llava", "mistral", "qwen",
+    "tiles",
 ]  # fmt: skip

@@ -1,0 +1,139 @@
+"""What a model's own processor makes of a conversation, and which text each of its tokens comes from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+# The rendered text travels in the first message, so that the template prints what was rendered before.
+RENDERED = "crome_rendered"
+AS_RENDERED = f"{{{{- messages[0]['{RENDERED}'] -}}}}"
+PROBE_TEXTS = ("(first)", "(second)", "(third)")
+Messages = list[dict[str, Any]]
+
+
+class UnknownPlaceholder(ValueError):
+    """A processor's text cannot be told apart from what stands for its images."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one conversation.
+
+    Attributes:
+        text: as the tokenizer was given it, with an image's placeholder expanded to all of its tokens.
+        ids: without padding.
+        offsets: the first character of each token in `text`, and the one after its last.
+    """
+
+    text: str
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class _Recording:
+    """A mixin of fast tokenizers: each call is noted with the text and the offsets of the tokens."""
+
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if text is None:
+            return super().__call__(text, *args, **kwargs)  # type: ignore[misc]
+        wanted = kwargs.pop("return_offsets_mapping", False)
+        made = super().__call__(text, *args, return_offsets_mapping=True, **kwargs)  # type: ignore[misc]
+        offsets = made["offset_mapping"] if wanted else made.pop("offset_mapping")
+        many = not isinstance(text, str)
+        texts = list(text) if many else [text]
+        ids = _lists(made["input_ids"], many)
+        masks = _lists(made["attention_mask"], many) if "attention_mask" in made else [[1] * len(row) for row in ids]
+        for one, row, mask, edges in zip(texts, ids, masks, _lists(offsets, many), strict=True):
+            kept = [number for number, real in enumerate(mask) if real]
+            self.calls.append(  # type: ignore[attr-defined]
+                Tokens(one, [row[number] for number in kept], [tuple(edges[number]) for number in kept])  # type: ignore[misc]
+            )
+        self.settings.update(kwargs)  # type: ignore[attr-defined]
+        return made
+
+
+def _lists(values: Any, many: bool) -> list[Any]:
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return values if many or (values and isinstance(values[0], list) and isinstance(values[0][0], list)) else [values]
+
+
+def recording(tokenizer: Any) -> Any:
+    """A copy of a fast tokenizer that notes its calls in `calls`."""
+    made = copy.copy(tokenizer)
+    made.__class__ = type(type(tokenizer).__name__, (_Recording, type(tokenizer)), {})
+    made.calls, made.settings = [], {}
+    return made
+
+
+class Processed:
+    """Give rendered conversations to a processor, and follow their characters to its tokens.
+
+    Args:
+        processor: with a fast tokenizer; it is not changed.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = copy.copy(processor)
+        self.processor.tokenizer = self._tokenizer = recording(processor.tokenizer)
+
+    def batch(self, conversations: Sequence[Messages], texts: Sequence[str]) -> tuple[Any, list[Tokens]]:
+        """A padded batch, and the tokens of each conversation.
+
+        Args:
+            conversations: with their images in them, as PIL images; all of them have images, or none has.
+            texts: as the chat template renders them.
+        Returns:
+            What `processor.apply_chat_template(..., tokenize=True, return_dict=True)` returns, padded on the right.
+        Raises:
+            UnknownPlaceholder: the processor's tokens are not those of a text that it gave to its tokenizer.
+        """
+        self._tokenizer.calls.clear()
+        shown = [
+            [{**messages[0], RENDERED: text}, *messages[1:]]
+            for messages, text in zip(conversations, texts, strict=True)
+        ]
+        made = self.processor.apply_chat_template(
+            shown,
+            chat_template=AS_RENDERED,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "right"},
+        )
+        by_ids = {tuple(tokens.ids): tokens for tokens in self._tokenizer.calls}
+        found = []
+        for ids, mask in zip(made["input_ids"].tolist(), made["attention_mask"].tolist(), strict=True):
+            row = tuple(token for token, real in zip(ids, mask, strict=True) if real)
+            if row not in by_ids:
+                raise UnknownPlaceholder(
+                    f"{type(self.processor).__name__} changes the tokens that its tokenizer returns, so the tokens of "
+                    "an answer cannot be found."
+                )
+            found.append(by_ids[row])
+        return made, found
+
+    def tokens(self, text: str) -> Tokens:
+        """The tokens of an expanded text, as the processor's last call asked for them."""
+        self._tokenizer.calls.clear()
+        self._tokenizer(text, add_special_tokens=self._tokenizer.settings.get("add_special_tokens", True))
+        (tokens,) = self._tokenizer.calls
+        return tokens  # type: ignore[no-any-return]
+
+
+def user_turn(parts: Sequence[str | Image.Image]) -> dict[str, Any]:
+    """A user's message of texts and images."""
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
+    ]
+    return {"role": "user", "content": content}
+
+
+def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+    """Tensors of (tokens, ...) as one of (rows, tokens, ...), padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

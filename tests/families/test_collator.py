@@ -1,0 +1,202 @@
+"""The collator gives each family's model what its processor gives, with labels on the answers alone."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from PIL import Image
+from transformers.image_utils import load_image
+
+from peft_crome.data import ConversationCollator, RowError
+
+from . import FAMILIES, Family
+
+Row = dict[str, Any]
+SIZES = {"wide": (181, 97), "tall": (97, 311), "small": (60, 64), "large": (900, 640)}
+TEMPLATED = [family for family in FAMILIES.values() if family.chat_template]
+each_family = pytest.mark.parametrize("family", TEMPLATED, ids=lambda family: family.name)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Name -> file of an image whose pixels differ."""
+    folder, files = tmp_path_factory.mktemp("images"), {}
+    for name, (width, height) in SIZES.items():
+        noise = torch.Generator().manual_seed(width * height)
+        pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=noise)
+        files[name] = str(folder / f"{name}.png")
+        Image.fromarray(pixels.numpy()).save(files[name])
+    return files
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]:
+    built: dict[str, Path] = {}
+
+    def build(family: Family) -> Path:
+        if family.missing():
+            pytest.skip(f"{', '.join(family.missing())} not installed")
+        if family.name not in built:
+            built[family.name] = tmp_path_factory.mktemp(family.name)
+            family.build(built[family.name])
+        return built[family.name]
+
+    return build
+
+
+def row(name: str, *turns: Any, images: tuple[str, ...] = ()) -> Row:
+    """A conversation of user and assistant in turn; an image of the row stands where None does."""
+    messages = []
+    for number, parts in enumerate(turns):
+        parts = parts if isinstance(parts, tuple) else (parts,)
+        content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+        messages.append({"role": ("user", "assistant")[number % 2], "content": content})
+    return {"id": name, "messages": messages, "images": list(images)}
+
+
+def rows_of(family: Family, images: dict[str, str]) -> list[Row]:
+    """Conversations of every kind that a family takes."""
+    rows = [
+        row("one", (None, "What is this?"), "A red cat.", images=(images["wide"],)),
+        row("large", (None, "What is this?\n Look."), " A cat, a red cat. ", images=(images["large"],)),
+        row(
+            "turns",
+            (None, "What?"),
+            "A cat.",
+            "Is it a dog? A cat.",
+            "No.",
+            "A cat.",
+            "A cat.",
+            images=(images["tall"],),
+        ),
+        row("text", "What is two?", "A number.", "And three?", "A number."),
+    ]
+    if family.several_images:
+        rows += [
+            row("two", (None, None, "What differs?"), "The colors.", images=(images["wide"], images["small"])),
+            row(
+                "later",
+                (None, "What?"),
+                "A cat.",
+                ("Now", None, "what?"),
+                "A cat.",
+                images=(images["small"], images["tall"]),
+            ),
+        ]
+    return rows
+
+
+def conversation(one: Row) -> list[dict[str, Any]]:
+    """The messages with their images, as a user gives them to the processor."""
+    files = map(load_image, one["images"])
+    return [
+        {
+            **m,
+            "content": [{"type": "image", "image": next(files)} if p["type"] == "image" else p for p in m["content"]],
+        }
+        for m in one["messages"]
+    ]
+
+
+def processed(processor: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
+    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **options)
+
+
+def slow_labels(processor: Any, one: Row) -> list[int]:
+    """Each answer's tokens, found by what the processor makes of the conversation up to it and through it."""
+    messages = conversation(one)
+    ids = processed(processor, messages)["input_ids"][0].tolist()
+    labels = [-100] * len(ids)
+    for end in range(1, len(messages), 2):
+        first = processed(processor, messages[:end], add_generation_prompt=True)["input_ids"].shape[1]
+        through = processed(processor, messages[: end + 1])["input_ids"][0].tolist()
+        assert ids[: len(through) - 1] == through[:-1], "the template does not write turns one after another"
+        while not processor.tokenizer.decode(through[-1:]).strip():
+            through.pop()
+        labels[first : len(through)] = ids[first : len(through)]
+    return labels
+
+
+@each_family
+def test_batch_is_the_processors_own(
+    family: Family, checkpoint: Callable[[Family], Path], images: dict[str, str]
+) -> None:
+    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    collator = ConversationCollator(processor)
+    if collator.needs_split:  # an answer is learned after the prompt of generation, which is written in another way
+        one = rows_of(family, images)[0]
+        prompt = processed(processor, conversation(one)[:-1], add_generation_prompt=True)["input_ids"]
+        assert torch.equal(collator([one])["input_ids"][:, : prompt.shape[1]], prompt)
+        return
+    for one in rows_of(family, images):
+        batch, expected = collator([one]), processed(processor, conversation(one))
+        assert batch.keys() == {*expected.keys(), "labels"}, one["id"]
+        for name, value in expected.items():
+            assert torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(value)), (one["id"], name)
+
+
+@each_family
+def test_labels_are_those_of_the_slow_way(
+    family: Family, checkpoint: Callable[[Family], Path], images: dict[str, str]
+) -> None:
+    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    collator = ConversationCollator(processor)
+    if collator.needs_split:
+        pytest.skip("the template writes earlier answers in another way")
+    for one in rows_of(family, images):
+        labels, expected = collator([one])["labels"][0].tolist(), slow_labels(processor, one)
+        assert labels == expected, (one["id"], processor.tokenizer.decode([i for i in labels if i >= 0]))
+        assert any(label >= 0 for label in labels)
+
+
+@each_family
+def test_rows_are_measured_by_their_headers(
+    family: Family, checkpoint: Callable[[Family], Path], images: dict[str, str]
+) -> None:
+    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    collator = ConversationCollator(processor)
+    for one in rows_of(family, images):
+        batch, encoded = collator([one]), collator.encode(one)
+        assert encoded["input_ids"] == batch["input_ids"][0].tolist(), one["id"]
+        assert encoded["labels"] == batch["labels"][0].tolist()
+        assert encoded["length"] == batch["input_ids"].shape[1]
+
+
+@each_family
+def test_a_mixed_batch_trains(family: Family, checkpoint: Callable[[Family], Path], images: dict[str, str]) -> None:
+    folder = checkpoint(family)
+    processor = tf.AutoProcessor.from_pretrained(folder)
+    collator = pickle.loads(pickle.dumps(ConversationCollator(processor)))  # as in a worker
+    rows = rows_of(family, images)
+    batch = collator(rows)
+    for one, ids, mask, labels in zip(rows, batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+        alone = collator([one])
+        length = alone["input_ids"].shape[1]
+        assert torch.equal(ids[:length], alone["input_ids"][0])
+        assert mask.sum() == length
+        assert torch.equal(labels[:length], alone["labels"][0])
+        assert (labels[length:] == -100).all()
+    model = getattr(tf, family.auto_class).from_pretrained(folder).eval()
+    with torch.no_grad():
+        given = tf.BatchFeature(batch).to(dtype=model.dtype)
+        assert torch.isfinite(model(**given).loss)
+
+
+@each_family
+def test_no_image_is_cut(family: Family, checkpoint: Callable[[Family], Path], images: dict[str, str]) -> None:
+    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    one = row("one", (None, "What is this?"), "A red cat. " * 8, images=(images["wide"],))
+    whole = ConversationCollator(processor)([one])
+    length = whole["input_ids"].shape[1]
+    cut = ConversationCollator(processor, max_length=length - 3)([one])
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:, :-3])
+    assert torch.equal(cut["labels"], whole["labels"][:, :-3])
+    first = int((whole["labels"][0] >= 0).nonzero()[0])
+    with pytest.raises(RowError, match="Raise max_length"):
+        ConversationCollator(processor, max_length=first)([one])
