@@ -25,6 +25,9 @@ class Family:
         encoder_decoder: the answer is read by a decoder of its own.
         chat_template: the family publishes one.
         generation: the chat template marks the assistant's words with `{% generation %}`.
+        closes_last: `end_of_turn` is written behind the last answer, too.
+        prompt_is_prefix: a conversation begins with what the template gives as a prompt for its answer.
+        keeps_turns: a conversation's beginning is rendered alike, whatever follows.
         needs: packages that the processor cannot do without.
     """
 
@@ -40,6 +43,9 @@ class Family:
     encoder_decoder: bool = False
     chat_template: bool = True
     generation: bool = False
+    closes_last: bool = True
+    prompt_is_prefix: bool = True
+    keeps_turns: bool = True
     needs: tuple[str, ...] = field(default=())
 
     def missing(self) -> list[str]:

@@ -1,8 +1,9 @@
-"""Gemma 3 and PaliGemma.
+"""Gemma 3, Gemma 4 and PaliGemma.
 
 Sources: transformers' `convert_gemma3_weights.py` (image processor, special tokens, chat template) and
-`convert_paligemma_weights_to_hf.py`. PaliGemma publishes no chat template: its processor takes a prompt, and the
-answer as `suffix`.
+`convert_paligemma_weights_to_hf.py`, the processors' own defaults, and Gemma 4's chat template in llama.cpp's
+`models/templates`; the published one no longer puts line feeds around an image. PaliGemma publishes no chat template:
+its processor takes a prompt, and the answer as `suffix`.
 """
 
 from __future__ import annotations
@@ -64,3 +65,41 @@ def paligemma(directory: Path) -> None:
         image_token_index=tokenizer.image_token_id, projection_dim=TEXT["hidden_size"], pad_token_id=0,
     )  # fmt: skip
     save(directory, "PaliGemmaForConditionalGeneration", config, processor)
+
+
+GEMMA4_TOKENS = {
+    "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>",
+    "audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>",
+}  # fmt: skip
+
+
+@family("gemma4", "<|image|>", "<turn|>", video=True, audio=True, prompt_is_prefix=False, needs=("torchvision",))
+def gemma4(directory: Path) -> None:
+    """A token for each 48 x 48 pixels, about 280 whatever the image's size; the prompt closes an empty thought that
+    the conversation does not have.
+    """
+    marks = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>", "<|video|>"]
+    tokenizer = gemma_tokenizer(marks, **GEMMA4_TOKENS, eos_token="<turn|>")
+    images = image_processor("Gemma4ImageProcessor")
+    videos, sound = tf.Gemma4VideoProcessor(), tf.Gemma4AudioFeatureExtractor()
+    processor = tf.Gemma4Processor(sound, images, tokenizer, videos, chat_template=template("gemma4"))
+    config = tf.Gemma4Config(
+        text_config=TEXT | {
+            "vocab_size": len(tokenizer), "head_dim": 16, "global_head_dim": 16, "sliding_window": 512,
+            "vocab_size_per_layer_input": len(tokenizer), "hidden_size_per_layer_input": 8, "pad_token_id": 0,
+            "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 2,
+        },
+        vision_config=VISION | {
+            "num_key_value_heads": 2, "head_dim": 8, "patch_size": 16, "pooling_kernel_size": 3,
+            "position_embedding_size": 2560,
+        },
+        audio_config={
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "subsampling_conv_channels": [8, 4],
+            "output_proj_dims": 24,
+        },
+        image_token_id=tokenizer.image_token_id, audio_token_id=tokenizer.audio_token_id,
+        video_token_id=processor.video_token_id, boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id, boa_token_id=tokenizer.boa_token_id,
+        eoa_token_index=tokenizer.eoa_token_id,
+    )  # fmt: skip
+    save(directory, "Gemma4ForConditionalGeneration", config, processor)

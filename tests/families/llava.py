@@ -67,7 +67,15 @@ def llava_next(directory: Path) -> None:
     save(directory, "LlavaNextForConditionalGeneration", config, processor)
 
 
-@family("llava_onevision", "<image>", "<|im_end|>", video=True, generation=True, needs=("torchvision",))
+@family(
+    "llava_onevision",
+    "<image>",
+    "<|im_end|>",
+    video=True,
+    generation=True,
+    prompt_is_prefix=False,
+    needs=("torchvision",),
+)
 def llava_onevision(directory: Path) -> None:
     """The whole image and up to 9 x 9 tiles of it, which shrink together when there are more than nine."""
     tokenizer = byte_level(

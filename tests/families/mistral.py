@@ -36,7 +36,7 @@ def _text(tokenizer: Any) -> tf.MistralConfig:
     )  # fmt: skip
 
 
-@family("pixtral", "[IMG]", "</s>", needs=("torchvision",))
+@family("pixtral", "[IMG]", "</s>", keeps_turns=False, needs=("torchvision",))
 def pixtral(directory: Path) -> None:
     """A token for each 16 x 16 pixels, and one behind each row; the last question has the system message."""
     tokenizer = _tokenizer()

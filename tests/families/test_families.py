@@ -43,7 +43,7 @@ def turn(role: str, *parts: Any) -> dict[str, Any]:
 
 
 CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
-    "one image": [turn("user", picture(181, 97), "What is this?"), turn("assistant", "A red cat.")],
+    "one image": [turn("user", picture(701, 419), "What is this?"), turn("assistant", "A red cat.")],
     "two images": [
         turn("user", picture(211, 130), picture(64, 150), "What differs?"),
         turn("assistant", "The colors do."),
@@ -60,9 +60,19 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
+def render(processor: Any, conversation: list[dict[str, Any]], **options: Any) -> Any:
+    """`apply_chat_template`, for Phi-4's processor as well, which leaves its template to the tokenizer when loaded."""
+    template = processor.chat_template or processor.tokenizer.chat_template
+    return processor.apply_chat_template(conversation, chat_template=template, **options)
+
+
+def load(family: Family, directory: Path) -> tuple[Any, Any]:
+    return tf.AutoProcessor.from_pretrained(directory), getattr(tf, family.auto_class).from_pretrained(directory)
+
+
 def encode(processor: Any, family: Family, conversation: list[dict[str, Any]]) -> Any:
     if family.chat_template:
-        return processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
+        return render(processor, conversation, tokenize=True, return_dict=True, return_tensors="pt")
     parts = conversation[0]["content"]
     images = [part["image"] for part in parts if part["type"] == "image"]
     text = next(part["text"] for part in parts if part["type"] == "text")
@@ -83,13 +93,11 @@ def encode(processor: Any, family: Family, conversation: list[dict[str, Any]]) -
 def test_the_model_takes_what_the_processor_makes(
     family: Family, kind: str, checkpoint: Callable[[Family], Path]
 ) -> None:
-    directory = checkpoint(family)
     if kind == "two images" and not family.several_images:
         pytest.skip("one image to a conversation")
     if kind in ("text", "two turns") and not family.chat_template:
         pytest.skip("no chat template")
-    processor = tf.AutoProcessor.from_pretrained(directory)
-    model = getattr(tf, family.auto_class).from_pretrained(directory)
+    processor, model = load(family, checkpoint(family))
     # Llama 4's image processor gives bfloat16.
     inputs = encode(processor, family, CONVERSATIONS[kind]).to(model.dtype)
     with torch.no_grad():
@@ -100,3 +108,107 @@ def test_the_model_takes_what_the_processor_makes(
     placeholders = (inputs["input_ids"] == token).sum().item()
     assert (placeholders >= images) if images else (placeholders == 0)
     assert inputs["input_ids"].max() < model.get_input_embeddings().weight.shape[0]
+
+
+@each_family
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+def test_an_image_changes_the_answer(family: Family, checkpoint: Callable[[Family], Path]) -> None:
+    """Features land on the placeholders: another image, other logits behind it."""
+    processor, model = load(family, checkpoint(family))
+    inputs = encode(processor, family, CONVERSATIONS["one image"]).to(model.dtype)
+    other = {name: -value if value.is_floating_point() else value for name, value in inputs.items()}
+    with torch.no_grad():
+        assert not torch.equal(model(**inputs).logits[:, -1], model(**other).logits[:, -1])
+
+
+@each_family
+def test_text_comes_back(family: Family, checkpoint: Callable[[Family], Path]) -> None:
+    tokenizer = tf.AutoTokenizer.from_pretrained(checkpoint(family))
+    assert tokenizer.decode(tokenizer(SENTENCE)["input_ids"], skip_special_tokens=True) == SENTENCE
+    assert tokenizer.is_fast
+    assert tokenizer.pad_token_id is not None
+
+
+@each_family
+def test_a_processor_is_the_same_when_saved_again(
+    family: Family, checkpoint: Callable[[Family], Path], tmp_path: Path
+) -> None:
+    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    processor.save_pretrained(tmp_path)
+    for name in ("processor_config.json", "tokenizer.json", "chat_template.jinja"):
+        if (checkpoint(family) / name).exists():
+            assert (tmp_path / name).read_text() == (checkpoint(family) / name).read_text(), name
+
+
+@each_family
+def test_a_checkpoint_is_small_and_always_alike(
+    family: Family, checkpoint: Callable[[Family], Path], tmp_path: Path
+) -> None:
+    first = checkpoint(family)
+    family.build(tmp_path)
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in tmp_path.iterdir())
+    assert all((first / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
+    assert sum((first / name).stat().st_size for name in names) < 3e6
+
+
+with_template = pytest.mark.parametrize(
+    "family",
+    [family for family in FAMILIES.values() if family.chat_template],
+    ids=[name for name, family in FAMILIES.items() if family.chat_template],
+)
+
+
+@with_template
+def test_the_end_of_a_turn(family: Family, checkpoint: Callable[[Family], Path]) -> None:
+    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    first, last = (message["content"][0]["text"] for message in CONVERSATIONS["two turns"][1::2])
+    text = render(processor, CONVERSATIONS["two turns"])
+    between, after = text.partition(first)[2], text.partition(last)[2]
+    if family.end_of_turn is None:
+        assert not after.strip()
+        assert family.name == "glm4v" or "<" not in between
+        return
+    assert family.end_of_turn in between
+    assert (family.end_of_turn in after) == family.closes_last
+    tokenizer = processor.tokenizer
+    ids = tokenizer.encode(family.end_of_turn, add_special_tokens=False)
+    assert ids == [tokenizer.convert_tokens_to_ids(family.end_of_turn)]
+    generation = tf.GenerationConfig.from_pretrained(checkpoint(family))
+    assert ids[0] in generation.eos_token_id
+
+
+@with_template
+def test_a_system_message(family: Family, checkpoint: Callable[[Family], Path]) -> None:
+    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    conversation = [turn("system", "Be brief."), *CONVERSATIONS["text"]]
+    if not family.system:
+        with pytest.raises(Exception, match="alternate"):
+            render(processor, conversation)
+    else:
+        assert "Be brief." in render(processor, conversation)
+
+
+@with_template
+def test_what_a_prompt_and_its_answer_share(family: Family, checkpoint: Callable[[Family], Path]) -> None:
+    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    asked = [turn("system", "Be brief.")] * family.system + CONVERSATIONS["two turns"][:1]
+    answered = asked + CONVERSATIONS["two turns"][1:2]
+    prompt = render(processor, asked, add_generation_prompt=True)
+    said = render(processor, answered)
+    assert said.startswith(prompt) == family.prompt_is_prefix
+    assert render(processor, answered + CONVERSATIONS["two turns"][2:]).startswith(said) == family.keeps_turns
+
+
+@with_template
+def test_words_that_the_template_marks(family: Family, checkpoint: Callable[[Family], Path]) -> None:
+    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    template = processor.chat_template or processor.tokenizer.chat_template
+    assert ("generation %}" in template.replace("{%- ", "{% ")) == family.generation
+    if not family.generation:
+        return
+    inputs = render(
+        processor, CONVERSATIONS["two turns"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    marked = [token for token, mask in zip(inputs["input_ids"][0], inputs["assistant_masks"][0], strict=True) if mask]
+    assert processor.tokenizer.decode(marked).split() == "A red cat. No, a cat.".split()
