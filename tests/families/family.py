@@ -27,6 +27,7 @@ class Family:
         generation: the chat template marks the assistant's words with `{% generation %}`.
         closes_last: `end_of_turn` is written behind the last answer, too.
         prompt_is_prefix: a conversation begins with what the template gives as a prompt for its answer.
+        keeps_system: a system message is rendered when an answer follows the question, too.
         keeps_turns: a conversation's beginning is rendered alike, whatever follows.
         needs: packages that the processor cannot do without.
     """
@@ -45,6 +46,7 @@ class Family:
     generation: bool = False
     closes_last: bool = True
     prompt_is_prefix: bool = True
+    keeps_system: bool = True
     keeps_turns: bool = True
     needs: tuple[str, ...] = field(default=())
 
