@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,15 @@ from PIL import Image
 from . import FAMILIES, Family
 
 SENTENCE = "It's 37% \"ok\" - a café's naïve test; 2 < 3, no?\n\tTabs, the color of  two spaces."
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_stand_ins() -> Iterator[None]:
+    """tests/zoo/gemma.py registers a tower in the place of timm's."""
+    registered = dict(tf.AutoModel._model_mapping._extra_content)
+    tf.AutoModel._model_mapping._extra_content.clear()
+    yield
+    tf.AutoModel._model_mapping._extra_content.update(registered)
 
 
 @pytest.fixture(scope="module")
