@@ -94,7 +94,7 @@ def gemma4(directory: Path) -> None:
             "position_embedding_size": 2560,
         },
         audio_config={
-            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "subsampling_conv_channels": [8, 4],
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "subsampling_conv_channels": [128, 4],
             "output_proj_dims": 24,
         },
         image_token_id=tokenizer.image_token_id, audio_token_id=tokenizer.audio_token_id,

@@ -130,6 +130,38 @@ def test_an_image_changes_the_answer(family: Family, checkpoint: Callable[[Famil
         assert not torch.equal(model(**inputs).logits[:, -1], model(**other).logits[:, -1])
 
 
+VIDEO = {
+    "type": "video",
+    "video": torch.arange(8 * 64 * 96 * 3).remainder(251).to(torch.uint8).view(8, 64, 96, 3).numpy(),
+}
+SOUND = {"type": "audio", "audio": torch.sin(torch.arange(16000) / 9).numpy()}
+
+
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [
+        pytest.param(family, part, id=f"{name}-{part['type']}")
+        for name, family in FAMILIES.items()
+        for part in [VIDEO] * family.video + [SOUND] * family.audio
+    ],
+)
+# GLM-4V's and MiniCPM-V's processors call numpy on tensors (transformers 5.23).
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+def test_the_model_takes_video_and_sound(
+    family: Family, part: dict[str, Any], checkpoint: Callable[[Family], Path]
+) -> None:
+    processor, model = load(family, checkpoint(family))
+    conversation = [turn("user", part, "What is this?"), turn("assistant", "A cat.")]
+    # Frames without their times are taken as they are.
+    options = {"do_sample_frames": False} if part["type"] == "video" else {}
+    inputs = render(
+        processor, conversation, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options
+    )
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs.to(model.dtype)).logits).all()
+    assert any("video" in name or "pixel" in name or "feature" in name for name in inputs)
+
+
 @each_family
 def test_text_comes_back(family: Family, checkpoint: Callable[[Family], Path]) -> None:
     tokenizer = tf.AutoTokenizer.from_pretrained(checkpoint(family))
