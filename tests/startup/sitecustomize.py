@@ -5,4 +5,4 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-import tests.torchvision_on_cpu  # noqa: E402, F401
+import tests.torchvision_on_cpu  # noqa: F401
