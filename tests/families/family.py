@@ -25,6 +25,9 @@ class Family:
         encoder_decoder: the answer is read by a decoder of its own.
         chat_template: the family publishes one.
         generation: the chat template marks the assistant's words with `{% generation %}`.
+        alternates: the chat template refuses two turns of one role, and an answer without a question.
+        images_first: images are rendered before a turn's words, wherever they stand.
+        strips: the chat template strips the words of a turn.
         closes_last: `end_of_turn` is written behind the last answer, too.
         prompt_is_prefix: a conversation begins with what the template gives as a prompt for its answer.
         keeps_system: a system message is rendered when an answer follows the question, too.
@@ -44,6 +47,9 @@ class Family:
     encoder_decoder: bool = False
     chat_template: bool = True
     generation: bool = False
+    alternates: bool = False
+    images_first: bool = False
+    strips: bool = False
     closes_last: bool = True
     prompt_is_prefix: bool = True
     keeps_system: bool = True

@@ -26,7 +26,7 @@ def gemma_tokenizer(specials: list[str], **named: Any) -> Any:
     return sentence_piece(specials, first=FIRST, prefix=False, **usual | named)
 
 
-@family("gemma3", "<image_soft_token>", "<end_of_turn>")
+@family("gemma3", "<image_soft_token>", "<end_of_turn>", alternates=True, strips=True)
 def gemma3(directory: Path) -> None:
     """256 tokens for every image; `<start_of_image>` in the prompt becomes them, with line feeds around."""
     tokenizer = gemma_tokenizer(
@@ -73,7 +73,16 @@ GEMMA4_TOKENS = {
 }  # fmt: skip
 
 
-@family("gemma4", "<|image|>", "<turn|>", video=True, audio=True, prompt_is_prefix=False, needs=("torchvision",))
+@family(
+    "gemma4",
+    "<|image|>",
+    "<turn|>",
+    video=True,
+    audio=True,
+    prompt_is_prefix=False,
+    needs=("torchvision",),
+    strips=True,
+)
 def gemma4(directory: Path) -> None:
     """A token for each 48 x 48 pixels, about 280 whatever the image's size; the prompt closes an empty thought that
     the conversation does not have.
@@ -105,7 +114,15 @@ def gemma4(directory: Path) -> None:
     save(directory, "Gemma4ForConditionalGeneration", config, processor)
 
 
-@family("gemma3n", "<image_soft_token>", "<end_of_turn>", audio=True, needs=("torchvision", "timm"))
+@family(
+    "gemma3n",
+    "<image_soft_token>",
+    "<end_of_turn>",
+    audio=True,
+    needs=("torchvision", "timm"),
+    alternates=True,
+    strips=True,
+)
 def gemma3n(directory: Path) -> None:
     """256 tokens for every image, 188 for a sound. Its tower is timm's: here a small ConvNeXt, which makes 16 x 16
     features of 768 x 768 pixels as MobileNet v5 does.

@@ -18,7 +18,9 @@ ROPE = {
 }  # fmt: skip
 
 
-@family("minicpmv4_6", "<|image_pad|>", "<|im_end|>", video=True, keeps_turns=False, needs=("torchvision",))
+@family(
+    "minicpmv4_6", "<|image_pad|>", "<|im_end|>", video=True, keeps_turns=False, needs=("torchvision",), strips=True
+)
 def minicpmv4_6(directory: Path) -> None:
     """The whole image and up to 9 slices of it, of sizes of their own, with the image's number before them."""
     tokenizer = byte_level(

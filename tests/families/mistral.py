@@ -36,7 +36,9 @@ def _text(tokenizer: Any) -> tf.MistralConfig:
     )  # fmt: skip
 
 
-@family("pixtral", "[IMG]", "</s>", keeps_system=False, prompt_is_prefix=False, needs=("torchvision",))
+@family(
+    "pixtral", "[IMG]", "</s>", keeps_system=False, prompt_is_prefix=False, needs=("torchvision",), alternates=True
+)
 def pixtral(directory: Path) -> None:
     """A token for each 16 x 16 pixels, and one behind each row. A system message stands before the question when
     nothing follows it, and nowhere else; without one, a prompt is a prefix of the conversation.
@@ -53,7 +55,7 @@ def pixtral(directory: Path) -> None:
     save(directory, "LlavaForConditionalGeneration", config, processor)
 
 
-@family("mistral3", "[IMG]", "</s>", needs=("torchvision",))
+@family("mistral3", "[IMG]", "</s>", needs=("torchvision",), alternates=True)
 def mistral3(directory: Path) -> None:
     """A token for each 28 x 28 pixels, and one behind each row; without a system message, one with the date."""
     tokenizer = _tokenizer()

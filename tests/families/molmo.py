@@ -16,7 +16,16 @@ from .parts import TEXT, VISION, VISION_WIDTH, WIDTH, byte_level, image_processo
 EDGES = ["<im_start>", "<im_end>", "<im_col>", "<low_res_im_start>", "<im_low>", "<frame_start>", "<frame_end>"]
 
 
-@family("molmo2", "<im_patch>", "<|im_end|>", video=True, system=False, needs=("torchvision",))
+@family(
+    "molmo2",
+    "<im_patch>",
+    "<|im_end|>",
+    video=True,
+    system=False,
+    needs=("torchvision",),
+    images_first=True,
+    alternates=True,
+)
 def molmo2(directory: Path) -> None:
     """The whole image in 14 x 14 tokens, then up to 8 crops that overlap; the processor writes the first token."""
     tokenizer = byte_level(

@@ -13,6 +13,9 @@ from PIL import Image
 
 from . import FAMILIES, Family
 
+# Processors of PaliGemma, GLM-4V and MiniCPM-V call numpy 2.4 on tensors (transformers 5.23).
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
 SENTENCE = "It's 37% \"ok\" - a café's naïve test; 2 < 3, no?\n\tTabs, the color of  two spaces."
 
 
@@ -97,8 +100,6 @@ def encode(processor: Any, family: Family, conversation: list[dict[str, Any]]) -
 
 @each_family
 @pytest.mark.parametrize("kind", CONVERSATIONS)
-# PaliGemma's processor calls np.array on tensors (transformers 5.23, processing_paligemma.py).
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 def test_the_model_takes_what_the_processor_makes(
     family: Family, kind: str, checkpoint: Callable[[Family], Path]
 ) -> None:
@@ -120,7 +121,22 @@ def test_the_model_takes_what_the_processor_makes(
 
 
 @each_family
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+def test_a_model_answers(family: Family, checkpoint: Callable[[Family], Path]) -> None:
+    processor, model = load(family, checkpoint(family))
+    question = CONVERSATIONS["one image"][:1]
+    if family.chat_template:
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = render(processor, question, **options)
+    else:
+        image, text = question[0]["content"]
+        prompt = text["text"] if family.encoder_decoder else family.image_token + text["text"]
+        inputs = processor(images=[image["image"]], text=[prompt], return_tensors="pt")
+    before = 1 if family.encoder_decoder else inputs["input_ids"].shape[1]
+    answer = model.generate(**inputs.to(model.dtype), max_new_tokens=3, do_sample=False)
+    assert before < answer.shape[1] <= before + 3
+
+
+@each_family
 def test_an_image_changes_the_answer(family: Family, checkpoint: Callable[[Family], Path]) -> None:
     """Features land on the placeholders: another image, other logits behind it."""
     processor, model = load(family, checkpoint(family))
@@ -145,8 +161,6 @@ SOUND = {"type": "audio", "audio": torch.sin(torch.arange(16000) / 9).numpy()}
         for part in [VIDEO] * family.video + [SOUND] * family.audio
     ],
 )
-# GLM-4V's and MiniCPM-V's processors call numpy on tensors (transformers 5.23).
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 def test_the_model_takes_video_and_sound(
     family: Family, part: dict[str, Any], checkpoint: Callable[[Family], Path]
 ) -> None:
@@ -217,6 +231,33 @@ def test_the_end_of_a_turn(family: Family, checkpoint: Callable[[Family], Path])
     assert ids == [tokenizer.convert_tokens_to_ids(family.end_of_turn)]
     generation = tf.GenerationConfig.from_pretrained(checkpoint(family))
     assert ids[0] in generation.eos_token_id
+
+
+@with_template
+def test_rows_with_and_without_images_make_a_batch(family: Family, checkpoint: Callable[[Family], Path]) -> None:
+    processor, model = load(family, checkpoint(family))
+    rows = [CONVERSATIONS["text"], CONVERSATIONS["two turns"], CONVERSATIONS["two images"]]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
+    inputs = render(processor, rows, **options).to(model.dtype)
+    assert inputs["input_ids"].shape[0] == 3
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs).logits).all()
+
+
+@with_template
+def test_what_a_template_does_with_words_and_images(family: Family, checkpoint: Callable[[Family], Path]) -> None:
+    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    asked = [turn("user", "before", picture(64, 64), " after "), turn("assistant", " said "), turn("user", "more")]
+    text = render(processor, asked)
+    between = text.partition("before")[2].partition("after")[0]
+    assert (not between.strip()) == family.images_first
+    assert (" said " not in text) == family.strips
+    for refused in ([turn("user", "one"), *asked], [turn("assistant", "one"), *asked]):
+        if family.alternates:
+            with pytest.raises(Exception, match="alternate"):
+                render(processor, refused)
+        else:
+            assert render(processor, refused)
 
 
 @with_template
