@@ -19,6 +19,7 @@ class Family:
         auto_class: of transformers, loads the model.
         end_of_turn: what the chat template writes after an answer; None where it writes no token.
         several_images: a conversation may have more than one image.
+        text_only: the processor takes a row without an image.
         system: the chat template takes a system message.
         video: the processor takes videos.
         audio: the processor takes sound.
@@ -41,6 +42,7 @@ class Family:
     auto_class: str = "AutoModelForImageTextToText"
     end_of_turn: str | None = None
     several_images: bool = True
+    text_only: bool = True
     system: bool = True
     video: bool = False
     audio: bool = False

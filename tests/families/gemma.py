@@ -14,7 +14,7 @@ from typing import Any
 import transformers as tf
 
 from .family import family
-from .parts import TEXT, VISION, image_processor, save, sentence_piece, template
+from .parts import TEXT, VISION, image_processor, real_towers, save, sentence_piece, template
 
 FIRST = ["<pad>", "<eos>", "<bos>", "<unk>"]
 HALVES: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
@@ -47,7 +47,7 @@ def gemma3(directory: Path) -> None:
     save(directory, "Gemma3ForConditionalGeneration", config, processor, end="<end_of_turn>")
 
 
-@family("paligemma", "<image>", None, system=False, chat_template=False)
+@family("paligemma", "<image>", None, text_only=False, system=False, chat_template=False)
 def paligemma(directory: Path) -> None:
     """256 tokens for every image, all before the prompt; a line feed ends the prompt, `<eos>` the answer."""
     places = [f"<loc{place:04d}>" for place in range(1024)]
@@ -157,4 +157,5 @@ def gemma3n(directory: Path) -> None:
         boi_token_id=tokenizer.boi_token_id, eoi_token_id=seen, boa_token_id=tokenizer.boa_token_id,
         eoa_token_id=heard, vision_soft_tokens_per_image=256, audio_soft_tokens_per_image=188,
     )  # fmt: skip
-    save(directory, "Gemma3nForConditionalGeneration", config, processor, end="<end_of_turn>")
+    with real_towers():
+        save(directory, "Gemma3nForConditionalGeneration", config, processor, end="<end_of_turn>")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,18 @@ def random_model(model_class: str, config: Any) -> Any:
             if parameter.dim() > 1:
                 parameter.normal_(std=0.3 / max(parameter[0].numel(), 1) ** 0.25, generator=generator)
     return model
+
+
+@contextmanager
+def real_towers() -> Iterator[None]:
+    """Without the tower that tests/zoo/gemma.py registers in the place of timm's."""
+    registered = tf.AutoModel._model_mapping._extra_content
+    kept = dict(registered)
+    registered.clear()
+    try:
+        yield
+    finally:
+        registered.update(kept)
 
 
 def save(directory: Path, model_class: str, config: Any, processor: Any, end: str | None = None) -> None:
