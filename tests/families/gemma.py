@@ -95,6 +95,7 @@ def gemma4(directory: Path) -> None:
     config = tf.Gemma4Config(
         text_config=TEXT | {
             "vocab_size": len(tokenizer), "head_dim": 16, "global_head_dim": 16, "sliding_window": 512,
+            "layer_types": ["sliding_attention", "full_attention"],
             "vocab_size_per_layer_input": len(tokenizer), "hidden_size_per_layer_input": 8, "pad_token_id": 0,
             "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 2,
         },
