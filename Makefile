@@ -1,4 +1,4 @@
-# make quickstart | demo | check | test | models-table | test-fast | test-oldest | lint | docs | bench | bench-import | clean
+# make quickstart | demo | check | test | models-table | test-families | test-fast | test-oldest | lint | docs | bench | bench-import | clean
 #
 # Each makes the virtual environment it needs in $(VENV), once, and again when pyproject.toml has changed.
 #   make quickstart PYTHON=python3.12      another interpreter for the virtual environment
@@ -23,16 +23,18 @@ ifdef RUN
 QUICKSTART_READY :=
 DEV_READY :=
 CONFORMITY_READY :=
+FAMILIES_READY :=
 else
 RUN := $(VENV)/bin/python
 QUICKSTART_READY := $(VENV)/.installed-quickstart
 DEV_READY := $(VENV)/.installed-dev
 CONFORMITY_READY := $(VENV)/.installed-conformity
+FAMILIES_READY := $(VENV)/.installed-families
 endif
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check
 
 export NO_MKDOCS_2_WARNING := 1
-.PHONY: help quickstart demo check test models-table test-fast test-oldest lint docs bench bench-import clean
+.PHONY: help quickstart demo check test models-table test-families test-fast test-oldest lint docs bench bench-import clean
 .DELETE_ON_ERROR:
 
 help:
@@ -51,7 +53,7 @@ demo: $(DEV_READY)  ## the long version, six hours; it continues where it was st
 check: lint  ## a minute: format, lint, types, the import contract, and the tests of what changed since the last commit
 	@tests="$$($(RUN) -m tests.changed)"; test -z "$$tests" || $(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu" $$tests
 
-test: $(CONFORMITY_READY) lint  ## everything that CI checks
+test: $(CONFORMITY_READY) lint test-families  ## everything that CI checks
 	$(RUN) -m pytest -n $(WORKERS)
 	$(RUN) -m tests.zoo.table --check
 	$(RUN) -m tests.layout --check
@@ -60,6 +62,10 @@ test: $(CONFORMITY_READY) lint  ## everything that CI checks
 models-table: $(CONFORMITY_READY)  ## write the table of docs/models.md from a run of the zoo
 	$(RUN) -m pytest -n $(WORKERS) tests/zoo
 	$(RUN) -m tests.zoo.table
+
+# Processors of video and of some images need torchvision, which stays out of the environment: see packages.txt there.
+test-families: $(FAMILIES_READY)  ## tiny checkpoints with the real processors of well-known families: two minutes
+	PYTHONPATH="$(CURDIR):$(CURDIR)/tests/startup:$(abspath $(VENV))/families" $(RUN) -m pytest -n $(WORKERS) tests/families
 
 test-fast: $(DEV_READY)  ## the quick tests of the method, the composite and the data: three minutes
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu" tests/tuner tests/vlm tests/utils tests/evaluation \
@@ -118,6 +124,11 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed-torch
 $(VENV)/.installed-conformity: $(VENV)/.installed-dev
 	@echo "Installing what PEFT's own tests and other quantization libraries need (a minute or two)"
 	$(PIP) --quiet --group conformity
+	@touch $@
+
+$(VENV)/.installed-families: tests/families/packages.txt | $(VENV)/.installed-dev
+	rm -rf $(VENV)/families
+	$(PIP) --quiet --no-deps --target $(VENV)/families -r tests/families/packages.txt
 	@touch $@
 
 $(VENV)-oldest/.installed: tests/oldest.txt

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,20 @@ def byte_processor(composite: CromeVLMForConditionalGeneration) -> CromeVLMProce
     whole = CromeVLMProcessor.from_backbones(language=fast, config=composite.config)
     whole.chat_template = CHATML
     return whole
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
+    """Gives the directory of a family's tiny checkpoint (tests/families), built once."""
+    built: dict[str, Path] = {}
+
+    def build(family: Any) -> Path:
+        if family.missing():
+            pytest.skip(f"{', '.join(family.missing())} not installed")
+        if family.name not in built:
+            directory = tmp_path_factory.mktemp(family.name)
+            family.build(directory)
+            built[family.name] = directory
+        return built[family.name]
+
+    return build

@@ -3,7 +3,7 @@
 Their compiled operators do not load there, and torchvision's import stops because it describes two of them. Only
 detection models need those operators. The transforms, which image and video processors use, are Python. This module
 declares the two operators when torchvision is first imported, so import it before anything that imports torchvision.
-A test that starts a process sets PYTHONPATH to `SITE`, whose `sitecustomize.py` imports this module.
+A test that starts a process sets PYTHONPATH to `STARTUP`, whose `sitecustomize.py` imports this module.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
-SITE = Path(__file__).parent / "site"
+STARTUP = Path(__file__).parent / "startup"
 OPERATORS = ("nms", "qnms")
 SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 

@@ -16,7 +16,7 @@ from .parts import TEXT, VISION, byte_level, image_processor, save, template
 END = "<｜end▁of▁sentence｜>"
 
 
-@family("deepseek_vl", "<image_placeholder>", END)
+@family("deepseek_vl", "<image_placeholder>", END, closes_last=False, strips=True)
 def deepseek_vl(directory: Path) -> None:
     """576 tokens for every image; the end of an answer is written when something follows, not behind the last one."""
     tokenizer = byte_level(

@@ -19,12 +19,20 @@ class Family:
         auto_class: of transformers, loads the model.
         end_of_turn: what the chat template writes after an answer; None where it writes no token.
         several_images: a conversation may have more than one image.
+        text_only: the processor takes a row without an image.
         system: the chat template takes a system message.
         video: the processor takes videos.
         audio: the processor takes sound.
         encoder_decoder: the answer is read by a decoder of its own.
         chat_template: the family publishes one.
         generation: the chat template marks the assistant's words with `{% generation %}`.
+        alternates: the chat template refuses two turns of one role, and an answer without a question.
+        images_first: images are rendered before a turn's words, wherever they stand.
+        strips: the chat template strips the words of a turn.
+        closes_last: `end_of_turn` is written behind the last answer, too.
+        prompt_is_prefix: a conversation begins with what the template gives as a prompt for its answer.
+        keeps_system: a system message is rendered when an answer follows the question, too.
+        keeps_turns: a conversation's beginning is rendered alike, whatever follows.
         needs: packages that the processor cannot do without.
     """
 
@@ -34,12 +42,20 @@ class Family:
     auto_class: str = "AutoModelForImageTextToText"
     end_of_turn: str | None = None
     several_images: bool = True
+    text_only: bool = True
     system: bool = True
     video: bool = False
     audio: bool = False
     encoder_decoder: bool = False
     chat_template: bool = True
     generation: bool = False
+    alternates: bool = False
+    images_first: bool = False
+    strips: bool = False
+    closes_last: bool = True
+    prompt_is_prefix: bool = True
+    keeps_system: bool = True
+    keeps_turns: bool = True
     needs: tuple[str, ...] = field(default=())
 
     def missing(self) -> list[str]:

@@ -1,8 +1,9 @@
-"""Gemma 3 and PaliGemma.
+"""Gemma 3, Gemma 3n, Gemma 4 and PaliGemma.
 
-Sources: transformers' `convert_gemma3_weights.py` (image processor, special tokens, chat template) and
-`convert_paligemma_weights_to_hf.py`. PaliGemma publishes no chat template: its processor takes a prompt, and the
-answer as `suffix`.
+Sources: transformers' `convert_gemma3_weights.py` (image processor, special tokens, chat template),
+`convert_gemma3n_weights.py` and `convert_paligemma_weights_to_hf.py`, the processors' own defaults, and Gemma 4's
+chat template in llama.cpp's `models/templates`; the published one no longer puts line feeds around an image.
+PaliGemma publishes no chat template: its processor takes a prompt, and the answer as `suffix`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import transformers as tf
 
 from .family import family
-from .parts import TEXT, VISION, image_processor, save, sentence_piece, template
+from .parts import TEXT, VISION, image_processor, real_towers, save, sentence_piece, template
 
 FIRST = ["<pad>", "<eos>", "<bos>", "<unk>"]
 HALVES: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
@@ -25,7 +26,7 @@ def gemma_tokenizer(specials: list[str], **named: Any) -> Any:
     return sentence_piece(specials, first=FIRST, prefix=False, **usual | named)
 
 
-@family("gemma3", "<image_soft_token>", "<end_of_turn>")
+@family("gemma3", "<image_soft_token>", "<end_of_turn>", alternates=True, strips=True)
 def gemma3(directory: Path) -> None:
     """256 tokens for every image; `<start_of_image>` in the prompt becomes them, with line feeds around."""
     tokenizer = gemma_tokenizer(
@@ -46,7 +47,7 @@ def gemma3(directory: Path) -> None:
     save(directory, "Gemma3ForConditionalGeneration", config, processor, end="<end_of_turn>")
 
 
-@family("paligemma", "<image>", None, system=False, chat_template=False)
+@family("paligemma", "<image>", None, text_only=False, system=False, chat_template=False)
 def paligemma(directory: Path) -> None:
     """256 tokens for every image, all before the prompt; a line feed ends the prompt, `<eos>` the answer."""
     places = [f"<loc{place:04d}>" for place in range(1024)]
@@ -64,3 +65,98 @@ def paligemma(directory: Path) -> None:
         image_token_index=tokenizer.image_token_id, projection_dim=TEXT["hidden_size"], pad_token_id=0,
     )  # fmt: skip
     save(directory, "PaliGemmaForConditionalGeneration", config, processor)
+
+
+GEMMA4_TOKENS = {
+    "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>",
+    "audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>",
+}  # fmt: skip
+
+
+@family(
+    "gemma4",
+    "<|image|>",
+    "<turn|>",
+    video=True,
+    audio=True,
+    prompt_is_prefix=False,
+    needs=("torchvision",),
+    strips=True,
+)
+def gemma4(directory: Path) -> None:
+    """A token for each 48 x 48 pixels, about 280 whatever the image's size; the prompt closes an empty thought that
+    the conversation does not have.
+    """
+    marks = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>", "<|video|>"]
+    tokenizer = gemma_tokenizer(marks, **GEMMA4_TOKENS, eos_token="<turn|>")
+    images = image_processor("Gemma4ImageProcessor")
+    videos, sound = tf.Gemma4VideoProcessor(), tf.Gemma4AudioFeatureExtractor()
+    processor = tf.Gemma4Processor(sound, images, tokenizer, videos, chat_template=template("gemma4"))
+    config = tf.Gemma4Config(
+        text_config=TEXT | {
+            "vocab_size": len(tokenizer), "head_dim": 16, "global_head_dim": 16, "sliding_window": 512,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "vocab_size_per_layer_input": len(tokenizer), "hidden_size_per_layer_input": 8, "pad_token_id": 0,
+            "eos_token_id": tokenizer.eos_token_id, "bos_token_id": 2,
+        },
+        vision_config=VISION | {
+            "num_key_value_heads": 2, "head_dim": 8, "patch_size": 16, "pooling_kernel_size": 3,
+            "position_embedding_size": 2560,
+        },
+        audio_config={
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "subsampling_conv_channels": [128, 4],
+            "output_proj_dims": 24,
+        },
+        image_token_id=tokenizer.image_token_id, audio_token_id=tokenizer.audio_token_id,
+        video_token_id=processor.video_token_id, boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id, boa_token_id=tokenizer.boa_token_id,
+        eoa_token_index=tokenizer.eoa_token_id,
+    )  # fmt: skip
+    save(directory, "Gemma4ForConditionalGeneration", config, processor)
+
+
+@family(
+    "gemma3n",
+    "<image_soft_token>",
+    "<end_of_turn>",
+    audio=True,
+    needs=("torchvision", "timm"),
+    alternates=True,
+    strips=True,
+)
+def gemma3n(directory: Path) -> None:
+    """256 tokens for every image, 188 for a sound. Its tower is timm's: here a small ConvNeXt, which makes 16 x 16
+    features of 768 x 768 pixels as MobileNet v5 does.
+    """
+    # Its vocabulary is the text's, then the tower's, then that of sound.
+    tokenizer = gemma_tokenizer(
+        [], turn_token="<start_of_turn>", eot_token="<end_of_turn>", boi_token="<start_of_image>",
+        boa_token="<start_of_audio>", eoi_token="<end_of_image>", image_token="<image_soft_token>",
+        eoa_token="<end_of_audio>", audio_token="<audio_soft_token>",
+    )  # fmt: skip
+    size = {"height": 768, "width": 768}
+    images = image_processor("SiglipImageProcessor", size=size, do_normalize=False, resample=2)
+    sound = tf.Gemma3nAudioFeatureExtractor()
+    processor = tf.Gemma3nProcessor(sound, images, tokenizer, chat_template=template("gemma3n"))
+    seen, heard = tokenizer.eoi_token_id, tokenizer.eoa_token_id
+    config = tf.Gemma3nConfig(
+        text_config=TEXT | {
+            "vocab_size": len(tokenizer), "head_dim": 16, "sliding_window": 512, "laurel_rank": 4,
+            "altup_num_inputs": 2, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": seen, "layer_types": ["sliding_attention", "full_attention"],
+            "activation_sparsity_pattern": [0.95, 0.0], "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+        },
+        vision_config={
+            "architecture": "test_convnext", "model_args": {"patch_size": 6}, "hidden_size": 64,
+            "vocab_offset": seen, "vocab_size": heard - seen,
+        },
+        audio_config={
+            "hidden_size": 16, "vocab_offset": heard, "vocab_size": len(tokenizer) - heard,
+            "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2, "sscp_conv_channel_size": [8, 4],
+        },
+        image_token_id=tokenizer.image_token_id, audio_token_id=tokenizer.audio_token_id,
+        boi_token_id=tokenizer.boi_token_id, eoi_token_id=seen, boa_token_id=tokenizer.boa_token_id,
+        eoa_token_id=heard, vision_soft_tokens_per_image=256, audio_soft_tokens_per_image=188,
+    )  # fmt: skip
+    with real_towers():
+        save(directory, "Gemma3nForConditionalGeneration", config, processor, end="<end_of_turn>")

@@ -26,7 +26,7 @@ def _llama_tokenizer() -> Any:
     )  # fmt: skip
 
 
-@family("llava", "<image>", None, generation=True)
+@family("llava", "<image>", None, generation=True, images_first=True)
 def llava(directory: Path) -> None:
     """LLaVA 1.5: 576 tokens for every image, no token behind an answer."""
     tokenizer = _llama_tokenizer()
@@ -47,7 +47,7 @@ def llava(directory: Path) -> None:
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
-@family("llava_next", "<image>", "</s>")
+@family("llava_next", "<image>", "</s>", images_first=True)
 def llava_next(directory: Path) -> None:
     """LLaVA 1.6 on Mistral: the whole image and up to four tiles, padding taken away, a token for each row's end."""
     tokenizer = _llama_tokenizer()
@@ -67,7 +67,16 @@ def llava_next(directory: Path) -> None:
     save(directory, "LlavaNextForConditionalGeneration", config, processor)
 
 
-@family("llava_onevision", "<image>", "<|im_end|>", video=True, generation=True, needs=("torchvision",))
+@family(
+    "llava_onevision",
+    "<image>",
+    "<|im_end|>",
+    video=True,
+    generation=True,
+    prompt_is_prefix=False,
+    needs=("torchvision",),
+    images_first=True,
+)
 def llava_onevision(directory: Path) -> None:
     """The whole image and up to 9 x 9 tiles of it, which shrink together when there are more than nine."""
     tokenizer = byte_level(

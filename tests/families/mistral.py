@@ -36,9 +36,13 @@ def _text(tokenizer: Any) -> tf.MistralConfig:
     )  # fmt: skip
 
 
-@family("pixtral", "[IMG]", "</s>", needs=("torchvision",))
+@family(
+    "pixtral", "[IMG]", "</s>", keeps_system=False, prompt_is_prefix=False, needs=("torchvision",), alternates=True
+)
 def pixtral(directory: Path) -> None:
-    """A token for each 16 x 16 pixels, and one behind each row; the last question has the system message."""
+    """A token for each 16 x 16 pixels, and one behind each row. A system message stands before the question when
+    nothing follows it, and nowhere else; without one, a prompt is a prefix of the conversation.
+    """
     tokenizer = _tokenizer()
     images = image_processor("PixtralImageProcessor", size={"longest_edge": 1024}, patch_size=16)
     processor = tf.PixtralProcessor(
@@ -51,7 +55,7 @@ def pixtral(directory: Path) -> None:
     save(directory, "LlavaForConditionalGeneration", config, processor)
 
 
-@family("mistral3", "[IMG]", "</s>", needs=("torchvision",))
+@family("mistral3", "[IMG]", "</s>", needs=("torchvision",), alternates=True)
 def mistral3(directory: Path) -> None:
     """A token for each 28 x 28 pixels, and one behind each row; without a system message, one with the date."""
     tokenizer = _tokenizer()

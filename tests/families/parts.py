@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-from tests.zoo.case import finish
 
 TEMPLATES = Path(__file__).parent / "templates"
 WIDTH, VISION_WIDTH = 32, 16
@@ -110,6 +110,30 @@ def template(name: str) -> str:
     return (TEMPLATES / f"{name}.jinja").read_text().removesuffix("\n")
 
 
+def random_model(model_class: str, config: Any) -> Any:
+    """A model in eval mode, with a fixed seed and weights so large that every part changes the logits."""
+    torch.manual_seed(0)
+    model = getattr(tf, model_class)(config).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3 / max(parameter[0].numel(), 1) ** 0.25, generator=generator)
+    return model
+
+
+@contextmanager
+def real_towers() -> Iterator[None]:
+    """Without the tower that tests/zoo/gemma.py registers in the place of timm's."""
+    registered = tf.AutoModel._model_mapping._extra_content
+    kept = dict(registered)
+    registered.clear()
+    try:
+        yield
+    finally:
+        registered.update(kept)
+
+
 def save(directory: Path, model_class: str, config: Any, processor: Any, end: str | None = None) -> None:
     """Write a model of random weights, and its processor.
 
@@ -117,7 +141,7 @@ def save(directory: Path, model_class: str, config: Any, processor: Any, end: st
         end: token that ends a generated answer; None: the tokenizer's eos_token.
     """
     tokenizer = processor.tokenizer
-    model = finish(getattr(tf, model_class), config)
+    model = random_model(model_class, config)
     ids = [tokenizer.eos_token_id, *([tokenizer.convert_tokens_to_ids(end)] if end else [])]
     model.generation_config.eos_token_id = list(dict.fromkeys(ids))
     model.generation_config.pad_token_id = tokenizer.pad_token_id

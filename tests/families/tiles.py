@@ -66,7 +66,7 @@ def ovis2(directory: Path) -> None:
     save(directory, "Ovis2ForConditionalGeneration", config, processor)
 
 
-@family("aya_vision", "<|IMG_PATCH|>", "<|END_OF_TURN_TOKEN|>")
+@family("aya_vision", "<|IMG_PATCH|>", "<|END_OF_TURN_TOKEN|>", images_first=True)
 def aya_vision(directory: Path) -> None:
     """Up to 12 tiles of 169 tokens, and one of the whole; two tokens close an answer."""
     turns = ["<|START_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"]
