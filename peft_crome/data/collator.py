@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from .answer_spans import ANSWER, AnswerSpans, PromptRewritten, turn
 from .expansion import Expansion, tokens_in
 from .images import Augmentation, image_size, open_image
 from .instructions import check_instruction
-from .processed import Messages, Processed, Tokens, UnknownPlaceholder, padded
+from .processed import Messages, Processed, Tokens, UnknownPlaceholder, padded, with_images
 from .rows import COUNTS, DRAW, DRAWN, Fault, RowError
 
 IGNORE = -100
@@ -65,8 +66,7 @@ class ConversationCollator:
         system: str | None = None,
         seed: int = 0,
     ) -> None:
-        check_processor(processor)
-        self.processor = processor
+        self.processor = processor = checked(processor)
         self.is_encoder_decoder = is_encoder_decoder
         self.augmentation = augmentation
         self.max_length = max_length
@@ -280,7 +280,8 @@ class ConversationCollator:
 
     def _batch(self, rows: Sequence[dict[str, Any]], read: Sequence[_Read]) -> dict[str, torch.Tensor]:
         """Rows that all have images, or none of which has."""
-        shown = [self._with_images(row, one.messages) for row, one in zip(rows, read, strict=True)]
+        last = -1 if self.is_encoder_decoder else None
+        shown = [with_images(one.messages[:last], self._images(row)) for row, one in zip(rows, read, strict=True)]
         try:
             batch, tokens = self._processed.batch(shown, [one.text for one in read])
         except UnknownPlaceholder as error:
@@ -343,17 +344,6 @@ class ConversationCollator:
             return ""
         return self.processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)  # type: ignore[no-any-return]
 
-    def _with_images(self, row: dict[str, Any], messages: Messages) -> Messages:
-        """The turns that a model reads, with the images in them."""
-        images = self._images(row)
-        shown = []
-        for message in messages[:-1] if self.is_encoder_decoder else messages:
-            content = [
-                {**part, "image": next(images)} if part["type"] == "image" else part for part in message["content"]
-            ]
-            shown.append({**message, "content": content})
-        return shown
-
     def _images(self, row: dict[str, Any]) -> Iterator[Image.Image]:
         chance = random.Random(f"{self.seed} {row[DRAW]}") if DRAW in row else None
         for path in row["images"]:
@@ -361,9 +351,11 @@ class ConversationCollator:
             yield self.augmentation(opened, chance) if self.augmentation is not None else opened
 
 
-def check_processor(processor: Any) -> None:
-    """See that a processor tells where its tokens come from, and how conversations are written.
+def checked(processor: Any) -> Any:
+    """A processor that tells where its tokens come from, and how conversations are written.
 
+    Returns:
+        The processor, or a copy with the chat template that its tokenizer brings.
     Raises:
         ValueError: says what to load or write instead.
     """
@@ -379,10 +371,14 @@ def check_processor(processor: Any) -> None:
             "questions. Load the fast tokenizer of this model."
         )
     if processor.chat_template is None:
-        raise ValueError(
-            "The language model has no chat template. Write chat_template: vicuna, plain or t5 in the recipe, or set "
-            "processor.chat_template."
-        )
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "The language model has no chat template. Write chat_template: vicuna, plain or t5 in the recipe, or "
+                "set processor.chat_template."
+            )
+        processor = copy.copy(processor)
+        processor.chat_template = tokenizer.chat_template
+    return processor
 
 
 @dataclass(frozen=True)

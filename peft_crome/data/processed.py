@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,20 @@ class Processed:
         self._tokenizer(text, add_special_tokens=self._tokenizer.settings.get("add_special_tokens", True))
         (tokens,) = self._tokenizer.calls
         return tokens  # type: ignore[no-any-return]
+
+
+def with_images(messages: Messages, images: Iterable[Image.Image]) -> Messages:
+    """A conversation whose image parts hold their images, which come in the order of the parts."""
+    images = iter(images)
+    return [
+        {
+            **message,
+            "content": [
+                {**part, "image": next(images)} if part["type"] == "image" else part for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
 
 
 def user_turn(parts: Sequence[str | Image.Image]) -> dict[str, Any]:

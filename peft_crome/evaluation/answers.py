@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..data import open_image
 from ..data.instructions import check_instructions
+from ..data.processed import with_images
 from ..utils.shorten import short
 
 # Of a language model's generation configuration, what makes another answer of the likeliest tokens, turned off: BART's
@@ -37,8 +38,8 @@ def generate_answers(
     """Answer the last question of each row, greedily, whatever the model's generation configuration says.
 
     Args:
-        model: a composite, adapted or not.
-        processor: the composite's.
+        model: a composite or any other model whose processor has a chat template, adapted or not.
+        processor: the model's.
         rows: of `read_rows` or `load_rows`; the last turn is the reference, which the model does not see.
         batch_size: rows at a time.
         max_new_tokens: of an answer.
@@ -50,8 +51,8 @@ def generate_answers(
         RowError: an instruction is longer than the Q-Former reads; no row is answered then.
         ValueError: an image cannot be read; the message names the row.
     """
-    composite = model.get_base_model() if isinstance(model, PeftModel) else model
-    check_instructions(processor, composite.config, rows)
+    host = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_instructions(processor, host.config, rows)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -70,33 +71,40 @@ def _generate(
     system: str | None,
     progress: bool,
 ) -> list[str]:
-    composite = model.get_base_model() if isinstance(model, PeftModel) else model
+    host = model.get_base_model() if isinstance(model, PeftModel) else model
+    is_encoder_decoder = host.config.is_encoder_decoder
     greedy: dict[str, Any] = {**GREEDY}
-    if getattr(composite.generation_config, "min_new_tokens", None):
+    if getattr(host.generation_config, "min_new_tokens", None):
         greedy["min_new_tokens"] = 0  # not otherwise: transformers warns of it beside min_length
-    answers: list[str] = []
+    answers: dict[int, str] = {}
     for first in tqdm(range(0, len(rows), batch_size), desc="answering", leave=False, disable=not progress):
-        chosen = [rows[number] for number in range(first, min(first + batch_size, len(rows)))]
-        prompts, images = [], []
-        for row in chosen:
-            messages = list(row["messages"])
-            if messages[-1]["role"] == "assistant":
-                messages.pop()
-            if system is not None and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
-            prompts.append(messages)
-            images.append([open_image(path, f"Row {short(row['id'])}") for path in row["images"]])
-        given = {"images": images} if any(images) else {}
-        batch = processor.apply_chat_template(
-            prompts,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, **given},
-        ).to(composite.device)
-        output = model.generate(**batch, max_new_tokens=max_new_tokens, **greedy)
-        read = 0 if composite.config.is_encoder_decoder else batch["input_ids"].shape[1]
-        texts = processor.tokenizer.batch_decode(output[:, read:], skip_special_tokens=True)
-        answers += [text.strip() for text in texts]
-    return answers
+        chosen = range(first, min(first + batch_size, len(rows)))
+        # Processors of several models take no batch in which some rows have images.
+        for group in filter(
+            None, ([n for n in chosen if bool(rows[n]["images"]) is shown] for shown in (True, False))
+        ):
+            batch = processor.apply_chat_template(
+                [_prompt(rows[n], processor, system) for n in group],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "right" if is_encoder_decoder else "left"},
+            )
+            batch = batch.to(host.device, dtype=host.dtype)
+            output = model.generate(**batch, max_new_tokens=max_new_tokens, **greedy)
+            read = 0 if is_encoder_decoder else batch["input_ids"].shape[1]
+            texts = processor.tokenizer.batch_decode(output[:, read:], skip_special_tokens=True)
+            answers |= {n: text.strip() for n, text in zip(group, texts, strict=True)}
+    return [answers[n] for n in range(len(rows))]
+
+
+def _prompt(row: dict[str, Any], processor: Any, system: str | None) -> list[dict[str, Any]]:
+    """What is asked in a row, with its images."""
+    messages = list(row["messages"])
+    if messages[-1]["role"] == "assistant":
+        messages.pop()
+    if system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
+    images = (open_image(path, f"Row {short(row['id'])}", processor) for path in row["images"])
+    return with_images(messages, images)
