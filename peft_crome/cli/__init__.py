@@ -12,11 +12,11 @@ try:
     from .evaluate import evaluate
     from .inspect import inspect
     from .plan import plan
-    from .train import preset, train
+    from .train import finetune, preset, train
 except ImportError as error:  # typer, rich, pydantic, datasets: none is needed by the method itself
     sys.exit(f"peft-crome needs {error.name!r}, which is not installed. Write: {EXTRA}")
 
-for command in (train, preset, evaluate, doctor, plan, inspect):
+for command in (finetune, train, preset, evaluate, doctor, plan, inspect):
     app.command()(command)
 
 __all__ = ["app"]

@@ -30,7 +30,7 @@ def doctor(
     open_images: Annotated[bool, typer.Option(help="Decode every image, or only look for its file.")] = True,
     model: Annotated[
         str | None,
-        typer.Option(help="A recipe (YAML), or a stage's directory: measure rows by its tokenizers and template."),
+        typer.Option(help="A recipe (YAML), a model, or an adapter's directory: measure rows by its processor."),
     ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens at which training will cut rows.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message for rows without one.")] = None,
@@ -90,18 +90,14 @@ def _collator(model: str, max_length: int | None, system: str | None) -> Any:
     from ..data import ConversationCollator
     from ..training import load_recipe
     from ..training.model.collator import recipe_collator
-    from ..vlm import CromeVLMConfig, CromeVLMProcessor
+    from ..training.model.host import read_reader
 
     if Path(model).is_file() or Path(model).suffix in (".yaml", ".yml"):
         said = {"training.max_length": max_length, "system": system}
         return recipe_collator(load_recipe(model, {key: value for key, value in said.items() if value is not None}))
-    config = CromeVLMConfig.from_pretrained(model)
-    return ConversationCollator(
-        CromeVLMProcessor.from_pretrained(model),
-        max_length=max_length,
-        system=system,
-        **ConversationCollator.limits(config),
-    )
+    config, processor = read_reader(model)
+    limits = ConversationCollator.limits(config)
+    return ConversationCollator(processor, max_length=max_length, system=system, **limits)
 
 
 def _show(row: dict[str, Any], collator: Any) -> None:
@@ -118,7 +114,7 @@ def _show(row: dict[str, Any], collator: Any) -> None:
     labels = encoded["labels"] if not collator.is_encoder_decoder else [-100] * len(encoded["input_ids"])
     run = 0
     for token, label in zip(encoded["input_ids"], labels, strict=True):
-        if token == processor.image_token_id:
+        if token == getattr(processor, "image_token_id", None):
             run += 1
             continue
         if run:

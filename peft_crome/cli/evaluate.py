@@ -129,17 +129,11 @@ def _check_output(output: Path) -> None:
 
 def _load(directory: str, device: str | None) -> tuple[Any, Any]:
     from ..training.directory.stage import RECORD, read_record
-    from ..vlm import CromeVLMForConditionalGeneration, CromeVLMProcessor
+    from ..training.model.host import load_adapted
 
     if (Path(directory) / RECORD).is_file():
         read_record(directory)
-    try:
-        model = CromeVLMForConditionalGeneration.from_pretrained(directory, device_map=place(device))
-        return model, CromeVLMProcessor.from_pretrained(directory)
-    except OSError as error:
-        if Path(directory).exists():
-            raise
-        raise OSError(f"{directory} is no folder, and cannot be had from the Hub: {error}") from error
+    return load_adapted(directory, place(device))
 
 
 def system_of(directory: str) -> str | None:

@@ -52,22 +52,7 @@ def _measure(model: Any, tokenizer: Any, name: str, text: str, batch_size: int) 
 
 def _load(directory: str, device: str | None) -> tuple[Any, Any]:
     """A stage's composite, or the model that an adapter names with the adapter on it; and a tokenizer."""
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils import cached_file
+    from ..training.model.host import load_adapted
 
-    settings = {"device_map": place(device)}
-    try:
-        has_config = cached_file(directory, "config.json", _raise_exceptions_for_missing_entries=False) is not None
-        base = directory if has_config else PeftConfig.from_pretrained(directory).base_model_name_or_path
-        if base is None:
-            raise ValueError(f"{directory} has an adapter that names no model. Write base_model_name_or_path into it.")
-        sees = type(AutoConfig.from_pretrained(base)) in AutoModelForImageTextToText._model_mapping
-        auto_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = auto_class.from_pretrained(base, **settings)
-        if not has_config:
-            model = PeftModel.from_pretrained(model, directory)
-        processor = AutoProcessor.from_pretrained(base)
-    except OSError as error:
-        raise OSError(f"{directory} cannot be loaded: {error}") from error
+    model, processor = load_adapted(directory, place(device))
     return model, getattr(processor, "tokenizer", processor)

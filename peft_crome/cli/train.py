@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..training.recipe import file as recipes
 from .announce import announce
 from .app import console, fail
+from .options import IMAGES, pairs
 
+# The rate is the best of the ablation (docs/ablation.md), for an adapter alone.
+FINETUNE = {"batch_size": 16, "epochs": 3, "learning_rate": 1e-3, "warmup_steps": 10, "weight_decay": 0.0}
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="A key of the recipe and its value: --set training.max_steps=100.")
 ]
@@ -28,10 +31,45 @@ def train(
     ] = False,
 ) -> None:
     """Train one stage. Started again, it continues from its last checkpoint."""
+    _run(recipe, recipes.parse_overrides(settings or []), accept_changed_data)
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(help="Name or directory of a vision-language model, or of an adapter.")],
+    data: Annotated[str, typer.Argument(help="JSON, JSONL or parquet, a folder of `datasets`, or a name of the Hub.")],
+    output: Annotated[str, typer.Option(help="Directory of the adapter; it must not exist.")],
+    images: Annotated[list[str] | None, typer.Option(help=IMAGES)] = None,
+    settings: Settings = None,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the recipe that this line stands for, and train nothing.")
+    ] = False,
+) -> None:
+    """Teach a model one task, by an adapter alone. Started again, it continues from its last checkpoint."""
+    import yaml
+
+    from ..training.model.host import is_adapter
+
+    try:
+        source = {"path": data, **({"images": pairs(images, "--images")} if images else {})}
+        start = {"previous": model} if is_adapter(model) else {"model": {"name": model}}
+        recipe = {**start, "stage": "finetune", "data": [source], "output": output, "training": dict(FINETUNE)}
+        overrides = recipes.parse_overrides(settings or [])
+        if "training.max_steps" in overrides:
+            overrides.setdefault("training.epochs", None)
+        if print_recipe:
+            recipes.load_recipe(recipe, overrides)
+            print(yaml.safe_dump(recipes.with_overrides(recipe, overrides), sort_keys=False), end="")
+            return
+    except (OSError, ValueError) as error:
+        fail(error)
+    _run(recipe, overrides, accept_changed_data=False)
+
+
+def _run(recipe: Any, overrides: dict[str, Any], accept_changed_data: bool) -> None:
     from ..training.run import train as run
 
     try:
-        parsed = recipes.load_recipe(recipe, recipes.parse_overrides(settings or []))
+        parsed = recipes.load_recipe(recipe, overrides)
         record = run(parsed, lambda report: announce(parsed, report), accept_changed_data=accept_changed_data)
     except (OSError, ValueError) as error:
         fail(error)
@@ -45,7 +83,7 @@ def train(
             f"loss: {last['losses'][0][1]:.4f} at step {last['losses'][0][0]}, {last['losses'][-1][1]:.4f} last"
         )
     console.print(
-        f"{parsed.output} holds all that is needed beside the backbones; its README.md shows how to load it."
+        f"{parsed.output} holds all that is needed beside the frozen models; its README.md shows how to load it."
     )
 
 

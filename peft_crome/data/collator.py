@@ -23,6 +23,7 @@ from .processed import Messages, Processed, Tokens, UnknownPlaceholder, padded, 
 from .rows import COUNTS, DRAW, DRAWN, Fault, RowError
 
 IGNORE = -100
+ORDINARY = (640, 480)  # pixels of an image, where nothing else is known
 REMEDY = "Write another chat_template in the recipe."
 Spans = list[tuple[int, int]]
 
@@ -152,6 +153,12 @@ class ConversationCollator:
         asked = [*self._before, turn("user", "(question)")]
         said = self._render([*asked, turn("assistant", ANSWER)])
         return ANSWER in said and not said.startswith(self._render(asked, prompt=True))
+
+    @cached_property
+    def image_tokens(self) -> int:
+        """Tokens that an image of an ordinary size takes."""
+        without, with_image = self._expansion.expand(["", ""], [ORDINARY]), ""
+        return len(self._processed.tokens(without).ids) - len(self._processed.tokens(with_image).ids)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Turn rows of `read_rows` or `load_rows` into a batch.

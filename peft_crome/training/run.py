@@ -18,7 +18,7 @@ from ..data import Augmentation, ConversationCollator
 from ..features.cache import cache_features
 from .directory.card import stage_card
 from .directory.run_folder import clear, only_run, open_run
-from .directory.stage import check_free, is_finished, read_record, save_stage
+from .directory.stage import check_free, is_finished, read_record, save_adapter, save_stage
 from .errors import RecipeError
 from .loop.dataset import content_of, load_sources, training_rows
 from .loop.finite import NamedRows, NotFiniteError, paths_of
@@ -27,6 +27,7 @@ from .loop.sharding import check_storage, gather_trained, is_sharded, put_traine
 from .loop.trainer import CromeTrainer, training_arguments
 from .loop.validation import EvaluationCallback, load_questions, scores_of
 from .model.build import build
+from .model.host import host_of
 from .planning.preflight import Preflight, preflight
 from .recipe.schema import Recipe
 from .stages import count_trained
@@ -60,6 +61,7 @@ def train(
     transformers.set_seed(recipe.training.seed)  # before the projections are drawn
     model, processor, previous = build(recipe)
     config = model.get_base_model().config
+    is_host = host_of(recipe) is not None
     collator = ConversationCollator(
         processor,
         augmentation=Augmentation(recipe.images.random_crop, recipe.images.horizontal_flip, recipe.images.views),
@@ -80,11 +82,12 @@ def train(
             settings=recipe.training,
             train_dataset=rows,
             data_collator=NamedRows(collator),
+            image_tokens=collator.image_tokens if recipe.training.group_by_length else 0,
         )
     except (RuntimeError, ImportError) as error:  # a report_to or an optimizer whose package is not there
         raise RecipeError(f"training.arguments: {error}") from error
     if trainer.is_fsdp_enabled:
-        check_storage(model, config.text_config.dtype)
+        check_storage(model, config.get_text_config().dtype)
     report = preflight(trainer, recipe, rows, collator, None if None in counts else sum(counts))  # type: ignore[arg-type]
     if on_ready is not None:
         on_ready(report)
@@ -129,7 +132,10 @@ def train(
                 model, processor, _ = build(recipe)
                 put_trained(model, weights)
         if trainer.is_world_process_zero():
-            save_stage(model, processor, output, whole, stage_card(whole, config))
+            if is_host:
+                save_adapter(model, processor, output, whole)
+            else:
+                save_stage(model, processor, output, whole, stage_card(whole, config))
             clear(checkpoints)
         trainer.accelerator.wait_for_everyone()  # a script's next stage starts from what the first process writes
         return whole

@@ -48,7 +48,7 @@ def modules_to_save(stage: Stage, composite: nn.Module) -> list[str]:
 
 
 def part_of(parameter_name: str) -> str:
-    """The part that a trained parameter of an adapted composite belongs to.
+    """The part that a trained parameter belongs to: the adapter, or the module that trains in full.
 
     Example:
         >>> part_of("base_model.model.image_projection.modules_to_save.default.weight")
@@ -60,6 +60,8 @@ def part_of(parameter_name: str) -> str:
     words = parameter_name.split(".")
     if any(word.startswith("crome_") for word in words):
         return ADAPTER
+    if "modules_to_save" in words:
+        return words[words.index("modules_to_save") - 1]
     return next((word for word in words if word in names), "backbones")
 
 

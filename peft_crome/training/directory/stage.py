@@ -14,6 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME
 
+from ...sharing.card_details import describe_adapter
 from ...sharing.stage_record import STAGE_RECORD
 from ...sharing.written import check_files
 from ...utils.atomic import new_directory
@@ -65,6 +66,31 @@ def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: 
         (target / ADAPTER_CONFIG_NAME).write_text(f"{text}\n", encoding="utf-8")
         (target / "README.md").write_text(card, encoding="utf-8")
         text = json.dumps({**record, "files": file_sizes(target), "config": _config_digest(target)}, indent=2)
+        (target / RECORD).write_text(f"{text}\n", encoding="utf-8")
+
+
+def save_adapter(model: PeftModel, processor: Any, directory: str | Path, record: dict[str, Any]) -> None:
+    """Write an adapter of a model of its own: weights, processor, card and record; the model stays as it is.
+
+    Args:
+        model: the trained PEFT model.
+        processor: the model's, with which the adapter was trained.
+        directory: must not exist, or be empty; appears under its name when everything is in it.
+        record: what the run was; JSON values. The list of the runs is its key "stages".
+    Raises:
+        StageError: the directory holds something.
+        ValueError: other weights were written than were meant; no directory is there then.
+    """
+    directory = Path(directory)
+    check_free(directory)
+    name = model.active_adapter
+    data = [item["path"] for stage in record["stages"] for item in stage["data"]]
+    with new_directory(directory) as target:
+        processor.save_pretrained(target)
+        describe_adapter(model, name, datasets=list(dict.fromkeys(data)), record=record)
+        model.save_pretrained(target)
+        check_files(target, list(get_peft_model_state_dict(model)), SAFETENSORS_WEIGHTS_NAME)
+        text = json.dumps({**record, "files": file_sizes(target), "config": None}, indent=2)
         (target / RECORD).write_text(f"{text}\n", encoding="utf-8")
 
 

@@ -102,11 +102,13 @@ class CromeTrainer(Trainer):
 
     Args:
         settings: the recipe's section `training`.
+        image_tokens: of an image of an ordinary size, by which rows are grouped by length.
         args, kwargs: of `Trainer`.
     """
 
-    def __init__(self, *args: Any, settings: Training, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, settings: Training, image_tokens: int = 0, **kwargs: Any) -> None:
         self.settings = settings
+        self.image_tokens = image_tokens
         self.optimizer: torch.optim.Optimizer | None
         self.lr_scheduler: Any
         self.finite = FiniteCheck()
@@ -114,10 +116,12 @@ class CromeTrainer(Trainer):
         self.train_dataset: Any
         self._order: DrawOrder | None = None
         super().__init__(*args, **kwargs)
-        composite = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        host = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self._dtype = getattr(host, "dtype", None)
         # These wait for every process to call the same modules, the tower among them.
         sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        composite.blank_image = self.accelerator.distributed_type in sharded
+        if hasattr(host, "blank_image"):
+            host.blank_image = self.accelerator.distributed_type in sharded
         if self.train_dataset is not None and has_length(self.train_dataset):
             self.train_dataset = Draws(self.train_dataset)
         elif self.train_dataset is not None:
@@ -144,6 +148,13 @@ class CromeTrainer(Trainer):
         self.progress.count(loss, inputs["attention_mask"].sum())
         return loss
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Pixels in the model's dtype: several towers take no other, and processors give float32."""
+        prepared = super()._prepare_input(data)
+        if isinstance(prepared, torch.Tensor) and prepared.is_floating_point() and self._dtype is not None:
+            return prepared.to(self._dtype)
+        return prepared
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The Trainer asks for it right before the optimizer's step: no callback is told the norm there."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -159,7 +170,7 @@ class CromeTrainer(Trainer):
         rows = self.train_dataset.rows
         lengths = None
         if self.settings.group_by_length:
-            lengths = row_lengths(rows, self.model.get_base_model().config.image_seq_length)
+            lengths = row_lengths(rows, self.image_tokens)
         self._order = DrawOrder(
             len(rows),
             seed=self.args.seed,

@@ -17,11 +17,14 @@ from ..errors import StageError
 from ..quantization import load_config
 from ..recipe.schema import Adapter, Backbones, Recipe
 from ..stages import STAGES, modules_to_save
+from .host import build_on_host, host_of
 from .previous import check_reader, check_same, follow_moved_backbones, local_directory, located
 
 
-def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] | None]:
+def build(recipe: Recipe) -> tuple[PeftModel, Any, dict[str, Any] | None]:
     """Load everything that a stage starts from, with what it trains in float32 and all else frozen.
+
+    The modules that train beside an adapter on a model of its own keep that model's dtype.
 
     Returns:
         The PEFT model, the processor, and the record of the stage before (None: it starts from the backbones).
@@ -29,6 +32,11 @@ def build(recipe: Recipe) -> tuple[PeftModel, CromeVLMProcessor, dict[str, Any] 
         StageError: the previous directory is not complete, of a stage that cannot come before, or of another
             architecture than the recipe says.
     """
+    host = host_of(recipe)
+    if host is not None:
+        adapted, processor, before = build_on_host(recipe, host)
+        prepare_processor(processor, recipe)
+        return adapted, processor, before
     stage = STAGES[recipe.stage]
     if recipe.previous is None:
         assert recipe.backbones is not None  # schema.py has checked it
@@ -148,11 +156,17 @@ def _tower_width(said: Backbones) -> int:
     return widths[-1] if widths else tower.hidden_size
 
 
-def prepare_processor(processor: CromeVLMProcessor, recipe: Recipe) -> None:
-    """Give a processor what a recipe says of templates and images."""
+def prepare_processor(processor: Any, recipe: Recipe) -> None:
+    """Give a processor what a recipe says of templates and images.
+
+    Raises:
+        StageError: the processor does not have what the recipe sets.
+    """
     if recipe.chat_template is not None:
         processor.chat_template = CHAT_TEMPLATES.get(recipe.chat_template, recipe.chat_template)
     if recipe.images_after_text is not None:
+        if not hasattr(processor, "images_after_text"):
+            raise StageError("images_after_text: the chat template of `model` says where images stand. Take it out.")
         processor.images_after_text = recipe.images_after_text
     images = processor.image_processor
     for name, value in (("image_mean", recipe.images.mean), ("image_std", recipe.images.std)):

@@ -13,6 +13,7 @@ from ...vlm.image_token import ensure_image_token
 from ..errors import StageError
 from ..recipe.schema import Backbones, Recipe
 from .build import prepare_processor
+from .host import host_of, read_config, read_processor
 from .previous import check_reader, check_same, local_directory
 from .skeleton import composite_config
 
@@ -24,7 +25,10 @@ def recipe_collator(recipe: Recipe) -> ConversationCollator:
         StageError: the stage before is not there yet, and with it how rows are written; or as `build`.
         ValueError, OSError: the backbones' configurations, or the tokenizers, cannot be had.
     """
-    if recipe.previous is not None:
+    host = host_of(recipe)
+    if host is not None:
+        config, processor = read_config(host), read_processor(host, recipe.previous)
+    elif recipe.previous is not None:
         directory = local_directory(recipe.previous)
         if not directory.is_dir():
             raise StageError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ...tuner import CromeConfig
@@ -20,6 +20,7 @@ from ..errors import StageError
 from ..quantization import Bits, bits_of, settings
 from ..recipe.schema import Backbones
 from ..stages import Stage, modules_to_save
+from .host import auto_class
 from .packed import pack
 
 
@@ -97,6 +98,22 @@ def skeleton(config: CromeVLMConfig, stage: Stage, adapter: CromeConfig) -> Peft
         model = get_peft_model(composite, adapter)
         disarm(composite)  # there are no values that the guard could look at
     return model
+
+
+def host_skeleton(
+    config: PreTrainedConfig, dtype: torch.dtype, quantization: Bits | None, adapter: CromeConfig
+) -> PeftModel:
+    """A model of transformers with an adapter, on the meta device."""
+    config = copy.deepcopy(config)
+    config.quantization_config = None
+    with torch.device("meta"), no_init_weights():
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype).requires_grad_(False)
+        model.tie_weights()  # a part of the initialization that is left out
+        if quantization is not None:
+            pack(model, quantization)
+        adapted = get_peft_model(model, copy.deepcopy(adapter))
+        disarm(model)
+    return adapted
 
 
 def quantization_of(config: CromeVLMConfig, part: str) -> Bits | None:

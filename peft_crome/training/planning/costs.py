@@ -6,19 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from ...backbone.model import input_embeddings
 from ...tuner import CromeConfig
 from ...vlm import CromeVLMConfig
-from ...vlm.backbones import language_class
 from ..errors import StageError
-from ..model.packed import pack
+from ..model.host import host_of
 from ..model.previous import check_same, follow_moved_backbones
-from ..model.skeleton import composite_config, read_config, skeleton
+from ..model.skeleton import composite_config, host_skeleton, read_config, skeleton
 from ..quantization import Bits
 from ..recipe.schema import Adapter, Recipe
 from ..stages import STAGES
@@ -37,6 +34,9 @@ def recipe_skeleton(recipe: Recipe) -> PeftModel:
         ValueError: a configuration cannot be had.
     """
     stage, adapter = STAGES[recipe.stage], CromeConfig(**(recipe.adapter or Adapter()).model_dump())
+    host = host_of(recipe)
+    if host is not None:
+        return model_skeleton(host.name, host.dtype or "bfloat16", host.quantization)
     if recipe.previous is not None and Path(recipe.previous).is_dir():
         config = CromeVLMConfig.from_pretrained(recipe.previous)
         adapter = CromeConfig.from_pretrained(recipe.previous)
@@ -58,15 +58,8 @@ def model_skeleton(name: str, dtype: str, quantization: Bits | None) -> PeftMode
         StageError, ValueError: the configuration cannot be had, or is of no such model.
     """
     config = read_config("--backbone", name)
-    sees = type(config) in AutoModelForImageTextToText._model_mapping
-    auto_class = AutoModelForImageTextToText if sees else language_class(config)
-    with torch.device("meta"), no_init_weights():
-        model: PreTrainedModel = auto_class.from_config(config, dtype=getattr(torch, dtype)).requires_grad_(False)
-        model.tie_weights()  # a part of the initialization that is left out
-        if quantization is not None:
-            pack(model, quantization)
-        # Of a row only its tokens are known, not which of them an image becomes: an adapter on all costs no less.
-        return get_peft_model(model, CromeConfig(branches=["text"]))
+    # Of a row only its tokens are known, not which of them an image becomes: an adapter on all costs no less.
+    return host_skeleton(config, getattr(torch, dtype), quantization, CromeConfig(branches=["text"]))
 
 
 def tokens_per_image(model: nn.Module) -> int:

@@ -10,15 +10,15 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from datasets import Dataset
 from torch import nn
 
 from ...data import ConversationCollator
-from ...tuner import guard
+from ...tuner import CromeConfig, guard
 from ..errors import RecipeError
 from ..loop.trainer import CromeTrainer
-from ..model.skeleton import skeleton
+from ..model.host import host_of
+from ..model.skeleton import host_skeleton, skeleton
 from ..recipe.schema import Recipe
 from ..stages import STAGES, count_trained, trained_parameters
 from .costs import frozen_dtype
@@ -109,7 +109,7 @@ def preflight(
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # there, one process may not hold the model
         plain = copy.copy(collator)
         plain.augmentation = None  # it would draw random numbers
-        check_gradients(model, send_to_device(plain([sample.with_image]), arguments.device))
+        check_gradients(model, trainer._prepare_inputs(plain([sample.with_image])))
     config, dtype = model.get_base_model().config, frozen_dtype(model)
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     device = this_device(arguments.device, mixed or dtype)
@@ -123,7 +123,14 @@ def preflight(
     cost, seconds = None, None
     try:
         with torch.random.fork_rng(devices=[]):  # a tower whose layout depends on values is built for a moment
-            shape = skeleton(config, STAGES[recipe.stage], model.peft_config[model.active_adapter])
+            adapter = model.peft_config[model.active_adapter]
+            host = host_of(recipe)
+            shape = (
+                skeleton(config, STAGES[recipe.stage], adapter)
+                if host is None
+                # Of a row only its tokens are known, not which of them an image becomes.
+                else host_skeleton(config, dtype, host.quantization, CromeConfig(branches=["text"]))
+            )
         cost = predict_step(shape, size, **settings)
         seconds = device.seconds(cost.flops * arguments.gradient_accumulation_steps, mixed or dtype)
         if cost.peak > device.memory:
@@ -137,13 +144,14 @@ def preflight(
 
 
 def _slow_dtype(device: Device, dtype: torch.dtype, recipe: Recipe) -> list[str]:
-    if recipe.backbones is None or not {dtype, torch.float32} <= device.rates.keys():
+    if (recipe.backbones is None and recipe.model is None) or not {dtype, torch.float32} <= device.rates.keys():
         return []
     faster, name = device.rates[torch.float32] / device.rates[dtype], str(dtype).removeprefix("torch.")
     if faster < 2:
         return []
+    section = "model" if recipe.model is not None else "backbones"
     return [
-        f"backbones.dtype: {device.name} multiplies {faster:.0f} times as fast in float32 as in {name}. Write "
+        f"{section}.dtype: {device.name} multiplies {faster:.0f} times as fast in float32 as in {name}. Write "
         "dtype: float32, which takes twice the memory for what is frozen."
     ]
 
@@ -165,8 +173,9 @@ def sample_rows(rows: Any, collator: ConversationCollator) -> RowSample:
         encoded = collator.encode(row)
         lengths.append(encoded["length"])
         target = max(target, len(encoded["labels"]))
-        if collator.processor.qformer_tokenizer is not None and row["images"]:
-            read = collator.processor.qformer_tokenizer(encoded["instruction"])["input_ids"]
+        reader = getattr(collator.processor, "qformer_tokenizer", None)
+        if reader is not None and row["images"]:
+            read = reader(encoded["instruction"])["input_ids"]
             instruction = max(instruction, len(read))
         images = max(images, len(row["images"]))
         if picked is None or (row["images"] and not picked["images"]):
@@ -185,7 +194,9 @@ def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
         RecipeError: a branch is not reached or cannot learn, or weights get no gradient; the message names them.
     """
     base = model.get_base_model()  # type: ignore[operator]
-    cache, base.feature_cache = base.feature_cache, None  # this image is not as training will see it
+    cache = getattr(base, "feature_cache", None)
+    if cache is not None:
+        base.feature_cache = None  # this image is not as training will see it
     modes = [(module, module.training) for module in model.modules()]
     try:
         try:
@@ -201,7 +212,8 @@ def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
                 loss.backward()
         without = [name for _, name, parameter in trained_parameters(model) if parameter.grad is None]
     finally:
-        base.feature_cache = cache
+        if cache is not None:
+            base.feature_cache = cache
         for module, training in modes:
             module.training = training
         model.zero_grad()
@@ -223,8 +235,10 @@ def _too_large(peak: int, device: Device, size: StepSize, recipe: Recipe, config
     ways = [f"training.rows_per_device: {max(1, size.rows // 2)}"] if size.rows > 1 else []
     if not recipe.training.gradient_checkpointing:
         ways.append("training.gradient_checkpointing: true")
-    if not config.text_quantization_config and recipe.previous is None:
-        ways.append("backbones.quantization: 4bit")
+    section = "model" if recipe.model is not None else "backbones"
+    stored = getattr(config, "text_quantization_config", None) or getattr(config, "quantization_config", None)
+    if not stored and recipe.previous is None:
+        ways.append(f"{section}.quantization: 4bit")
     ways = ways or ["a smaller training.max_length"]
     return (
         f"A step is predicted to take {peak / 1e9:.1f} GB, and {device.name} has {device.memory / 1e9:.1f} GB for it. "

@@ -134,6 +134,23 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+class Host(_Section):
+    """A vision-language model as it is, frozen; a run that starts from an adapter takes its model."""
+
+    name: str = Field(description="Name or directory of the model.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit.")
+    quantization: Bits | None = Field(default=None, description="How the model is loaded.")
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
+        default=None, description="Of what is frozen; None: as the checkpoint is stored."
+    )
+    attn_implementation: str | None = Field(default=None, description="As in `from_pretrained`: sdpa, eager, ...")
+    processor: dict[str, Any] = Field(
+        default_factory=dict, description="Settings of the model's processor: min_pixels, do_image_splitting, ..."
+    )
+
+    _home = field_validator("name")(_expanded)
+
+
 class Adapter(_Section):
     """The CROME adapter, as in `CromeConfig`; a stage that starts from a directory goes on with its adapter."""
 
@@ -266,9 +283,7 @@ class Training(_Section):
     epochs: float | None = Field(default=None, gt=0)
     max_steps: int | None = Field(default=None, ge=1)
     learning_rate: float = Field(default=1e-5, gt=0, description="The peak.")
-    learning_rates: dict[Literal["adapter", "image_projection", "text_projection", "qformer"], NonNegativeFloat] = (
-        Field(default_factory=dict, description="Other peaks, by part.")
-    )
+    learning_rates: dict[str, NonNegativeFloat] = Field(default_factory=dict, description="Other peaks, by part.")
     initial_learning_rate: float = Field(default=1e-8, ge=0, description="Where the warm-up starts.")
     warmup_steps: int = Field(default=1000, ge=0)
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -312,9 +327,14 @@ class Recipe(_Section):
     stage: Literal["pretrain", "instruct", "finetune"]
     output: str = Field(description="Directory to write, complete or not at all.")
     previous: str | None = Field(
-        default=None, description="Directory of the stage before, or a Hub repository of one."
+        default=None, description="Directory of the stage or the adapter before, or a Hub repository of one."
     )
+    model: Host | None = None
     backbones: Backbones | None = None
+    trains: list[str] = Field(
+        default=["adapter"],
+        description="With `model`: [adapter], or also modules to train in full, such as multi_modal_projector.",
+    )
     adapter: Adapter | None = None
     images: Images = Images()
     data: list[Data] = Field(min_length=1)
@@ -334,12 +354,21 @@ class Recipe(_Section):
 
     _home = field_validator("output", "previous")(_expanded)
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _where_from(self) -> Recipe:
-        if self.previous is None and self.stage == "finetune":
-            raise ValueError("`finetune` trains the adapter alone; give `previous`, whose projections are trained")
-        if self.previous is None and self.backbones is None:
-            raise ValueError("give `previous`, the directory of the stage before, or `backbones`")
+        if self.model is not None:
+            self._check_model()
+        elif self.previous is None and self.stage == "finetune":
+            raise ValueError(
+                "`finetune` trains the adapter alone; give `model`, or `previous`, whose projections are trained"
+            )
+        elif self.previous is None and self.backbones is None:
+            raise ValueError("give `model`, `previous`, the directory of the stage before, or `backbones`")
         template = self.chat_template
         if template is not None and template not in CHAT_TEMPLATES and "{{" not in template and "{%" not in template:
             raise ValueError(
@@ -348,6 +377,15 @@ class Recipe(_Section):
         if template is not None and template not in CHAT_TEMPLATES:
             _check_jinja(template)
         return self
+
+    def _check_model(self) -> None:
+        if self.stage != "finetune":
+            raise ValueError(f"`model` sees already, and stage {self.stage!r} teaches that; write stage: finetune")
+        others = [key for key in ("previous", "backbones") if getattr(self, key) is not None]
+        if others:
+            raise ValueError(f"give one of `model` and {others}: each says what the adapter is put on")
+        if "adapter" not in self.trains:
+            raise ValueError(f"trains={self.trains} leaves the adapter out; write trains: [adapter, ...]")
 
     @model_validator(mode="after")
     def _cached(self) -> Recipe:
@@ -391,7 +429,7 @@ def _check_jinja(template: str) -> None:
 def keys_at(location: tuple[Any, ...]) -> list[str]:
     """The keys that a section has; `location` is pydantic's, with numbers for entries of a list."""
     sections = {
-        "backbones": Backbones, "adapter": Adapter, "images": Images, "data": Data, "mixture": Mixture,
+        "model": Host, "backbones": Backbones, "adapter": Adapter, "images": Images, "data": Data, "mixture": Mixture,
         "feature_cache": FeatureCache, "evaluation": Evaluation, "evaluation.data": Questions,
         "training": Training,
     }  # fmt: skip

@@ -1,0 +1,215 @@
+"""A vision-language model as it is, with an adapter: what a recipe's `model`, or an adapter's directory, names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+)
+from transformers.utils import CONFIG_NAME, cached_file, is_bitsandbytes_available
+
+from ...tuner import CromeConfig
+from ..directory.stage import RECORD, read_record
+from ..errors import StageError
+from ..quantization import bits_of, load_config
+from ..recipe.schema import Adapter, Host, Recipe
+from ..stages import ADAPTER
+
+
+def is_adapter(directory: str) -> bool:
+    """Whether a folder or a Hub repository holds an adapter and no model."""
+    return _has(directory, ADAPTER_CONFIG_NAME) and not _has(directory, CONFIG_NAME)
+
+
+def _has(directory: str, file: str) -> bool:
+    try:
+        return cached_file(directory, file, _raise_exceptions_for_missing_entries=False) is not None
+    except (OSError, HFValidationError):  # neither a folder nor a repository that can be reached
+        return False
+
+
+def host_of(recipe: Recipe) -> Host | None:
+    """The model that a recipe adapts; None: it trains a composite."""
+    if recipe.model is not None:
+        return recipe.model
+    if recipe.previous is None or not is_adapter(recipe.previous):
+        return None
+    return host_of_adapter(recipe.previous)
+
+
+def host_of_adapter(directory: str) -> Host:
+    """The model that an adapter was trained on, loaded as it was then.
+
+    Raises:
+        StageError: the adapter names none.
+    """
+    config = PeftConfig.from_pretrained(directory)
+    name = config.base_model_name_or_path
+    if name is None:
+        raise StageError(f"{directory} names no model. Write base_model_name_or_path into its adapter_config.json.")
+    record = _record(directory)
+    said = record["stages"][-1]["recipe"].get("model") if record else None
+    if said is not None:
+        return Host(**{**said, "name": name})
+    trained_on: dict[str, Any] = getattr(config, "trained_on", None) or {}
+    return Host(name=name, revision=config.revision, quantization=bits_of(trained_on.get("quantization")))
+
+
+def read_processor(host: Host, directory: str | None = None) -> Any:
+    """The model's processor with the settings that a recipe gives it.
+
+    Args:
+        directory: of an adapter, which may have the processor that it was trained with.
+    Raises:
+        StageError: there is none, or it does not know a setting.
+    """
+    own = directory is not None and (
+        _has(directory, "processor_config.json") or _has(directory, "preprocessor_config.json")
+    )
+    place, revision = (directory, None) if own else (host.name, host.revision)
+    try:
+        processor = AutoProcessor.from_pretrained(place, **_revision(revision), **host.processor)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise StageError(f"model: the processor of {place!r} cannot be loaded: {error}") from error
+    if not host.processor:
+        return processor
+    kept = _settings_of(processor)
+    ignored = [key for key, value in host.processor.items() if kept.get(key) != value]
+    if ignored:
+        known = sorted(key for key in kept if key.startswith(("do_", "min_", "max_", "size", "crop", "patch")))
+        raise StageError(
+            f"model.processor: {type(processor).__name__} does not take {ignored}. Write settings that it has, of "
+            f"{known}."
+        )
+    return processor
+
+
+def _settings_of(processor: Any) -> dict[str, Any]:
+    """What a processor and its parts have kept; an image processor may keep a limit on pixels in its size."""
+    kept: dict[str, Any] = {}
+    for part in (getattr(processor, "video_processor", None), getattr(processor, "image_processor", None), processor):
+        if part is not None:
+            kept |= {key: value for key, value in part.to_dict().items() if not isinstance(value, dict)}
+            size = getattr(part, "size", None) or {}
+            names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+            kept |= {names[key]: size[key] for key in names if key in size and part is not processor}
+    return kept
+
+
+def read_model(host: Host, device: Any = None) -> Any:
+    """The frozen model.
+
+    Raises:
+        StageError: it cannot be loaded, or bitsandbytes is missing.
+    """
+    if host.quantization is not None and not is_bitsandbytes_available():
+        raise StageError(
+            f"model.quantization: {host.quantization!r} needs bitsandbytes. Write: pip install "
+            '"peft-crome[quantization]"'
+        )
+    config = read_config(host)
+    dtype: Any = getattr(torch, host.dtype) if host.dtype is not None else "auto"
+    computed = dtype if host.dtype is not None else getattr(config, "dtype", None) or torch.float32
+    arguments: dict[str, Any] = {"device_map": device}
+    if host.quantization is not None:
+        arguments["quantization_config"] = load_config(host.quantization, computed)
+    if host.attn_implementation is not None:
+        arguments["attn_implementation"] = host.attn_implementation
+    try:
+        model = auto_class(config).from_pretrained(host.name, dtype=dtype, **_revision(host.revision), **arguments)
+    except (OSError, ValueError, ImportError) as error:
+        raise StageError(f"model: {host.name!r} cannot be loaded: {error}") from error
+    return model.requires_grad_(False)
+
+
+def read_config(host: Host) -> Any:
+    """The model's configuration.
+
+    Raises:
+        StageError: there is no such model, or a folder has moved.
+    """
+    try:
+        return AutoConfig.from_pretrained(host.name, **_revision(host.revision))
+    except (OSError, ValueError) as error:
+        moved = (
+            " If the folder has moved, write the new place into adapter_config.json."
+            if Path(host.name).is_absolute()
+            else ""
+        )
+        raise StageError(f"model: {host.name!r} cannot be loaded: {error}{moved}") from error
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model: one that sees, where it does."""
+    for kind in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if type(config) in kind._model_mapping:
+            return kind
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+
+
+def build_on_host(recipe: Recipe, host: Host) -> tuple[PeftModel, Any, dict[str, Any] | None]:
+    """The model with a fresh adapter, or with the one that a recipe starts from.
+
+    Returns:
+        The PEFT model, its processor, and the record of the run before (None: there is none).
+    Raises:
+        StageError, ValueError: a part cannot be loaded, or the adapter does not fit.
+    """
+    processor = read_processor(host, recipe.previous)
+    model = read_model(host)
+    if recipe.previous is None:
+        adapter = recipe.adapter if recipe.adapter is not None else Adapter()
+        also = [part for part in recipe.trains if part != ADAPTER]
+        config = CromeConfig(**adapter.model_dump(), modules_to_save=also or None)
+        return get_peft_model(model, config), processor, None
+    adapted = PeftModel.from_pretrained(model, recipe.previous, is_trainable=True)
+    if recipe.adapter is not None and "dropout" in recipe.adapter.model_fields_set:
+        raise StageError("adapter.dropout: a run that starts from an adapter goes on with its own. Take it out.")
+    return adapted, processor, _record(recipe.previous)
+
+
+def read_reader(directory: str) -> tuple[Any, Any]:
+    """The configuration and the processor of what a directory or a Hub name stands for, without its weights.
+
+    Args:
+        directory: of an adapter, of a model, or of a stage.
+    Raises:
+        StageError: as `load_adapted`.
+    """
+    host = host_of_adapter(directory) if is_adapter(directory) else Host(name=directory)
+    return read_config(host), read_processor(host, directory)
+
+
+def load_adapted(directory: str, device: Any = None) -> tuple[Any, Any]:
+    """A model to answer with, in evaluation mode, and its processor: what a directory or a Hub name stands for.
+
+    Args:
+        directory: of an adapter, whose model is loaded as in training; or of a model.
+    Raises:
+        StageError, OSError, ValueError: a part is missing, or does not fit.
+    """
+    if not is_adapter(directory):
+        host = Host(name=directory)
+        return read_model(host, device).eval(), read_processor(host)
+    host = host_of_adapter(directory)
+    processor = read_processor(host, directory)
+    return PeftModel.from_pretrained(read_model(host, device), directory).eval(), processor
+
+
+def _record(directory: str) -> dict[str, Any] | None:
+    return read_record(directory) if (Path(directory) / RECORD).is_file() else None
+
+
+def _revision(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}
