@@ -114,7 +114,7 @@ def test_evaluate_says_what_is_wrong(
         ([trained, str(dataset), "--output", str(tmp_path / "old.jsonl")], "old.scores.json is there already"),
         ([trained, str(tmp_path / "empty.json")], "empty.json holds no rows"),
         ([trained, str(dataset), "--device", "cuda"], "--device cuda: this PyTorch sees no accelerator"),
-        (["runs/nix", str(dataset)], "runs/nix is no folder, and cannot be had from the Hub"),
+        (["runs/nix", str(dataset)], "'runs/nix' is no folder with a model, and cannot be had from the Hub"),
     ):
         result = runner.invoke(app, ["evaluate", *arguments])
         assert result.exit_code == 1

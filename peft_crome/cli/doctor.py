@@ -97,7 +97,7 @@ def _collator(model: str, max_length: int | None, system: str | None) -> Any:
         return recipe_collator(load_recipe(model, {key: value for key, value in said.items() if value is not None}))
     config, processor = read_reader(model)
     limits = ConversationCollator.limits(config)
-    return ConversationCollator(processor, max_length=max_length, system=system, **limits)
+    return ConversationCollator(processor, max_length=max_length, system=system, ends_answers=True, **limits)
 
 
 def _show(row: dict[str, Any], collator: Any) -> None:

@@ -13,7 +13,13 @@ from .app import console, fail
 from .options import IMAGES, pairs
 
 # The rate is the best of the ablation (docs/ablation.md), for an adapter alone.
-FINETUNE = {"batch_size": 16, "epochs": 3, "learning_rate": 1e-3, "warmup_steps": 10, "weight_decay": 0.0}
+FINETUNE: dict[str, Any] = {
+    "batch_size": 16,
+    "epochs": 3,
+    "learning_rate": 1e-3,
+    "warmup_steps": 10,
+    "weight_decay": 0.0,
+}
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="A key of the recipe and its value: --set training.max_steps=100.")
 ]
@@ -31,7 +37,7 @@ def train(
     ] = False,
 ) -> None:
     """Train one stage. Started again, it continues from its last checkpoint."""
-    _run(recipe, recipes.parse_overrides(settings or []), accept_changed_data)
+    _run(recipe, settings, accept_changed_data)
 
 
 def finetune(
@@ -52,24 +58,23 @@ def finetune(
     try:
         source = {"path": data, **({"images": pairs(images, "--images")} if images else {})}
         start = {"previous": model} if is_adapter(model) else {"model": {"name": model}}
-        recipe = {**start, "stage": "finetune", "data": [source], "output": output, "training": dict(FINETUNE)}
         overrides = recipes.parse_overrides(settings or [])
-        if "training.max_steps" in overrides:
-            overrides.setdefault("training.epochs", None)
+        training = FINETUNE | ({"epochs": None} if "training.max_steps" in overrides else {})
+        recipe = {**start, "stage": "finetune", "data": [source], "output": output, "training": training}
         if print_recipe:
             recipes.load_recipe(recipe, overrides)
             print(yaml.safe_dump(recipes.with_overrides(recipe, overrides), sort_keys=False), end="")
             return
     except (OSError, ValueError) as error:
         fail(error)
-    _run(recipe, overrides, accept_changed_data=False)
+    _run(recipe, settings)
 
 
-def _run(recipe: Any, overrides: dict[str, Any], accept_changed_data: bool) -> None:
+def _run(recipe: Any, settings: list[str] | None, accept_changed_data: bool = False) -> None:
     from ..training.run import train as run
 
     try:
-        parsed = recipes.load_recipe(recipe, overrides)
+        parsed = recipes.load_recipe(recipe, recipes.parse_overrides(settings or []))
         record = run(parsed, lambda report: announce(parsed, report), accept_changed_data=accept_changed_data)
     except (OSError, ValueError) as error:
         fail(error)

@@ -47,6 +47,8 @@ class ConversationCollator:
         max_target_length: tokens that an encoder-decoder's decoder takes; None: it has no limit.
         max_instruction_length: tokens that a Q-Former reads; None: it has no limit.
         system: a system message for conversations without one.
+        ends_answers: put the tokenizer's end token behind answers where the chat template writes nothing, as LLaVA
+            1.5's, so that the model learns to stop.
         seed: of the augmentation, which depends on it and on a row's "draw" alone (see `draws`), whatever was drawn
             before and by whichever worker.
     Raises:
@@ -65,6 +67,7 @@ class ConversationCollator:
         max_target_length: int | None = None,
         max_instruction_length: int | None = None,
         system: str | None = None,
+        ends_answers: bool = False,
         seed: int = 0,
     ) -> None:
         self.processor = processor = checked(processor)
@@ -78,6 +81,7 @@ class ConversationCollator:
         self.seed = seed
         self._before = self._turns_before_probes()
         self._writes_prompts_apart = self._has_prompts_of_its_own()
+        self._missing_end = self._end_that_is_missing() if ends_answers and not is_encoder_decoder else ("", False)
         self.needs_split = (
             is_encoder_decoder
             or getattr(processor, "qformer_tokenizer", None) is not None
@@ -154,6 +158,17 @@ class ConversationCollator:
         said = self._render([*asked, turn("assistant", ANSWER)])
         return ANSWER in said and not said.startswith(self._render(asked, prompt=True))
 
+    def _end_that_is_missing(self) -> tuple[str, bool]:
+        """The token to put behind answers, empty where the template ends them; and whether only the last lacks it."""
+        turns = [*self._before, turn("user", "(question)"), turn("assistant", ANSWER)]
+        end = self.processor.tokenizer.eos_token or ""
+        if self._render(turns).rpartition(ANSWER)[2].strip():
+            return "", False
+        try:
+            return end, end in self._render([*turns, *turns[-2:]])  # DeepSeek-VL's ends all answers but the last
+        except TemplateError:  # it takes one question alone
+            return end, True
+
     @cached_property
     def image_tokens(self) -> int:
         """Tokens that an image of an ordinary size takes."""
@@ -215,6 +230,11 @@ class ConversationCollator:
             raise _error(name, "order", "the last turn is no answer. Take that turn out.")
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": [{"type": "text", "text": self.system}]}, *messages]
+        end, of_last_alone = self._missing_end
+        for number, message in enumerate(messages if end else ()):
+            if message["role"] == "assistant" and (not of_last_alone or number == len(messages) - 1):
+                *before, last = message["content"]
+                messages[number] = {**message, "content": [*before, {**last, "text": last["text"] + end}]}
         try:
             text, spans = self._rendered(messages, name)
         except TemplateError as error:  # Gemma's takes no system message, Mistral's no two turns of one role

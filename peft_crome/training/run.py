@@ -67,6 +67,7 @@ def train(
         augmentation=Augmentation(recipe.images.random_crop, recipe.images.horizontal_flip, recipe.images.views),
         max_length=recipe.training.max_length,
         system=recipe.system,
+        ends_answers=True,
         seed=recipe.training.seed,
         **ConversationCollator.limits(config),
     )

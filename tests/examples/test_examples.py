@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import os
 import re
@@ -114,7 +115,16 @@ def test_attach_to_llava_answers_the_same_before_and_after(tiny_llava: Path, tmp
 
 @pytest.mark.slow
 def test_train_with_trainer_saves_an_adapter(tiny_llava: Path, questions: Path, tmp_path: Path) -> None:
-    output = run("train_with_trainer.py", tmp_path, model=tiny_llava, data=questions, steps=6, batch_size=4)
+    rows = [
+        {
+            "image": f"{image}.png",
+            "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}],
+        }
+        for question, answer, image in json.loads((questions / "questions.json").read_text())
+    ]
+    data, photos = tmp_path / "data.json", questions / "images"
+    data.write_text(json.dumps(rows))
+    output = run("train_with_trainer.py", tmp_path, model=tiny_llava, data=data, images=photos, steps=6, batch_size=4)
     assert_trained(output, tmp_path / "crome-trainer")
 
 

@@ -200,3 +200,19 @@ def test_no_image_is_cut(family: Family, checkpoint: Callable[[Family], Path], i
     first = int((whole["labels"][0] >= 0).nonzero()[0])
     with pytest.raises(RowError, match="Raise max_length"):
         ConversationCollator(processor, max_length=first)([one])
+
+
+@each_family
+def test_a_model_learns_to_stop(family: Family, checkpoint: Callable[[Family], Path], images: dict[str, str]) -> None:
+    """Where the template ends no answer, the tokenizer's end token does; elsewhere nothing changes."""
+    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    plain, ending = ConversationCollator(processor), ConversationCollator(processor, ends_answers=True)
+    one = rows_of(family, images)[0]
+    before, after = plain([one])["labels"][0], ending([one])["labels"][0]
+    stops = [label for label in after.tolist() if label >= 0]
+    if family.end_of_turn is None or not family.closes_last:
+        assert stops[-1] == processor.tokenizer.eos_token_id
+        assert stops[:-1] == [label for label in before.tolist() if label >= 0]
+    else:
+        assert torch.equal(before, after)
+        assert processor.tokenizer.decode(stops).strip().endswith(family.end_of_turn)

@@ -116,8 +116,8 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
         ({"training": {"batch_size": True}}, r"training.batch_size: expected a number; YAML's yes .*\(given: True\)"),
         ({"training": {"epochs": True}}, r"training.epochs: expected a number"),
         ({"images": {"std": [0, 0, 0]}}, r"images.std.0: .*greater than 0"),
-        ({"stage": "finetune"}, "`finetune` trains the adapter alone; give `previous`"),
-        ({"backbones": None}, "give `previous`, the directory of the stage before, or `backbones`"),
+        ({"stage": "finetune"}, "`finetune` trains the adapter alone; give `model`, or `previous`"),
+        ({"backbones": None}, "give `model`, `previous`, the directory of the stage before, or `backbones`"),
     ],
 )
 def test_wrong_recipe_names_the_key(changes: dict[str, Any], message: str) -> None:

@@ -47,6 +47,7 @@ def recipe_collator(recipe: Recipe) -> ConversationCollator:
         processor,
         max_length=recipe.training.max_length,
         system=recipe.system,
+        ends_answers=True,
         **ConversationCollator.limits(config),
     )
 

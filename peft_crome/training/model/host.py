@@ -11,15 +11,14 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
-    AutoModelForSeq2SeqLM,
     AutoProcessor,
 )
 from transformers.utils import CONFIG_NAME, cached_file, is_bitsandbytes_available
 
 from ...tuner import CromeConfig
+from ...vlm.backbones import language_class
 from ..directory.stage import RECORD, read_record
 from ..errors import StageError
 from ..quantization import bits_of, load_config
@@ -142,20 +141,22 @@ def read_config(host: Host) -> Any:
     try:
         return AutoConfig.from_pretrained(host.name, **_revision(host.revision))
     except (OSError, ValueError) as error:
-        moved = (
-            " If the folder has moved, write the new place into adapter_config.json."
-            if Path(host.name).is_absolute()
-            else ""
-        )
-        raise StageError(f"model: {host.name!r} cannot be loaded: {error}{moved}") from error
+        raise StageError(
+            f"model: {host.name!r} is no folder with a model, and cannot be had from the Hub ({error}). An adapter "
+            "whose model has moved names its old place in adapter_config.json; write the new one there."
+        ) from error
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a model: one that sees, where it does."""
+    """The class of transformers that loads a model: one that sees, where it does.
+
+    Raises:
+        ValueError: it is neither such a model nor a language model.
+    """
     for kind in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         if type(config) in kind._model_mapping:
             return kind
-    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+    return language_class(config)
 
 
 def build_on_host(recipe: Recipe, host: Host) -> tuple[PeftModel, Any, dict[str, Any] | None]:

@@ -25,6 +25,7 @@ from ...data.sources import check_columns
 from ...data.templates import CHAT_TEMPLATES
 from ...vlm.configuration_crome_vlm import IMAGE_OPTIONS
 from ..quantization import Bits
+from ..stages import STAGES
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Metric = Literal["exact_match", "vqa_accuracy", "multiple_choice", "cider", "rouge_l", "bleu", "chrf"]
@@ -361,6 +362,10 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _where_from(self) -> Recipe:
+        parts = {part for stage in STAGES.values() for part in stage.parts}
+        strange = [part for part in self.training.learning_rates if part not in parts]
+        if strange and self.backbones is not None:
+            raise ValueError(f"training.learning_rates.{strange[0]}: no such part; there are {sorted(parts)}")
         if self.model is not None:
             self._check_model()
         elif self.previous is None and self.stage == "finetune":
