@@ -66,6 +66,7 @@ models-table: $(CONFORMITY_READY)  ## write the table of docs/models.md from a r
 # Processors of video and of some images need torchvision, which stays out of the environment: see packages.txt there.
 test-families: $(FAMILIES_READY)  ## tiny checkpoints with the real processors of well-known families: two minutes
 	PYTHONPATH="$(CURDIR):$(CURDIR)/tests/startup:$(abspath $(VENV))/families" $(RUN) -m pytest -n $(WORKERS) tests/families
+	$(RUN) -m tests.families.table --check
 
 test-fast: $(DEV_READY)  ## the quick tests of the method, the composite and the data: three minutes
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu" tests/tuner tests/vlm tests/utils tests/evaluation \

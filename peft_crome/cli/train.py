@@ -17,7 +17,7 @@ FINETUNE: dict[str, Any] = {
     "batch_size": 16,
     "epochs": 3,
     "learning_rate": 1e-3,
-    "warmup_steps": 10,
+    "warmup_steps": 0.05,
     "weight_decay": 0.0,
 }
 Settings = Annotated[
@@ -56,7 +56,9 @@ def finetune(
     from ..training.model.host import is_adapter
 
     try:
-        source = {"path": data, **({"images": pairs(images, "--images")} if images else {})}
+        folders = pairs(images, "--images") if images else None
+        folder = folders[""] if folders is not None and list(folders) == [""] else folders
+        source = {"path": data} | ({} if folder is None else {"images": folder})
         start = {"previous": model} if is_adapter(model) else {"model": {"name": model}}
         overrides = recipes.parse_overrides(settings or [])
         training = FINETUNE | ({"epochs": None} if "training.max_steps" in overrides else {})

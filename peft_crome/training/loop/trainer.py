@@ -240,6 +240,7 @@ class CromeTrainer(Trainer):
         """
         if self.lr_scheduler is None:
             warmup = self.settings.warmup_steps
+            warmup = warmup if isinstance(warmup, int) else int(warmup * num_training_steps)
             if warmup >= num_training_steps:
                 raise RecipeError(
                     f"training.warmup_steps: {warmup} leaves nothing of {num_training_steps} steps. Write "

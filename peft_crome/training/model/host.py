@@ -24,6 +24,7 @@ from ..errors import StageError
 from ..quantization import bits_of, load_config
 from ..recipe.schema import Adapter, Host, Recipe
 from ..stages import ADAPTER
+from .previous import located
 
 
 def is_adapter(directory: str) -> bool:
@@ -126,7 +127,7 @@ def read_model(host: Host, device: Any = None) -> Any:
     if host.attn_implementation is not None:
         arguments["attn_implementation"] = host.attn_implementation
     try:
-        model = auto_class(config).from_pretrained(host.name, dtype=dtype, **_revision(host.revision), **arguments)
+        model = auto_class(config).from_pretrained(located(host.name), dtype=dtype, **_revision(host.revision), **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise StageError(f"model: {host.name!r} cannot be loaded: {error}") from error
     return model.requires_grad_(False)

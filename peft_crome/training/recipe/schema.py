@@ -286,7 +286,7 @@ class Training(_Section):
     learning_rate: float = Field(default=1e-5, gt=0, description="The peak.")
     learning_rates: dict[str, NonNegativeFloat] = Field(default_factory=dict, description="Other peaks, by part.")
     initial_learning_rate: float = Field(default=1e-8, ge=0, description="Where the warm-up starts.")
-    warmup_steps: int = Field(default=1000, ge=0)
+    warmup_steps: int | Share = Field(default=1000, ge=0, description="Below 1: a share of all steps.")
     betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: float = Field(default=0.05, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping.")

@@ -1,0 +1,52 @@
+"""The table of docs/models.md that says which families one command trains, from what the tests run.
+
+    python -m tests.families.table            # write it
+    python -m tests.families.table --check    # fail where it is out of date
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from . import ABSENT, FAMILIES, Family
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+BEGIN, END = "<!-- begin: written by python -m tests.families.table -->", "<!-- end of the families -->"
+
+
+def table() -> str:
+    """Markdown, a row for each family."""
+    lines = ["| family | trains by one command | several images | what is special |", "| --- | --- | --- | --- |"]
+    for name, family in sorted(FAMILIES.items()):
+        trains = "yes" if family.chat_template else "no: it publishes no chat template"
+        several = "yes" if family.several_images else "no"
+        lines.append(f"| `{name}` | {trains} | {several} | {special(family)} |")
+    lines += [f"| `{name}` | no: {why} | | |" for name, why in sorted(ABSENT.items())]
+    return "\n".join(lines)
+
+
+def special(family: Family) -> str:
+    """What a reader of its data should know."""
+    said = {
+        "takes no system message": not family.system,
+        "images come before a turn's words": family.images_first,
+        "words of a turn are stripped": family.strips,
+        "recipes end its answers": family.chat_template and (family.end_of_turn is None or not family.closes_last),
+        "one answer a row": family.chat_template and not (family.prompt_is_prefix and family.keeps_turns),
+    }
+    return "; ".join(text for text, holds in said.items() if holds)
+
+
+def main() -> None:
+    """Write the table, or compare it."""
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    page = f"{head}{BEGIN}\n\n{table()}\n\n{END}{rest.partition(END)[2]}"
+    if "--check" not in sys.argv:
+        PAGE.write_text(page, encoding="utf-8")
+    elif page != PAGE.read_text(encoding="utf-8"):
+        sys.exit(f"{PAGE.name} is out of date. Write: python -m tests.families.table")
+
+
+if __name__ == "__main__":
+    main()
