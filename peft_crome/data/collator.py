@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from .answer_spans import ANSWER, AnswerSpans, PromptRewritten, turn
 from .expansion import Expansion, tokens_in
 from .images import Augmentation, image_size, open_image
 from .instructions import check_instruction
-from .processed import Messages, Processed, Tokens, UnknownPlaceholder, padded, with_images
+from .processed import Messages, Processed, Tokens, UnknownPlaceholder, padded, with_images, with_template
 from .rows import COUNTS, DRAW, DRAWN, Fault, RowError
 
 IGNORE = -100
@@ -397,14 +396,12 @@ def checked(processor: Any) -> Any:
             f"{type(tokenizer).__name__} does not say which text its tokens come from, so answers cannot be told from "
             "questions. Load the fast tokenizer of this model."
         )
+    processor = with_template(processor)
     if processor.chat_template is None:
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                "The language model has no chat template. Write chat_template: vicuna, plain or t5 in the recipe, or "
-                "set processor.chat_template."
-            )
-        processor = copy.copy(processor)
-        processor.chat_template = tokenizer.chat_template
+        raise ValueError(
+            "The language model has no chat template. Write chat_template: vicuna, plain or t5 in the recipe, or "
+            "set processor.chat_template."
+        )
     return processor
 
 

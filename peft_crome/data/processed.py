@@ -126,6 +126,16 @@ class Processed:
         return tokens  # type: ignore[no-any-return]
 
 
+def with_template(processor: Any) -> Any:
+    """The processor, or a copy with the chat template that its tokenizer brings: Phi-4's has none of its own."""
+    template = getattr(getattr(processor, "tokenizer", None), "chat_template", None)
+    if processor.chat_template is not None or template is None:
+        return processor
+    processor = copy.copy(processor)
+    processor.chat_template = template
+    return processor
+
+
 def with_images(messages: Messages, images: Iterable[Image.Image]) -> Messages:
     """A conversation whose image parts hold their images, which come in the order of the parts."""
     images = iter(images)

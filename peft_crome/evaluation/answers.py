@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..data import open_image
 from ..data.instructions import check_instructions
-from ..data.processed import with_images
+from ..data.processed import with_images, with_template
 from ..utils.shorten import short
 
 # Of a language model's generation configuration, what makes another answer of the likeliest tokens, turned off: BART's
@@ -52,6 +52,7 @@ def generate_answers(
         ValueError: an image cannot be read; the message names the row.
     """
     host = model.get_base_model() if isinstance(model, PeftModel) else model
+    processor = with_template(processor)
     check_instructions(processor, host.config, rows)
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -1,7 +1,7 @@
 """The table of docs/models.md that says which families one command trains, from what the tests run.
 
-    python -m tests.families.table            # write it
-    python -m tests.families.table --check    # fail where it is out of date
+python -m tests.families.table            # write it
+python -m tests.families.table --check    # fail where it is out of date
 """
 
 from __future__ import annotations

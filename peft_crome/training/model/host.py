@@ -121,13 +121,13 @@ def read_model(host: Host, device: Any = None) -> Any:
     config = read_config(host)
     dtype: Any = getattr(torch, host.dtype) if host.dtype is not None else "auto"
     computed = dtype if host.dtype is not None else getattr(config, "dtype", None) or torch.float32
-    arguments: dict[str, Any] = {"device_map": device}
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": device, **_revision(host.revision)}
     if host.quantization is not None:
         arguments["quantization_config"] = load_config(host.quantization, computed)
     if host.attn_implementation is not None:
         arguments["attn_implementation"] = host.attn_implementation
     try:
-        model = auto_class(config).from_pretrained(located(host.name), dtype=dtype, **_revision(host.revision), **arguments)
+        model = auto_class(config).from_pretrained(located(host.name), **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise StageError(f"model: {host.name!r} cannot be loaded: {error}") from error
     return model.requires_grad_(False)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...data import ConversationCollator
 from ...tuner import CromeConfig, guard
+from ...tuner.weights import DOWN, GATE
 from ..errors import RecipeError
 from ..loop.trainer import CromeTrainer
 from ..model.host import host_of
@@ -200,7 +201,7 @@ def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
     modes = [(module, module.training) for module in model.modules()]
     try:
         try:
-            guard.check(model, batch)
+            silent = {report.branch for report in guard.check(model, batch) if not report.calls}
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -210,7 +211,13 @@ def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
             loss = model(**batch).loss
             if loss.requires_grad:  # behind a Q-Former, text alone meets nothing that trains
                 loss.backward()
-        without = [name for _, name, parameter in trained_parameters(model) if parameter.grad is None]
+        # A model that hears has a branch for sound, which a row with an image does not meet.
+        idle = tuple(f"{which}{branch}." for branch in silent for which in (GATE, DOWN))
+        without = [
+            name
+            for _, name, parameter in trained_parameters(model)
+            if parameter.grad is None and not any(part in name for part in idle)
+        ]
     finally:
         if cache is not None:
             base.feature_cache = cache
