@@ -183,12 +183,12 @@ def acting(layers: Iterable[tuple[str, CromeLayer]]) -> set[Pair]:
 
 def training_pairs(weights: CromeWeights, layers: Iterable[tuple[str, CromeLayer]]) -> set[Pair]:
     """Of `acting`, those of which W_u or a map of the branch requires a gradient."""
-    found = set()
-    for name, branch in acting(layers):
-        linears = weights.linears_of(name)
-        if any(linears[key].weight.requires_grad for key in ("crome_up", GATE + branch, DOWN + branch)):
-            found.add((name, branch))
-    return found
+    return {pair for pair in acting(layers) if _requires_grad(weights, *pair)}
+
+
+def _requires_grad(weights: CromeWeights, name: str, branch: str) -> bool:
+    linears = weights.linears_of(name)
+    return any(linears[key].weight.requires_grad for key in ("crome_up", GATE + branch, DOWN + branch))
 
 
 class Guard:
@@ -260,7 +260,14 @@ class Guard:
         outputs: Any,
     ) -> None:
         branches = self.unproven & {branch for _, branch in training}
-        merged = {branch for _, layer in self.layers if layer.folded for branch in layer.branches} - branches
+        folded = {
+            (name, branch)
+            for _, layer in self.layers
+            if layer.folded
+            for name in layer.merged_adapters
+            for branch in layer.branches_of.get(name, ())
+        }
+        merged = {branch for name, branch in folded if _requires_grad(self.weights, name, branch)} - branches
         if not branches and not merged & self.unproven:
             return
         arguments = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
