@@ -163,15 +163,24 @@ def from_images(layers: Iterable[tuple[str, CromeLayer]]) -> set[str]:
 def expected_branches(
     branches: Iterable[str], arguments: dict[str, Any], from_images: set[str] | None = None
 ) -> set[str]:
-    """The branches that a forward call has input for: token ids, sound, or (for any other name) images."""
+    """The branches that a forward call has input for: token ids, sound, or (for any other name) images.
+
+    Sound and images are floating numbers, or codes (Inkling's audio_input_ids). Other integers of such a name are a
+    mask, a count, a size or a position, which a batch without images may have, too.
+    """
     given = {name for name, value in arguments.items() if _is_given(value)}
+    media = {
+        name
+        for name in given
+        if "mask" not in name and (name.endswith("input_ids") or _is_given(arguments[name], floating=True))
+    }
     expected = set()
     for branch in branches:
         if branch == "text" and branch not in (from_images or ()):
-            names = TEXT_INPUTS if "inputs_embeds" not in given else None
+            found = "inputs_embeds" not in given and any(map(TEXT_INPUTS.fullmatch, given))
         else:
-            names = AUDIO_INPUTS if branch == "audio" else VISION_INPUTS
-        if names and any(names.fullmatch(name) for name in given):
+            found = any(map((AUDIO_INPUTS if branch == "audio" else VISION_INPUTS).fullmatch, media))
+        if found:
             expected.add(branch)
     return expected
 
@@ -333,10 +342,10 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-def _is_given(value: Any) -> bool:
+def _is_given(value: Any, *, floating: bool = False) -> bool:
     if isinstance(value, torch.Tensor):
-        return value.numel() > 0
-    return isinstance(value, (list, tuple)) and any(_is_given(item) for item in value)
+        return value.numel() > 0 and (value.is_floating_point() or not floating)
+    return isinstance(value, (list, tuple)) and any(_is_given(item, floating=floating) for item in value)
 
 
 def _roots(outputs: Any) -> list[Any]:
