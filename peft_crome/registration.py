@@ -93,20 +93,20 @@ def keep_card() -> None:
 
     save_and_correct.keeps_card = True  # type: ignore[attr-defined]
     RepoCard.save = save_and_correct  # type: ignore[method-assign]
-    _replace_method("create_commit", commit_corrected)
-    _replace_method("upload_folder", upload_corrected)
+    _replace_methods({"create_commit": commit_corrected, "upload_folder": upload_corrected})
     # `Trainer` calls it where a card says that a model is PEFT's; that of an integrated adapter says so, too.
     PreTrainedModel.create_or_update_model_card = lambda self, output_dir: _correct_card(output_dir)
 
 
-def _replace_method(name: str, method: Callable[..., Any]) -> None:
-    """Replace a method of `HfApi`, also where a module has bound it: huggingface_hub, or whoever imported it there."""
-    old = getattr(HfApi, name)
-    setattr(HfApi, name, method)
+def _replace_methods(methods: dict[str, Callable[..., Any]]) -> None:
+    """Replace methods of `HfApi`, also where a module has bound them: huggingface_hub, or whoever imported them."""
+    new = {id(getattr(HfApi, name)): method for name, method in methods.items()}
+    for name, method in methods.items():
+        setattr(HfApi, name, method)
     for module in list(sys.modules.values()):
         for alias, value in list(getattr(module, "__dict__", {}).items()):
-            if type(value) is MethodType and value.__func__ is old:
-                setattr(module, alias, MethodType(method, value.__self__))
+            if type(value) is MethodType and id(value.__func__) in new:
+                setattr(module, alias, MethodType(new[id(value.__func__)], value.__self__))
 
 
 def _correct_card(folder: Any) -> None:
