@@ -24,9 +24,12 @@ def without_sites(model: nn.Module) -> Iterator[None]:
             into the table.
     """
     sites = [module for module in model.modules() if isinstance(module, CromeLayer)]
+    if not sites:
+        yield
+        return
     tables = [input_embeddings(model), *(site.base_layer for site in sites if _is_table(site.base_layer))]
-    copies = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)] if sites else []
-    trained = {inner for copy in copies for inner in (copy, *copy.modules())}
+    copies = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    trained = {inner for copy in copies for inner in copy.modules()}
     for name, modules in {"embedding table": tables, "output head": [output_embeddings(model)]}.items():
         if trained.intersection(modules):
             raise ValueError(
