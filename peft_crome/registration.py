@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import peft.auto
@@ -52,11 +55,12 @@ def keep_card() -> None:
     """Let an adapter's card keep what loads it, wherever cards are written and whatever uploads them; idempotent.
 
     transformers' `push_to_hub`, its `Trainer` and TRL's write cards of their own beside an adapter. All of them save
-    one by `RepoCard.save`, or upload by `HfApi.create_commit`.
+    one by `RepoCard.save`, or upload by `HfApi.create_commit`, or by `HfApi.upload_folder`, which makes commits in
+    another way where Xet is installed.
     """
     from transformers import PreTrainedModel
 
-    save, commit = RepoCard.save, HfApi.create_commit
+    save, commit, upload = RepoCard.save, HfApi.create_commit, HfApi.upload_folder
     if getattr(save, "keeps_card", False):
         return
 
@@ -72,17 +76,37 @@ def keep_card() -> None:
 
     @functools.wraps(commit)
     def commit_corrected(self: HfApi, repo_id: str, operations: Any, **kwargs: Any) -> Any:
-        from .sharing.card import correct_upload
+        from .sharing.upload import correct_upload
 
         if kwargs.get("repo_type") in (None, "model"):
             operations = correct_upload(repo_id, operations)
         return commit(self, repo_id, operations, **kwargs)
 
+    @functools.wraps(upload)
+    def upload_corrected(self: HfApi, *, repo_id: str, folder_path: Any, **kwargs: Any) -> Any:
+        from .sharing.upload import correct_folder
+
+        if kwargs.get("repo_type") in (None, "model"):
+            patterns = {name: kwargs.get(name) for name in ("allow_patterns", "ignore_patterns")}
+            correct_folder(repo_id, folder_path, kwargs.get("path_in_repo"), **patterns)
+        return upload(self, repo_id=repo_id, folder_path=folder_path, **kwargs)
+
     save_and_correct.keeps_card = True  # type: ignore[attr-defined]
     RepoCard.save = save_and_correct  # type: ignore[method-assign]
-    HfApi.create_commit = commit_corrected  # type: ignore[method-assign]
+    _replace_methods({"create_commit": commit_corrected, "upload_folder": upload_corrected})
     # `Trainer` calls it where a card says that a model is PEFT's; that of an integrated adapter says so, too.
     PreTrainedModel.create_or_update_model_card = lambda self, output_dir: _correct_card(output_dir)
+
+
+def _replace_methods(methods: dict[str, Callable[..., Any]]) -> None:
+    """Replace methods of `HfApi`, also where a module has bound them: huggingface_hub, or whoever imported them."""
+    new = {id(getattr(HfApi, name)): method for name, method in methods.items()}
+    for name, method in methods.items():
+        setattr(HfApi, name, method)
+    for module in list(sys.modules.values()):
+        for alias, value in list(getattr(module, "__dict__", {}).items()):
+            if type(value) is MethodType and id(value.__func__) in new:
+                setattr(module, alias, MethodType(new[id(value.__func__)], value.__self__))
 
 
 def _correct_card(folder: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import peft_crome
-from peft_crome.tuner.guard import PATIENCE, Guard
+from peft_crome.tuner.guard import PATIENCE, Guard, expected_branches
 from tests.tuner.helpers import attach, crome_weight, randomize, snapshot
 from tests.zoo import ZOO
 from tests.zoo.case import WIDTH, words
@@ -140,6 +140,85 @@ def test_training_while_merged_says_so() -> None:
         model.train()(**case.batch)
     model.unmerge_adapter()
     model.train()(**case.batch)
+
+
+@pytest.mark.parametrize("trained", ["_vision.default.weight", "crome_up.default.weight"])
+def test_training_beside_a_frozen_branch_that_is_merged(trained: str) -> None:
+    """What is folded in stays right as long as none of it trains: the branch's own maps and W_u."""
+    case = llava()
+    model = attach(case.model)
+    randomize(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(trained))
+    expected = gradient_of(model, case.batch, "gate_vision") if "vision" in trained else None
+    model.merge_adapter()
+    if expected is None:
+        with pytest.raises(RuntimeError, match=r"\['text'\] do not train: they are merged"):
+            model.train()(**case.batch)
+    else:
+        torch.testing.assert_close(gradient_of(model, case.batch, "gate_vision"), expected)
+
+
+def gradient_of(model: nn.Module, batch: dict[str, Any], key: str) -> torch.Tensor:
+    model.zero_grad()
+    model.train()(**batch).loss.backward()
+    return crome_weight(model, key).grad.clone()
+
+
+def test_a_reentrant_checkpoint_that_closes_over_images_is_trusted() -> None:
+    """Mllama's cross-attention takes them by name, so autograd does not lead from the loss to the projector."""
+    case = ZOO["mllama"]()
+    model = attach(case.model, branches=["vision"])
+    randomize(model)
+    expected = gradient_of(model, case.batch, "gate_vision")
+    assert expected.any()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
+    guard_of(model).unproven = {"vision"}
+    torch.testing.assert_close(gradient_of(model, case.batch, "gate_vision"), expected)
+    assert not guard_of(model).unproven
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the tower, which is frozen
+def test_a_detached_site_is_an_error_under_a_reentrant_checkpoint() -> None:
+    model, batch = detached_site()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match="'vision' cannot learn"):
+        model.train()(**batch)
+
+
+@pytest.mark.parametrize("name", ["kosmos-2", "kosmos-2.5"])
+def test_a_mask_of_image_places_is_no_image(name: str) -> None:
+    case = ZOO[name]()
+    model = attach(case.model, branches=["vision"]).train()
+    model(**case.text_only)
+    assert guard_of(model).unproven == {"vision"}
+    model(**case.batch)
+    assert not guard_of(model).unproven
+
+
+@pytest.mark.parametrize(
+    ("branch", "given", "expected"),
+    [
+        ("vision", {"batch_num_images": torch.tensor([0])}, False),
+        ("vision", {"image_sizes": torch.tensor([[0, 0]])}, False),
+        ("vision", {"image_grid_thw": [torch.tensor([1, 2, 2])]}, False),
+        ("vision", {"image_embeds": torch.zeros(1, 0, 8)}, False),
+        ("vision", {"image_mask": torch.ones(1, 4, dtype=torch.bool)}, False),
+        ("vision", {"image_attention_mask": torch.zeros(1, 4)}, False),
+        ("vision", {"pixel_values": torch.zeros(1, 3, 2, 2)}, True),
+        ("vision", {"pixel_values": torch.zeros(1, 3, 2, 2, dtype=torch.bfloat16)}, True),
+        ("vision", {"images": [[], [torch.zeros(3, 2, 2)]]}, True),
+        ("audio", {"audio_token_lengths": torch.tensor([3])}, False),
+        ("audio", {"input_features": torch.zeros(1, 4, 2)}, True),
+        ("audio", {"audio_input_ids": torch.tensor([[3, 4]])}, True),
+        ("audio", {"audio_input_ids": torch.zeros(1, 0, dtype=torch.long)}, False),
+        ("text", {"input_ids": torch.tensor([[1]])}, True),
+        ("text", {"input_ids": torch.tensor([[1]]), "inputs_embeds": torch.zeros(1, 1, 2)}, False),
+    ],
+)
+def test_what_counts_as_a_branch_s_input(branch: str, given: dict[str, Any], expected: bool) -> None:
+    assert expected_branches([branch], given) == ({branch} if expected else set())
 
 
 def test_passes_without_images_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:

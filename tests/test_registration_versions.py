@@ -47,7 +47,9 @@ tuner = types.ModuleType("peft_crome.tuner")
 tuner.CromeConfig, tuner.CromeModel = type("CromeConfig", (), {}), type("CromeModel", (), {"prefix": "crome_"})
 hub = types.ModuleType("huggingface_hub")
 save, commit = (lambda self, filepath: None), (lambda self, repo_id, operations: None)
-hub.RepoCard, hub.HfApi = type("RepoCard", (), {"save": save}), type("HfApi", (), {"create_commit": commit})
+upload = lambda self, *, repo_id, folder_path: None
+hub.RepoCard = type("RepoCard", (), {"save": save})
+hub.HfApi = type("HfApi", (), {"create_commit": commit, "upload_folder": upload})
 transformers = types.ModuleType("transformers")
 transformers.PreTrainedModel = type("PreTrainedModel", (), {"resize_token_embeddings": lambda self: None})
 for name, module in {
@@ -104,6 +106,7 @@ assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING == {member: "crome_"}
 assert mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING == {}
 assert auto.get_default_import_allowlist() == ["peft", "transformers", "peft_crome.vlm.modeling_crome_vlm"]
 assert hub.RepoCard.save.__wrapped__ is save and hub.HfApi.create_commit.__wrapped__ is commit  # wrapped once
+assert hub.HfApi.upload_folder.__wrapped__ is upload
 assert "torch" not in sys.modules
 print("registered under", sys.version.split()[0])
 """

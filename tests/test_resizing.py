@@ -132,6 +132,35 @@ def test_a_table_that_trains_is_refused_and_left(branches: str, trained: dict[st
         assert torch.equal(model(**batch).logits, before)
 
 
+@pytest.mark.parametrize("branches", ["vision", BOTH])
+@pytest.mark.parametrize(
+    ("trained", "named"),
+    [(["lm_head"], "output head trains"), (["language_model"], "embedding table trains")],
+)
+def test_a_trained_module_with_a_row_for_each_word_is_refused_and_left(
+    trained: list[str], named: str, branches: str
+) -> None:
+    model, batch = adapted("llava", "vision" if trained == ["language_model"] else branches, modules_to_save=trained)
+    host = model.get_base_model()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        before = model(**batch).logits
+        for through in (model, host):
+            with pytest.raises(ValueError, match=rf"(?s){named}.*before get_peft_model"):
+                through.resize_token_embeddings(70)
+        assert torch.equal(model(**batch).logits, before)
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes
+    assert host.config.get_text_config().vocab_size == before.shape[-1]
+
+
+def test_a_trained_module_of_another_size_does_not_matter() -> None:
+    model, batch = adapted("llava", BOTH, modules_to_save=["multi_modal_projector"])
+    with torch.no_grad():
+        before = model(**batch).logits
+        model.resize_token_embeddings(before.shape[-1] + 6, mean_resizing=False)
+        torch.testing.assert_close(model(**batch).logits[..., :-6], before)
+
+
 def test_a_folded_table_is_refused_until_it_is_unmerged() -> None:
     model, batch = adapted("llava", BOTH)
     with torch.no_grad():

@@ -98,6 +98,14 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that turns hidden states into logits, or None where the model names none."""
+    try:
+        return model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def original_module(module: nn.Module) -> nn.Module:
     """What PEFT keeps of a module beside a copy that trains; the module itself where there is no copy."""
     return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module

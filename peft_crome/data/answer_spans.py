@@ -1,15 +1,19 @@
-"""Where a chat template writes the answers of a conversation, in two renderings however many answers there are."""
+"""Where a chat template writes the answers of a conversation, in a time that grows with its length alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
+from jinja2.parser import Parser
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around an answer; no text holds them, since they are no characters
 QUESTION, ANSWER = "(question)", "(answer)"
+FEW = 8  # answers that are all found by rendering what comes before each
 OF_OTHER_TURNS = {"nextitem", "previtem", "length", "revindex", "revindex0", "changed", "cycle"}  # of a loop
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
@@ -37,8 +41,9 @@ class AnswerSpans:
 
     An answer begins where the prompt ends that generation is given, and ends with what ends its turn. The last one is
     found by its prompt. In the same rendering the earlier answers have marks around them; what stands beside the marks
-    is the same for all turns of most templates. Where it may not be, each earlier answer is found by two renderings of
-    its own, whose time grows with the square of the number of answers.
+    is the same for all turns of most templates. Where it may not be, an earlier answer is found by rendering it after
+    the first exchange and the one before it, and some are compared with what rendering the whole conversation up to
+    them finds. Where that differs, each is found so, in a time that grows with the square of their number.
 
     Args:
         render: messages, and whether a prompt for an answer ends them -> text.
@@ -68,7 +73,40 @@ class AnswerSpans:
             spans = _between_marks(prompt, text, [_said(messages[end]) for end in ends], self._beside)
             if spans is not None:
                 return [*spans, (len(prompt) - 2 * len(ends), len(text.rstrip()))]
-        return [*(self.by_prefix(messages, end, text) for end in ends), self._last(messages, text)]
+        spans = self._in_exchanges(messages, ends, text) if len(ends) > FEW else None
+        if spans is None:
+            spans = [self.by_prefix(messages, end, text) for end in ends]
+        return [*spans, self._last(messages, text)]
+
+    def _in_exchanges(self, messages: Messages, ends: list[int], text: str) -> list[Span] | None:
+        """The answers that end with these messages; None: an exchange is written otherwise in the whole conversation.
+
+        What depends on words further back than an exchange is seen where it reaches the whole text, or one of the
+        first, second, fourth, eighth... prompts.
+        """
+        exchanges = [messages[first:end] for first, end in pairwise([0, *(end + 1 for end in ends)])]
+        written: list[str] = []
+        spans: list[Span] = []
+        place = 0
+        for number, exchange in enumerate(exchanges):
+            known = sorted({0, number - 1} & set(range(number)))
+            before = "".join(written[n] for n in known)
+            window = [message for n in known for message in exchanges[n]] + exchange
+            try:
+                prompt, said = self._render(window[:-1], True), self._render(window, False)
+            except TemplateError:
+                return None
+            for made in (prompt, said):
+                if not (made.startswith(before) and text.startswith(made[len(before) :], place)):
+                    return None
+            written.append(said[len(before) :])
+            if not written[-1].strip():
+                return None
+            spans.append((place + len(prompt) - len(before), place + len(written[-1].rstrip())))
+            place += len(written[-1])
+            if number & (number + 1) == 0 and spans[-1] != self.by_prefix(messages, ends[number], text):
+                return None
+        return spans
 
     def by_prefix(self, messages: Messages, end: int, text: str) -> Span:
         """One answer, by rendering what comes before it and what ends with it."""
@@ -157,15 +195,26 @@ def _between_marks(prompt: str, text: str, answers: Sequence[str], beside: tuple
     return spans
 
 
+class Generation(Extension):
+    """transformers' `{% generation %}` around what an assistant says, which writes nothing itself."""
+
+    tags = {"generation"}  # noqa: RUF012  # as in Jinja
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """What stands between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def writes_turns_alone(template: str) -> bool:
     """Whether a template writes each turn, and each prompt, by the words of no other turn but the first.
 
     What a template makes of roles and numbers is seen by trying it; of words it is not. False where it is not clear.
     """
     try:
-        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        tree = Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(template)
         inputs = find_undeclared_variables(tree) - {"messages"}
-    except TemplateError:  # or tags of transformers' own
+    except TemplateError:
         return False
     parents = {id(child): node for node in _all(tree) for child in node.iter_child_nodes()}
     if any(isinstance(node, nodes.NSRef | nodes.Macro | nodes.CallBlock) for node in _all(tree)):

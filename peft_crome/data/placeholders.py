@@ -11,16 +11,18 @@ from .fields import is_nothing
 from .rows import Fault
 
 PLACEHOLDER = "<image>"
-WITH_PATH = re.compile(r"<image>|<img>\s*([^<>]*?)\s*</img>")  # Qwen-VL's
+ANY_CASE = re.compile(PLACEHOLDER, re.IGNORECASE)
+WITH_PATH = re.compile(r"<image>|<img>\s*([^<>]*?)\s*</img>", re.IGNORECASE)  # Qwen-VL's
 NUMBERED = re.compile(r"<(?:image|img)[ _-]?(\d+)>|<\|image_(\d+)\|>", re.IGNORECASE)  # MMMU's, Phi-3's
 MEDIA = re.compile(
     # not HTML, and not words about it
     r"(?<!`)<(video|audio|speech)>(?!`|\s+(tag|element)|\s*</?(?!image|video|audio)\w)"
-    r"|<\|\w*(image|img|vision|video|audio)\w*\|>",
+    r"|<\|\w*(image|img|vision|video|audio)\w*\|>"
+    r"|(?<!`)<img>\s*[^\s<>]+\.(png|jpe?g|gif|webp|bmp|tiff?)\b",  # Qwen-VL's without its end
     re.IGNORECASE,
 )
 OF_OTHERS = re.compile(
-    r"<(image|img)[ _-]?\d+>|<img>|<image_?here>|<image[_-](placeholder|token|pad)>|<start_of_image>", re.IGNORECASE
+    r"<(image|img)([ _-]?\d+)?>|<image_?here>|<image[_-](placeholder|token|pad)>|<start_of_image>", re.IGNORECASE
 )  # words, where a row has no image
 
 
@@ -35,13 +37,16 @@ def shown_in(text: str, before: int | None = None) -> tuple[str, list[Any]]:
 
     Args:
         text: of a turn, or of a part of one.
-        before: images shown before it; None: the row has none. Numbered places that go on from it are images.
+        before: images shown before it; None: the row has none, or the turn shows none. Numbered places that go on
+            from it are images, and `<image>` is read in any case.
     """
+    if before is not None and "<" in text:
+        text = ANY_CASE.sub(PLACEHOLDER, text)
     if before is not None and "<" in text and PLACEHOLDER not in text:
         numbers = [int(found.group(1) or found.group(2)) for found in NUMBERED.finditer(text)]
         if numbers == list(range(before + 1, before + 1 + len(numbers))):
             text = NUMBERED.sub(PLACEHOLDER, text)
-    if "</img>" not in text:
+    if "</img>" not in text.lower():
         return text, [None] * text.count(PLACEHOLDER)
     images = [found.group(1) for found in WITH_PATH.finditer(text)]
     return WITH_PATH.sub(PLACEHOLDER, text), images

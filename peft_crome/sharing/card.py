@@ -8,13 +8,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import peft
 import yaml
-from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
@@ -42,7 +41,11 @@ _said: dict[str, CardDetails] = {}
 
 
 def write_card(
-    save_directory: str | os.PathLike, config: Any, where: str = THIS, subfolder: str | None = None
+    save_directory: str | os.PathLike,
+    config: Any,
+    where: str = THIS,
+    subfolder: str | None = None,
+    page: Path | None = None,
 ) -> None:
     """Write or update README.md beside an adapter.
 
@@ -51,11 +54,12 @@ def write_card(
         config: a `CromeConfig`.
         where: the name to load the adapter by.
         subfolder: of `where`, for an adapter that is not called "default".
+        page: the file to write, where it is not `save_directory`'s README.md.
     """
     directory = Path(save_directory)
     details: CardDetails = config._card or CardDetails()
     _said.update(dict.fromkeys(_names(directory), details))
-    path = directory / PAGE
+    path = page or directory / PAGE
     card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData())
     _fill_in(card.data, config, details)
     if details.image is not None:
@@ -86,7 +90,9 @@ def write_card(
         card.save(temporary)
 
 
-def correct_card(folder: str | os.PathLike, where: str = THIS, subfolder: str | None = None) -> bool:
+def correct_card(
+    folder: str | os.PathLike, where: str = THIS, subfolder: str | None = None, page: Path | None = None
+) -> bool:
     """Put our part into README.md beside an adapter where somebody has written another card over it.
 
     transformers and TRL write cards of their own beside what `save_pretrained` has written. A card that has the
@@ -96,11 +102,12 @@ def correct_card(folder: str | os.PathLike, where: str = THIS, subfolder: str | 
         folder: may hold a CROME adapter, or adapters in its folders; nothing is done to any other.
         where: the name to load the adapter by.
         subfolder: of `where`, that `folder` is.
+        page: the card, where it is not `folder`'s README.md.
     Returns:
-        Whether README.md was written.
+        Whether the card was written.
     """
     folder = Path(folder)
-    path = folder / PAGE
+    path = page or folder / PAGE
     try:
         if not any(map(_is_adapter, (folder, *(found.parent for found in folder.glob(f"*/{CONFIG_NAME}"))))):
             return False  # most cards are none of ours, nor read
@@ -117,45 +124,11 @@ def correct_card(folder: str | os.PathLike, where: str = THIS, subfolder: str | 
         config = PeftConfig.from_pretrained(str(adapter))
         config._card = said or CardDetails()
         below = adapter.name if adapter != folder else None
-        write_card(folder, config, where, "/".join(filter(None, (subfolder, below))) or None)
+        write_card(folder, config, where, "/".join(filter(None, (subfolder, below))) or None, path)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         logger.warning("%s: the line `%s` could not be put into the model card (%s).", path, IMPORT, error)
         return False
     return True
-
-
-def correct_upload(repo_id: str, operations: Iterable[Any]) -> list[Any]:
-    """A commit's operations, with the cards of CROME adapters in it as `correct_card` writes them.
-
-    Args:
-        repo_id: where the commit goes.
-        operations: of `HfApi.create_commit`.
-    """
-    operations = list(operations)
-    places = {_place(operation): i for i, operation in enumerate(operations) if _is_file(operation)}
-    folders = {
-        place.parent: Path(operations[i].path_or_fileobj).parent
-        for place, i in places.items()
-        if place.name in (CONFIG_NAME, PAGE) and Path(operations[i].path_or_fileobj).name == place.name
-    }
-    for place, folder in folders.items():
-        if not correct_card(folder, repo_id, str(place) if place.parts else None):
-            continue
-        for file in (folder / PAGE, *folder.glob("example_image.*")):
-            operation = CommitOperationAdd(path_in_repo=str(place / file.name), path_or_fileobj=str(file))
-            if place / file.name in places:
-                operations[places[place / file.name]] = operation
-            else:
-                operations.append(operation)
-    return operations
-
-
-def _is_file(operation: Any) -> bool:
-    return isinstance(operation, CommitOperationAdd) and isinstance(operation.path_or_fileobj, (str, Path))
-
-
-def _place(operation: CommitOperationAdd) -> PurePosixPath:
-    return PurePosixPath(operation.path_in_repo.replace(os.sep, "/"))
 
 
 def _adapter_of(folder: Path, card: ModelCard | None) -> Path | None:

@@ -227,9 +227,7 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """
     if path.name == WEIGHTS_NAME:
         names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
-        tensors = torch.load(path, map_location="meta", weights_only=True)
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise pickle.UnpicklingError("no dictionary of tensors")
+        tensors = _load_pickle(path)
         warnings.warn(
             f"{path} is a pickle. It was read without running code from it. Save the adapter again to have "
             f"{SAFETENSORS_WEIGHTS_NAME}.",
@@ -245,9 +243,32 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         return {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
 
 
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name, in memory as safetensors would have them.
+
+    Raises:
+        UnpicklingError: the file holds anything else; PyTorch's loader has no error of its own for it.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # KeyError of a text file, RuntimeError of a truncated one, and others
+        raise pickle.UnpicklingError(str(error)) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not value.is_meta
+        for key, value in tensors.items()
+    ):
+        raise pickle.UnpicklingError("no dictionary of tensors with values, by their names")
+    return tensors
+
+
 def _read_tensors(path: Path, keys: list[str]) -> Iterable[tuple[str, torch.Tensor]]:
     if path.name == WEIGHTS_NAME:
-        yield from torch.load(path, map_location="cpu", weights_only=True).items()
+        yield from _load_pickle(path).items()
         return
     with safe_open(path, framework="pt") as file:
         for key in keys:

@@ -21,6 +21,7 @@ from .weights import DOWN, GATE, CromeWeights
 TEXT_INPUTS = re.compile(r"(decoder_)?input_ids")
 AUDIO_INPUTS = re.compile(r".*(audio|speech|input_features|input_values).*")
 VISION_INPUTS = re.compile(r".*(pixel_values|image|video|vision|patches).*")
+CHECKPOINT = re.compile("checkpoint", re.IGNORECASE)  # reentrant: such a node does not lead to what it closes over
 COMPILED = "_orig_mod"  # what `torch.compile` calls the module that it wraps
 PATIENCE = 20  # forward passes in training that nothing may reach before a warning
 
@@ -162,15 +163,24 @@ def from_images(layers: Iterable[tuple[str, CromeLayer]]) -> set[str]:
 def expected_branches(
     branches: Iterable[str], arguments: dict[str, Any], from_images: set[str] | None = None
 ) -> set[str]:
-    """The branches that a forward call has input for: token ids, sound, or (for any other name) images."""
+    """The branches that a forward call has input for: token ids, sound, or (for any other name) images.
+
+    Sound and images are floating numbers, or codes (Inkling's audio_input_ids). Other integers of such a name are a
+    mask, a count, a size or a position, which a batch without images may have, too.
+    """
     given = {name for name, value in arguments.items() if _is_given(value)}
+    media = {
+        name
+        for name in given
+        if "mask" not in name and (name.endswith("input_ids") or _is_given(arguments[name], floating=True))
+    }
     expected = set()
     for branch in branches:
         if branch == "text" and branch not in (from_images or ()):
-            names = TEXT_INPUTS if "inputs_embeds" not in given else None
+            found = "inputs_embeds" not in given and any(map(TEXT_INPUTS.fullmatch, given))
         else:
-            names = AUDIO_INPUTS if branch == "audio" else VISION_INPUTS
-        if names and any(names.fullmatch(name) for name in given):
+            found = any(map((AUDIO_INPUTS if branch == "audio" else VISION_INPUTS).fullmatch, media))
+        if found:
             expected.add(branch)
     return expected
 
@@ -182,12 +192,12 @@ def acting(layers: Iterable[tuple[str, CromeLayer]]) -> set[Pair]:
 
 def training_pairs(weights: CromeWeights, layers: Iterable[tuple[str, CromeLayer]]) -> set[Pair]:
     """Of `acting`, those of which W_u or a map of the branch requires a gradient."""
-    found = set()
-    for name, branch in acting(layers):
-        linears = weights.linears_of(name)
-        if any(linears[key].weight.requires_grad for key in ("crome_up", GATE + branch, DOWN + branch)):
-            found.add((name, branch))
-    return found
+    return {pair for pair in acting(layers) if _requires_grad(weights, *pair)}
+
+
+def _requires_grad(weights: CromeWeights, name: str, branch: str) -> bool:
+    linears = weights.linears_of(name)
+    return any(linears[key].weight.requires_grad for key in ("crome_up", GATE + branch, DOWN + branch))
 
 
 class Guard:
@@ -259,7 +269,14 @@ class Guard:
         outputs: Any,
     ) -> None:
         branches = self.unproven & {branch for _, branch in training}
-        merged = {branch for _, layer in self.layers if layer.folded for branch in layer.branches} - branches
+        folded = {
+            (name, branch)
+            for _, layer in self.layers
+            if layer.folded
+            for name in layer.merged_adapters
+            for branch in layer.branches_of.get(name, ())
+        }
+        merged = {branch for name, branch in folded if _requires_grad(self.weights, name, branch)} - branches
         if not branches and not merged & self.unproven:
             return
         arguments = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
@@ -325,10 +342,10 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-def _is_given(value: Any) -> bool:
+def _is_given(value: Any, *, floating: bool = False) -> bool:
     if isinstance(value, torch.Tensor):
-        return value.numel() > 0
-    return isinstance(value, (list, tuple)) and any(_is_given(item) for item in value)
+        return value.numel() > 0 and (value.is_floating_point() or not floating)
+    return isinstance(value, (list, tuple)) and any(_is_given(item, floating=floating) for item in value)
 
 
 def _roots(outputs: Any) -> list[Any]:
@@ -342,15 +359,17 @@ def _roots(outputs: Any) -> list[Any]:
 
 
 def _reachable(wanted: set[Any], roots: list[Any]) -> set[Any]:
-    """Which of the wanted nodes of autograd's graph lie behind the roots."""
+    """Which of the wanted nodes of autograd's graph lie behind the roots; all, where a node hides what it reads."""
     found: set[Any] = set()
     seen, stack = set(roots), list(roots)
+    hidden = False
     while stack and len(found) < len(wanted):
         node = stack.pop()
+        hidden = hidden or CHECKPOINT.search(node.name()) is not None
         if node in wanted:
             found.add(node)
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
-    return found
+    return wanted if hidden else found

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..backbone.model import input_embeddings, original_module
+from ..backbone.model import input_embeddings, original_module, output_embeddings
 from .layer import CromeLayer
 from .weights import CromeWeights
 
@@ -19,15 +20,23 @@ def without_sites(model: nn.Module) -> Iterator[None]:
     All sites go, since a vision site may share a weight that is tied anew (UDOP).
 
     Raises:
-        ValueError: a table trains as well, and has a copy for each adapter, or an adapter is folded into it.
+        ValueError: a table or the output head trains as well, and has a copy for each adapter, or an adapter is folded
+            into the table.
     """
     sites = [module for module in model.modules() if isinstance(module, CromeLayer)]
-    tables = [input_embeddings(model), *(site.base_layer for site in sites)] if sites else []
-    if any(original_module(module) is not module and _is_table(module) for module in tables if module is not None):
-        raise ValueError(
-            "The embedding table trains (modules_to_save or trainable_token_indices), and its copies do not change "
-            "size with it. Write model.resize_token_embeddings(...) before get_peft_model(...) or before loading."
-        )
+    if not sites:
+        yield
+        return
+    tables = [input_embeddings(model), *(site.base_layer for site in sites if _is_table(site.base_layer))]
+    copies = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    trained = {inner for copy in copies for inner in copy.modules()}
+    for name, modules in {"embedding table": tables, "output head": [output_embeddings(model)]}.items():
+        if trained.intersection(modules):
+            raise ValueError(
+                f"The {name} trains (modules_to_save or trainable_token_indices), and its copies do not change size "
+                "with the vocabulary. Write model.resize_token_embeddings(...) before get_peft_model(...) or before "
+                "loading."
+            )
     if any(site.folded for site in sites):
         raise ValueError(
             "An adapter is folded into the embedding table. Write model.unmerge_adapter() first, then resize."

@@ -1,4 +1,4 @@
-"""Answers are found in two renderings, and are those that rendering each of them finds."""
+"""Answers are found in few renderings, and are those that rendering each of them finds."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peft_crome.data import CHAT_TEMPLATES, ConversationCollator
-from peft_crome.data.answer_spans import CLOSE, OPEN, PromptRewritten, turn, writes_turns_alone
+from peft_crome.data import CHAT_TEMPLATES, ConversationCollator, RowError
+from peft_crome.data.answer_spans import CLOSE, FEW, OPEN, PromptRewritten, turn, writes_turns_alone
 from peft_crome.data.expansion import tokens_in
 from peft_crome.data.processed import Tokens
 from tests.data.test_collator import CHATML, FORGETS, THINKS
@@ -81,9 +81,15 @@ LLAMA32 = """{{- bos_token }}
     {{- '<|h|>assistant<|/h|>\n\n' }}
 {%- endif %}
 """
+GENERATION = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{%- generation -%}{{ m.content + '<|im_end|>\n' }}{% endgeneration %}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 ALONE = {
     "chatml": CHATML, "vicuna": CHAT_TEMPLATES["vicuna"], "plain": CHAT_TEMPLATES["plain"],
-    "llama 3": LLAMA3, "llama 3.2": LLAMA32,
+    "llama 3": LLAMA3, "llama 3.2": LLAMA32, "generation": GENERATION,
     "zephyr": ZEPHYR, "qwen 2.5": QWEN25, "mistral": MISTRAL, "gemma": GEMMA, "llama 2": LLAMA2,
     "trimmed chatml": CHATML.replace("m['content']", "m['content'] | trim"),
     "left line ends off": CHATML.replace("m['content']", "m['content'].lstrip('\n')"),
@@ -123,6 +129,19 @@ OTHERS = {
     "earlier words left out": "{% for m in messages %}{% set said = m['content'] %}{% if not loop.last %}"
     "{% set said = said.split('red')[-1] %}{% endif %}" + CHATML.partition("%}")[2].replace("m['content']", "said"),
 }  # fmt: skip
+IN_EXCHANGES = {  # turns are written alone, in ways that reading the template does not tell
+    "selectattr": "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}" + CHATML,
+    "a namespace": "{% set ns = namespace(first=true) %}" + CHATML.replace(
+        "{{", "{% if ns.first %}<s>{% set ns.first = false %}{% endif %}{{", 1
+    ),
+    "a macro for a turn": "{% macro say(m) %}{{ m['content'] | trim }}{% endmacro %}"
+    + CHATML.replace("m['content']", "say(m)"),
+    "generation in a macro": "{% macro say(m) %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endmacro %}"
+    + CHATML.replace("m['content']", "say(m)"),
+    "by the turn before": CHATML.replace(
+        "m['content']", "('again: ' if loop.previtem and 'red' in loop.previtem['content'] else '') + m['content']"
+    ),
+}  # fmt: skip
 TRIED = {  # what tells is their rendering
     "forgets": FORGETS,
     "thinks": THINKS,
@@ -143,16 +162,20 @@ def outcome(find: Any) -> Any:
         return error.prompt
 
 
-@pytest.mark.parametrize("name", [*ALONE, *OTHERS, *TRIED])
+@pytest.mark.parametrize("few", [0, FEW])
+@pytest.mark.parametrize("name", [*ALONE, *OTHERS, *IN_EXCHANGES, *TRIED])
 @given(said=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=5), system=st.none() | TEXT)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_answers_are_those_that_rendering_each_finds(
     name: str,
+    few: int,
     said: list[tuple[str, str]],
     system: str | None,
     byte_processor: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    byte_processor.chat_template = (ALONE | OTHERS | TRIED)[name]
+    monkeypatch.setattr("peft_crome.data.answer_spans.FEW", few)
+    byte_processor.chat_template = (ALONE | OTHERS | IN_EXCHANGES | TRIED)[name]
     collator = ConversationCollator(byte_processor)
     spans = collator._spans
     messages = [turn("system", system)] if system is not None and name != "mistral" else []
@@ -200,6 +223,40 @@ def test_two_renderings_find_all_answers(name: str, byte_processor: Any, monkeyp
     learned = byte_processor.tokenizer.decode([label for label in encoded["labels"] if label != -100])
     assert [f"answer {number}" in learned for number in range(40)] == [True] * 40
     assert "question" not in learned
+
+
+@pytest.mark.parametrize("name", IN_EXCHANGES)
+def test_the_time_for_many_answers_grows_with_their_number(
+    name: str, byte_processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    byte_processor.chat_template = IN_EXCHANGES[name]
+    collator = ConversationCollator(byte_processor)
+    collator.encode(conversation(1))  # tries the template
+    messages = []
+    render = type(byte_processor).apply_chat_template
+
+    def count(self: Any, given: Any, **named: Any) -> Any:
+        messages.append(len(given))
+        return render(self, given, **named)
+
+    monkeypatch.setattr(type(byte_processor), "apply_chat_template", count)
+    encoded = collator.encode(conversation(100))
+    assert sum(messages) < 30 * 100  # rendering each with all before it takes 20,000
+    monkeypatch.undo()
+    learned = byte_processor.tokenizer.decode([label for label in encoded["labels"] if label != -100])
+    assert [f"answer {number}" in learned for number in range(100)] == [True] * 100
+    assert "question" not in learned
+
+
+@pytest.mark.parametrize("number", [1, 5, 11])
+def test_one_exchange_of_many_that_is_written_otherwise_is_an_error(number: int, byte_processor: Any) -> None:
+    byte_processor.chat_template = OTHERS["by its own question"]
+    collator = ConversationCollator(byte_processor)
+    row = conversation(12)
+    assert collator.encode(row)["labels"]
+    row["messages"][1 + 2 * number] = turn("user", "is it red?")
+    with pytest.raises(RowError, match="in another way once the answer follows"):
+        collator.encode(row)
 
 
 def test_contents_that_are_strings_give_the_same_tokens(byte_processor: Any) -> None:

@@ -154,6 +154,42 @@ def test_images_that_the_text_numbers(tmp_path: Path) -> None:
     assert second["messages"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "w1"}]
 
 
+@pytest.mark.parametrize("mark", ["<Image>", "<IMAGE>", "<iMaGe>"])
+def test_a_placeholder_in_any_case_is_an_image(mark: str, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": [{"type": "text", "text": f"w1 {mark} w2"}]}, CHAT[1]]
+    turns = [{"from": "human", "value": f"{mark}\nw1\n<image>"}, SAID[1], {"from": "human", "value": mark}, SAID[1]]
+    rows = [{"image": "a.png", "messages": chat}, {"images": ["a.png", "b.png", "c.png"], "conversations": turns}]
+    rows += [{**row, **json.loads(json.dumps(row).replace(mark, "<image>"))} for row in rows]
+    first, second, *lower = read_rows(write(tmp_path, *rows))
+    assert [row["messages"] for row in (first, second)] == [row["messages"] for row in lower]
+    assert [part.get("text") for part in first["messages"][0]["content"]] == ["w1 ", "", " w2"]
+    named = [{"conversations": [{"from": "human", "value": "<IMG>a.png</IMG>\nw1"}, SAID[1]]}]
+    [row] = read_rows(write(tmp_path, *named))
+    assert row["images"] == [str(tmp_path / "a.png")]
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([{"from": "human", "value": "<image> in <Image>"}, SAID[1]], "2 <image> and 1 images"),
+        ([SHOWN[0], {"from": "gpt", "value": "<Image>"}], "an image stands in a turn from 'gpt'"),
+        (
+            [
+                {"role": "user", "content": [{"type": "image", "image": URI}, {"type": "text", "text": "<Image>"}]},
+                CHAT[1],
+            ],
+            "<Image> in a turn of the user is not read",
+        ),
+    ],
+)
+def test_a_placeholder_in_any_case_that_shows_no_image_is_refused(
+    turns: list[Any], message: str, tmp_path: Path
+) -> None:
+    row = {"conversations": turns} | ({} if "role" in turns[0] else {"image": "a.png"})
+    with pytest.raises(RowError, match=message):
+        list(read_rows(write(tmp_path, row)))
+
+
 @pytest.mark.parametrize("field", ["system", "system_prompt", "system_message"])
 def test_system_message_of_a_row(field: str, tmp_path: Path) -> None:
     system = {"role": "system", "content": [{"type": "text", "text": " Be brief.\n"}]}
@@ -181,6 +217,8 @@ FOREIGN = [
         "<audio>",
         "<|vision_start|><|image_pad|><|vision_end|>",
         "<|image_1|>",
+        "<img>a.png",
+        "See <IMG> b/c.JPG , and",
     )
 ] + [
     {"image": "a.png", "conversations": [{"from": "human", "value": f"w1 {mark}"}, SAID[1]]}
@@ -249,7 +287,7 @@ def test_what_is_not_read_is_refused_by_name(row: dict[str, Any], message: str, 
 def test_words_that_are_no_placeholders_stay(tmp_path: Path) -> None:
     said = (
         "Why does <img> need no end, and what does <div> or <image 1> mean? a < b. What does the <video> tag, or "
-        "`<audio>`, do in <video>\n  <source src='a.mp4'></video>?"
+        "`<audio>`, do in <video>\n  <source src='a.mp4'></video>? Is <Image> a component, and `<img>a.png` valid?"
     )
     answer = "Write <video controls>, <audio> and <|image_1|>."
     turns = [{"from": "human", "value": said}, {"from": "gpt", "value": answer, "weight": 1}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,40 @@ def test_load_refuses_a_pickle_that_is_not_tensors_alone(
     with unchanged(model, tmp_path), pytest.raises(ValueError, match=r"adapter_model\.bin (is|holds)"):
         load(how, model, tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+DAMAGED: dict[str, Any] = {
+    "text": b"hello world",
+    "page": b"<!DOCTYPE html><html>",
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n",
+    "empty": b"",
+    "zeros": bytes(64),
+    "bare pickle": pickle.dumps({"a": 1}),
+    "number as key": lambda tensors, key: tensors | {5: tensors[key]},
+    "sparse": lambda tensors, key: tensors | {key: tensors[key].to_sparse()},
+    "sparse by rows": lambda tensors, key: tensors | {key: tensors[key].to_sparse_csr()},
+    "without values": lambda tensors, key: tensors | {key: tensors[key].to("meta")},
+    "complex": lambda tensors, key: tensors | {key: tensors[key].to(torch.complex64)},
+    "nested": lambda tensors, key: {"state_dict": tensors},
+}
+
+
+@each_way
+@pytest.mark.filterwarnings("ignore:.*is a pickle")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_load_refuses_a_damaged_pickle_by_its_name(kind: str, how: str, tmp_path: Path) -> None:
+    adapted(llava()).save_pretrained(tmp_path, safe_serialization=False)
+    file = tmp_path / "adapter_model.bin"
+    damaged = DAMAGED[kind]
+    if isinstance(damaged, bytes):
+        file.write_bytes(damaged)
+    else:
+        torch.save(damaged(torch.load(file, weights_only=True), "base_model.model.crome.crome_up.weight"), file)
+    model = receiver(how)
+    remedy = r"adapter_model\.bin (is|holds).*(Ask its author|Save it again|Download or save)"
+    with unchanged(model, tmp_path), pytest.raises(ValueError, match=f"(?s){remedy}"):
+        load(how, model, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*is a pickle")
