@@ -16,6 +16,10 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="peft_crome-tests-")
 import pytest
 import torch
 
+from tests.torchvision_operators import declare
+
+declare()
+
 import peft_crome  # noqa: F401  # registers CROME with PEFT
 from tests.zoo_results import pytest_runtest_logreport, pytest_sessionfinish  # noqa: F401  # hooks
 
