@@ -6,16 +6,16 @@ from .backbone.compat import check_installed, has_composite
 
 check_installed()
 
-from .registration import register  # noqa: E402
-from .version import __version__  # noqa: E402
+from .registration import register
+from .version import __version__
 
 register()
 
-from .features.cache import FeatureCache, cache_features  # noqa: E402
-from .sharing.card_details import describe_adapter  # noqa: E402
-from .tuner import CromeConfig, CromeLayer, CromeModel  # noqa: E402
-from .tuner.guard import SiteReport, check  # noqa: E402
-from .tuner.hotswap import hotswap_adapter  # noqa: E402
+from .features.cache import FeatureCache, cache_features
+from .sharing.card_details import describe_adapter
+from .tuner import CromeConfig, CromeLayer, CromeModel
+from .tuner.guard import SiteReport, check
+from .tuner.hotswap import hotswap_adapter
 
 if has_composite():
     from .vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor

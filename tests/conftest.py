@@ -21,9 +21,11 @@ from tests.torchvision_operators import declare
 declare()
 
 import peft_crome  # noqa: F401  # registers CROME with PEFT
+from peft_crome.backbone.compat import has_composite
 from tests.zoo_results import pytest_runtest_logreport, pytest_sessionfinish  # noqa: F401  # hooks
 
-pytest_plugins = ["tests.fixtures"]
+# They make composites.
+pytest_plugins = ["tests.fixtures"] if has_composite() else []
 
 torch.set_num_threads(1)
 

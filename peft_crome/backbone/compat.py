@@ -106,3 +106,22 @@ def check_before_loading(peft_type: str, check: Callable[[Any, str, dict[str, An
     for module in list(sys.modules.values()):  # whoever has imported the function by name
         if vars(module).get("set_peft_model_state_dict") is load:
             module.set_peft_model_state_dict = check_and_load  # type: ignore[attr-defined]
+
+
+def load_copies(model: Any, path: str, hub_arguments: dict[str, Any]) -> None:
+    """Load what `modules_to_save` trained into a model that has just loaded an adapter.
+
+    Before 5.17 transformers' `load_adapter` leaves these tensors out without a word. Goes with transformers 5.17.
+
+    Args:
+        path: directory or repository of the adapter.
+        hub_arguments: of `hf_hub_download`.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
+        tensors = load_peft_weights(path, device="cpu", **hub_arguments)
+        # An adapter that lies in the model itself has no such prefix.
+        tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+        set_peft_model_state_dict(model, tensors)

@@ -1,0 +1,129 @@
+"""Test in the environments of tests/matrix.toml and write docs/versions.md: python -m tests.matrix [row ...].
+
+Each row's environment is made once, under build/matrix, with the interpreter that runs this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomllib
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "matrix"
+ROWS: dict[str, dict[str, Any]] = tomllib.loads((ROOT / "tests" / "matrix.toml").read_text(encoding="utf-8"))
+PAGE = ROOT / "docs" / "versions.md"
+BEGIN, END = "<!-- begin: written by python -m tests.matrix -->\n", "\n<!-- end -->"
+TORCH = "torch==2.13.0"
+NAMED = ("transformers", "peft", "torch", "accelerate", "huggingface_hub")
+TOOLS = ("bitsandbytes==0.50.2", "hypothesis", "pytest", "pytest-timeout", "sentencepiece")
+QUICK = ("-m", "not slow and not gpu", "-k", "not compile")
+# What is run -> pytest's words for a row with the composite and for one without; None: nothing.
+PARTS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "fast tests": (
+        (*QUICK, "tests/tuner", "tests/vlm", "tests/test_versions.py"),
+        (*QUICK, "tests/tuner", "tests/test_versions.py"),
+    ),
+    "zoo": (("tests/zoo/test_zoo.py", "-k", "test_identity or test_save or test_generate"),) * 2,
+    "first example": (
+        ("tests/test_docs.py", "-k", "blocks_of_the_page_run and README"),
+        ("tests/examples/test_examples.py", "-k", "attach_to_llava"),
+    ),
+}
+
+
+def environment(name: str) -> Path:
+    """The interpreter of a row, in an environment that is made where there is none of these packages."""
+    row, folder = ROWS[name], BUILD / name
+    python, made = folder / "bin" / "python", folder / "packages"
+    extras = "[train]" if row.get("composite") else ""
+    # PyTorch first, by itself: its words may name an index, and nothing else then brings in another.
+    torch = [word for word in row["packages"] if word.startswith("torch==")] or os.environ.get("TORCH", TORCH).split()
+    words = [*row["packages"], "-e", f".{extras}", *TOOLS]
+    said = " ".join([*torch, *words])
+    if not made.is_file() or made.read_text(encoding="utf-8") != said:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, *torch], check=True)
+        subprocess.run([*pip, *words], check=True, cwd=ROOT)
+        made.write_text(said, encoding="utf-8")
+    return python
+
+
+def run(name: str) -> dict[str, Any]:
+    """Run a row's tests: what is installed, how many tests of each part passed, and which failed, by whose fault."""
+    python = environment(name)
+    code = f"import importlib.metadata as m; print(*map(m.version, {NAMED}))"
+    versions = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    result: dict[str, Any] = {"versions": dict(zip(NAMED, versions, strict=True)), "parts": {}}
+    result["versions"]["python"] = ".".join(map(str, sys.version_info[:2]))
+    result["date"] = datetime.date.today().isoformat()
+    for part, words in PARTS.items():
+        outcomes = BUILD / f"{name}.outcomes.json"
+        outcomes.unlink(missing_ok=True)
+        start = time.monotonic()
+        command = [str(python), "-m", "pytest", "-q", "-W", "default", "-p", "tests.upstream"]
+        # Old releases warn of other things, so here warnings are no errors.
+        subprocess.run([*command, f"--upstream={outcomes}", *words[0 if ROWS[name].get("composite") else 1]], cwd=ROOT)
+        if not outcomes.is_file():
+            raise SystemExit(f"{name}: {part}: pytest wrote no outcomes.")
+        result["parts"][part] = json.loads(outcomes.read_text(encoding="utf-8"))
+        print(f"{name}: {part}: {_cell(result['parts'][part])} in {time.monotonic() - start:.0f} s", flush=True)
+    (BUILD / f"{name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return result
+
+
+def _cell(outcomes: dict[str, Any]) -> str:
+    return f"{outcomes['passed']} / {len(outcomes['upstream'])} / {len(outcomes['ours'])}"
+
+
+def page_of(results: dict[str, dict[str, Any]]) -> str:
+    """The table, and below it what fails upstream, by release."""
+    lines = [f"| row | Python | {' | '.join(NAMED)} | {' | '.join(PARTS)} | date |", "|---" * (len(NAMED) + 6) + "|"]
+    for name, result in results.items():
+        versions = [result["versions"][package] for package in ("python", *NAMED)]
+        cells = [_cell(result["parts"][part]) for part in PARTS]
+        lines.append(f"| {' | '.join([name, *versions, *cells, result['date']])} |")
+    lines += ["", "What fails upstream:", ""]
+    for name, result in results.items():
+        reasons = sorted({why for part in result["parts"].values() for why in part["upstream"].values()})
+        said = [f"    - `{_short(reason)}`" for reason in reasons] or ["    - nothing"]
+        lines += [f"- {name}", *said]
+    return "\n".join(lines)
+
+
+def _short(reason: str) -> str:
+    line = " ".join(reason.replace("`", "'").split())
+    return line if len(line) < 180 else line[:177] + "..."
+
+
+def main() -> None:
+    """Run the rows that are named, all of them by default; with --ci those that CI runs, and leave the page alone."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; all by default")
+    parser.add_argument("--ci", action="store_true", help="those with ci = true; docs/versions.md is not written")
+    arguments = parser.parse_args()
+    rows = arguments.rows or [name for name, row in ROWS.items() if row.get("ci") or not arguments.ci]
+    results = {name: run(name) for name in rows}
+    if not arguments.ci:
+        known = {name: BUILD / f"{name}.json" for name in ROWS}
+        text = page_of({name: json.loads(path.read_text()) for name, path in known.items() if path.is_file()})
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        PAGE.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.split(END)[1], encoding="utf-8")
+    ours = {name: part["ours"] for name, row in results.items() for part in row["parts"].values() if part["ours"]}
+    for name, failures in ours.items():
+        print(f"{name}: failed by peft_crome:", *failures, sep="\n  ")
+    sys.exit(bool(ours))
+
+
+if __name__ == "__main__":
+    main()
