@@ -1,6 +1,6 @@
 """Let a torchvision that was built for CUDA be imported beside a PyTorch for the CPU, without its operators.
 
-transformers 5.12, for one, offers `AutoImageProcessor` only where torchvision is installed, and an index of packages may
+transformers 5.12, for one, offers `AutoImageProcessor` only where torchvision is installed, and a package index may
 have no torchvision for the CPU. Image processors resize with PyTorch's own operators.
 """
 

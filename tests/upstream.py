@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +21,15 @@ import transformers
 
 OPTION = "--upstream"
 ABSENT = "not in this release of transformers"
-# What is tried on a host -> words in the names of the tests that do the same.
-TRIED = {"generate": ("generate", "beams"), "in half precision": ("identity", "half_precision", "bfloat16")}
+# What is tried -> words in the names of the tests that do the same. Other tests fail for it if they say the same.
+TRIED = {
+    "build": ("",),
+    "train": ("",),
+    "generate": ("generate", "beams"),
+    "in half precision": ("identity", "half_precision", "bfloat16"),
+    "add_adapter": (),
+    "load a second adapter": ("trains_only_when_asked",),
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,16 +86,13 @@ def whose(item: pytest.Item, error: BaseException) -> str:
     given = [value for value in (spec.params.values() if spec else ()) if isinstance(value, str)]
     if "transformers has no attribute" in str(error) or (isinstance(error, KeyError) and error.args[0] in given):
         return ABSENT
-    for name in filter(ZOO.__contains__, given):
-        for tried, failure in host_failures(name).items():
+    found = {f"{name} without an adapter": host_failures(name) for name in filter(ZOO.__contains__, given)}
+    for what, failures in [*found.items(), ("LoRA", lora_failures())]:
+        for tried, failure in failures.items():
             if failure == ABSENT:
                 return ABSENT
-            words = TRIED.get(tried)
-            if words is None or str(error) in failure or any(word in item.name for word in words):
-                return f"{name}, without an adapter: {tried}: {failure}"
-    for what, failure in lora_failures().items():
-        if str(error) and str(error) in failure:
-            return f"LoRA, {what}: {failure}"
+            if (str(error) and str(error) in failure) or any(word in item.name for word in TRIED[tried]):
+                return f"{what}: {tried}: {failure}"
     return ""
 
 
@@ -130,11 +135,21 @@ def lora_failures() -> dict[str, str]:
     """What fails with PEFT's LoRA on a plain language model: what was tried -> the error."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
-    def add_adapter() -> None:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=32))
-        model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    def plain() -> Any:
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=32))
 
-    return _failures({"add_adapter": add_adapter})
+    def add_adapter() -> None:
+        plain().add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+
+    def load_a_second() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            peft.get_peft_model(plain(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+            model = peft.PeftModel.from_pretrained(plain(), folder)
+            model.load_adapter(folder, "second", is_trainable=True)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert not any(".default." in name for name in trained), "the first adapter trains, which was not asked for"
+
+    return _failures({"add_adapter": add_adapter, "load a second adapter": load_a_second})
 
 
 def _failures(tries: dict[str, Callable[[], Any]]) -> dict[str, str]:

@@ -89,6 +89,7 @@ def check_before_loading(peft_type: str, check: Callable[[Any, str, dict[str, An
     """
     import peft
     from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils import AuxiliaryTrainingWrapper
 
     load = peft.set_peft_model_state_dict
     if hasattr(BaseTuner, "_remap_adapter_state_dict_for_load") or getattr(load, "checks_first", False):
@@ -99,7 +100,13 @@ def check_before_loading(peft_type: str, check: Callable[[Any, str, dict[str, An
         model: Any, peft_model_state_dict: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
     ) -> Any:
         if model.peft_config[adapter_name].peft_type == peft_type:
-            check(model, adapter_name, peft_model_state_dict)
+            tensors = dict(peft_model_state_dict)
+            for path, module in model.named_modules():  # as PEFT renames what these hold, before it asks a tuner
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    for stored, name in module.adapter_state_dict_load_map(adapter_name).items():
+                        if f"{path}.{stored}" in tensors:
+                            tensors[f"{path}.{name}"] = tensors.pop(f"{path}.{stored}")
+            check(model, adapter_name, tensors)
         return load(model, peft_model_state_dict, adapter_name, *args, **kwargs)
 
     check_and_load.checks_first = True  # type: ignore[attr-defined]
