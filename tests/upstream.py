@@ -27,6 +27,8 @@ TRIED = {
     "train": ("",),
     "generate": ("generate", "beams"),
     "in half precision": ("identity", "half_precision", "bfloat16"),
+    "with another attention": (),
+    "build its best-known checkpoint": ("known_checkpoint",),
     "add_adapter": (),
     "load a second adapter": ("trains_only_when_asked",),
 }
@@ -124,7 +126,21 @@ def host_failures(name: str) -> dict[str, str]:
         output = case.model(**case.batch)
         (output.loss if output.loss is not None else output.logits.square().mean()).backward()
 
-    tries: dict[str, Callable[[], Any]] = {"train": train, "in half precision": in_half_precision}
+    def other_attention() -> None:
+        model = ZOO[name]().model
+        model.set_attn_implementation("sdpa")
+        model(**case.batch)
+
+    def build_its_best_known() -> None:
+        with torch.device("meta"):
+            type(case.model)(case.known() if case.known else type(case.model.config)())
+
+    tries: dict[str, Callable[[], Any]] = {
+        "train": train,
+        "in half precision": in_half_precision,
+        "with another attention": other_attention,
+        "build its best-known checkpoint": build_its_best_known,
+    }
     if "generate" not in case.not_applicable and "no cache" not in case.not_applicable:
         tries["generate"] = generate
     return _failures(tries)

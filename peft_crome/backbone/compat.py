@@ -15,9 +15,9 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-# As in pyproject.toml. transformers 5.0 to 5.4 load an adapter's file and leave its weights out, with a report alone.
+# As in pyproject.toml. transformers 5.0 to 5.5 load an adapter's file and leave its weights out, with a report alone.
 SUPPORTED = {
-    "transformers": ">=4.57.6,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,!=5.4.*,<6",
+    "transformers": ">=4.57.6,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,!=5.4.*,!=5.5.*,<6",
     "peft": ">=0.20,<1",
 }
 # The newest release of tests/matrix.toml.
