@@ -86,7 +86,7 @@ bench-import: $(DEV_READY)
 	$(RUN) benchmarks/import_time.py
 
 test-matrix: $(DEV_READY)  ## the tests on other releases, a row of tests/matrix.toml each; ROWS="newest vllm" runs some
-	TORCH="$(TORCH)" $(RUN) -m tests.matrix $(ROWS)
+	TORCH="$(TORCH)" $(RUN) -m tests.matrix --workers $(WORKERS) $(ROWS)
 
 test-oldest: ROWS = oldest
 test-oldest: test-matrix  ## the lower bounds of pyproject.toml, each at exactly that release

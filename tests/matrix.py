@@ -1,6 +1,6 @@
 """Test in the environments of tests/matrix.toml and write docs/versions.md: python -m tests.matrix [row ...].
 
-Each row's environment is made once, under build/matrix, with the interpreter that runs this.
+Each row's environment is made once, in $MATRIX or else build/matrix, with the interpreter that runs this.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 import tomllib
 
 ROOT = Path(__file__).parent.parent
-BUILD = ROOT / "build" / "matrix"
+BUILD = Path(os.environ.get("MATRIX") or ROOT / "build" / "matrix").absolute()
 ROWS: dict[str, dict[str, Any]] = tomllib.loads((ROOT / "tests" / "matrix.toml").read_text(encoding="utf-8"))
 PAGE = ROOT / "docs" / "versions.md"
 BEGIN, END = "<!-- begin: written by python -m tests.matrix -->\n", "\n<!-- end -->"
 TORCH = "torch==2.13.0"
 NAMED = ("transformers", "peft", "torch", "accelerate", "huggingface_hub")
-TOOLS = ("bitsandbytes==0.50.2", "hypothesis", "pytest", "pytest-timeout", "sentencepiece")
+TOOLS = ("bitsandbytes==0.50.2", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "sentencepiece")
 QUICK = ("-m", "not slow and not gpu", "-k", "not compile")
 # What is run -> pytest's words for a row with the composite and for one without; None: nothing.
 PARTS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
@@ -34,6 +34,7 @@ PARTS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         (*QUICK, "tests/tuner", "tests/test_versions.py"),
     ),
     "zoo": (("tests/zoo/test_zoo.py", "-k", "test_identity or test_save or test_generate"),) * 2,
+    "zoo's first eight": ((*QUICK, "tests/zoo"),) * 2,
     "first example": (
         ("tests/test_docs.py", "-k", "blocks_of_the_page_run and README"),
         ("tests/examples/test_examples.py", "-k", "attach_to_llava"),
@@ -59,7 +60,7 @@ def environment(name: str) -> Path:
     return python
 
 
-def run(name: str) -> dict[str, Any]:
+def run(name: str, parts: Sequence[str], workers: str) -> dict[str, Any]:
     """Run a row's tests: what is installed, how many tests of each part passed, and which failed, by whose fault."""
     python = environment(name)
     code = f"import importlib.metadata as m; print(*map(m.version, {NAMED}))"
@@ -67,13 +68,14 @@ def run(name: str) -> dict[str, Any]:
     result: dict[str, Any] = {"versions": dict(zip(NAMED, versions, strict=True)), "parts": {}}
     result["versions"]["python"] = ".".join(map(str, sys.version_info[:2]))
     result["date"] = datetime.date.today().isoformat()
-    for part, words in PARTS.items():
+    for part in parts:
         outcomes = BUILD / f"{name}.outcomes.json"
         outcomes.unlink(missing_ok=True)
         start = time.monotonic()
-        command = [str(python), "-m", "pytest", "-q", "-W", "default", "-p", "tests.upstream"]
         # Old releases warn of other things, so here warnings are no errors.
-        subprocess.run([*command, f"--upstream={outcomes}", *words[0 if ROWS[name].get("composite") else 1]], cwd=ROOT)
+        command = [str(python), "-m", "pytest", "-q", "-W", "default", "-p", "tests.upstream", "-n", workers]
+        words = PARTS[part][0 if ROWS[name].get("composite") else 1]
+        subprocess.run([*command, f"--upstream={outcomes}", *words], cwd=ROOT)
         if not outcomes.is_file():
             raise SystemExit(f"{name}: {part}: pytest wrote no outcomes.")
         result["parts"][part] = json.loads(outcomes.read_text(encoding="utf-8"))
@@ -110,10 +112,12 @@ def main() -> None:
     """Run the rows that are named, all of them by default; with --ci those that CI runs, and leave the page alone."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; all by default")
-    parser.add_argument("--ci", action="store_true", help="those with ci = true; docs/versions.md is not written")
+    parser.add_argument("--ci", action="store_true", help="the rows of CI and a part of the tests; writes no page")
+    parser.add_argument("--workers", default="1", help="processes of pytest-xdist; 0: none")
     arguments = parser.parse_args()
     rows = arguments.rows or [name for name, row in ROWS.items() if row.get("ci") or not arguments.ci]
-    results = {name: run(name) for name in rows}
+    parts = [part for part in PARTS if not arguments.ci or part != "zoo"]
+    results = {name: run(name, parts, arguments.workers) for name in rows}
     if not arguments.ci:
         known = {name: BUILD / f"{name}.json" for name in ROWS}
         text = page_of({name: json.loads(path.read_text()) for name, path in known.items() if path.is_file()})

@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 
 OPTION = "--upstream"
 ABSENT = "not in this release of transformers"
@@ -45,12 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Collect outcomes where they are asked for."""
     path = config.getoption(OPTION)
     if path is not None:
-        config.pluginmanager.register(_Outcomes(path), "outcomes")
+        config.pluginmanager.register(_Outcomes(path, hasattr(config, "workerinput")), "outcomes")
 
 
 class _Outcomes:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, is_worker: bool) -> None:
+        self.path = None if is_worker else path  # the process that started those of pytest-xdist writes it
         self.counts: Counter[str] = Counter()
         self.failures: dict[str, dict[str, str]] = {"upstream": {}, "ours": {}}
 
@@ -77,7 +75,8 @@ class _Outcomes:
 
     def pytest_sessionfinish(self) -> None:
         outcomes = {"passed": self.counts["passed"], "skipped": self.counts["skipped"], **self.failures}
-        self.path.write_text(json.dumps(outcomes, indent=1))
+        if self.path is not None:
+            self.path.write_text(json.dumps(outcomes, indent=1))
 
 
 def whose(item: pytest.Item, error: BaseException) -> str:
@@ -149,6 +148,9 @@ def host_failures(name: str) -> dict[str, str]:
 @functools.cache
 def lora_failures() -> dict[str, str]:
     """What fails with PEFT's LoRA on a plain language model: what was tried -> the error."""
+    import peft
+    import transformers
+
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
     def plain() -> Any:
