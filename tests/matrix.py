@@ -1,6 +1,6 @@
 """Test in the environments of tests/matrix.toml and write docs/versions.md: python -m tests.matrix [row ...].
 
-Each row's environment is made once, in $MATRIX or else build/matrix, with the interpreter that runs this.
+Each row's environment is made once, in $MATRIX or else build/matrix, by uv where it is on the PATH, else by pip.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -52,10 +53,14 @@ def environment(name: str) -> Path:
     words = [*row["packages"], "-e", f".{extras}", *TOOLS]
     said = " ".join([*torch, *words])
     if not made.is_file() or made.read_text(encoding="utf-8") != said:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, *torch], check=True)
-        subprocess.run([*pip, *words], check=True, cwd=ROOT)
+        if uv := shutil.which("uv"):
+            make = [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)]
+            install = [uv, "pip", "install", "--quiet", "--python", str(python)]
+        else:
+            make = [sys.executable, "-m", "venv", "--clear", str(folder)]
+            install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        for command in (make, [*install, *torch], [*install, *words]):
+            subprocess.run(command, check=True, cwd=ROOT)
         made.write_text(said, encoding="utf-8")
     return python
 
