@@ -26,7 +26,7 @@ PAGE = ROOT / "docs" / "versions.md"
 BEGIN, END = "<!-- begin: written by python -m tests.matrix -->\n", "\n<!-- end -->"
 TORCH = "torch==2.13.0"
 NAMED = ("transformers", "peft", "torch", "accelerate", "huggingface_hub")
-TOOLS = ("bitsandbytes==0.50.2", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "sentencepiece")
+TOOLS = ("bitsandbytes==0.50.2", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "sentencepiece", "typer")
 QUICK = ("-m", "not slow and not gpu", "-k", "not compile")
 # What is run -> pytest's words for a row with the composite and for one without; None: nothing.
 PARTS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
@@ -70,9 +70,12 @@ def run(name: str, parts: Sequence[str], workers: str) -> dict[str, Any]:
     python = environment(name)
     code = f"import importlib.metadata as m; print(*map(m.version, {NAMED}))"
     versions = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    result: dict[str, Any] = {"versions": dict(zip(NAMED, versions, strict=True)), "parts": {}}
-    result["versions"]["python"] = ".".join(map(str, sys.version_info[:2]))
-    result["date"] = datetime.date.today().isoformat()
+    of_row = {"python": ".".join(map(str, sys.version_info[:2])), **dict(zip(NAMED, versions, strict=True))}
+    known = BUILD / f"{name}.json"
+    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+    result: dict[str, Any] = {"versions": of_row, "date": datetime.date.today().isoformat(), "parts": {}}
+    if before.get("versions") == of_row:
+        result["parts"] = before["parts"]
     for part in parts:
         outcomes = BUILD / f"{name}.outcomes.json"
         outcomes.unlink(missing_ok=True)
@@ -85,22 +88,24 @@ def run(name: str, parts: Sequence[str], workers: str) -> dict[str, Any]:
             raise SystemExit(f"{name}: {part}: pytest wrote no outcomes.")
         result["parts"][part] = json.loads(outcomes.read_text(encoding="utf-8"))
         print(f"{name}: {part}: {_cell(result['parts'][part])} in {time.monotonic() - start:.0f} s", flush=True)
-    (BUILD / f"{name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        known.write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
 
 
-def _cell(outcomes: dict[str, Any]) -> str:
+def _cell(outcomes: dict[str, Any] | None) -> str:
+    if outcomes is None:
+        return "not run"
     return f"{outcomes['passed']} / {len(outcomes['upstream'])} / {len(outcomes['ours'])}"
 
 
 def page_of(results: dict[str, dict[str, Any]]) -> str:
     """The table, and below it what fails upstream, by release."""
-    parts = list(next(iter(results.values()))["parts"])
+    parts = [part for part in PARTS if any(part in result["parts"] for result in results.values())]
     lines = [f"| row | Python | {' | '.join(NAMED)} | {' | '.join(parts)} | date |"]
     lines.append("| --- " * (len(NAMED) + len(parts) + 3) + "|")
     for name, result in results.items():
         versions = [result["versions"][package] for package in ("python", *NAMED)]
-        cells = [_cell(result["parts"][part]) for part in parts]
+        cells = [_cell(result["parts"].get(part)) for part in parts]
         lines.append(f"| {' | '.join([name, *versions, *cells, result['date']])} |")
     lines += ["", "What fails upstream:", ""]
     for name, result in results.items():
@@ -120,10 +125,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; all by default")
     parser.add_argument("--ci", action="store_true", help="the rows of CI and a part of the tests; writes no page")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="of the tests; all by default")
     parser.add_argument("--workers", default="1", help="processes of pytest-xdist; 0: none")
     arguments = parser.parse_args()
     rows = arguments.rows or [name for name, row in ROWS.items() if row.get("ci") or not arguments.ci]
-    parts = [part for part in PARTS if part != ("zoo" if arguments.ci else "zoo's first eight")]
+    parts = arguments.parts or [part for part in PARTS if part != ("zoo" if arguments.ci else "zoo's first eight")]
     results = {name: run(name, parts, arguments.workers) for name in rows}
     if not arguments.ci:
         known = {name: BUILD / f"{name}.json" for name in ROWS}
