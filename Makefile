@@ -14,8 +14,8 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 ifndef PYTHON
 # The first that is a supported Python and can make virtual environments.
-PYTHON := $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
-	$$name -c 'import sys, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null \
+PYTHON := $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null \
 	&& echo $$name && break; done)
 endif
 
@@ -97,7 +97,7 @@ clean:
 # ---- virtual environments ----
 
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.14 with venv was found. Write make PYTHON=/path/to/python"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.14 with venv was found. Write make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-torch: | $(VENV)/bin/python

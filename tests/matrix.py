@@ -17,7 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest's own there
+
 
 ROOT = Path(__file__).parent.parent
 BUILD = Path(os.environ.get("MATRIX") or ROOT / "build" / "matrix").absolute()

@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 
 import peft_crome
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest's own there
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
