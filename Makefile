@@ -1,4 +1,4 @@
-# make quickstart | demo | check | test | models-table | test-families | test-fast | test-oldest | lint | docs | bench | bench-import | clean
+# make quickstart | demo | check | test | models-table | test-families | test-fast | test-matrix | test-oldest | lint | docs | bench | bench-import | clean
 #
 # Each makes the virtual environment it needs in $(VENV), once, and again when pyproject.toml has changed.
 #   make quickstart PYTHON=python3.12      another interpreter for the virtual environment
@@ -14,8 +14,8 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 ifndef PYTHON
 # The first that is a supported Python and can make virtual environments.
-PYTHON := $(shell for name in python3 python3.13 python3.12 python3.11; do \
-	$$name -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+PYTHON := $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null \
 	&& echo $$name && break; done)
 endif
 
@@ -34,7 +34,7 @@ endif
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check
 
 export NO_MKDOCS_2_WARNING := 1
-.PHONY: help quickstart demo check test models-table test-families test-fast test-oldest lint docs bench bench-import clean
+.PHONY: help quickstart demo check test models-table test-families test-fast test-matrix test-oldest lint docs bench bench-import clean
 .DELETE_ON_ERROR:
 
 help:
@@ -92,19 +92,19 @@ bench: $(DEV_READY) bench-import  ## speed, memory, many adapters, operations: a
 bench-import: $(DEV_READY)
 	$(RUN) benchmarks/import_time.py
 
-# The lower bounds in pyproject.toml, each at exactly that release. Old releases warn of other things: -W default. The
-# oldest torch cannot compile this transformers (caches made inside the graph), with or without an adapter.
-test-oldest: $(VENV)-oldest/.installed
-	$(VENV)-oldest/bin/python -m pytest -n $(WORKERS) -m "not slow and not gpu" -k "not compile" -W default \
-		tests/tuner tests/vlm
+test-matrix: $(DEV_READY)  ## the tests on other releases, a row of tests/matrix.toml each; ROWS="newest vllm" runs some
+	TORCH="$(TORCH)" $(RUN) -m tests.matrix --workers $(WORKERS) $(ROWS)
+
+test-oldest: ROWS = oldest
+test-oldest: test-matrix  ## the lower bounds of pyproject.toml, each at exactly that release
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest site dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build/matrix site dist .mypy_cache .ruff_cache .pytest_cache
 
 # ---- virtual environments ----
 
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 with venv was found. Write make PYTHON=/path/to/python"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.14 with venv was found. Write make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-torch: | $(VENV)/bin/python
@@ -130,9 +130,4 @@ $(VENV)/.installed-conformity: $(VENV)/.installed-dev
 $(VENV)/.installed-families: tests/families/packages.txt | $(VENV)/.installed-dev
 	rm -rf $(VENV)/families
 	$(PIP) --quiet --no-deps --target $(VENV)/families -r tests/families/packages.txt
-	@touch $@
-
-$(VENV)-oldest/.installed: tests/oldest.txt
-	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check --quiet -r tests/oldest.txt bitsandbytes==0.50.2 hypothesis pytest pytest-timeout pytest-xdist
 	@touch $@

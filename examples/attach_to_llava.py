@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.10"
 # dependencies = ["peft-crome", "peft", "torch", "transformers", "pillow", "typer"]
 # ///
 """Attach a fresh adapter to a vision-language model and see what that changes: nothing yet, and 5M weights can train.

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.10"
 # dependencies = ["peft-crome", "peft", "torch", "transformers", "pillow", "safetensors", "typer"]
 # ///
 """Save an adapter, look at its files, load it in every way there is, hold two of them, swap one for the other.

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.10"
 # dependencies = ["peft-crome[train]", "accelerate", "peft", "torch", "transformers", "pillow", "typer"]
 # ///
 """Train an adapter with transformers' own Trainer: rows, a collator, nothing that is special to CROME.

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.10"
 # dependencies = ["peft-crome[trl]", "datasets", "torch", "transformers", "pillow", "typer"]
 # ///
 """Train an adapter with TRL: pass CromeConfig() to SFTTrainer where a LoraConfig would be; the rest is TRL's own.

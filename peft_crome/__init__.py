@@ -1,16 +1,24 @@
 """CROME for Hugging Face PEFT: a gated bottleneck where text and vision embeddings enter a frozen language model."""
 
+from typing import Any
+
+from .backbone.compat import check_installed, has_composite
+
+check_installed()
+
 from .registration import register
 from .version import __version__
 
 register()
 
-from .features.cache import FeatureCache, cache_features  # noqa: E402
-from .sharing.card_details import describe_adapter  # noqa: E402
-from .tuner import CromeConfig, CromeLayer, CromeModel  # noqa: E402
-from .tuner.guard import SiteReport, check  # noqa: E402
-from .tuner.hotswap import hotswap_adapter  # noqa: E402
-from .vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor  # noqa: E402
+from .features.cache import FeatureCache, cache_features
+from .sharing.card_details import describe_adapter
+from .tuner import CromeConfig, CromeLayer, CromeModel
+from .tuner.guard import SiteReport, check
+from .tuner.hotswap import hotswap_adapter
+
+if has_composite():
+    from .vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
 
 __all__ = [
     "CromeConfig",
@@ -27,3 +35,11 @@ __all__ = [
     "describe_adapter",
     "hotswap_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("CromeVLM"):
+        from . import vlm  # says which transformers it needs
+
+        return getattr(vlm, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -142,6 +142,10 @@ def register() -> None:
     resize_under_adapters()
     if PeftType.CROME in PEFT_TYPE_TO_TUNER_MAPPING:  # type: ignore[attr-defined]
         return
+    from .backbone.compat import check_before_loading
     from .tuner import CromeConfig, CromeModel
+    from .tuner.attaching.checks import check_loaded
+
+    check_before_loading(NAME, check_loaded)
 
     register_peft_method(name="crome", config_cls=CromeConfig, model_cls=CromeModel, is_mixed_compatible=False)

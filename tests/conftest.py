@@ -22,9 +22,11 @@ import pytest
 import torch
 
 import peft_crome  # noqa: F401  # registers CROME with PEFT
+from peft_crome.backbone.compat import has_composite
 from tests.zoo_results import pytest_runtest_logreport, pytest_sessionfinish  # noqa: F401  # hooks
 
-pytest_plugins = ["tests.fixtures"]
+# They make composites.
+pytest_plugins = ["tests.fixtures"] if has_composite() else []
 
 torch.set_num_threads(1)
 

@@ -59,7 +59,13 @@ def processor(composite: CromeVLMForConditionalGeneration) -> CromeVLMProcessor:
 
 
 @pytest.fixture
-def images() -> list[Image.Image]:
+def images(photos: list[Image.Image]) -> list[Image.Image]:
+    """The same as `photos`."""
+    return photos
+
+
+@pytest.fixture
+def photos() -> list[Image.Image]:
     """Three images of different sizes and colors."""
     return [
         Image.new("RGB", size, color) for size, color in (((50, 37), "red"), ((20, 90), "green"), ((30, 30), "blue"))

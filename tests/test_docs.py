@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.matrix import PAGE as VERSIONS
+from tests.matrix import ROWS
 from tests.stand_ins import save_dinov2, save_smollm, save_smolvlm
 
 ROOT = Path(__file__).parent.parent
@@ -114,3 +116,11 @@ def test_make_targets_in_the_pages_exist() -> None:
             re.findall(r"`make ([a-z-]+)", text)
         )
         assert named <= targets, f"{page}: no such target: {sorted(named - targets)}"
+
+
+def test_versions_are_rows_of_the_matrix_without_a_failure_of_ours() -> None:
+    page = VERSIONS.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w-]+) \| 3\.\d+ \|", page, re.M)
+    assert rows
+    assert set(rows) <= set(ROWS)
+    assert set(re.findall(r"\d+ / \d+ / (\d+) (?=\|)", page)) == {"0"}

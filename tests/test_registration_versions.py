@@ -11,7 +11,7 @@ import pytest
 
 import peft_crome.registration
 
-VERSIONS = ("3.11", "3.12", "3.13")
+VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 
 # Runs in the interpreter under test. PEFT's own enum and registration function are loaded from its file, which imports
 # nothing but the standard library; torch, transformers and the rest of PEFT are not there.
@@ -45,6 +45,10 @@ auto = types.ModuleType("peft.auto")
 auto.get_default_import_allowlist = lambda: ["peft", "transformers"]
 tuner = types.ModuleType("peft_crome.tuner")
 tuner.CromeConfig, tuner.CromeModel = type("CromeConfig", (), {}), type("CromeModel", (), {"prefix": "crome_"})
+compat, checks = types.ModuleType("peft_crome.backbone.compat"), types.ModuleType("peft_crome.tuner.attaching.checks")
+looked = []
+compat.check_before_loading = lambda peft_type, check: looked.append((peft_type, check))
+checks.check_loaded = lambda model, adapter_name, tensors: None
 hub = types.ModuleType("huggingface_hub")
 save, commit = (lambda self, filepath: None), (lambda self, repo_id, operations: None)
 upload = lambda self, *, repo_id, folder_path: None
@@ -60,7 +64,11 @@ for name, module in {
     "peft.mapping": mapping,
     "peft.utils": utils,
     "peft_crome": types.ModuleType("peft_crome"),
+    "peft_crome.backbone": types.ModuleType("peft_crome.backbone"),
+    "peft_crome.backbone.compat": compat,
     "peft_crome.tuner": tuner,
+    "peft_crome.tuner.attaching": types.ModuleType("peft_crome.tuner.attaching"),
+    "peft_crome.tuner.attaching.checks": checks,
 }.items():
     sys.modules[name] = module
 sys.modules["peft"].auto = auto
@@ -102,6 +110,7 @@ enum.unique(PeftType)
 
 assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING == {member: tuner.CromeConfig}
 assert mapping.PEFT_TYPE_TO_TUNER_MAPPING == {member: tuner.CromeModel}
+assert looked == [("CROME", checks.check_loaded)]
 assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING == {member: "crome_"}
 assert mapping.PEFT_TYPE_TO_MIXED_MODEL_MAPPING == {}
 assert auto.get_default_import_allowlist() == ["peft", "transformers", "peft_crome.vlm.modeling_crome_vlm"]

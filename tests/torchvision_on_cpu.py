@@ -2,7 +2,7 @@
 
 Their compiled operators do not load there, and torchvision's import stops because it describes two of them. Only
 detection models need those operators. The transforms, which image and video processors use, are Python. This module
-declares the two operators when torchvision is first imported, so import it before anything that imports torchvision.
+declares the operators when torchvision is first imported, so import it before anything that imports torchvision.
 A test that starts a process sets PYTHONPATH to `STARTUP`, whose `sitecustomize.py` imports this module.
 """
 
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 STARTUP = Path(__file__).parent / "startup"
-OPERATORS = ("nms", "qnms")
-SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 class _Declare(MetaPathFinder):
@@ -25,11 +23,9 @@ class _Declare(MetaPathFinder):
         if name != "torchvision":
             return
         sys.meta_path.remove(self)
-        import torch
+        from tests.torchvision_operators import declare
 
-        if torch.version.cuda is None and torch.version.hip is None:
-            for operator in OPERATORS:
-                torch.library.define(f"torchvision::{operator}", SCHEMA)
+        declare()
 
 
 if "torchvision" not in sys.modules:

@@ -183,8 +183,11 @@ def _absolute(images: str | Path | Mapping[str, str | Path]) -> str | dict[str, 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):  # hashlib.file_digest came with Python 3.11
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _generate(path: str, version: str, **arguments: Any) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..vlm import CromeVLMForConditionalGeneration
 from .store import FeatureStore
 
 Features = dict[str, torch.Tensor]
@@ -56,7 +55,7 @@ class FeatureCache:
 
     def detach(self) -> None:
         """Take the cache off the model again; the folder stays."""
-        if isinstance(self.model, CromeVLMForConditionalGeneration):
+        if hasattr(self.model, "feature_cache"):  # the composite
             self.model.feature_cache = None
         else:
             self.tower.__dict__.pop("forward", None)
@@ -183,7 +182,7 @@ def cache_features(model: nn.Module, directory: str | os.PathLike, max_gigabytes
         >>> cache = cache_features(model, "features", max_gigabytes=20)  # doctest: +SKIP
     """
     host = model.get_base_model() if isinstance(model, PeftModel) else model
-    composite = isinstance(host, CromeVLMForConditionalGeneration)
+    composite = hasattr(host, "feature_cache")
     tower = host.vision_tower if composite else _tower_of(host)
     if any(parameter.requires_grad for parameter in tower.parameters()):
         raise ValueError(

@@ -1,5 +1,9 @@
 """The composite model: any vision tower and any language model; importing it registers the auto classes."""
 
+from ..backbone.compat import check_composite
+
+check_composite()
+
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from . import trainers  # noqa: F401  # what a Trainer is refused

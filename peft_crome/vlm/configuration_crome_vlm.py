@@ -4,7 +4,6 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 # Arguments of `from_pretrained` that configurations and processors understand too.
@@ -19,6 +18,9 @@ IMAGE_OPTIONS = (
     "num_query_tokens",
     "image_token_order",
 )
+
+# A part's configuration -> its model_type where the given dictionary has none; only the Q-Former may be left out.
+PARTS = {"vision_config": "clip_vision_model", "text_config": "llama", "qformer_config": "instructblip_qformer"}
 
 
 @strict
@@ -62,11 +64,8 @@ class CromeVLMConfig(PreTrainedConfig):
     """
 
     model_type = "crome_vlm"
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-        "qformer_config": SubConfigSpec(config_class=AutoConfig, model_type="instructblip_qformer", optional=True),
-    }
+    # By this name alone every release finds the parts. What a part without a model_type is, is in PARTS.
+    sub_configs: ClassVar[dict[str, Any]] = dict.fromkeys(PARTS, AutoConfig)
     auto_map: ClassVar[dict[str, str]] = {}  # there is no code on the Hub; TRL asks every model that it loads by name
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
@@ -97,6 +96,12 @@ class CromeVLMConfig(PreTrainedConfig):
     has_adapter: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name, model_type in PARTS.items():
+            given = getattr(self, name)
+            if given is None and name != "qformer_config":
+                given = {}
+            if isinstance(given, dict):
+                setattr(self, name, AutoConfig.for_model(**{"model_type": model_type, **given}))
         # The base class would reset what the parts chose; keep it unless the caller says otherwise.
         for choice in ("attn_implementation", "experts_implementation"):
             if kwargs.get(choice) is None:

@@ -61,7 +61,9 @@ def arguments_by_token(
         )
     if needed == "ple_input_ids":
         return {needed: input_ids}
-    return {needed: language_model.get_decoder().get_per_layer_inputs(input_ids)}
+    look_up = language_model.get_decoder().get_per_layer_inputs
+    takes_embeddings = "inputs_embeds" in inspect.signature(look_up).parameters  # Gemma 4's does, Gemma 3n's does not
+    return {needed: look_up(input_ids, None) if takes_embeddings else look_up(input_ids)}
 
 
 def generator(language_model: PreTrainedModel) -> PreTrainedModel:

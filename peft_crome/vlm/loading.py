@@ -21,6 +21,7 @@ from transformers.utils import (
     find_adapter_config_file,
 )
 
+from ..backbone.compat import load_copies
 from ..sharing.stage_record import STAGE_RECORD
 from ..sharing.weight_file import read_adapter_file
 from .assembly import assemble
@@ -339,6 +340,7 @@ def _load_adapter(
         _check_adapter(path, files)
         try:
             model.load_adapter(path, adapter_kwargs=adapter_kwargs)
+            load_copies(model, str(path), {name: value for name, value in files.items() if name != "proxies"})
         except SafetensorError as error:
             raise ValueError(
                 f"The adapter in {path} is truncated or not a safetensors file ({error}). Copy the directory again."

@@ -1,6 +1,7 @@
 """Processor of the composite: text with `<image>` and images -> input_ids, attention_mask, pixel_values."""
 
 import copy
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, Proces
 from transformers.image_utils import is_pil_image, is_valid_image
 from transformers.utils import logging
 
+from ..backbone.compat import chat_arguments
 from ..utils.read_image import read_image
 from ..utils.shorten import short
 from ..utils.turn_text import IMAGE_KEYS, turn_text
@@ -19,6 +21,7 @@ from .image_token import ensure_image_token
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "qformer_input_ids", "qformer_attention_mask")
 QFORMER_TOKENIZER = "qformer_tokenizer"
+CHAT_IMAGES = "chat_images"  # from `apply_chat_template` to `__call__`; transformers passes `images` of its own
 
 logger = logging.get_logger(__name__)
 
@@ -193,6 +196,7 @@ class CromeVLMProcessor(ProcessorMixin):
             ValueError: an image cannot be read, a row's placeholders and images differ, truncation would cut an image,
                 or the instructions are not one per row.
         """
+        images = kwargs.pop(CHAT_IMAGES, images)
         rows = None if images is None else self._read(_image_rows(images), kwargs)
         texts = [text] if isinstance(text, str) else text
         if texts is not None:
@@ -339,12 +343,17 @@ class CromeVLMProcessor(ProcessorMixin):
             images.append(found)
             asked.append(self.instruction(flat[-1]))
         processor_kwargs = dict(processor_kwargs or {})
-        if kwargs.get("tokenize") and any(images):
-            processor_kwargs["images"] = images if is_batch else images[0]
+        chat_images = (images if is_batch else images[0]) if any(images) else processor_kwargs.pop("images", None)
+        if kwargs.get("tokenize") and chat_images:
+            processor_kwargs[CHAT_IMAGES] = chat_images
         if kwargs.get("tokenize"):  # what a template does not write itself is not wanted
             processor_kwargs.setdefault("add_special_tokens", False)
         if kwargs.get("tokenize") and self.qformer_tokenizer is not None:
             processor_kwargs.setdefault("qformer_text", asked)
+        if kwargs.get("tokenize"):
+            named = inspect.signature(super().apply_chat_template).parameters
+            others = {key: kwargs.pop(key) for key in list(kwargs) if key not in named}
+            kwargs |= chat_arguments(processor_kwargs, others)
         made = super().apply_chat_template(
             flat if is_batch else flat[0], chat_template, processor_kwargs=processor_kwargs, **kwargs
         )

@@ -105,9 +105,10 @@ def find_vision_model(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} is not a vision tower: its forward takes {inputs[:6]}, expected "
             "pixel_values without input_ids. Pass the tower's name or model object as vision=."
         )
-    tower = model.base_model  # without the head of a ...ForImageClassification or ...WithProjection
-    if "pixel_values" not in _inputs(tower):  # DINOv3's is its encoder, behind the patch embedding
-        tower = model
+    # Without the head of a ...ForImageClassification or ...WithProjection. `base_model` may name nothing, or DINOv3's
+    # encoder, which lies behind the patch embedding.
+    bare = AutoModel._model_mapping.get(type(model.config), ())
+    tower = next((part for part in model.modules() if isinstance(part, bare)), model)
     why_not = _why_no_features(tower)
     if why_not:
         raise ValueError(f"{type(tower).__name__} {why_not}. Pass another tower as vision=.")

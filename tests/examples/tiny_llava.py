@@ -71,6 +71,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         text, trainers.BpeTrainer(vocab_size=320, special_tokens=list(SPECIAL), initial_alphabet=alphabet)
     )
     return PreTrainedTokenizerFast(
+        model_input_names=["input_ids", "attention_mask"],
         tokenizer_object=bpe,
         pad_token="<pad>",
         bos_token="<s>",

@@ -84,7 +84,7 @@ TEXT_SITE = {"text": ["embed_tokens"]}
             id="pattern is no regex",
         ),
         pytest.param(
-            {"branches": TEXT_SITE | {"vision": ["vision_tower.encoder.layers.0.mlp.fc2"]}},
+            {"branches": TEXT_SITE | {"vision": ["encoder.layers.0.mlp.fc2"]}},
             ["branches['vision']", "encoder.layers.0.mlp.fc2", "[16]", "32", "branches={'vision': "],
             id="other width",
         ),

@@ -23,7 +23,7 @@ from tests.zoo import VOCABULARY, WIDTH
 PLACEHOLDER = VOCABULARY - 1
 
 
-class MadeUpConfig(tf.PreTrainedConfig):
+class MadeUpConfig(tf.PretrainedConfig):  # of transformers 4 and 5
     model_type = "made_up_vl"
     sub_configs = {"vision_config": tf.CLIPVisionConfig, "text_config": tf.LlamaConfig}  # noqa: RUF012
 

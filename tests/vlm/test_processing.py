@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from transformers import AutoProcessor
 
 from peft_crome.vlm import CromeVLMProcessor
 from tests.vlm.tiny import make_tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_rows_of_any_mix(processor, composite, photos):
@@ -116,10 +119,10 @@ def test_save_and_load(processor, tmp_path, photos):
 
 def test_auto_processor_needs_the_import_alone(processor, tmp_path):
     processor.save_pretrained(tmp_path)
-    code = "import peft_crome.vlm, sys; from transformers import AutoProcessor; "
+    code = "import tests.torchvision_on_cpu; import peft_crome.vlm, sys; from transformers import AutoProcessor; "
     code += "print(type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)"
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "CromeVLMProcessor"
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.strip() == "CromeVLMProcessor", run.stderr
 
 
 def test_model_and_processor_agree_on_token_and_size(backbones, composite):

@@ -74,8 +74,18 @@ def adaptable_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 def _find_by_rules(model: nn.Module, paths: dict[str, nn.Module], table: dict[str, list[str]]) -> Branches:
+    # A module may have several paths (UDOP's patch embedding in transformers 4); `paths` has the first.
+    first = {module: path for path, module in paths.items()}
+    everywhere = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if module in first]
     named = {
-        branch: [path for path in paths for suffix in suffixes if f".{path}".endswith("." + suffix)]
+        branch: list(
+            dict.fromkeys(
+                first[module]
+                for path, module in everywhere
+                for suffix in suffixes
+                if f".{path}".endswith("." + suffix)
+            )
+        )
         for branch, suffixes in table.items()
     }
     text = named.get("text") or text_sites(model, paths)

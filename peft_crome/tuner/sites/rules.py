@@ -9,7 +9,7 @@ from itertools import pairwise
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...backbone.model import input_embeddings, possible_widths, text_hidden_size
+from ...backbone.model import PLACEHOLDER, input_embeddings, possible_widths, text_hidden_size
 from ..branches import Branches
 
 # What the module between a tower and a language model is called, as the last part of its path.
@@ -42,7 +42,10 @@ def projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) -
     hidden_size = text_hidden_size(model)
     modalities = getattr(model, "input_modalities", None) or ()
     takes = {modalities} if isinstance(modalities, str) else set(modalities)
-    takes |= {key.split("_")[0] for key in getattr(getattr(model, "config", None), "sub_configs", {})}
+    config = getattr(model, "config", None)
+    settings = vars(config).items() if config is not None else ()
+    tokens = [key for key, value in settings if PLACEHOLDER.fullmatch(key) and value is not None]
+    takes |= {key.split("_")[0] for key in [*getattr(config, "sub_configs", {}), *tokens]}
     neutral = "audio" if "audio" in takes and not takes & {"vision", "image"} else "vision"
     language_model = tuple(path.rsplit(".", 1)[0] + "." for path in text if path.count(".") > 1)
     found: Branches = {}

@@ -22,4 +22,5 @@ HOSTS: dict[str, dict[str, list[str]]] = {
     "udop": {"vision": ["encoder.embed_patches"]},
     "granite4_vision": {"vision": ["out_linear"]},
     "evolla": {"protein": ["sequence_compressor_resampler"]},
+    "EvollaModel": {"protein": ["sequence_compressor_resampler"]},  # its model_type in transformers 4
 }
