@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..backbone.model import unwrapped
 from ..vlm import CromeVLMForConditionalGeneration
 from .store import FeatureStore
 
@@ -182,7 +182,7 @@ def cache_features(model: nn.Module, directory: str | os.PathLike, max_gigabytes
     Example:
         >>> cache = cache_features(model, "features", max_gigabytes=20)  # doctest: +SKIP
     """
-    host = model.get_base_model() if isinstance(model, PeftModel) else model
+    host = unwrapped(model)
     composite = isinstance(host, CromeVLMForConditionalGeneration)
     tower = host.vision_tower if composite else _tower_of(host)
     if any(parameter.requires_grad for parameter in tower.parameters()):

@@ -9,7 +9,7 @@ from itertools import pairwise
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...backbone.model import input_embeddings, possible_widths, text_hidden_size
+from ...backbone.model import input_embeddings, original_module, possible_widths, text_hidden_size, unwrapped
 from ..branches import Branches
 
 # What the module between a tower and a language model is called, as the last part of its path.
@@ -31,7 +31,7 @@ def text_sites(model: nn.Module, paths: dict[str, nn.Module]) -> list[str]:
         if module is embeddings
         or (
             table is not None
-            and isinstance(module, (nn.Embedding, BaseTunerLayer))
+            and isinstance(original_module(module), (nn.Embedding, BaseTunerLayer))
             and getattr(module, "weight", None) is table
         )
     ]
@@ -40,9 +40,10 @@ def text_sites(model: nn.Module, paths: dict[str, nn.Module]) -> list[str]:
 def projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) -> Branches:
     """Modules named like a projector that have the language model's width: the shallowest of each modality."""
     hidden_size = text_hidden_size(model)
-    modalities = getattr(model, "input_modalities", None) or ()
+    host = unwrapped(model)
+    modalities = getattr(host, "input_modalities", None) or ()
     takes = {modalities} if isinstance(modalities, str) else set(modalities)
-    takes |= {key.split("_")[0] for key in getattr(getattr(model, "config", None), "sub_configs", {})}
+    takes |= {key.split("_")[0] for key in getattr(getattr(host, "config", None), "sub_configs", {})}
     neutral = "audio" if "audio" in takes and not takes & {"vision", "image"} else "vision"
     language_model = tuple(path.rsplit(".", 1)[0] + "." for path in text if path.count(".") > 1)
     found: Branches = {}
