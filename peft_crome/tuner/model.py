@@ -13,6 +13,7 @@ from torch import nn
 from ..backbone.four_bit import mend_repacking
 from ..backbone.model import input_embeddings, part_for_good, replace_everywhere, tied_weights
 from ..backbone.trainers import watch_trainers
+from .attaching.also_trained import tie_trained_tokens
 from .attaching.checks import check_free, check_loaded
 from .attaching.plan import plan
 from .config import CromeConfig
@@ -54,6 +55,7 @@ class CromeModel(BaseTuner):
             with self._attachment.or_undone():
                 # The file's keys name no sites, so a state dict cannot say where to inject: the configuration does.
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+                tie_trained_tokens(model, adapter_name, self.peft_config[adapter_name].inference_mode)
         finally:
             del self._attachment
         mend_repacking(model)
