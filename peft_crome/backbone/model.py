@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 KNOWN_ROWS = (
     307,
@@ -21,6 +24,7 @@ KNOWN_ROWS = (
     907,
     1009,
 )  # beyond bytes and special tokens, within every vocabulary that is trained
+COMPILED = "_orig_mod"  # what `torch.compile` calls the module that it wraps
 PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
 
 
@@ -53,14 +57,47 @@ def read_host(model: nn.Module) -> Host:
     return Host(backbone_name(model), input_embeddings(model), rows, _rms(rows), placeholder_ids(model), device, dtype)
 
 
+def unwrapped(model: Any, kind: type[nn.Module] = PreTrainedModel) -> Any:
+    """The model inside `torch.compile`, DDP, DataParallel, PEFT or a user's wrapper, the outermost of a kind.
+
+    Args:
+        model: itself of that kind, or a chain of modules that each hold one other.
+        kind: of the model that is looked for.
+    Returns:
+        The model; what was given where none is found.
+    """
+    inner = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, kind):
+        # The adapters' weights lie beside the module that a wrapper holds.
+        children = [child for child in inner.children() if not isinstance(child, BaseTunerLayer)]
+        only = children[0] if len(children) == 1 else None
+        inner = inner._modules.get("module", only)
+    return inner if isinstance(inner, kind) else model
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """The modules that `torch.compile` wraps inside a model in the wrappers' places, as long as the block runs."""
+    places = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
+    places = [place for place in places if place[2] is not None and COMPILED in place[2]._modules]
+    for parent, name, child in reversed(places):
+        parent._modules[name] = child._modules[COMPILED]
+    try:
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
+
+
 def backbone_name(model: nn.Module) -> str:
     """The name or path that a model was loaded from, else its class."""
+    model = unwrapped(model)
     return getattr(model, "name_or_path", "") or type(model).__name__
 
 
 def text_config(model: nn.Module) -> Any:
     """The language model's part of a model's configuration; None for a model without one."""
-    config = getattr(model, "config", None)
+    config = getattr(unwrapped(model), "config", None)
     return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
 
 
@@ -93,7 +130,7 @@ def _stated_width(module: nn.Module) -> int | None:
 def input_embeddings(model: nn.Module) -> nn.Module | None:
     """The module that turns token ids into embeddings, or None where the model names none."""
     try:
-        return model.get_input_embeddings()  # type: ignore[operator]
+        return unwrapped(model).get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
 
@@ -106,13 +143,16 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def original_module(module: nn.Module) -> nn.Module:
-    """What PEFT keeps of a module beside a copy that trains; the module itself where there is no copy."""
-    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+def original_module(module: Any) -> Any:
+    """What PEFT keeps of a module beside a copy that trains, or `torch.compile` wraps; else the module itself."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    return module._modules.get(COMPILED, module) if isinstance(module, nn.Module) else module
 
 
 def placeholder_ids(model: nn.Module) -> tuple[int, ...]:
     """The token ids in whose place a model puts images, videos and sounds, as its configuration names them."""
+    model = unwrapped(model)
     settings = vars(model.config) if hasattr(model, "config") else {}
     found = {value for name, value in settings.items() if PLACEHOLDER.fullmatch(name) and isinstance(value, int)}
     return tuple(sorted(found))
@@ -123,16 +163,54 @@ def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None
     for parent in list(model.modules()):
         if parent is not new:
             for name in [name for name, child in parent.named_children() if child is old]:
-                setattr(parent, name, new)
+                parent._modules[name] = new  # a compiled module hands attributes on
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtype]:
     """Where the input embeddings are and in which dtype; no device for a model on the meta device."""
-    for module in filter(None, (input_embeddings(model), model)):
-        for parameter in module.parameters():
+    for module in (input_embeddings(model), model):
+        for parameter in module.parameters() if module is not None else ():
             if parameter.is_floating_point() and not parameter.is_meta:
                 return parameter.device, parameter.dtype
     return None, torch.float32
+
+
+def tied_weights(model: nn.Module) -> set[str]:
+    """Names of the weights that a model's configurations tie together; of a model without sites around its tables."""
+    host = unwrapped(model)
+    tied = host.get_expanded_tied_weights_keys(all_submodels=True) if isinstance(host, PreTrainedModel) else {}
+    return {*tied.keys(), *tied.values()}
+
+
+def separate(model: nn.Module, tied: set[str]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Give a copy of its own to each weight that is tied no longer, since a checkpoint has to hold them all.
+
+    Args:
+        tied: `tied_weights(model)` as it was before its configurations were changed.
+    Returns:
+        Each module that has a copy now, the weight's name in it, and the weight that was there.
+    """
+    host, before, seen = unwrapped(model), [], set()
+    for name in sorted(tied - tied_weights(model)):
+        path, _, leaf = name.rpartition(".")
+        try:
+            module = host.get_submodule(path)
+        except AttributeError:  # a head that this model has not
+            continue
+        weight = module._parameters.get(leaf)
+        if weight is not None and id(weight) in seen and not weight.is_meta:
+            before.append((module, leaf, weight))
+            setattr(module, leaf, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+        seen.add(id(weight))
+    return before
+
+
+def part_for_good(model: nn.Module, tied: set[str]) -> None:
+    """`separate`, of a model that stays so: transformers forgets the tie, or a composite made of it would renew it."""
+    separate(model, tied)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def embed_scale(module: nn.Embedding) -> torch.Tensor:
@@ -147,7 +225,7 @@ def embedding_rows(model: nn.Module) -> torch.Tensor | None:
     The first eight are fixed tokens, so that they stay when a vocabulary grows.
     """
     embeddings = input_embeddings(model)
-    table = embeddings.get_base_layer() if isinstance(embeddings, BaseTunerLayer) else embeddings
+    table = original_module(embeddings.get_base_layer() if isinstance(embeddings, BaseTunerLayer) else embeddings)
     weight = getattr(embeddings, "unmerged_table", None)
     weight = weight if weight is not None else getattr(table, "weight", None)
     if not isinstance(weight, torch.Tensor):

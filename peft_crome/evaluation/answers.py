@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from tqdm.auto import tqdm
 
+from ..backbone.model import unwrapped
 from ..data import open_image
 from ..data.instructions import check_instructions
 from ..data.processed import with_images, with_template
@@ -51,7 +51,7 @@ def generate_answers(
         RowError: an instruction is longer than the Q-Former reads; no row is answered then.
         ValueError: an image cannot be read; the message names the row.
     """
-    host = model.get_base_model() if isinstance(model, PeftModel) else model
+    host = unwrapped(model)
     processor = with_template(processor)
     check_instructions(processor, host.config, rows)
     training = [module for module in model.modules() if module.training]
@@ -72,7 +72,7 @@ def _generate(
     system: str | None,
     progress: bool,
 ) -> list[str]:
-    host = model.get_base_model() if isinstance(model, PeftModel) else model
+    host = unwrapped(model)
     is_encoder_decoder = host.config.is_encoder_decoder
     greedy: dict[str, Any] = {**GREEDY}
     if getattr(host.generation_config, "min_new_tokens", None):

@@ -14,6 +14,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 
+from ..backbone.model import unwrapped
+
 IGNORED = -100
 
 
@@ -125,7 +127,7 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 def _config(model: Any) -> Any:
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).config
+    return unwrapped(model).config
 
 
 def _batch(chunks: list[list[int]], start: list[int], encoder_decoder: bool, device: Any) -> dict[str, torch.Tensor]:

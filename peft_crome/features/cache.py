@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..backbone.model import unwrapped
 from .store import FeatureStore
 
 Features = dict[str, torch.Tensor]
@@ -181,7 +181,7 @@ def cache_features(model: nn.Module, directory: str | os.PathLike, max_gigabytes
     Example:
         >>> cache = cache_features(model, "features", max_gigabytes=20)  # doctest: +SKIP
     """
-    host = model.get_base_model() if isinstance(model, PeftModel) else model
+    host = unwrapped(model)
     composite = hasattr(host, "feature_cache")
     tower = host.vision_tower if composite else _tower_of(host)
     if any(parameter.requires_grad for parameter in tower.parameters()):

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.image_utils import load_image
 from transformers.utils import cached_file
 
+from ..backbone.model import unwrapped
 from ..tuner.guard import from_images
 from ..tuner.layer import crome_layers
 from ..utils.read_image import read_image
@@ -102,7 +103,7 @@ def look(
     opened = [read(image) for image in images]
     batch = encode(processor, network, prompt, opened, system)
     tokenizer = getattr(processor, "tokenizer", processor)
-    base = network.get_base_model() if isinstance(network, PeftModel) else network
+    base = unwrapped(network)
     branches = [
         BranchView(activity, map_images(base, batch, activity, opened, processor), words(activity, tokenizer))
         for activity in inspect_activity(network, batch)

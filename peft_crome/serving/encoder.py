@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ..backbone.model import unwrapped
 from ..tuner import CromeLayer
 from ..vlm import CromeVLMForConditionalGeneration
 from ..vlm.language_inputs import arguments_by_token
@@ -31,7 +32,7 @@ class ImageEncoder:
 
     def __init__(self, model: PeftModel) -> None:
         self.model = model.eval()
-        self.host: Any = model.get_base_model()
+        self.host: Any = unwrapped(model)
         if not callable(getattr(self.host, "get_image_features", None)):
             raise ValueError(
                 f"{type(self.host).__name__} has no get_image_features, which turns images into embeddings."
@@ -124,4 +125,4 @@ class ImageEncoder:
 
     def _sites(self) -> list[CromeLayer]:
         sites = [module for module in self.host.modules() if isinstance(module, CromeLayer)]
-        return [site for site in sites if not isinstance(site.get_base_layer(), torch.nn.Embedding)]
+        return [site for site in sites if not isinstance(site.table, torch.nn.Embedding)]

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 
-from ..backbone.model import backbone_name, original_module
+from ..backbone.model import backbone_name, separate, tied_weights, uncompiled, unwrapped
 from ..sharing.written import check_model_files, check_ordinary
 from ..tuner import CromeLayer, CromeWeights
 from ..tuner.attaching.checks import is_of_another_method
@@ -41,17 +41,22 @@ def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwar
     output = Path(output_dir)
     if output.exists():
         raise FileExistsError(f"{output} is there already; nothing was written. Name a new directory.")
-    host = model.get_base_model()
+    model = unwrapped(model, PeftModel)
+    host = unwrapped(model)
     _check(model)
-    target = host.language_model if isinstance(host, CromeVLMForConditionalGeneration) else host
+    target = unwrapped(host.language_model) if isinstance(host, CromeVLMForConditionalGeneration) else host
     configs = {id(config): config for config in (target.config, target.config.get_text_config())}.values()
     tied = {id(config): config.tie_word_embeddings for config in configs if hasattr(config, "tie_word_embeddings")}
+    with sites_out(host):
+        shared = tied_weights(target)
     model.merge_adapter()
+    separated: list[Any] = []
     try:
         for config in configs:
             config.tie_word_embeddings = False
         with new_directory(output) as temporary:
-            with sites_out(host):
+            with sites_out(host), uncompiled(host):
+                separated = separate(target, shared)
                 check_ordinary(target)
                 target.save_pretrained(temporary, **kwargs)
                 check_model_files(temporary, target, kwargs.get("save_original_format", True))
@@ -60,6 +65,8 @@ def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwar
             card = render("sharing/templates/folded.md.jinja", name=backbone_name(target))
             (temporary / "README.md").write_text(card, encoding="utf-8")
     finally:
+        for module, name, weight in separated:
+            setattr(module, name, weight)
         model.unmerge_adapter()
         for config in configs:
             if id(config) in tied:
@@ -80,7 +87,7 @@ def _check(model: PeftModel) -> None:
             f"{others[:3]} ({len(others)} in all) carry adapters of another PEFT method, which are no part of an "
             "ordinary checkpoint. Merge these into the host before CROME is attached: merge_and_unload()."
         )
-    tables = [site for site in sites if not why_not_foldable(original_module(site.get_base_layer()))]
+    tables = [site for site in sites if not why_not_foldable(site.table)]
     if not tables and "text" not in {branch for site in sites for branch in site.branches if _is_table(site)}:
         raise ValueError(
             "There is nothing to fold: no branch of this adapter is on an embedding table, so the language model is "
@@ -95,4 +102,4 @@ def _check(model: PeftModel) -> None:
 
 
 def _is_table(site: CromeLayer) -> bool:
-    return isinstance(original_module(site.get_base_layer()), torch.nn.Embedding)
+    return isinstance(site.table, torch.nn.Embedding)

@@ -13,7 +13,7 @@ from huggingface_hub.file_download import repo_folder_name
 from packaging.version import InvalidVersion, Version
 from torch import nn
 
-from ..backbone.model import Host
+from ..backbone.model import Host, unwrapped
 from ..version import __version__
 
 PACKAGES = ("peft_crome", "peft", "transformers")
@@ -29,7 +29,7 @@ def describe_backbone(model: nn.Module, host: Host, hidden_size: int) -> dict[st
         host: of the model. Eight of its rows tell two sets of weights apart, whatever they are called and in whichever
             dtype.
     """
-    config = getattr(model, "config", None)
+    config = getattr(unwrapped(model), "config", None)
     return {
         "name_or_path": host.name,
         "revision": _commit(host.name),

@@ -28,8 +28,7 @@ def check_ordinary(model: PreTrainedModel) -> None:
             method = quantizer.quantization_config.quant_method
             raise ValueError(f"{name} is quantized by {method}, which transformers cannot write. {REMEDY}")
         return
-    with torch.device("meta"):
-        ordinary = type(model)(copy.deepcopy(model.config)).state_dict()
+    ordinary = _ordinary(model).state_dict()
     own = model.state_dict()
     strange = sorted(ordinary.keys() ^ own.keys())
     strange += [key for key, value in own.items() if type(value) is not torch.Tensor and key not in strange]
@@ -51,10 +50,22 @@ def check_model_files(folder: Path, model: PreTrainedModel, original_names: bool
     """
     quantizer = getattr(model, "hf_quantizer", None)
     state = quantizer.get_state_dict_and_metadata(model)[0] if quantizer is not None else None
-    state = remove_tied_weights_from_state_dict(dict(state or model.state_dict()), model)
+    # Whoever reads the files makes the model anew by its configuration, which says what need not be there.
+    ordinary = _ordinary(model)
+    every = ordinary.state_dict()
+    left_out = every.keys() - remove_tied_weights_from_state_dict(dict(every), ordinary).keys()
+    left_out |= set(model._keys_to_ignore_on_save or ())
+    state = {key: value for key, value in (state or model.state_dict()).items() if key not in left_out}
     if original_names:
         state = revert_weight_conversion(model, state)
     check_files(folder, state)
+
+
+def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype  # `save_pretrained` leaves its name there, which Apertus cannot read
+    with torch.device("meta"):
+        return type(model)(config)
 
 
 def check_files(folder: Path, meant: Iterable[str], names: str = "*.safetensors") -> None:

@@ -13,6 +13,7 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..backbone.model import COMPILED
 from ..backbone.outputs import embeddings_in
 from .branches import in_ranges
 from .layer import CromeLayer, crome_layers
@@ -22,7 +23,6 @@ TEXT_INPUTS = re.compile(r"(decoder_)?input_ids")
 AUDIO_INPUTS = re.compile(r".*(audio|speech|input_features|input_values).*")
 VISION_INPUTS = re.compile(r".*(pixel_values|image|video|vision|patches).*")
 CHECKPOINT = re.compile("checkpoint", re.IGNORECASE)  # reentrant: such a node does not lead to what it closes over
-COMPILED = "_orig_mod"  # what `torch.compile` calls the module that it wraps
 PATIENCE = 20  # forward passes in training that nothing may reach before a warning
 
 Pair = tuple[str, str]  # adapter name, branch

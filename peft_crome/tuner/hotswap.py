@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
+from ..backbone.model import unwrapped
 from ..sharing.provenance import record_backbone
 from ..sharing.weight_checks import check_shapes, token_lists
 from .branches import present_branches, same_branches
@@ -21,7 +22,7 @@ def hotswap_adapter(
     """Put another adapter's weights where `adapter_name`'s are; no module or tensor is replaced.
 
     Args:
-        model: has the adapter `adapter_name`; torch.compile may have wrapped it.
+        model: has the adapter `adapter_name`; torch.compile or DDP may have wrapped it.
         model_id: directory or Hub repository of the adapter to swap in.
         adapter_name: keeps its name.
         hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, ...
@@ -32,7 +33,7 @@ def hotswap_adapter(
     Example:
         >>> hotswap_adapter(model, "user/other-adapter")  # doctest: +SKIP
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model, PeftModel)
     old = model.peft_config.get(adapter_name)
     if not isinstance(old, CromeConfig):
         raise ValueError(

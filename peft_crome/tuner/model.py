@@ -11,8 +11,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dty
 from torch import nn
 
 from ..backbone.four_bit import mend_repacking
-from ..backbone.model import input_embeddings, replace_everywhere
+from ..backbone.model import input_embeddings, part_for_good, replace_everywhere, tied_weights
 from ..backbone.trainers import watch_trainers
+from .attaching.also_trained import tie_trained_tokens
 from .attaching.checks import check_free, check_loaded
 from .attaching.plan import plan
 from .config import CromeConfig
@@ -20,7 +21,8 @@ from .guard import arm, disarm
 from .layer import CromeLayer, crome_layers
 from .merging.merge import check_allowed, merge_for_good, share_and_untie
 from .mixed_batch.calls import rows_with_adapters
-from .weights import NAME, CromeWeights
+from .weights import NAME, CromeWeights, take_weights_off
+from .without_sites import sites_out
 
 
 class CromeModel(BaseTuner):
@@ -53,6 +55,7 @@ class CromeModel(BaseTuner):
             with self._attachment.or_undone():
                 # The file's keys name no sites, so a state dict cannot say where to inject: the configuration does.
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+                tie_trained_tokens(model, adapter_name, self.peft_config[adapter_name].inference_mode)
         finally:
             del self._attachment
         mend_repacking(model)
@@ -114,14 +117,17 @@ class CromeModel(BaseTuner):
     ) -> nn.Module:
         layers = [layer for _, layer in crome_layers(self.model)]
         if merge:
+            with sites_out(self.model):
+                tied = tied_weights(self.model)
             merge_for_good(self.model, layers, safe_merge, adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             share_and_untie(model, layers)
+            part_for_good(model, tied)
             for _, layer in list(crome_layers(self.model)):  # of adapters that were not to be merged
                 replace_everywhere(model, layer, layer.base_layer)
         disarm(model)
-        del self.model._modules[NAME]
+        take_weights_off(self.model)
         return model
 
     @classmethod

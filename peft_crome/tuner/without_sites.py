@@ -55,7 +55,7 @@ def sites_out(model: nn.Module) -> Iterator[None]:
     taken = [place for place in places if isinstance(place[2], (CromeLayer, CromeWeights))]
     for parent, name, child in taken:
         if isinstance(child, CromeLayer):
-            setattr(parent, name, child.base_layer)
+            parent._modules[name] = child.base_layer
         else:
             del parent._modules[name]
     try:
@@ -63,10 +63,10 @@ def sites_out(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, child in taken:
             if isinstance(child, CromeLayer):
-                child.base_layer = getattr(parent, name)
+                child.base_layer = parent._modules[name]
                 if _is_table(child.base_layer):
-                    child.in_features = child.base_layer.num_embeddings
-            setattr(parent, name, child)
+                    child.in_features = child.table.num_embeddings
+            parent._modules[name] = child  # not by attributes, which a compiled module hands on
 
 
 def _is_table(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..backbone.model import part_for_good, tied_weights
 from .blip_parts import PARTS_CLASSES, load_parts, qformer_of
 from .configuration_crome_vlm import HUB_ARGUMENTS
 from .image_size import fixed_image_size
@@ -150,25 +151,48 @@ def load_language_model(
     config: PreTrainedConfig | None,
     quantization_config: Quantization | None,
     loading: Loading,
+    stored: Mapping[str, torch.Tensor] | None = None,
 ) -> PreTrainedModel:
     """Load the language model with its head by name, decoder-only or encoder-decoder.
 
+    Args:
+        config: of a composite that was saved, whose tables may have another size, or be tied no longer.
+        stored: what the composite's own files hold of it.
     Raises:
-        ValueError: the named model is neither.
+        ValueError: the named model is neither, or the composite that was saved has weights which nothing gives.
     """
     arguments = _arguments("language_model", revision, quantization_config, loading)
-    stored = AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
-    auto_class = language_class(config or stored)
+    stored_config = AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+    auto_class = language_class(config or stored_config)
     if config is None:
         return auto_class.from_pretrained(name, **arguments)
     config = _clean(config, quantization_config)
-    ours, theirs = config.get_text_config(), stored.get_text_config()
+    ours, theirs = config.get_text_config(), stored_config.get_text_config()
     vocab_size = getattr(ours, "vocab_size", None)
-    if vocab_size == getattr(theirs, "vocab_size", None):
-        return auto_class.from_pretrained(name, config=config, **arguments)
-    ours.vocab_size = theirs.vocab_size  # the table was resized after loading
-    model = auto_class.from_pretrained(name, config=config, **arguments)
-    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    resized = vocab_size != getattr(theirs, "vocab_size", None)
+    if resized:
+        ours.vocab_size = theirs.vocab_size
+    ties = [getattr(own, "tie_word_embeddings", None) for own in (config, ours)]
+    for own, published in ((config, stored_config), (ours, theirs)):
+        if getattr(published, "tie_word_embeddings", False):  # a merge unties them, and the files have one
+            own.tie_word_embeddings = True
+    model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **arguments)
+    stored = stored or {}
+    missing = sorted(set(info["missing_keys"]) - stored.keys())
+    if missing:
+        raise ValueError(
+            f"{name!r} has no {missing[:3]} ({len(missing)} in all), and the composite's own files have none either. "
+            "Name the language model that the composite was saved with."
+        )
+    if resized:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    tied = tied_weights(model)
+    kept = [stored[name] for name in tied & stored.keys()]
+    differ = any(not torch.equal(kept[0], other) for other in kept[1:])
+    for own, tie in zip((model.config, model.config.get_text_config()), ties, strict=True):
+        if tie is not None:
+            own.tie_word_embeddings = tie and not differ
+    part_for_good(model, tied)
     return model
 
 

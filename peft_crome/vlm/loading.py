@@ -272,17 +272,18 @@ def _load_part(
     quantization = config.vision_quantization_config if vision else config.text_quantization_config
     if loading.dtype is None:
         loading = dataclasses.replace(loading, dtype=own.dtype)
+    weights = {key.removeprefix(f"{part}."): tensor for key, tensor in stored.items() if key.startswith(f"{part}.")}
     if name is not None:
-        by_name = load_vision_tower if vision else load_language_model
         try:
-            return by_name(name, revision, own, quantization, loading)
+            if vision:
+                return load_vision_tower(name, revision, own, quantization, loading)
+            return load_language_model(name, revision, own, quantization, loading, weights)
         except OSError as error:
             field = "vision_model_name_or_path" if vision else "text_model_name_or_path"
             raise OSError(
                 f"{name_or_path} names {name!r} as its {part}, which cannot be loaded: {error}\nIf it has moved: "
                 f"config = CromeVLMConfig.from_pretrained(...); config.{field} = '...'; pass config=config."
             ) from error
-    weights = {key.removeprefix(f"{part}."): tensor for key, tensor in stored.items() if key.startswith(f"{part}.")}
     model_class = vision_class(own) if vision else language_class(own)
     if hasattr(model_class, "_model_mapping"):  # auto classes do not take a state_dict without a name
         model_class = model_class._model_mapping[type(own)]

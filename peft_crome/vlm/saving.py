@@ -60,12 +60,21 @@ def select_weights(model: Any, state_dict: Weights) -> Weights:
             f"Quantized weights have changed since they were loaded ({sorted(quantized)[:3]}), which no name gives "
             "and a composite's checkpoint does not hold. Load the backbone without quantization_config to change it."
         )
-    stored = model._stored_keys | model.trained_backbone_keys() | different
+    stored = model._stored_keys | model.trained_backbone_keys() | different | _head_key(model)
     return {
         key: tensor
         for key, tensor in state_dict.items()
         if (part := key.split(".", 1)[0]) not in names or part in unnamed or key in stored
     }
+
+
+def _head_key(model: Any) -> set[str]:
+    """The language model's head, where it is tied no longer and its configuration does not keep that (T5's)."""
+    own, language_model = model.config.text_config, model.language_model
+    reloaded = type(own).from_dict(own.to_dict())
+    before, after = (getattr(config, "tie_word_embeddings", False) for config in (own, reloaded))
+    head = language_model.get_output_embeddings() if after and not before else None
+    return {f"language_model.{name}.weight" for name, module in language_model.named_modules() if module is head}
 
 
 def _is_packed(model: Any, part: str, key: str) -> bool:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peft import PeftModel
-
+from ..backbone.model import unwrapped
 from ..backbone.trainers import CHECKS
 from .language_head import decoder_of
 from .modeling_crome_vlm import CromeVLMForConditionalGeneration
@@ -24,7 +23,7 @@ def prepare(trainer: Any) -> None:
         isinstance(m, CromeVLMForConditionalGeneration) for m in model.modules()
     ):
         raise ValueError("use_vllm=True: vLLM does not know this composite model. Write use_vllm=False.")
-    host = model.get_base_model() if isinstance(model, PeftModel) else model
+    host = unwrapped(model)
     of_trl = any(cls.__module__.split(".")[0] == "trl" for cls in type(trainer).__mro__)
     if not of_trl or not isinstance(host, CromeVLMForConditionalGeneration):
         return

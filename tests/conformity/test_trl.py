@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Blip2QForme
 
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
 from tests.examples.tiny_llava import save_tokenizer_and_model
+from tests.tuner.test_compiled_host import compiled
 from tests.vlm.test_qformer import QFORMER, qformer_processor, with_qformer
 from tests.vlm.tiny import CHAT_TEMPLATE, build, make_tokenizer
 
@@ -215,6 +216,20 @@ def test_sft_of_a_composite_has_its_own_loss(loss_type: str, form: str, kind: st
     assert_only_the_adapter_moved(model, before)
 
 
+def test_sft_of_a_compiled_composite_has_its_own_loss(tmp_path: Path) -> None:
+    """Placeholders are no labels, whatever wraps the composite."""
+    host = composite()
+    processor = processor_of(host)
+    plain = sft(get_peft_model(host, CromeConfig(bottleneck_dim=4)), processor, tmp_path)
+    expected = own_loss(plain)
+    model = get_peft_model(compiled(composite()), CromeConfig(bottleneck_dim=4))
+    trainer = sft(model, processor, tmp_path)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    assert (batch["input_ids"] == IMAGE).any()
+    assert not (batch["labels"] == IMAGE).any()
+    assert losses_of(trainer)[0] == pytest.approx(expected, abs=1e-5)
+
+
 def test_sft_counts_no_image_tokens_when_it_accumulates(tmp_path: Path) -> None:
     """The loss of four rows, one at a time: whatever is divided by their tokens leaves out placeholders."""
     host = composite()
@@ -391,20 +406,26 @@ def test_kto_of_a_composite_starts_at_its_reference(tmp_path: Path) -> None:
     assert_only_the_adapter_moved(model, before)
 
 
+@pytest.mark.parametrize("wrap", [lambda host: host, compiled], ids=["plain", "compiled"])
 @pytest.mark.parametrize("trainer_name", ["GRPO", "RLOO"])
-def test_a_qformer_that_reads_instructions_is_refused_where_trl_drops_them(trainer_name: str, tmp_path: Path) -> None:
+def test_a_qformer_that_reads_instructions_is_refused_where_trl_drops_them(
+    trainer_name: str, wrap: Any, tmp_path: Path
+) -> None:
     host = composite("instructions")
     processor = processor_of(host)
     with pytest.raises(ValueError, match=rf"{trainer_name}Trainer does not hand on the instructions"):
-        by_rewards(trainer_name, get_peft_model(host, CromeConfig(bottleneck_dim=4)), processor, tmp_path)
+        by_rewards(trainer_name, get_peft_model(wrap(host), CromeConfig(bottleneck_dim=4)), processor, tmp_path)
 
 
+@pytest.mark.parametrize("wrap", [lambda host: host, compiled], ids=["plain", "compiled"])
 @pytest.mark.parametrize("language", ["t5", "bart"])
 @pytest.mark.parametrize("trainer_name", ["SFT", "DPO", "GRPO"])
-def test_an_encoder_decoder_is_refused_before_training(trainer_name: str, language: str, tmp_path: Path) -> None:
+def test_an_encoder_decoder_is_refused_before_training(
+    trainer_name: str, language: str, wrap: Any, tmp_path: Path
+) -> None:
     host = composite(language=language)
     processor = processor_of(host)
-    model = get_peft_model(host, CromeConfig(bottleneck_dim=4))
+    model = get_peft_model(wrap(host), CromeConfig(bottleneck_dim=4))
     make = {"SFT": sft, "DPO": dpo, "GRPO": lambda *args: by_rewards("GRPO", *args)}[trainer_name]
     with pytest.raises(ValueError, match=r"(?s)no decoder that reads prompt and answer.*transformers\.Trainer"):
         make(model, processor, tmp_path)

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from peft_crome.serving import ImageEncoder, fold
+from peft_crome.serving import ImageEncoder, fold, folded
 from peft_crome.serving.encoder import NOT_IN_VLLM
 from tests.test_mixed_batch import qformer_composite
-from tests.tuner.helpers import adapted, assert_equal, attach, logits, randomize, unchanged
+from tests.tuner.helpers import adapted, assert_equal, attach, changed, logits, randomize, snapshot, unchanged
+from tests.tuner.test_compiled_host import HOSTS
 from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO, Case
 
@@ -96,6 +99,78 @@ def test_seq2seq_composite(tmp_path: Path) -> None:
     row = 2  # the longest, without padding
     found = logits(stock, {"inputs_embeds": prompt[row : row + 1], "labels": batch["labels"][row : row + 1]})
     torch.testing.assert_close(found[0], expected[row], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin `_thread.get_ident")
+@pytest.mark.parametrize("name", HOSTS)
+def test_hosts_that_forward_to_another_module(name: str, tmp_path: Path) -> None:
+    """The checkpoint and the embeddings are those of the model inside."""
+    case = ZOO["llava"]()
+    plain = adapted(ZOO["llava"]())
+    model = attach(HOSTS[name](case.model))
+    randomize(model)
+    model.eval()
+    for parameter, value in zip(crome_weights(model), crome_weights(plain), strict=True):
+        parameter.data.copy_(value)
+    modules = [*model.modules()]
+    fold(plain, tmp_path / "plain")
+    fold(model, tmp_path / "folded")
+    assert [*model.modules()] == modules
+    expected, found = (load_file(tmp_path / which / "model.safetensors") for which in ("plain", "folded"))
+    assert found.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key])
+    for one, other in zip(ImageEncoder(model)(**case.batch), ImageEncoder(plain)(**case.batch), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def crome_weights(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if ".crome." in name]
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin `_thread.get_ident")
+@pytest.mark.parametrize("what", ["composite", "language model"])
+def test_compiled_composite(what: str, tmp_path: Path) -> None:
+    host = build()
+    batch = make_batch(host)
+    if what == "composite":
+        model = attach(torch.compile(host, backend="eager"))
+    else:
+        host.language_model = torch.compile(host.language_model, backend="eager")
+        model = attach(host)
+    randomize(model)
+    expected = logits(model.eval(), batch)
+    fold(model, tmp_path / "folded")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "folded").eval()
+    for row, prompt in enumerate(ImageEncoder(model).prompt_embeds(**batch)):
+        found = logits(stock, {"inputs_embeds": prompt[None]})[0]
+        torch.testing.assert_close(found, expected[row][batch["attention_mask"][row].bool()], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bart composite", "florence2"])
+def test_tables_that_were_tied_to_each_other(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BART's halves have a table each, and all of them are in the file once the tie is off."""
+    if name == "florence2":
+        case = ZOO[name]()
+        model, batch, kind = attach(case.model, branches={"text": case.sites["text"]}), case.batch, type(case.model)
+        target = case.model
+    else:
+        host = build(language="bart")
+        target, model, kind = host.language_model, attach(host), AutoModelForSeq2SeqLM
+        batch = {"input_ids": torch.tensor([[1, 5, 6]]), "decoder_input_ids": torch.tensor([[2, 5]])}
+    randomize(model)
+    expected, before = logits(model.eval(), batch), snapshot(model)
+    fold(model, tmp_path / "folded")
+    assert not changed(model, before)
+    assert target.config.tie_word_embeddings
+    stock, found = kind.from_pretrained(tmp_path / "folded", output_loading_info=True)
+    assert not found["missing_keys"]
+    torch.testing.assert_close(logits(stock.eval(), batch), expected, rtol=1e-5, atol=1e-5)
+    assert target.get_output_embeddings().weight is target.get_input_embeddings().weight
+    monkeypatch.setattr(folded, "separate", lambda *_: [])  # what is written is compared with what a reader needs
+    with pytest.raises(ValueError, match=r"2 missing: \['model.*decoder.embed_tokens.weight'"):
+        fold(model, tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
 
 
 def test_shapes_that_engines_take() -> None:

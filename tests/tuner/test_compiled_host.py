@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from peft_crome import CromeConfig, CromeLayer, check
+from peft_crome import CromeConfig, CromeLayer, check, hotswap_adapter
 from tests.tuner.helpers import (
     BOTH,
     assert_equal,
     attach,
+    crome_weight,
     file_keys,
     logits,
     randomize,
@@ -22,6 +25,7 @@ from tests.tuner.helpers import (
     trainable,
     unchanged,
 )
+from tests.tuner.test_hotswap import save_adapter
 from tests.zoo.case import words
 from tests.zoo.llava import llava
 
@@ -47,13 +51,26 @@ class Wrapper(nn.Module):
         return self._modules["host"](*args, **kwargs)
 
 
+class Holder(nn.Module):
+    """Hands nothing on."""
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.backbone = host
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone(*args, **kwargs)
+
+
 def compiled(host: nn.Module) -> nn.Module:
     return torch.compile(host, backend="eager")
 
 
-def part_compiled(name: str) -> Any:
+def part_compiled(path: str) -> Any:
     def change(host: nn.Module) -> nn.Module:
-        setattr(host.model, name, compiled(getattr(host.model, name)))
+        *parents, name = f"model.{path}".split(".")
+        parent = host.get_submodule(".".join(parents))
+        setattr(parent, name, compiled(getattr(parent, name)))
         return host
 
     return change
@@ -64,8 +81,11 @@ HOSTS = {
     "compiled language model": part_compiled("language_model"),
     "compiled tower": part_compiled("vision_tower"),
     "compiled projector": part_compiled("multi_modal_projector"),
+    "compiled table": part_compiled("language_model.embed_tokens"),
     "a user's module": Wrapper,
     "a user's module, compiled": lambda host: compiled(Wrapper(host)),
+    "a user's module that hands nothing on": Holder,
+    "DataParallel": nn.DataParallel,
 }
 
 
@@ -147,3 +167,75 @@ def test_second_adapter_rows_and_check(name: str) -> None:
     model.delete_adapter("other")
     assert trainable(model)
     assert [row.branch for row in check(model, case.batch) if row.gradient] == ["vision"]
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("name", [*HOSTS, "DistributedDataParallel"])
+def test_embeddings_and_description_are_the_inner_model_s(name: str, tmp_path: Path) -> None:
+    """W_g is scaled by the embeddings, and the same weights are another model to nobody."""
+
+    def host() -> nn.Module:
+        model = llava().model
+        model.get_input_embeddings().weight.data.mul_(0.1)
+        return model
+
+    config = {"bottleneck_dim": 64, "branches": {"vision": ["multi_modal_projector"]}}
+    wrapped = HOSTS.get(name, DistributedDataParallel)(host())
+    plain, model = attach(host(), **config), attach(wrapped, **config)
+    spreads = [crome_weight(one, "gate_vision").std().item() for one in (plain, model)]
+    assert spreads[0] > 10  # of embeddings as they come it is 1.4, and 0.18 where none are found
+    assert spreads[1] == pytest.approx(spreads[0], rel=0.1)
+    assert model.peft_config["default"].trained_on == plain.peft_config["default"].trained_on
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(host(), tmp_path)  # a warning would be an error
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_hotswap(name: str, tmp_path: Path) -> None:
+    model = attach(HOSTS[name](llava().model)).eval()
+    expected = save_adapter(tmp_path)
+    assert not torch.equal(logits(model, llava().batch), expected)
+    hotswap_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model, llava().batch), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_merge_and_unmerge(name: str) -> None:
+    case = llava()
+    model = attach(HOSTS[name](case.model))
+    randomize(model)
+    expected = logits(model.eval(), case.batch)
+    model.merge_adapter()
+    tables = [module for module in model.modules() if isinstance(module, CromeLayer) and module.folded]
+    assert len(tables) == 1
+    torch.testing.assert_close(logits(model, case.batch), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert_equal(logits(model, case.batch), expected)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_parameters_are_found_by_their_names(name: str) -> None:
+    """TRL looks for them so."""
+    model = attach(HOSTS[name](llava().model))
+    for path, parameter in model.named_parameters():
+        assert model.get_parameter(path) is parameter
+    base = model.unload()
+    assert not hasattr(base, "crome")
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_merge_and_unload(name: str) -> None:
+    case = llava()
+    model = attach(HOSTS[name](case.model), branches=["text"])
+    randomize(model)
+    expected = logits(model.eval(), case.batch)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, case.batch), expected, rtol=1e-4, atol=1e-4)
+    assert merged.state_dict().keys() == HOSTS[name](llava().model).state_dict().keys()

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
-from peft_crome import CromeConfig
+from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
 from tests.tuner.helpers import (
     BOTH,
     KEYS,
@@ -26,6 +26,7 @@ from tests.tuner.helpers import (
     train_steps,
     trainable,
 )
+from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO, Case
 from tests.zoo.llava import internvl, llava
 
@@ -126,6 +127,60 @@ def test_a_table_that_trains_folds_when_it_is_unloaded(config: dict) -> None:
     merged = model.merge_and_unload()
     torch.testing.assert_close(logits(merged, host.batch), expected, atol=1e-5, rtol=1e-5)
     assert not [path for path, _ in merged.named_modules() if "token_adapter" in path or "modules_to_save" in path]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "paligemma", "florence2", "composite"])
+@pytest.mark.filterwarnings("ignore:.*no longer tied")  # true, and test_peft_contract.py expects it
+def test_trained_tokens_are_trained_in_a_tied_head_as_well(name: str, tmp_path: Path) -> None:
+    """PEFT's rule, which a site around the table must not hide: the merged model is then the attached one."""
+    case = ZOO[name]() if name != "composite" else tied_composite()
+    also = {"branches": {"text": case.sites["text"]}, "trainable_token_indices": [5, 6]}
+    model = attach(case.model, **also)
+    before = logits(model.eval(), case.batch)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in path:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    expected = logits(model, case.batch)
+    assert ((expected - before).abs().amax(dim=(0, 1))[[5, 6]] > 0.1).all()
+    randomize(model)
+    expected = logits(model, case.batch)
+    model.save_pretrained(tmp_path)
+    again = ZOO[name]() if name != "composite" else tied_composite()
+    assert_equal(logits(PeftModel.from_pretrained(again.model, tmp_path).eval(), case.batch), expected)
+    torch.testing.assert_close(logits(model.merge_and_unload(), case.batch), expected, atol=1e-4, rtol=1e-4)
+
+
+def tied_composite() -> Case:
+    torch.manual_seed(0)
+    language = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        tie_word_embeddings=True, pad_token_id=0,
+    )  # fmt: skip
+    tower = build().vision_tower
+    torch.manual_seed(0)
+    host = CromeVLMForConditionalGeneration.from_backbones(tower, LlamaForCausalLM(language), image_token_id=100)
+    return Case(host.eval(), make_batch(host), {"text": ["embed_tokens"]}, None)
+
+
+def test_a_second_adapter_s_tokens_in_a_tied_head() -> None:
+    """Each adapter has its own, and one without any leaves the head alone."""
+    case = ZOO["gemma3"]()
+    text = {"text": case.sites["text"]}
+    model = attach(case.model, branches=text, trainable_token_indices=[5, 6])
+    model.add_adapter("other", CromeConfig(bottleneck_dim=4, branches=text, trainable_token_indices=[7]))
+    model.add_adapter("none", CromeConfig(bottleneck_dim=4, branches=text))
+    base = logits(model.eval(), case.batch)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in path:
+                parameter.add_(1.0)
+    moved = {}
+    for adapter in ("default", "other", "none"):
+        model.set_adapter(adapter)
+        most = (logits(model, case.batch) - base).abs().amax(dim=(0, 1))
+        moved[adapter] = {token for token in (5, 6, 7) if most[token] > 10 * most[50]} if most.any() else set()
+    assert moved == {"default": {5, 6}, "other": {7}, "none": set()}
 
 
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])

@@ -13,6 +13,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     BitsAndBytesConfig,
     CLIPConfig,
     CLIPVisionModel,
@@ -21,7 +22,7 @@ from transformers import (
 
 from peft_crome import CromeConfig
 from peft_crome.vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
-from tests.vlm.tiny import IMAGE_ID, build, make_batch, text_config, vision_config
+from tests.vlm.tiny import IMAGE_ID, SEQ2SEQ, build, make_batch, text_config, vision_config
 
 PROJECTION = {"image_projection.weight", "image_projection.bias"}
 FOUR_BIT = {
@@ -188,6 +189,53 @@ def test_a_resized_vocabulary_survives(backbones, tmp_path, tied):
     loaded = CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "composite")
     assert loaded.get_input_embeddings().weight.shape[0] == loaded.get_output_embeddings().weight.shape[0] == rows + 5
     same_after_reload(loaded, tmp_path / "again")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "bart", "t5"])
+def test_a_merged_branch_of_a_tied_language_model_survives(backbones, tmp_path, kind):
+    """The head keeps the table that the language model's name gives, and a merge changes the other."""
+    torch.manual_seed(0)
+    config = text_config(kind)
+    config.tie_word_embeddings = True
+    language = AutoModelForSeq2SeqLM if kind in SEQ2SEQ else AutoModelForCausalLM
+    language.from_config(config).save_pretrained(tmp_path / "language")
+    composite = CromeVLMForConditionalGeneration.from_backbones(
+        vision=backbones[0], language=str(tmp_path / "language"), image_token_id=100
+    )
+    adapted = get_peft_model(composite, CromeConfig(bottleneck_dim=4, init_weights=False, branches=["text"])).eval()
+    batch = make_batch(composite) | ({"decoder_input_ids": torch.tensor([[2, 5]] * 3)} if kind in SEQ2SEQ else {})
+    with torch.no_grad():
+        expected = adapted(**batch).logits
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+        merged.save_pretrained(tmp_path / "named")
+        joined = CromeVLMForConditionalGeneration.from_backbones(
+            merged.vision_tower, merged.language_model, image_token_id=100
+        )
+        joined.image_projection.load_state_dict(merged.image_projection.state_dict())
+        torch.testing.assert_close(joined.eval()(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+        joined.save_pretrained(tmp_path / "whole")
+        for folder in ("named", "whole"):
+            again = CromeVLMForConditionalGeneration.from_pretrained(tmp_path / folder)
+            torch.testing.assert_close(again(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+            old = merged.get_output_embeddings().weight
+            torch.testing.assert_close(again.get_output_embeddings().weight, old, atol=0, rtol=0)
+    assert not any("layers" in key or "block" in key for key in load_file(tmp_path / "named" / "model.safetensors"))
+
+
+def test_weights_that_nothing_gives_are_refused(backbones, tmp_path):
+    """A language model's name that gives other weights than the composite had is no reason to draw them at random."""
+    language = AutoModelForCausalLM.from_pretrained(backbones[1])
+    language.save_pretrained(tmp_path / "language")
+    composite = CromeVLMForConditionalGeneration.from_backbones(
+        vision=backbones[0], language=str(tmp_path / "language"), image_token_id=3
+    )
+    composite.save_pretrained(tmp_path / "composite")
+    weights = load_file(tmp_path / "language" / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "language" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no \['model.layers.0.mlp.up_proj.weight'\] \(1 in all\)"):
+        CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "composite")
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")

@@ -242,7 +242,7 @@ def test_fold(name: str) -> None:
 
 @each_architecture
 @pytest.mark.filterwarnings("ignore:.*no longer tied")  # true, and test_peft_contract.py expects it
-def test_merge_and_unload(name: str) -> None:
+def test_merge_and_unload(name: str, tmp_path: Path) -> None:
     """An adapter on the embedding table alone becomes a plain model; one that is also elsewhere is refused."""
     case = ZOO[name]()
     applies(case, "fold")
@@ -255,6 +255,10 @@ def test_merge_and_unload(name: str) -> None:
     assert not getattr(merged.config.get_text_config(), "tie_word_embeddings", False)
     torch.testing.assert_close(logits(merged, case.batch), expected, atol=1e-4, rtol=1e-4)
     assert list(merged.state_dict()) == keys
+    merged.save_pretrained(tmp_path)
+    loaded, found = type(merged).from_pretrained(tmp_path, output_loading_info=True)
+    assert not found["missing_keys"]
+    torch.testing.assert_close(logits(loaded.eval(), case.batch), logits(merged, case.batch), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
-from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
+from ...backbone.model import unwrapped
 from ...data.draws import DrawOrder, Draws, DrawStream
 from ...data.lengths import row_lengths
 from ..directory.run_folder import complete_checkpoint
@@ -116,7 +116,7 @@ class CromeTrainer(Trainer):
         self.train_dataset: Any
         self._order: DrawOrder | None = None
         super().__init__(*args, **kwargs)
-        host = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        host = unwrapped(self.model)
         self._dtype = getattr(host, "dtype", None)
         # These wait for every process to call the same modules, the tower among them.
         sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ...backbone.model import unwrapped
 from ...vlm import CromeVLMForConditionalGeneration
 from ..stages import ADAPTER
 
@@ -207,7 +207,7 @@ def _fake(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def _base_model(model: nn.Module) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return unwrapped(model)
 
 
 def _batch(model: nn.Module, size: StepSize) -> dict[str, torch.Tensor]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from peft.utils import TrainableTokensWrapper
+from peft.utils.other import _set_trainable
+from torch import nn
+
+from ...backbone.model import input_embeddings
 from ..branches import Branches, site_path
+from ..layer import CromeLayer
 
 
 def redirect_into_sites(
@@ -73,3 +79,32 @@ def redirect_token_indices(
             f"model.resize_token_embeddings({largest + 1}), or leave it out."
         )
     return {path: indices[name] for path, name in redirected.items()}
+
+
+def tie_trained_tokens(model: nn.Module, adapter_name: str, inference_mode: bool) -> None:
+    """Train the same tokens in every module that is tied to the table, as PEFT does where no site is around the table.
+
+    Without it a head would keep the old rows until a merge writes the new ones into the weight that both share.
+    """
+    table = input_embeddings(model)
+    wrapper = table.base_layer if isinstance(table, CromeLayer) else table
+    tokens = wrapper.token_adapter if isinstance(wrapper, TrainableTokensWrapper) else None
+    if tokens is None or adapter_name not in tokens.token_indices:
+        return
+    base = tokens.get_base_layer()
+    tied = [
+        path
+        for path, module in model.named_modules()
+        if module is not base
+        and module._parameters.get("weight") is base.weight
+        and not path.endswith(".original_module")
+    ]
+    _set_trainable(
+        model,
+        adapter_name,
+        tied,
+        inference_mode,
+        wrapper_cls=TrainableTokensWrapper,
+        token_indices=tokens.token_indices[adapter_name],
+        tied_adapter=tokens,
+    )

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from ...backbone.model import Host, original_module, read_host, replace_everywhere
+from ...backbone.model import Host, read_host, replace_everywhere
 from ...sharing.provenance import describe_backbone, record_backbone
 from ...sharing.weight_checks import expected_shapes
 from ..branches import TokenRanges, site_path, token_range
 from ..config import CromeConfig
 from ..layer import CromeLayer
 from ..sites.find import default_bottleneck_dim, find_branches
-from ..weights import NAME, CromeWeights
+from ..weights import weights_on
 from .also_trained import redirect_into_sites, redirect_token_indices
 from .checks import check_names, find_hidden_size
 from .rollback import roll_back, take_away_old
@@ -52,8 +52,7 @@ class Attachment:
 
     def wrap(self, path: str, module: nn.Module) -> None:
         """Put the adapter on one site, which an adapter may have wrapped before."""
-        # Not by attributes: a compiled host reads them from the module that it wraps.
-        weights: Any = self.model._modules.setdefault(NAME, CromeWeights())
+        weights = weights_on(self.model)
         if self.adapter_name not in weights.crome_up:
             weights.add(self.adapter_name, self.config, self.branches, self.hidden_size, self.host.rms)
             for linear in weights.linears_of(self.adapter_name).values():
@@ -68,7 +67,7 @@ class Attachment:
             replace_everywhere(self.model, module, layer)
         layer.branches_of[self.adapter_name] = self.sites[path]
         # Ovis 2 has a table of images as well.
-        if "text" in self.sites[path] and isinstance(original_module(layer.get_base_layer()), nn.Embedding):
+        if "text" in self.sites[path] and isinstance(layer.table, nn.Embedding):
             layer.placeholders = self.host.placeholders
         layer._move_adapter_to_device_of_base_layer(self.adapter_name)
 

@@ -9,7 +9,7 @@ from torch import nn
 from ...backbone.model import replace_everywhere
 from ..guard import disarm
 from ..layer import CromeLayer, crome_layers
-from ..weights import NAME
+from ..weights import NAME, take_weights_off
 
 
 def take_away_old(model: nn.Module, adapter_name: str) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def take_away_old(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     layers = [layer for _, layer in crome_layers(model)]
     if weights is not None and not layers:
         disarm(model)
-        del model._modules[NAME]
+        take_weights_off(model)
     if not layers or adapter_name not in weights.crome_up:
         return {}
     linears = weights.linears_of(adapter_name)
@@ -55,7 +55,7 @@ def roll_back(model: nn.Module, adapter_name: str, old: dict[str, Any]) -> None:
             replace_everywhere(model, layer, layer.base_layer)
     if not any(layer.branches_of for layer in layers):
         disarm(model)
-        del model._modules[NAME]
+        take_weights_off(model)
     elif old:
         for name, linear in old["linears"].items():
             getattr(weights, name)[adapter_name] = linear

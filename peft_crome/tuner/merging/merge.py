@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ...backbone.model import embed_scale, original_module, text_config
+from ...backbone.model import embed_scale, original_module, text_config, unwrapped
 from .fold import folded_table, install_table, why_not_foldable
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the 
             ValueError: safe_merge is set and the new table has values that are not finite.
         """
         names = self._own(check_adapters_to_merge(self, adapter_names))
-        table = self.get_base_layer()
+        table = self.table
         if not names:
             return
         surveyed, self._surveyed = self._surveyed, False
@@ -66,9 +66,9 @@ class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the 
     def unmerge(self) -> None:
         """Put the table back that was there before the first merge: exact, since it was kept."""
         if self.unmerged_table is not None:
-            now = self.get_base_layer().weight
+            now = self.table.weight
             self.unmerged_table.data = self.unmerged_table.data.to(device=now.device, dtype=now.dtype)
-            self.get_base_layer().weight = self.unmerged_table
+            self.table.weight = self.unmerged_table
         self._unmerged = []
         self.merged_adapters: list[str] = []
         for config in self.__dict__.pop("_untied_configs", []):
@@ -94,6 +94,11 @@ class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the 
         """Put the module that `modules_to_save` or `trainable_token_indices` trained in the wrapped one's place."""
         if isinstance(self.base_layer, AuxiliaryTrainingWrapper):
             self.base_layer = self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+
+    @property
+    def table(self) -> Any:
+        """The wrapped module, without a copy of it that trains or `torch.compile` around it."""
+        return original_module(self.get_base_layer())
 
     @property
     def folded(self) -> bool:
@@ -124,7 +129,7 @@ def check_allowed(model: nn.Module, sites: list[Any], names: list[str] | None, u
         )
     layers = {name: m for name, m in model.named_modules() if any(m is site for site in sites)}
     layers = {name: m for name, m in layers.items() if m._own(m.active_adapters if names is None else names)}
-    tables = {name: original_module(layer.get_base_layer()) for name, layer in layers.items()}
+    tables = {name: layer.table for name, layer in layers.items()}
     reasons = {name: why_not_foldable(table) for name, table in tables.items()}
     for name, layer in layers.items():
         layer._surveyed = reasons[name]
@@ -175,11 +180,11 @@ def share_and_untie(model: nn.Module, sites: list[Any]) -> None:
     merged = [site for site in sites if site.folded]
     first: dict[int, nn.Parameter] = {}
     for site in merged:  # each fold gave the same values
-        table = site.get_base_layer()
+        table = site.table
         if site.unmerged_table is not None:
             table.weight = first.setdefault(id(site.unmerged_table), table.weight)
     # A save or a resize would tie the head to the new table again.
-    configs = [getattr(model, "config", None), text_config(model)]
+    configs = [getattr(unwrapped(model), "config", None), text_config(model)]
     tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
     for site in merged if tied else ():
         site._untied_configs = tied

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...backbone.model import original_module
+from ...backbone.model import COMPILED, original_module, unwrapped
 from ..branches import Branches, site_path
 from .errors import check_not_nested, no_regex, no_such_branch, no_such_module, no_vision_site
 from .rules import by_token_id, projectors, text_sites
@@ -45,7 +45,7 @@ def find_branches(
         found = {branch: _match(branch, wanted, paths) for branch, wanted in branches.items()}
         check_not_nested(found)
         return found
-    table = HOSTS.get(str(getattr(getattr(model, "config", None), "model_type", None)), {})
+    table = HOSTS.get(str(getattr(getattr(unwrapped(model), "config", None), "model_type", None)), {})
     found = _find_by_rules(model, paths, table)
     tables = text_sites(model, paths)
     words = any(site in tables or _is_table(paths[site]) for site in found.get("text", []))
@@ -61,7 +61,10 @@ def find_branches(
 
 
 def adaptable_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Yield path and module of what an adapter may wrap: not the model itself, nothing inside a PEFT layer."""
+    """Yield path and module of what an adapter may wrap: not the model itself, nothing inside a PEFT layer.
+
+    A compiled module goes by its wrapper's path alone.
+    """
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if not path or path.startswith(inside):
@@ -70,7 +73,8 @@ def adaptable_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
             inside += (path + ".",)
             if not hasattr(module, "base_layer"):
                 continue  # the container of the adapters' weights
-        yield path, module
+        if path.rsplit(".", 1)[-1] != COMPILED:
+            yield path, module
 
 
 def _find_by_rules(model: nn.Module, paths: dict[str, nn.Module], table: dict[str, list[str]]) -> Branches:

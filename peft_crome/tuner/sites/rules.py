@@ -9,7 +9,14 @@ from itertools import pairwise
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...backbone.model import PLACEHOLDER, input_embeddings, possible_widths, text_hidden_size
+from ...backbone.model import (
+    PLACEHOLDER,
+    input_embeddings,
+    original_module,
+    possible_widths,
+    text_hidden_size,
+    unwrapped,
+)
 from ..branches import Branches
 
 # What the module between a tower and a language model is called, as the last part of its path.
@@ -31,7 +38,7 @@ def text_sites(model: nn.Module, paths: dict[str, nn.Module]) -> list[str]:
         if module is embeddings
         or (
             table is not None
-            and isinstance(module, (nn.Embedding, BaseTunerLayer))
+            and isinstance(original_module(module), (nn.Embedding, BaseTunerLayer))
             and getattr(module, "weight", None) is table
         )
     ]
@@ -40,9 +47,10 @@ def text_sites(model: nn.Module, paths: dict[str, nn.Module]) -> list[str]:
 def projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) -> Branches:
     """Modules named like a projector that have the language model's width: the shallowest of each modality."""
     hidden_size = text_hidden_size(model)
-    modalities = getattr(model, "input_modalities", None) or ()
+    host = unwrapped(model)
+    modalities = getattr(host, "input_modalities", None) or ()
     takes = {modalities} if isinstance(modalities, str) else set(modalities)
-    config = getattr(model, "config", None)
+    config = getattr(host, "config", None)
     settings = vars(config).items() if config is not None else ()
     tokens = [key for key, value in settings if PLACEHOLDER.fullmatch(key) and value is not None]
     takes |= {key.split("_")[0] for key in [*getattr(config, "sub_configs", {}), *tokens]}
