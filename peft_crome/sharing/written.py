@@ -54,7 +54,7 @@ def check_model_files(folder: Path, model: PreTrainedModel, original_names: bool
     ordinary = _ordinary(model)
     every = ordinary.state_dict()
     left_out = every.keys() - remove_tied_weights_from_state_dict(dict(every), ordinary).keys()
-    left_out |= set(model._keys_to_ignore_on_save or ())
+    left_out |= set(type(model)._keys_to_ignore_on_save or ())  # Marian's class computes its positions
     state = {key: value for key, value in (state or model.state_dict()).items() if key not in left_out}
     if original_names:
         state = revert_weight_conversion(model, state)
