@@ -74,7 +74,7 @@ def test_import_loads_nothing_beside_transformers_and_peft() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=300
     )
     loaded = set(re.findall(r"'(\w+)'", result.stdout))
-    assert loaded - {"transformers"} == {"peft_crome"}
+    assert loaded - {"transformers", "packaging"} == {"peft_crome"}  # peft has loaded a part of packaging
 
 
 @pytest.mark.parametrize(

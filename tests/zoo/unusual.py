@@ -10,6 +10,7 @@ from .case import (
     TEXT,
     VISION,
     VISION_WIDTH,
+    WIDTH,
     Case,
     architecture,
     finish,
@@ -67,7 +68,8 @@ def emu3() -> Case:
 def fuyu() -> Case:
     """No tower: a linear map of raw patches."""
     text = tf.PersimmonConfig(**TEXT, hidden_act="gelu")
-    config = tf.FuyuConfig(text_config=text, image_size=8, patch_size=4, num_channels=3, image_token_id=IMAGE_TOKEN)
+    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 3, "hidden_size": WIDTH}
+    config = tf.FuyuConfig(text_config=text, image_token_id=IMAGE_TOKEN, **sizes)
     batch = token_rows(1, 4) | {"pixel_values": pixels(2, 4, 4 * 4 * 3)}
     sites = {"text": ["model.language_model.embed_tokens"], "vision": ["model.vision_embed_tokens"]}
     return Case(finish(tf.FuyuForCausalLM, config), batch, sites, words())
