@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jinja2 import TemplateError
 from PIL import Image
@@ -107,9 +108,7 @@ class Expansion:
 
     def expand(self, pieces: Sequence[str], sizes: Sequence[Size]) -> str:
         """The text that the processor would give its tokenizer, for images of these sizes."""
-        if not sizes:
-            return "".join(pieces)
-        if self.is_fixed:
+        if self.is_fixed and sizes:
             first, one, last = self._expansions((PROBES[0],))
             made = (first, *[one] * (len(pieces) - 1), last)
         else:
@@ -144,7 +143,9 @@ class Expansion:
 
     def _probe(self, sizes: tuple[Size, ...]) -> tuple[str, Messages]:
         """A prompt that shows images, each in a turn of its own, where the template takes several turns."""
-        shown = [(Image.new("RGB", size), f"({number})") for number, size in enumerate(sizes)]
+        shown: list[tuple[Any, ...]] = [
+            (Image.new("RGB", size), f"({number})") for number, size in enumerate(sizes)
+        ] or [(QUESTION,)]
         apart = [message for parts in shown for message in (user_turn(parts), turn("assistant", ANSWER))][:-1]
         messages = [*self._before, *apart]
         try:

@@ -14,8 +14,11 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from peft_crome.data import ConversationCollator, RowError
+from peft_crome.data.processed import with_template
 
 from . import FAMILIES, Family
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # GLM-4V's processor, with numpy 2.4
 
 Row = dict[str, Any]
 SIZES = {"wide": (181, 97), "tall": (97, 311), "small": (60, 64), "large": (900, 640)}
@@ -105,7 +108,9 @@ def conversation(one: Row) -> list[dict[str, Any]]:
 
 
 def processed(processor: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
-    return processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", **options)
+    return with_template(processor).apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", **options
+    )
 
 
 def slow_labels(processor: Any, one: Row) -> list[int]:
@@ -215,4 +220,4 @@ def test_a_model_learns_to_stop(family: Family, checkpoint: Callable[[Family], P
         assert stops[:-1] == [label for label in before.tolist() if label >= 0]
     else:
         assert torch.equal(before, after)
-        assert processor.tokenizer.decode(stops).strip().endswith(family.end_of_turn)
+        assert family.end_of_turn in processor.tokenizer.decode(stops)

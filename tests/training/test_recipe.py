@@ -103,7 +103,10 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
         ({"data": [{"path": "a", "columns": {"answer": "b"}}]}, r"data.0: .*expected the names of `answer` and"),
         ({"training": {"arguments": {"max_steps": 2}}}, r"arguments: \['max_steps'\] are said by keys"),
         ({"training": {"arguments": {"label_smoothing_factor": 0.1}}}, "label_smoothing_factor: .*take it out"),
-        ({"chat_template": "vicunna"}, r"chat_template='vicunna' is neither one of \['vicuna', 'plain', 't5'\] nor"),
+        (
+            {"chat_template": "vicunna"},
+            r"chat_template='vicunna' is neither one of \['vicuna', 'plain', 't5', 'words'\] nor",
+        ),
         ({"chat_template": "{{ messages"}, r"chat_template is no sound Jinja: .*\(its line 1\)\. Mend it, or write"),
         ({"training": {"seed": -1}}, r"training.seed: .*greater than or equal to 0 \(given: -1\)"),
         ({"training": {"betas": [2, 3]}}, r"training.betas.0: .*less than 1 \(given: 2\)"),

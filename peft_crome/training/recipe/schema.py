@@ -330,7 +330,7 @@ class Recipe(_Section):
     previous: str | None = Field(
         default=None, description="Directory of the stage or the adapter before, or a Hub repository of one."
     )
-    model: Host | None = None
+    model: Host | None = Field(default=None, description="A vision-language model that sees already; or its name.")
     backbones: Backbones | None = None
     trains: list[str] = Field(
         default=["adapter"],
