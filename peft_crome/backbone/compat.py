@@ -80,6 +80,22 @@ def chat_arguments(processor_kwargs: dict[str, Any], others: dict[str, Any]) -> 
     return {**processor_kwargs, **others} if replaced else others
 
 
+def names_of_ties(model: Any) -> set[str]:
+    """Names of the weights that a model's configurations tie together.
+
+    Before 5.0 transformers does not list them. Goes with transformers 5.0.
+    """
+    if hasattr(model, "get_expanded_tied_weights_keys"):
+        tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+        return {*tied.keys(), *tied.values()}
+    if not model.config.get_text_config().tie_word_embeddings:
+        return set()
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for shared in names.values() if len(shared) > 1 for name in shared}
+
+
 def check_before_loading(peft_type: str, check: Callable[[Any, str, dict[str, Any]], None]) -> None:
     """Let a method look at tensors before PEFT loads them; PEFT 0.21 asks the tuner itself. Goes with it; idempotent.
 

@@ -14,6 +14,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from .compat import names_of_ties
+
 KNOWN_ROWS = (
     307,
     409,
@@ -178,8 +180,7 @@ def device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtype
 def tied_weights(model: nn.Module) -> set[str]:
     """Names of the weights that a model's configurations tie together; of a model without sites around its tables."""
     host = unwrapped(model)
-    tied = host.get_expanded_tied_weights_keys(all_submodels=True) if isinstance(host, PreTrainedModel) else {}
-    return {*tied.keys(), *tied.values()}
+    return names_of_ties(host) if isinstance(host, PreTrainedModel) else set()
 
 
 def separate(model: nn.Module, tied: set[str]) -> list[tuple[nn.Module, str, nn.Parameter]]:
@@ -209,7 +210,7 @@ def part_for_good(model: nn.Module, tied: set[str]) -> None:
     """`separate`, of a model that stays so: transformers forgets the tie, or a composite made of it would renew it."""
     separate(model, tied)
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):
+        if isinstance(module, PreTrainedModel) and hasattr(module, "all_tied_weights_keys"):
             module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
 
 
