@@ -250,7 +250,7 @@ def test_doctor_goes_by_a_recipe_before_anything_is_trained(
     recipe.write_text(yaml.safe_dump(values | {"images_after_text": True, "system": "w70"}))
     collator = recipe_collator(load_recipe(recipe))
     _, processor, _ = build(load_recipe(recipe))
-    trained = ConversationCollator(processor, system="w70")
+    trained = ConversationCollator(processor, ends_answers=True, system="w70")
     for row in read_rows(dataset):
         assert collator.encode(row) == trained.encode(row)
     assert runner.invoke(app, ["doctor", str(dataset), "--model", str(recipe)]).exit_code == 0

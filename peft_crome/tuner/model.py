@@ -16,12 +16,13 @@ from ..backbone.trainers import watch_trainers
 from .attaching.also_trained import tie_trained_tokens
 from .attaching.checks import check_free, check_loaded
 from .attaching.plan import plan
+from .attaching.rollback import take_weights_off
 from .config import CromeConfig
 from .guard import arm, disarm
 from .layer import CromeLayer, crome_layers
 from .merging.merge import check_allowed, merge_for_good, share_and_untie
 from .mixed_batch.calls import rows_with_adapters
-from .weights import NAME, CromeWeights, take_weights_off
+from .weights import NAME, CromeWeights
 from .without_sites import sites_out
 
 
@@ -37,14 +38,7 @@ class CromeModel(BaseTuner):
         check_free(model, adapter_name, self.tuner_layer_cls)
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
-    ) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Check everything that can be checked, then wrap the sites; an error leaves the model as it was.
 
         Raises:
@@ -54,7 +48,7 @@ class CromeModel(BaseTuner):
         try:
             with self._attachment.or_undone():
                 # The file's keys name no sites, so a state dict cannot say where to inject: the configuration does.
-                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None)
+                super().inject_adapter(model, adapter_name, *args, **kwargs | {"state_dict": None})
                 tie_trained_tokens(model, adapter_name, self.peft_config[adapter_name].inference_mode)
         finally:
             del self._attachment

@@ -17,21 +17,6 @@ DOWN = "crome_down_"
 NAME = "crome"  # the child of the wrapped model that holds every adapter's weights
 
 
-def weights_on(model: nn.Module) -> CromeWeights:
-    """The model's child that holds the weights; made where there is none."""
-    # A compiled model looks for attributes in the module that it wraps, and sets them there.
-    weights: Any = model._modules.setdefault(NAME, CromeWeights())
-    if getattr(model, NAME, None) is not weights:
-        model.__dict__[NAME] = weights  # `get_parameter` follows attributes
-    return weights
-
-
-def take_weights_off(model: nn.Module) -> None:
-    """The inverse of `weights_on`."""
-    del model._modules[NAME]
-    model.__dict__.pop(NAME, None)
-
-
 class CromeWeights(nn.Module, BaseTunerLayer):
     """All adapters' weights, registered once on the wrapped model as its child `crome`; sites only refer to it.
 

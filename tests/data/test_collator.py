@@ -284,7 +284,7 @@ def test_unreadable_images_name_the_row(processor: Any, tmp_path: Path) -> None:
 
 
 def test_what_the_collator_needs(processor: Any) -> None:
-    processor.chat_template = None
+    processor.chat_template = processor.tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"has no chat template. Write chat_template: vicuna, plain or t5"):
         ConversationCollator(processor)
 

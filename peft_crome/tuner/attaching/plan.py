@@ -16,10 +16,9 @@ from ..branches import TokenRanges, site_path, token_range
 from ..config import CromeConfig
 from ..layer import CromeLayer
 from ..sites.find import default_bottleneck_dim, find_branches
-from ..weights import weights_on
 from .also_trained import redirect_into_sites, redirect_token_indices
 from .checks import check_names, find_hidden_size
-from .rollback import roll_back, take_away_old
+from .rollback import roll_back, take_away_old, weights_on
 
 # task_type -> what PEFT adds to modules_to_save: names of a head, of which a model has one
 CLASSIFIER = ("classifier", "score")

@@ -9,7 +9,22 @@ from torch import nn
 from ...backbone.model import replace_everywhere
 from ..guard import disarm
 from ..layer import CromeLayer, crome_layers
-from ..weights import NAME, take_weights_off
+from ..weights import NAME, CromeWeights
+
+
+def weights_on(model: nn.Module) -> CromeWeights:
+    """The model's child that holds the weights; made where there is none."""
+    # A compiled model looks for attributes in the module that it wraps, and sets them there.
+    weights: Any = model._modules.setdefault(NAME, CromeWeights())
+    if getattr(model, NAME, None) is not weights:
+        model.__dict__[NAME] = weights  # `get_parameter` follows attributes
+    return weights
+
+
+def take_weights_off(model: nn.Module) -> None:
+    """The inverse of `weights_on`."""
+    del model._modules[NAME]
+    model.__dict__.pop(NAME, None)
 
 
 def take_away_old(model: nn.Module, adapter_name: str) -> dict[str, Any]:
