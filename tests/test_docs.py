@@ -30,7 +30,8 @@ STAND_INS = {
         "HuggingFaceTB/SmolVLM-256M-Instruct": save_smolvlm,
         "HuggingFaceTB/SmolLM2-135M-Instruct": save_smollm,
         "facebook/dinov2-small": save_dinov2,
-    }
+    },
+    "docs/finetune.md": {"HuggingFaceTB/SmolVLM-256M-Instruct": save_smolvlm},
 }
 NOT_RUN = {"docs/index.md": 1, "docs/models.md": 3, "docs/saving.md": 1, "docs/sharing.md": 2}
 
