@@ -59,12 +59,6 @@ def processor(composite: CromeVLMForConditionalGeneration) -> CromeVLMProcessor:
 
 
 @pytest.fixture
-def images(photos: list[Image.Image]) -> list[Image.Image]:
-    """The same as `photos`."""
-    return photos
-
-
-@pytest.fixture
 def photos() -> list[Image.Image]:
     """Three images of different sizes and colors."""
     return [

@@ -9,22 +9,20 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 
 from ..backbone.positions import position_limit
-from ..utils.shorten import cut, short
-from .answer_spans import ANSWER, AnswerSpans, PromptRewritten, turn
+from ..utils.shorten import short
+from .answer_spans import Messages, Span
+from .chat_template import ChatTemplate, row_error
 from .expansion import Expansion, tokens_in
 from .images import Augmentation, image_size, open_image
 from .instructions import check_instruction
-from .processed import Messages, Processed, Tokens, UnknownPlaceholder, padded, with_images, with_template
-from .rows import COUNTS, DRAW, DRAWN, Fault, RowError
+from .processed import Processed, Tokens, UnknownPlaceholder, padded, with_images
+from .rows import COUNTS, DRAW, DRAWN, RowError
 
 IGNORE = -100
 ORDINARY = (640, 480)  # pixels of an image, where nothing else is known
-REMEDY = "Write another chat_template in the recipe."
-Spans = list[tuple[int, int]]
 
 
 class ConversationCollator:
@@ -69,28 +67,21 @@ class ConversationCollator:
         ends_answers: bool = False,
         seed: int = 0,
     ) -> None:
-        self.processor = processor = checked(processor)
+        self.template = ChatTemplate(processor, system, ends_answers and not is_encoder_decoder)
+        self.processor = self.template.processor
         self.is_encoder_decoder = is_encoder_decoder
         self.augmentation = augmentation
         self.max_length = max_length
         self.max_positions = max_positions
         self.max_target_length = max_target_length
         self.max_instruction_length = max_instruction_length
-        self.system = system
         self.seed = seed
-        self._before = self._turns_before_probes()
-        self._writes_prompts_apart = self._has_prompts_of_its_own()
-        self._missing_end = self._end_that_is_missing() if ends_answers and not is_encoder_decoder else ("", False)
         self.needs_split = (
             is_encoder_decoder
             or getattr(processor, "qformer_tokenizer", None) is not None
-            or self._writes_prompts_apart
-            or not self._keeps_earlier_turns()
+            or self.template.writes_prompts_apart
+            or not self.template.keeps_earlier_turns
         )
-
-    @cached_property
-    def _spans(self) -> AnswerSpans:
-        return AnswerSpans(self._render, self.processor.chat_template, self._before)
 
     @cached_property
     def _processed(self) -> Processed:
@@ -98,13 +89,11 @@ class ConversationCollator:
 
     @cached_property
     def _expansion(self) -> Expansion:
-        return Expansion(self._processed, self._render, self._before)
+        return Expansion(self._processed, self.template.render, self.template.before)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the watched tokenizer, whose class is made when it is needed: for workers that are spawned."""
-        return {
-            name: value for name, value in vars(self).items() if name not in ("_processed", "_expansion", "_spans")
-        }
+        return {name: value for name, value in vars(self).items() if name not in ("_processed", "_expansion")}
 
     @staticmethod
     def limits(config: Any) -> dict[str, Any]:
@@ -120,53 +109,6 @@ class ConversationCollator:
                 getattr(config, "qformer_config", None), "max_position_embeddings", None
             ),
         }
-
-    def _turns_before_probes(self) -> list[dict[str, Any]]:
-        """A system message where one is given, or where the template demands one, which rows may have."""
-        system = [turn("system", self.system if self.system is not None else "(system)")]
-        turns = [turn("user", "(question)"), turn("assistant", ANSWER)]
-        errors = []
-        for before in ([], system) if self.system is None else (system, []):
-            try:
-                self._render([*before, *turns])
-                self._render([*before, turns[0]], prompt=True)
-            except TemplateError as error:
-                errors.append(error)
-            else:
-                return before
-        raise ValueError(
-            f"chat_template: the language model's template does not take a question and its answer ({errors[0]}). "
-            "Write chat_template: vicuna, plain or t5 in the recipe, or mend processor.chat_template."
-        ) from errors[0]
-
-    def _keeps_earlier_turns(self) -> bool:
-        """Whether the template writes a conversation's beginning alike, whatever follows (Qwen 3's does not)."""
-        said = [*self._before, *(turn(role, role) for role in ("user", "assistant") * 2)]
-        try:
-            return self._render(said).startswith(self._render(said[:-2]).rstrip())
-        except TemplateError:  # it takes one question alone
-            return False
-
-    def _has_prompts_of_its_own(self) -> bool:
-        """Whether a prompt for generation is no beginning of the conversation with its answer.
-
-        Gemma 4's closes an empty thought before the answer, DeepSeek R1's opens one, and neither stands in what they
-        write of a conversation. An answer is learned after the prompt that it will follow.
-        """
-        asked = [*self._before, turn("user", "(question)")]
-        said = self._render([*asked, turn("assistant", ANSWER)])
-        return ANSWER in said and not said.startswith(self._render(asked, prompt=True))
-
-    def _end_that_is_missing(self) -> tuple[str, bool]:
-        """The token to put behind answers, empty where the template ends them; and whether only the last lacks it."""
-        turns = [*self._before, turn("user", "(question)"), turn("assistant", ANSWER)]
-        end = self.processor.tokenizer.eos_token or ""
-        if self._render(turns).rpartition(ANSWER)[2].strip():
-            return "", False
-        try:
-            return end, end in self._render([*turns, *turns[-2:]])  # DeepSeek-VL's ends all answers but the last
-        except TemplateError:  # it takes one question alone
-            return end, True
 
     @cached_property
     def image_tokens(self) -> int:
@@ -224,25 +166,14 @@ class ConversationCollator:
     def _read(self, row: dict[str, Any]) -> _Read:
         """What is said in a row, as the chat template writes it; no image is opened."""
         name = row["id"]
-        messages = list(row["messages"])
-        if messages[-1]["role"] != "assistant":
-            raise _error(name, "order", "the last turn is no answer. Take that turn out.")
-        if self.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": [{"type": "text", "text": self.system}]}, *messages]
-        end, of_last_alone = self._missing_end
-        for number, message in enumerate(messages if end else ()):
-            if message["role"] == "assistant" and (not of_last_alone or number == len(messages) - 1):
-                *before, last = message["content"]
-                messages[number] = {**message, "content": [*before, {**last, "text": last["text"] + end}]}
-        try:
-            text, spans = self._rendered(messages, name)
-        except TemplateError as error:  # Gemma's takes no system message, Mistral's no two turns of one role
-            raise _error(
-                name,
-                "template",
-                f"the language model's chat template says: {cut(str(error), 300)}. Change the row (or system: in the "
-                "recipe), or write another chat_template in the recipe.",
-            ) from error
+        if row["messages"][-1]["role"] != "assistant":
+            raise row_error(name, "order", "the last turn is no answer. Take that turn out.")
+        messages = self.template.completed(row["messages"])
+        spans: list[Span] = []
+        if self.is_encoder_decoder:
+            text = self.template.prompt(messages[:-1], name)
+        else:
+            text, spans = self.template.with_answers(messages, name, earlier=not self.needs_split)
         try:
             pieces = self._expansion.pieces(text, len(row["images"]))
         except UnknownPlaceholder as error:
@@ -258,45 +189,16 @@ class ConversationCollator:
         return _Read(messages, text, pieces, spans, target, said)
 
     def _strange_placeholder(self, name: str, problem: str, token: str | None = None) -> RowError:
-        return _error(
+        return row_error(
             name, "placeholder", f"{problem}. Take {token or self._expansion.placeholder!r} out of the text."
         )
-
-    def _rendered(self, messages: Messages, name: str) -> tuple[str, Spans]:
-        """The text that a model reads, and where its answers stand in it."""
-        if self.is_encoder_decoder:
-            return self._render(messages[:-1], True), []
-        if self._writes_prompts_apart:
-            prompt = self._render(messages[:-1], True)
-            text = prompt + self._answer(messages, name)
-            return text, [(len(prompt), len(text))]
-        text = self._render(messages)
-        try:
-            return text, self._spans.find(messages, text, earlier=not self.needs_split)
-        except PromptRewritten as error:
-            raise _error(
-                name,
-                "answer",
-                f"the chat template writes the prompt {error.prompt[-40:]!r} in another way once the answer follows, "
-                f"so what is to be learned cannot be told. {REMEDY}",
-            ) from error
-
-    def _answer(self, messages: Messages, name: str) -> str:
-        """The last answer as the template writes it, with what ends it."""
-        before, _, ending = self._render([*messages[:-1], turn("assistant", ANSWER)]).rpartition(ANSWER)
-        said = self._render(messages)
-        if not (said.startswith(before) and said.endswith(ending)):
-            raise _error(
-                name, "answer", "the chat template writes what comes before an answer by its words. " + REMEDY
-            )
-        return said[len(before) :].rstrip()
 
     def _target(self, messages: Messages, name: str) -> list[int]:
         """What a decoder learns."""
         said = "".join(part["text"] for part in messages[-1]["content"])
         target: list[int] = self.processor.tokenizer(text_target=said)["input_ids"]
         if self.max_target_length is not None and len(target) > self.max_target_length:
-            raise _error(
+            raise row_error(
                 name,
                 "long",
                 f"the answer has {len(target)} tokens, and the decoder takes {self.max_target_length}. Shorten the "
@@ -311,7 +213,7 @@ class ConversationCollator:
         try:
             batch, tokens = self._processed.batch(shown, [one.text for one in read])
         except UnknownPlaceholder as error:
-            raise _error(rows[0]["id"], "placeholder", str(error)) from error
+            raise row_error(rows[0]["id"], "placeholder", str(error)) from error
         labels = [self._labels(*one) for one in zip(tokens, read, rows, strict=True)]
         made = dict(batch)
         shape = made["input_ids"].shape
@@ -329,7 +231,7 @@ class ConversationCollator:
         try:
             spans, images = self._expansion.spans(read.spans, read.pieces, read.text, tokens.text)
         except UnknownPlaceholder as error:
-            raise _error(name, "placeholder", f"{error}.") from error
+            raise row_error(name, "placeholder", f"{error}.") from error
         of_images = tokens_in(tokens, images) if row["images"] else []
         if read.target is not None:
             labels = read.target
@@ -338,7 +240,7 @@ class ConversationCollator:
             learned = set(tokens_in(tokens, spans))
             labels = [token if number in learned else IGNORE for number, token in enumerate(tokens.ids)]
             if not learned:
-                raise _error(
+                raise row_error(
                     name, "answer", "no token is learned; the answer is empty, or the chat template leaves it out."
                 )
         self._check_length(tokens, labels, of_images, name)
@@ -349,7 +251,7 @@ class ConversationCollator:
         if self.max_length is not None and not self.is_encoder_decoder and length > self.max_length:
             cuts_image = bool(of_images) and of_images[-1] >= self.max_length
             if cuts_image or all(label == IGNORE for label in labels[: self.max_length]):
-                raise _error(
+                raise row_error(
                     name,
                     "long",
                     f"{length} tokens, {len(of_images)} of them image tokens; the first {self.max_length} hold no "
@@ -358,51 +260,18 @@ class ConversationCollator:
             length = self.max_length
         if self.max_positions is not None and length > self.max_positions:
             way = "Shorten the row" if self.is_encoder_decoder else f"Write max_length: {self.max_positions} to cut it"
-            raise _error(
+            raise row_error(
                 name,
                 "long",
                 f"{length} tokens, {len(of_images)} of them image tokens, and the language model takes "
                 f"{self.max_positions}. {way}, or take it out.",
             )
 
-    def _render(self, messages: Messages, prompt: bool = False) -> str:
-        if not messages:
-            return ""
-        return self.processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)  # type: ignore[no-any-return]
-
     def _images(self, row: dict[str, Any]) -> Iterator[Image.Image]:
         chance = random.Random(f"{self.seed} {row[DRAW]}") if DRAW in row else None
         for path in row["images"]:
             opened = open_image(path, f"Row {short(row['id'])}", self.processor)
             yield self.augmentation(opened, chance) if self.augmentation is not None else opened
-
-
-def checked(processor: Any) -> Any:
-    """A processor that tells where its tokens come from, and how conversations are written.
-
-    Returns:
-        The processor, or a copy with the chat template that its tokenizer brings.
-    Raises:
-        ValueError: says what to load or write instead.
-    """
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None:
-        raise ValueError(
-            f"{type(processor).__name__} is a bare tokenizer or image processor, and conversations need both. Load "
-            "the processor of this model: AutoProcessor.from_pretrained(...)."
-        )
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not say which text its tokens come from, so answers cannot be told from "
-            "questions. Load the fast tokenizer of this model."
-        )
-    processor = with_template(processor)
-    if processor.chat_template is None:
-        raise ValueError(
-            "The language model has no chat template. Write chat_template: vicuna, plain or t5 in the recipe, or "
-            "set processor.chat_template."
-        )
-    return processor
 
 
 @dataclass(frozen=True)
@@ -421,7 +290,7 @@ class _Read:
     messages: Messages
     text: str
     pieces: list[str]
-    spans: Spans
+    spans: list[Span]
     target: list[int] | None
     instruction: str
 
@@ -452,10 +321,6 @@ def _merge(parts: list[dict[str, Any]], groups: list[list[int]], pad_token: int)
             rows.update(zip(group, given, strict=True))
         merged[key] = padded([rows[number] for number in sorted(rows)], fill)
     return merged
-
-
-def _error(name: str, kind: str, message: str) -> RowError:
-    return RowError(f"Row {short(name)}", [Fault(kind, message)])
 
 
 def _first_turns(row: dict[str, Any], count: int) -> dict[str, Any]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
 from PIL import Image
 
-from .answer_spans import ANSWER, QUESTION, turn
-from .processed import Messages, Processed, Tokens, UnknownPlaceholder, user_turn
+from .answer_spans import ANSWER, QUESTION, Messages, turn
+from .processed import Processed, Tokens, UnknownPlaceholder, user_turn
 
 Size = tuple[int, int]  # width and height
 PROBES: tuple[Size, ...] = ((64, 64), (448, 224), (350, 1000))
-LARGEST_CACHE = 20_000  # rows of images of other sizes
+KEPT = 4096  # sizes of images, whose expansions have up to 20 kB
 
 
 class Expansion:
@@ -33,7 +34,7 @@ class Expansion:
     def __init__(self, processed: Processed, render: Callable[[Messages, bool], str], before: Messages) -> None:
         self._processed, self._render, self._before = processed, render, before
         self._placeholder, self._is_numbered = self._find_placeholder()
-        self._made: dict[tuple[Size, ...], tuple[str, ...]] = {}
+        self._expansions = lru_cache(KEPT)(self._expand_sizes)
         made = {self._expansions((size,)) for size in PROBES}
         self.is_fixed = len(made) == 1  # then an image's size does not matter
 
@@ -108,11 +109,7 @@ class Expansion:
 
     def expand(self, pieces: Sequence[str], sizes: Sequence[Size]) -> str:
         """The text that the processor would give its tokenizer, for images of these sizes."""
-        if self.is_fixed and sizes:
-            first, one, last = self._expansions((PROBES[0],))
-            made = (first, *[one] * (len(pieces) - 1), last)
-        else:
-            made = self._expansions(tuple(sizes))
+        made = self._expansions(PROBES[:1] * len(sizes) if self.is_fixed else tuple(sizes))
         between = made[1:-1] if self._placeholder else ()
         text = "".join(part for pair in zip(pieces, (*between, ""), strict=True) for part in pair)
         return made[0] + text + made[-1]
@@ -154,20 +151,15 @@ class Expansion:
             messages = [*self._before, user_turn([part for parts in shown for part in parts])]
             return self._render(messages, True), messages
 
-    def _expansions(self, sizes: tuple[Size, ...]) -> tuple[str, ...]:
+    def _expand_sizes(self, sizes: tuple[Size, ...]) -> tuple[str, ...]:
         """What stands before the text, for each image, and after the text."""
-        if sizes not in self._made:
-            if len(self._made) > LARGEST_CACHE:
-                self._made.clear()
-            text, messages = self._probe(sizes)
-            _, (tokens,) = self._processed.batch([messages], [text])
-            pieces = self.pieces(text, len(sizes))
-            starts = self.starts(pieces, tokens.text)
-            ends = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
-            self._made[sizes] = tuple(
-                tokens.text[end:start] for end, start in zip([0, *ends], [*starts, len(tokens.text)], strict=True)
-            )
-        return self._made[sizes]
+        text, messages = self._probe(sizes)
+        _, (tokens,) = self._processed.batch([messages], [text])
+        pieces = self.pieces(text, len(sizes))
+        starts = self.starts(pieces, tokens.text)
+        ends = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
+        between = zip([0, *ends], [*starts, len(tokens.text)], strict=True)
+        return tuple(tokens.text[end:start] for end, start in between)
 
 
 def tokens_in(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> list[int]:

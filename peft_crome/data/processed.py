@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .answer_spans import Messages
+
 # The rendered text travels in the first message, so that the template prints what was rendered before.
 RENDERED = "crome_rendered"
 AS_RENDERED = f"{{{{- messages[0]['{RENDERED}'] -}}}}"
-PROBE_TEXTS = ("(first)", "(second)", "(third)")
-Messages = list[dict[str, Any]]
 
 
 class UnknownPlaceholder(ValueError):
@@ -106,16 +106,18 @@ class Processed:
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "right"},
         )
-        by_ids = {tuple(tokens.ids): tokens for tokens in self._tokenizer.calls}
+        by_ids: dict[tuple[int, ...], list[Tokens]] = {}
+        for tokens in self._tokenizer.calls:
+            by_ids.setdefault(tuple(tokens.ids), []).append(tokens)
         found = []
         for ids, mask in zip(made["input_ids"].tolist(), made["attention_mask"].tolist(), strict=True):
             row = tuple(token for token, real in zip(ids, mask, strict=True) if real)
-            if row not in by_ids:
+            if not by_ids.get(row):
                 raise UnknownPlaceholder(
                     f"{type(self.processor).__name__} changes the tokens that its tokenizer returns, so the tokens of "
                     "an answer cannot be found."
                 )
-            found.append(by_ids[row])
+            found.append(by_ids[row].pop(0))
         return made, found
 
     def tokens(self, text: str) -> Tokens:

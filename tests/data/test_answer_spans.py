@@ -177,10 +177,10 @@ def test_answers_are_those_that_rendering_each_finds(
     monkeypatch.setattr("peft_crome.data.answer_spans.FEW", few)
     byte_processor.chat_template = (ALONE | OTHERS | IN_EXCHANGES | TRIED)[name]
     collator = ConversationCollator(byte_processor)
-    spans = collator._spans
+    spans = collator.template._spans
     messages = [turn("system", system)] if system is not None and name != "mistral" else []
     messages += [turn(role, text) for pair in said for role, text in zip(("user", "assistant"), pair, strict=True)]
-    text = collator._render(messages)
+    text = collator.template.render(messages)
     ends = [end for end, message in enumerate(messages) if message["role"] == "assistant"]
     expected = outcome(lambda: [spans.by_prefix(messages, end, text) for end in ends])
     found = outcome(lambda: spans.find(messages, text, earlier=True))

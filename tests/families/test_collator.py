@@ -13,7 +13,7 @@ import transformers as tf
 from PIL import Image
 from transformers.image_utils import load_image
 
-from peft_crome.data import ConversationCollator, RowError
+from peft_crome.data import ConversationCollator, RowError, split_turns
 from peft_crome.data.processed import with_template
 
 from . import FAMILIES, Family
@@ -36,21 +36,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         files[name] = str(folder / f"{name}.png")
         Image.fromarray(pixels.numpy()).save(files[name])
     return files
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]:
-    built: dict[str, Path] = {}
-
-    def build(family: Family) -> Path:
-        if family.missing():
-            pytest.skip(f"{', '.join(family.missing())} not installed")
-        if family.name not in built:
-            built[family.name] = tmp_path_factory.mktemp(family.name)
-            family.build(built[family.name])
-        return built[family.name]
-
-    return build
 
 
 def row(name: str, *turns: Any, images: tuple[str, ...] = ()) -> Row:
@@ -113,12 +98,12 @@ def processed(processor: Any, messages: list[dict[str, Any]], **options: Any) ->
     )
 
 
-def slow_labels(processor: Any, one: Row) -> list[int]:
-    """Each answer's tokens, found by what the processor makes of the conversation up to it and through it."""
+def slow_labels(processor: Any, one: Row, only: int | None) -> list[int]:
+    """The tokens of each answer, or of one, found by what the processor makes of the turns up to it and through it."""
     messages = conversation(one)
     ids = processed(processor, messages)["input_ids"][0].tolist()
     labels = [-100] * len(ids)
-    for end in range(1, len(messages), 2):
+    for end in range(1, len(messages), 2) if only is None else [only]:
         first = processed(processor, messages[:end], add_generation_prompt=True)["input_ids"].shape[1]
         through = processed(processor, messages[: end + 1])["input_ids"][0].tolist()
         assert ids[: len(through) - 1] == through[:-1], "the template does not write turns one after another"
@@ -129,42 +114,37 @@ def slow_labels(processor: Any, one: Row) -> list[int]:
 
 
 @each_family
-def test_batch_is_the_processors_own(
-    family: Family, checkpoint: Callable[[Family], Path], images: dict[str, str]
+def test_batch_and_labels_are_the_processors_own(
+    family: Family, family_checkpoint: Callable[[Family], Path], images: dict[str, str]
 ) -> None:
-    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    """The batch to the bit, and the labels that are found prefix by prefix."""
+    processor = tf.AutoProcessor.from_pretrained(family_checkpoint(family))
     collator = ConversationCollator(processor)
-    if collator.needs_split:  # an answer is learned after the prompt of generation, which is written in another way
-        one = rows_of(family, images)[0]
-        prompt = processed(processor, conversation(one)[:-1], add_generation_prompt=True)["input_ids"]
-        assert torch.equal(collator([one])["input_ids"][:, : prompt.shape[1]], prompt)
-        return
-    for one in rows_of(family, images):
-        batch, expected = collator([one]), processed(processor, conversation(one))
+    rows = rows_of(family, images)
+    for one in split_turns(rows) if collator.needs_split else rows:
+        batch = collator([one])
+        if collator.template.writes_prompts_apart:  # an answer is learned after the prompt that it will follow
+            prompt = processed(processor, conversation(one)[:-1], add_generation_prompt=True)
+            length = prompt.pop("input_ids").shape[1]
+            shown = {name: value for name, value in prompt.items() if value.shape[:2] != (1, length)}
+            assert all(torch.equal(batch[name], value) for name, value in shown.items()), one["id"]
+            assert (batch["labels"][0, :length] == -100).all()
+            assert torch.equal(batch["labels"][0, length:], batch["input_ids"][0, length:])
+            continue
+        expected = processed(processor, conversation(one))
         assert batch.keys() == {*expected.keys(), "labels"}, one["id"]
         for name, value in expected.items():
             assert torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(value)), (one["id"], name)
-
-
-@each_family
-def test_labels_are_those_of_the_slow_way(
-    family: Family, checkpoint: Callable[[Family], Path], images: dict[str, str]
-) -> None:
-    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
-    collator = ConversationCollator(processor)
-    if collator.needs_split:
-        pytest.skip("the template writes earlier answers in another way")
-    for one in rows_of(family, images):
-        labels, expected = collator([one])["labels"][0].tolist(), slow_labels(processor, one)
-        assert labels == expected, (one["id"], processor.tokenizer.decode([i for i in labels if i >= 0]))
-        assert any(label >= 0 for label in labels)
+        last = len(one["messages"]) - 1 if collator.needs_split else None
+        assert batch["labels"][0].tolist() == slow_labels(processor, one, last), one["id"]
+        assert (batch["labels"] >= 0).any()
 
 
 @each_family
 def test_rows_are_measured_by_their_headers(
-    family: Family, checkpoint: Callable[[Family], Path], images: dict[str, str]
+    family: Family, family_checkpoint: Callable[[Family], Path], images: dict[str, str]
 ) -> None:
-    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    processor = tf.AutoProcessor.from_pretrained(family_checkpoint(family))
     collator = ConversationCollator(processor)
     for one in rows_of(family, images):
         batch, encoded = collator([one]), collator.encode(one)
@@ -174,8 +154,10 @@ def test_rows_are_measured_by_their_headers(
 
 
 @each_family
-def test_a_mixed_batch_trains(family: Family, checkpoint: Callable[[Family], Path], images: dict[str, str]) -> None:
-    folder = checkpoint(family)
+def test_a_mixed_batch_trains(
+    family: Family, family_checkpoint: Callable[[Family], Path], images: dict[str, str]
+) -> None:
+    folder = family_checkpoint(family)
     processor = tf.AutoProcessor.from_pretrained(folder)
     collator = pickle.loads(pickle.dumps(ConversationCollator(processor)))  # as in a worker
     rows = rows_of(family, images)
@@ -194,8 +176,8 @@ def test_a_mixed_batch_trains(family: Family, checkpoint: Callable[[Family], Pat
 
 
 @each_family
-def test_no_image_is_cut(family: Family, checkpoint: Callable[[Family], Path], images: dict[str, str]) -> None:
-    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+def test_no_image_is_cut(family: Family, family_checkpoint: Callable[[Family], Path], images: dict[str, str]) -> None:
+    processor = tf.AutoProcessor.from_pretrained(family_checkpoint(family))
     one = row("one", (None, "What is this?"), "A red cat. " * 8, images=(images["wide"],))
     whole = ConversationCollator(processor)([one])
     length = whole["input_ids"].shape[1]
@@ -208,9 +190,11 @@ def test_no_image_is_cut(family: Family, checkpoint: Callable[[Family], Path], i
 
 
 @each_family
-def test_a_model_learns_to_stop(family: Family, checkpoint: Callable[[Family], Path], images: dict[str, str]) -> None:
+def test_a_model_learns_to_stop(
+    family: Family, family_checkpoint: Callable[[Family], Path], images: dict[str, str]
+) -> None:
     """Where the template ends no answer, the tokenizer's end token does; elsewhere nothing changes."""
-    processor = tf.AutoProcessor.from_pretrained(checkpoint(family))
+    processor = tf.AutoProcessor.from_pretrained(family_checkpoint(family))
     plain, ending = ConversationCollator(processor), ConversationCollator(processor, ends_answers=True)
     one = rows_of(family, images)[0]
     before, after = plain([one])["labels"][0], ending([one])["labels"][0]

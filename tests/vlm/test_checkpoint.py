@@ -298,10 +298,10 @@ def test_crome_wraps_the_sites_while_the_projection_trains(composite, tmp_path):
     torch.testing.assert_close(loaded(**batch).logits, adapted(**batch).logits)
 
 
-def test_pipeline_from_a_directory(composite, processor, tmp_path, images):
+def test_pipeline_from_a_directory(composite, processor, tmp_path, photos):
     composite.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    content = [{"type": "image", "image": images[0]}, {"type": "text", "text": "w5 w6"}]
+    content = [{"type": "image", "image": photos[0]}, {"type": "text", "text": "w5 w6"}]
     chat = [{"role": "user", "content": content}]
     options = {"max_new_tokens": 3, "do_sample": False, "return_full_text": False}
     answers = [

@@ -1,0 +1,193 @@
+"""How a processor's chat template writes conversations, found by trying it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ..utils.shorten import cut, short
+from .answer_spans import ANSWER, QUESTION, AnswerSpans, Messages, PromptRewritten, Span, turn
+from .processed import with_template
+from .rows import Fault, RowError
+
+REMEDY = "Write another chat_template in the recipe."
+
+
+class ChatTemplate:
+    """A processor's chat template, and what was found by rendering a question and its answer.
+
+    Args:
+        processor: with a fast tokenizer.
+        system: a system message for conversations without one.
+        ends_answers: put the tokenizer's end token behind answers where the template writes nothing.
+    Attributes:
+        processor: what was given, or a copy with the template that its tokenizer brings.
+        before: messages that the template demands before a question, or the system message.
+        writes_prompts_apart: a prompt for generation is no beginning of the conversation with its answer. Gemma 4's
+            closes an empty thought before the answer, DeepSeek R1's opens one, and neither stands in what they write
+            of a conversation. An answer is learned after the prompt that it will follow.
+        keeps_earlier_turns: a conversation's beginning is written alike, whatever follows; Qwen 3's is not.
+    Raises:
+        ValueError: as `ConversationCollator`.
+    """
+
+    def __init__(self, processor: Any, system: str | None = None, ends_answers: bool = False) -> None:
+        self.processor = checked(processor)
+        self.system = system
+        self.before = self._turns_before_probes()
+        self._asked = [*self.before, turn("user", QUESTION)]
+        self._said = [*self._asked, turn("assistant", ANSWER)]
+        said = self.render(self._said)
+        self.writes_prompts_apart = ANSWER in said and not said.startswith(self.render(self._asked, True))
+        self.keeps_earlier_turns = self._keeps_earlier_turns()
+        self._end, self._of_last_alone = self._missing_end() if ends_answers else ("", False)
+        self._spans = AnswerSpans(self.render, self.processor.chat_template, self.before)
+
+    def render(self, messages: Messages, prompt: bool = False) -> str:
+        """The text of messages.
+
+        Args:
+            prompt: whether what begins an answer stands at the end.
+        """
+        if not messages:
+            return ""
+        text: str = self.processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+        return text
+
+    def completed(self, messages: Messages) -> Messages:
+        """The messages with the system message and the end tokens that they lack."""
+        messages = list(messages)
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [turn("system", self.system), *messages]
+        for number, message in enumerate(messages if self._end else ()):
+            if message["role"] == "assistant" and (not self._of_last_alone or number == len(messages) - 1):
+                *before, last = message["content"]
+                messages[number] = {**message, "content": [*before, {**last, "text": last["text"] + self._end}]}
+        return messages
+
+    def with_answers(self, messages: Messages, name: str, *, earlier: bool) -> tuple[str, list[Span]]:
+        """The text that a decoder-only model learns from, and where its answers stand in it.
+
+        Args:
+            messages: the last is an answer.
+            name: of the row.
+            earlier: whether to find the answers before the last.
+        Raises:
+            RowError: the template hides where an answer begins, or does not take the conversation.
+        """
+        try:
+            if self.writes_prompts_apart:
+                prompt = self.render(messages[:-1], True)
+                text = prompt + self._answer(messages, name)
+                return text, [(len(prompt), len(text))]
+            text = self.render(messages)
+            return text, self._spans.find(messages, text, earlier=earlier)
+        except PromptRewritten as error:
+            raise row_error(
+                name,
+                "answer",
+                f"the chat template writes the prompt {error.prompt[-40:]!r} in another way once the answer follows, "
+                f"so what is to be learned cannot be told. {REMEDY}",
+            ) from error
+        except TemplateError as error:
+            raise refused(name, error) from error
+
+    def prompt(self, messages: Messages, name: str) -> str:
+        """The text that an encoder reads.
+
+        Raises:
+            RowError: the template does not take the conversation.
+        """
+        try:
+            return self.render(messages, True)
+        except TemplateError as error:
+            raise refused(name, error) from error
+
+    def _turns_before_probes(self) -> Messages:
+        """A system message where one is given, or where the template demands one, which rows may have."""
+        system = [turn("system", self.system if self.system is not None else "(system)")]
+        turns = [turn("user", QUESTION), turn("assistant", ANSWER)]
+        errors = []
+        for before in ([], system) if self.system is None else (system, []):
+            try:
+                self.render([*before, *turns])
+                self.render([*before, turns[0]], True)
+            except TemplateError as error:
+                errors.append(error)
+            else:
+                return before
+        raise ValueError(
+            f"chat_template: the language model's template does not take a question and its answer ({errors[0]}). "
+            "Write chat_template: vicuna, plain or t5 in the recipe, or mend processor.chat_template."
+        ) from errors[0]
+
+    def _keeps_earlier_turns(self) -> bool:
+        said = [*self.before, *(turn(role, role) for role in ("user", "assistant") * 2)]
+        try:
+            return self.render(said).startswith(self.render(said[:-2]).rstrip())
+        except TemplateError:  # it takes one question alone
+            return False
+
+    def _missing_end(self) -> tuple[str, bool]:
+        """The token to put behind answers, empty where the template ends them; and whether only the last lacks it."""
+        end = self.processor.tokenizer.eos_token or ""
+        if self.render(self._said).rpartition(ANSWER)[2].strip():
+            return "", False
+        try:
+            return end, end in self.render([*self._said, *self._said[-2:]])  # as DeepSeek-VL's
+        except TemplateError:  # it takes one question alone
+            return end, True
+
+    def _answer(self, messages: Messages, name: str) -> str:
+        """The last answer as the template writes it, with what ends it."""
+        before, _, ending = self.render([*messages[:-1], turn("assistant", ANSWER)]).rpartition(ANSWER)
+        said = self.render(messages)
+        if not (said.startswith(before) and said.endswith(ending)):
+            raise row_error(
+                name, "answer", "the chat template writes what comes before an answer by its words. " + REMEDY
+            )
+        return said[len(before) :].rstrip()
+
+
+def refused(name: str, error: TemplateError) -> RowError:
+    """The template does not take a row: Gemma's takes no system message, Mistral's no two turns of one role."""
+    return row_error(
+        name,
+        "template",
+        f"the language model's chat template says: {cut(str(error), 300)}. Change the row (or system: in the "
+        "recipe), or write another chat_template in the recipe.",
+    )
+
+
+def row_error(name: str, kind: str, message: str) -> RowError:
+    """A fault of the row of this name."""
+    return RowError(f"Row {short(name)}", [Fault(kind, message)])
+
+
+def checked(processor: Any) -> Any:
+    """A processor that tells where its tokens come from, and how conversations are written.
+
+    Returns:
+        The processor, or a copy with the chat template that its tokenizer brings.
+    Raises:
+        ValueError: says what to load or write instead.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(
+            f"{type(processor).__name__} is a bare tokenizer or image processor, and conversations need both. Load "
+            "the processor of this model: AutoProcessor.from_pretrained(...)."
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say which text its tokens come from, so answers cannot be told from "
+            "questions. Load the fast tokenizer of this model."
+        )
+    processor = with_template(processor)
+    if processor.chat_template is None:
+        raise ValueError(
+            "The language model has no chat template. Write chat_template: vicuna, plain or t5 in the recipe, or "
+            "set processor.chat_template."
+        )
+    return processor
