@@ -127,14 +127,14 @@ def check_before_loading(peft_type: str, check: Callable[[Any, str, dict[str, An
 
     check_and_load.checks_first = True  # type: ignore[attr-defined]
     for module in list(sys.modules.values()):  # whoever has imported the function by name
-        if vars(module).get("set_peft_model_state_dict") is load:
+        if getattr(module, "__dict__", {}).get("set_peft_model_state_dict") is load:
             module.set_peft_model_state_dict = check_and_load  # type: ignore[attr-defined]
 
 
 def load_copies(model: Any, path: str, hub_arguments: dict[str, Any]) -> None:
     """Load what `modules_to_save` trained into a model that has just loaded an adapter.
 
-    Before 5.17 transformers' `load_adapter` leaves these tensors out without a word. Goes with transformers 5.17.
+    Before 5.17 transformers' `load_adapter` silently leaves these tensors out. Goes with transformers 5.17.
 
     Args:
         path: directory or repository of the adapter.

@@ -19,9 +19,7 @@ from .options import COLUMN, IMAGES, pairs
 
 
 def evaluate(
-    directory: Annotated[
-        str, typer.Argument(help="A stage's directory, or a Hub repository of one; with --text also an adapter's.")
-    ],
+    directory: Annotated[str, typer.Argument(help="Directory or Hub name of a model, a stage, or an adapter.")],
     data: Annotated[
         str | None, typer.Argument(help="JSON, JSONL or parquet, a folder of `datasets`, or a name of the Hub.")
     ] = None,

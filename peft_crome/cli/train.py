@@ -37,11 +37,14 @@ def train(
     ] = False,
 ) -> None:
     """Train one stage. Started again, it continues from its last checkpoint."""
-    _run(recipe, settings, accept_changed_data)
+    _run(recipe, _overrides(settings), accept_changed_data)
 
 
 def finetune(
-    model: Annotated[str, typer.Argument(help="Name or directory of a vision-language model, or of an adapter.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="Vision-language model, or adapter or stage to go on from: name or directory."),
+    ],
     data: Annotated[str, typer.Argument(help="JSON, JSONL or parquet, a folder of `datasets`, or a name of the Hub.")],
     output: Annotated[str, typer.Option(help="Directory of the adapter; it must not exist.")],
     images: Annotated[list[str] | None, typer.Option(help=IMAGES)] = None,
@@ -53,30 +56,40 @@ def finetune(
     """Teach a model one task, by an adapter alone. Started again, it continues from its last checkpoint."""
     import yaml
 
-    from ..training.model.host import is_adapter
+    from ..training.model.host import has_been_trained
 
+    overrides = _overrides(settings)
+    folders: Any = pairs(images, "--images") if images else None
+    if folders and list(folders) == [""]:
+        folders = folders[""]
+    recipe = {
+        **({"previous": model} if has_been_trained(model) else {"model": {"name": model}}),
+        "stage": "finetune",
+        "data": [{"path": data, **({"images": folders} if folders else {})}],
+        "output": output,
+        "training": FINETUNE | ({"epochs": None} if "training.max_steps" in overrides else {}),
+    }
+    if not print_recipe:
+        return _run(recipe, overrides)
     try:
-        folders = pairs(images, "--images") if images else None
-        folder = folders[""] if folders is not None and list(folders) == [""] else folders
-        source = {"path": data} | ({} if folder is None else {"images": folder})
-        start = {"previous": model} if is_adapter(model) else {"model": {"name": model}}
-        overrides = recipes.parse_overrides(settings or [])
-        training = FINETUNE | ({"epochs": None} if "training.max_steps" in overrides else {})
-        recipe = {**start, "stage": "finetune", "data": [source], "output": output, "training": training}
-        if print_recipe:
-            recipes.load_recipe(recipe, overrides)
-            print(yaml.safe_dump(recipes.with_overrides(recipe, overrides), sort_keys=False), end="")
-            return
-    except (OSError, ValueError) as error:
+        parsed = recipes.load_recipe(recipe, overrides)
+    except ValueError as error:
         fail(error)
-    _run(recipe, settings)
+    print(yaml.safe_dump(parsed.model_dump(mode="json", exclude_unset=True), sort_keys=False), end="")
 
 
-def _run(recipe: Any, settings: list[str] | None, accept_changed_data: bool = False) -> None:
+def _overrides(settings: list[str] | None) -> dict[str, Any]:
+    try:
+        return recipes.parse_overrides(settings or [])
+    except ValueError as error:
+        fail(error)
+
+
+def _run(recipe: Any, overrides: dict[str, Any], accept_changed_data: bool = False) -> None:
     from ..training.run import train as run
 
     try:
-        parsed = recipes.load_recipe(recipe, recipes.parse_overrides(settings or []))
+        parsed = recipes.load_recipe(recipe, overrides)
         record = run(parsed, lambda report: announce(parsed, report), accept_changed_data=accept_changed_data)
     except (OSError, ValueError) as error:
         fail(error)

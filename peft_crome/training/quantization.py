@@ -35,6 +35,12 @@ def load_config(bits: Bits | None, dtype: torch.dtype) -> BitsAndBytesConfig | N
     )
 
 
+def stored_bits(config: Any) -> Bits | None:
+    """How a loaded model is quantized by bitsandbytes, as its configuration says."""
+    stored = getattr(config, "quantization_config", None)
+    return bits_of(stored if isinstance(stored, dict | None) else stored.to_dict())
+
+
 def bits_of(stored: Mapping[str, Any] | None) -> Bits | None:
     """Which of the two a stored configuration is; None for no quantization, and for another library's."""
     return next((bits for bits in get_args(Bits) if (stored or {}).get(f"load_in_{bits}")), None)

@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from ..data import Augmentation, ConversationCollator
 from ..features.cache import cache_features
+from ..vlm import CromeVLMForConditionalGeneration
 from .directory.card import stage_card
 from .directory.run_folder import clear, only_run, open_run
 from .directory.stage import check_free, is_finished, read_record, save_adapter, save_stage
@@ -27,7 +28,6 @@ from .loop.sharding import check_storage, gather_trained, is_sharded, put_traine
 from .loop.trainer import CromeTrainer, training_arguments
 from .loop.validation import EvaluationCallback, load_questions, scores_of
 from .model.build import build
-from .model.host import host_of
 from .planning.preflight import Preflight, preflight
 from .recipe.schema import Recipe
 from .stages import count_trained
@@ -61,7 +61,6 @@ def train(
     transformers.set_seed(recipe.training.seed)  # before the projections are drawn
     model, processor, previous = build(recipe)
     config = model.get_base_model().config
-    is_host = host_of(recipe) is not None
     collator = ConversationCollator(
         processor,
         augmentation=Augmentation(recipe.images.random_crop, recipe.images.horizontal_flip, recipe.images.views),
@@ -133,10 +132,10 @@ def train(
                 model, processor, _ = build(recipe)
                 put_trained(model, weights)
         if trainer.is_world_process_zero():
-            if is_host:
-                save_adapter(model, processor, output, whole)
-            else:
+            if isinstance(model.get_base_model(), CromeVLMForConditionalGeneration):
                 save_stage(model, processor, output, whole, stage_card(whole, config))
+            else:
+                save_adapter(model, processor, output, whole)
             clear(checkpoints)
         trainer.accelerator.wait_for_everyone()  # a script's next stage starts from what the first process writes
         return whole

@@ -65,8 +65,7 @@ def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: 
         text = json.dumps(_plain(values), indent=2, sort_keys=True)
         (target / ADAPTER_CONFIG_NAME).write_text(f"{text}\n", encoding="utf-8")
         (target / "README.md").write_text(card, encoding="utf-8")
-        text = json.dumps({**record, "files": file_sizes(target), "config": _config_digest(target)}, indent=2)
-        (target / RECORD).write_text(f"{text}\n", encoding="utf-8")
+        _write_record(target, record)
 
 
 def save_adapter(model: PeftModel, processor: Any, directory: str | Path, record: dict[str, Any]) -> None:
@@ -90,8 +89,7 @@ def save_adapter(model: PeftModel, processor: Any, directory: str | Path, record
         describe_adapter(model, name, datasets=list(dict.fromkeys(data)), record=record)
         model.save_pretrained(target)
         check_files(target, list(get_peft_model_state_dict(model)), SAFETENSORS_WEIGHTS_NAME)
-        text = json.dumps({**record, "files": file_sizes(target), "config": None}, indent=2)
-        (target / RECORD).write_text(f"{text}\n", encoding="utf-8")
+        _write_record(target, record)
 
 
 def check_free(directory: str | Path) -> None:
@@ -145,6 +143,12 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     if faulty:
         raise StageError(f"{directory} is incomplete: {', '.join(faulty)}. Copy the directory again.")
     return record
+
+
+def _write_record(directory: Path, record: dict[str, Any]) -> None:
+    """Last of all files, whose sizes it has."""
+    text = json.dumps({**record, "files": file_sizes(directory), "config": _config_digest(directory)}, indent=2)
+    (directory / RECORD).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _config_digest(directory: Path) -> str | None:

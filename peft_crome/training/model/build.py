@@ -18,7 +18,7 @@ from ..quantization import load_config
 from ..recipe.schema import Adapter, Backbones, Recipe
 from ..stages import STAGES, modules_to_save
 from .host import build_on_host, host_of
-from .previous import check_reader, check_same, follow_moved_backbones, local_directory, located
+from .previous import check_reader, check_same, follow_moved_backbones, go_on_with, local_directory, located
 
 
 def build(recipe: Recipe) -> tuple[PeftModel, Any, dict[str, Any] | None]:
@@ -64,9 +64,7 @@ def build(recipe: Recipe) -> tuple[PeftModel, Any, dict[str, Any] | None]:
         processor = CromeVLMProcessor.from_pretrained(directory)
         check_reader(recipe, processor)
         config.modules_to_save = modules_to_save(stage, composite) or None
-        config.inference_mode = False
-        if recipe.adapter is not None and "dropout" in recipe.adapter.model_fields_set:
-            config.dropout = recipe.adapter.dropout
+        go_on_with(config, recipe)
     for part in modules_to_save(stage, composite):
         getattr(composite, part).float()  # small steps would be lost in half precision
     prepare_processor(processor, recipe)

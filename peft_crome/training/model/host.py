@@ -24,12 +24,17 @@ from ..errors import StageError
 from ..quantization import bits_of, load_config
 from ..recipe.schema import Adapter, Host, Recipe
 from ..stages import ADAPTER
-from .previous import located
+from .previous import check_same_adapter, go_on_with, located
 
 
 def is_adapter(directory: str) -> bool:
     """Whether a folder or a Hub repository holds an adapter and no model."""
     return _has(directory, ADAPTER_CONFIG_NAME) and not _has(directory, CONFIG_NAME)
+
+
+def has_been_trained(directory: str) -> bool:
+    """Whether a folder or a Hub repository holds an adapter or a stage, from which a run goes on."""
+    return is_adapter(directory) or _has(directory, RECORD)
 
 
 def _has(directory: str, file: str) -> bool:
@@ -85,7 +90,7 @@ def read_processor(host: Host, directory: str | None = None) -> Any:
     if not host.processor:
         return processor
     kept = _settings_of(processor)
-    ignored = [key for key, value in host.processor.items() if kept.get(key) != value]
+    ignored = [key for key, value in host.processor.items() if not _holds(kept.get(key), value)]
     if ignored:
         known = sorted(key for key in kept if key.startswith(("do_", "min_", "max_", "size", "crop", "patch")))
         raise StageError(
@@ -100,16 +105,24 @@ def _settings_of(processor: Any) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for part in (getattr(processor, "video_processor", None), getattr(processor, "image_processor", None), processor):
         if part is not None:
-            kept |= {key: value for key, value in part.to_dict().items() if not isinstance(value, dict)}
+            kept |= part.to_dict()
             size = getattr(part, "size", None) or {}
             names = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
             kept |= {names[key]: size[key] for key in names if key in size and part is not processor}
     return kept
 
 
-def read_model(host: Host, device: Any = None) -> Any:
+def _holds(kept: Any, value: Any) -> bool:
+    if isinstance(value, dict) and isinstance(kept, dict):
+        return all(kept.get(key) == inner for key, inner in value.items())
+    return bool(kept == value)
+
+
+def read_model(host: Host, config: Any, device: Any = None) -> Any:
     """The frozen model.
 
+    Args:
+        config: of `read_config`.
     Raises:
         StageError: it cannot be loaded, or bitsandbytes is missing.
     """
@@ -118,7 +131,6 @@ def read_model(host: Host, device: Any = None) -> Any:
             f"model.quantization: {host.quantization!r} needs bitsandbytes. Write: pip install "
             '"peft-crome[quantization]"'
         )
-    config = read_config(host)
     dtype: Any = getattr(torch, host.dtype) if host.dtype is not None else "auto"
     computed = dtype if host.dtype is not None else getattr(config, "dtype", None) or torch.float32
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": device, **_revision(host.revision)}
@@ -137,7 +149,7 @@ def read_config(host: Host) -> Any:
     """The model's configuration.
 
     Raises:
-        StageError: there is no such model, or a folder has moved.
+        StageError: the model cannot be found.
     """
     try:
         return AutoConfig.from_pretrained(host.name, **_revision(host.revision))
@@ -168,16 +180,18 @@ def build_on_host(recipe: Recipe, host: Host) -> tuple[PeftModel, Any, dict[str,
     Raises:
         StageError, ValueError: a part cannot be loaded, or the adapter does not fit.
     """
+    found = read_config(host)
     processor = read_processor(host, recipe.previous)
-    model = read_model(host)
+    model = read_model(host, found)
     if recipe.previous is None:
         adapter = recipe.adapter if recipe.adapter is not None else Adapter()
         also = [part for part in recipe.trains if part != ADAPTER]
         config = CromeConfig(**adapter.model_dump(), modules_to_save=also or None)
         return get_peft_model(model, config), processor, None
-    adapted = PeftModel.from_pretrained(model, recipe.previous, is_trainable=True)
-    if recipe.adapter is not None and "dropout" in recipe.adapter.model_fields_set:
-        raise StageError("adapter.dropout: a run that starts from an adapter goes on with its own. Take it out.")
+    config = CromeConfig.from_pretrained(recipe.previous)
+    check_same_adapter(recipe, config)
+    go_on_with(config, recipe)
+    adapted = PeftModel.from_pretrained(model, recipe.previous, config=config, is_trainable=True)
     return adapted, processor, _record(recipe.previous)
 
 
@@ -201,12 +215,12 @@ def load_adapted(directory: str, device: Any = None) -> tuple[Any, Any]:
     Raises:
         StageError, OSError, ValueError: a part is missing, or does not fit.
     """
-    if not is_adapter(directory):
-        host = Host(name=directory)
-        return read_model(host, device).eval(), read_processor(host)
-    host = host_of_adapter(directory)
+    has_adapter = is_adapter(directory)
+    host = host_of_adapter(directory) if has_adapter else Host(name=directory)
+    config = read_config(host)
     processor = read_processor(host, directory)
-    return PeftModel.from_pretrained(read_model(host, device), directory).eval(), processor
+    model = read_model(host, config, device)
+    return (PeftModel.from_pretrained(model, directory) if has_adapter else model).eval(), processor
 
 
 def _record(directory: str) -> dict[str, Any] | None:

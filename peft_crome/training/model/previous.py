@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +110,33 @@ def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) 
             for key, value in given.items()
             if key != "qformer_tokenizer" and located(value) != stored.get(key)
         ]
-    if recipe.adapter is not None:
-        for key in sorted(recipe.adapter.model_fields_set - {"dropout", "init_weights"}):
-            a, b = getattr(recipe.adapter, key), getattr(adapter, key)
-            different += [f"adapter.{key}: {a!r} in the recipe, {b!r} there"] if a != b else []
+    check_same_adapter(recipe, adapter, different)
+
+
+def check_same_adapter(recipe: Recipe, adapter: CromeConfig, different: Sequence[str] = ()) -> None:
+    """Compare what a recipe says of the adapter with the one that it starts from.
+
+    Args:
+        different: what else is another thing there.
+    Raises:
+        StageError: lists every difference.
+    """
+    different = list(different)
+    for key in sorted(recipe.adapter.model_fields_set - {"dropout", "init_weights"} if recipe.adapter else ()):
+        a, b = getattr(recipe.adapter, key), getattr(adapter, key)
+        different += [f"adapter.{key}: {a!r} in the recipe, {b!r} there"] if a != b else []
     if different:
         raise StageError(
             f"{recipe.previous} is of another architecture than the recipe says: {'; '.join(different)}. Leave "
             "`backbones` and `adapter` out to take the directory's, or start from another directory."
         )
+
+
+def go_on_with(adapter: CromeConfig, recipe: Recipe) -> None:
+    """Let an adapter of before train, with the dropout that a recipe gives it."""
+    adapter.inference_mode = False
+    if recipe.adapter is not None and "dropout" in recipe.adapter.model_fields_set:
+        adapter.dropout = recipe.adapter.dropout
 
 
 def check_reader(recipe: Recipe, processor: CromeVLMProcessor) -> None:

@@ -16,10 +16,11 @@ from torch import nn
 from ...data import ConversationCollator
 from ...tuner import CromeConfig, guard
 from ...tuner.weights import DOWN, GATE
+from ...vlm import CromeVLMForConditionalGeneration
 from ..errors import RecipeError
 from ..loop.trainer import CromeTrainer
-from ..model.host import host_of
 from ..model.skeleton import host_skeleton, skeleton
+from ..quantization import stored_bits
 from ..recipe.schema import Recipe
 from ..stages import STAGES, count_trained, trained_parameters
 from .costs import frozen_dtype
@@ -125,13 +126,10 @@ def preflight(
     try:
         with torch.random.fork_rng(devices=[]):  # a tower whose layout depends on values is built for a moment
             adapter = model.peft_config[model.active_adapter]
-            host = host_of(recipe)
-            shape = (
-                skeleton(config, STAGES[recipe.stage], adapter)
-                if host is None
-                # Of a row only its tokens are known, not which of them an image becomes.
-                else host_skeleton(config, dtype, host.quantization, CromeConfig(branches=["text"]))
-            )
+            if isinstance(model.get_base_model(), CromeVLMForConditionalGeneration):
+                shape = skeleton(config, STAGES[recipe.stage], adapter)
+            else:  # of a row only its tokens are known, not which of them an image becomes
+                shape = host_skeleton(config, dtype, stored_bits(config), CromeConfig(branches=["text"]))
         cost = predict_step(shape, size, **settings)
         seconds = device.seconds(cost.flops * arguments.gradient_accumulation_steps, mixed or dtype)
         if cost.peak > device.memory:

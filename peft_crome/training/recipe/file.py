@@ -81,14 +81,6 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         raise RecipeError("\n".join([f"{name} is not a valid recipe:", *(f"  {line}" for line in lines)])) from None
 
 
-def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's mapping with its overrides in their places, as a file would have it."""
-    whole = copy.deepcopy(dict(values))
-    for key, value in overrides.items():
-        _set(whole, key, copy.deepcopy(value), "the recipe")
-    return whole
-
-
 def preset_text(name: str) -> str:
     """The YAML of a preset, to be copied and completed."""
     return (files(__package__) / "presets" / f"{name}.yaml").read_text(encoding="utf-8")

@@ -366,6 +366,8 @@ class Recipe(_Section):
         strange = [part for part in self.training.learning_rates if part not in parts]
         if strange and self.backbones is not None:
             raise ValueError(f"training.learning_rates.{strange[0]}: no such part; there are {sorted(parts)}")
+        if self.model is None and self.trains != ["adapter"]:
+            raise ValueError("trains: the stage, or the adapter before, says what trains without `model`; take it out")
         if self.model is not None:
             self._check_model()
         elif self.previous is None and self.stage == "finetune":

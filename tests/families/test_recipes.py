@@ -1,0 +1,231 @@
+"""What a recipe offers holds for models of other kinds: patches of one size, a grid, pieces, an encoder-decoder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from peft_crome.evaluation.answers import generate_answers
+from peft_crome.training import StageError, load_recipe, read_record, train
+from peft_crome.training.loop.trainer import CromeTrainer
+from peft_crome.training.model.host import load_adapted
+
+from . import FAMILIES
+
+KINDS = ("llava", "qwen2_5_vl", "idefics3", "florence2")
+each_kind = pytest.mark.parametrize("kind", KINDS)
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight rows in LLaVA's form, two of them of text alone."""
+    folder = tmp_path_factory.mktemp("data")
+    rows: list[dict[str, Any]] = []
+    for number in range(8):
+        row: dict[str, Any] = {"id": f"r{number}"}
+        asked = "What is two?"
+        if number % 4:
+            Image.new("RGB", (60 + 30 * number, 90), (30 * number, 80, 200)).save(folder / f"{number}.png")
+            row["image"], asked = f"{number}.png", "<image>\nWhat color?"
+        row["conversations"] = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"color {number}"}]
+        rows.append(row)
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture
+def make(family_checkpoint: Callable[[Any], Path], data: Path, tmp_path: Path) -> Make:
+    """A recipe's values for a kind; keys of `training` are given by name."""
+
+    def values(kind: str, output: str = "adapter", **training: Any) -> dict[str, Any]:
+        settings = {"batch_size": 4, "max_steps": 4, "warmup_steps": 0, "save_steps": 2, "learning_rate": 1e-2}
+        template = {"chat_template": "words"} if kind == "florence2" else {}
+        return {
+            "stage": "finetune",
+            "model": str(family_checkpoint(FAMILIES[kind])),
+            "data": [{"path": str(data / "data.json"), "images": str(data)}],
+            "output": str(tmp_path / output),
+            "training": settings | training,
+            **template,
+        }
+
+    return values
+
+
+def weights(values: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_file(Path(values["output"]) / "adapter_model.safetensors")
+
+
+def run(values: dict[str, Any]) -> dict[str, torch.Tensor]:
+    train(load_recipe(values))
+    trained = weights(values)
+    assert all(torch.isfinite(value).all() for value in trained.values())
+    assert any(value.any() for key, value in trained.items() if "crome_up" in key)
+    return trained
+
+
+@each_kind
+def test_a_run_that_was_killed_goes_on_to_the_bit(kind: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(make(kind, "whole"))
+    step, calls = CromeTrainer.training_step, []
+
+    def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CromeTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_recipe(make(kind, "killed")))
+    record = train(load_recipe(make(kind, "killed")))
+    assert record["stages"][-1]["resumed"]
+    found = weights(make(kind, "killed"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@each_kind
+def test_quantized(kind: str, make: Make) -> None:
+    pytest.importorskip("bitsandbytes", reason="4-bit needs bitsandbytes")
+    values = make(kind)
+    values["model"] = {"name": values["model"], "quantization": "4bit", "dtype": "float32"}
+    run(values)
+    model, _ = load_adapted(values["output"])  # as in training
+    assert model.get_base_model().config.quantization_config.load_in_4bit
+
+
+@each_kind
+def test_gradient_checkpointing_gives_the_same_weights(kind: str, make: Make) -> None:
+    expected, found = run(make(kind, "plain")), run(make(kind, "kept", gradient_checkpointing=True))
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-3)
+
+
+@each_kind
+def test_streamed_mixtures(kind: str, make: Make, data: Path) -> None:
+    values = make(kind)
+    values["data"] = [{**values["data"][0], "streaming": True, "weight": weight} for weight in (1.0, 3.0)]
+    run(values)
+
+
+@each_kind
+@pytest.mark.slow
+def test_two_processes_with_rows_of_text(kind: str, make: Make, tmp_path: Path) -> None:
+    """A batch of two rows: in some steps one process has text alone."""
+    expected = train(load_recipe(make(kind, "one", batch_size=2, logging_steps=1)))["stages"][-1]["losses"]
+    values = make(kind, "two", batch_size=2, logging_steps=1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(values))  # JSON is YAML
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    made = subprocess.run(
+        [*command, "peft_crome", "train", str(recipe)],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr[-3000:]
+    losses = read_record(values["output"])["stages"][-1]["losses"]
+    close = 0.1 if kind == "florence2" else 1e-3  # BART's dropout is drawn by each process
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), atol=1e-3, rtol=close)
+
+
+def test_a_second_task_on_top_of_the_first(make: Make) -> None:
+    first = make("llava", "first")
+    before = run(first)
+    second = make("llava", "second", learning_rate=1e-9, initial_learning_rate=0.0, max_steps=1)
+    del second["model"]
+    second["previous"] = first["output"]
+    record = train(load_recipe(second))
+    assert len(record["stages"]) == 2
+    after = weights(second)
+    assert after.keys() == before.keys()
+    assert all(torch.allclose(after[key], before[key], atol=1e-7) for key in before)  # after one very small step
+    with pytest.raises(StageError, match=r"adapter.bottleneck_dim: 8 in the recipe, 424 there"):
+        train(load_recipe(second | {"adapter": {"bottleneck_dim": 8}, "output": f"{second['output']}-other"}))
+
+
+def test_the_projector_trains_as_well(make: Make) -> None:
+    values = make("llava")
+    values["trains"] = ["adapter", "multi_modal_projector"]
+    keys = run(values)
+    assert any("multi_modal_projector" in key for key in keys)
+    model, _ = load_adapted(values["output"])
+    assert "multi_modal_projector" in str(model.peft_config["default"].modules_to_save)
+
+
+def test_settings_of_the_processor_hold_and_are_kept(make: Make) -> None:
+    values = make("idefics3")
+    values["model"] = {"name": values["model"], "processor": {"do_image_splitting": False}}
+    run(values)
+    _, processor = load_adapted(values["output"])
+    assert processor.image_processor.do_image_splitting is False
+    values["model"]["processor"] = {"do_image_spliting": False}
+    with pytest.raises(StageError, match=r"does not take \['do_image_spliting'\].*do_image_splitting"):
+        train(load_recipe(values | {"output": f"{values['output']}-other"}))
+
+
+@pytest.mark.filterwarnings("ignore:Passing `min_pixels`:FutureWarning")
+@pytest.mark.parametrize(
+    "settings", [{"max_pixels": 56 * 56}, {"size": {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}}], ids=str
+)
+def test_limits_of_pixels(settings: dict[str, Any], make: Make) -> None:
+    values = make("qwen2_5_vl")
+    values["model"] = {"name": values["model"], "processor": settings}
+    run(values)
+    _, processor = load_adapted(values["output"])
+    assert processor.image_processor(Image.new("RGB", (400, 400)), return_tensors="pt")["image_grid_thw"].prod() <= 16
+
+
+def test_scores_while_it_trains(make: Make) -> None:
+    values = make("llava")
+    source = {**values["data"][0], "metrics": ["exact_match"]}
+    values["evaluation"] = {"data": [source], "steps": 2, "max_new_tokens": 2}
+    record = train(load_recipe(values))
+    assert [score["step"] for score in record["stages"][-1]["scores"]] == [2, 4]
+
+
+def test_answers_are_those_of_each_row_alone(make: Make, data: Path) -> None:
+    from peft_crome.data import read_rows
+
+    values = make("llava", learning_rate=0.1)
+    run(values)
+    model, processor = load_adapted(values["output"])
+    rows = list(read_rows(data / "data.json", data))
+    together = generate_answers(model, processor, rows, batch_size=8, max_new_tokens=4, progress=False)
+    alone = [generate_answers(model, processor, [row], max_new_tokens=4, progress=False)[0] for row in rows]
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trains": ["multi_modal_projector"]}, "leaves the adapter out"),
+        ({"stage": "pretrain"}, "write stage: finetune"),
+        ({"previous": "somewhere"}, "give one of `model`"),
+        ({"images_after_text": True}, "the chat template of `model` says where images stand"),
+        ({"model": "nowhere/at-all"}, "is no folder with a model, and cannot be had from the Hub"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_recipes(changes: dict[str, Any], message: str, make: Make) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(load_recipe(make("llava") | changes))
+
+
+def test_a_model_without_a_chat_template(make: Make) -> None:
+    values = make("florence2")
+    del values["chat_template"]
+    with pytest.raises(ValueError, match="has no chat template"):
+        train(load_recipe(values))
