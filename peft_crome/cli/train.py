@@ -10,7 +10,7 @@ import typer
 from ..training.recipe import file as recipes
 from .announce import announce
 from .app import console, fail
-from .options import IMAGES, pairs
+from .options import COLUMN, IMAGES, pairs
 
 # The rate is the best of the ablation (docs/ablation.md), for an adapter alone.
 FINETUNE: dict[str, Any] = {
@@ -48,6 +48,10 @@ def finetune(
     data: Annotated[str, typer.Argument(help="JSON, JSONL or parquet, a folder of `datasets`, or a name of the Hub.")],
     output: Annotated[str, typer.Option(help="Directory of the adapter; it must not exist.")],
     images: Annotated[list[str] | None, typer.Option(help=IMAGES)] = None,
+    column: Annotated[list[str] | None, typer.Option(help=COLUMN)] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question, for a table without questions.")] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration of a data set of the Hub.")] = None,
+    split: Annotated[str, typer.Option(help="Of a folder or a data set of the Hub.")] = "train",
     settings: Settings = None,
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print the recipe that this line stands for, and train nothing.")
@@ -59,13 +63,19 @@ def finetune(
     from ..training.model.host import has_been_trained
 
     overrides = _overrides(settings)
-    folders: Any = pairs(images, "--images") if images else None
+    try:
+        folders: Any = pairs(images, "--images") if images else None
+        columns = pairs(column, "--column") if column else None
+    except ValueError as error:
+        fail(error)
     if folders and list(folders) == [""]:
         folders = folders[""]
+    source = {"images": folders, "columns": columns, "prompt": prompt, "name": name}
+    source |= {"split": split} if split != "train" else {}
     recipe = {
         **({"previous": model} if has_been_trained(model) else {"model": {"name": model}}),
         "stage": "finetune",
-        "data": [{"path": data, **({"images": folders} if folders else {})}],
+        "data": [{"path": data, **{key: value for key, value in source.items() if value is not None}}],
         "output": output,
         "training": FINETUNE | ({"epochs": None} if "training.max_steps" in overrides else {}),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
@@ -23,15 +24,20 @@ def row_lengths(rows: Any, image_seq_length: int) -> list[int]:
         return [_length(rows[number], image_seq_length) for number in range(len(rows))]
     lengths: list[int] = []
     for batch in rows.select_columns(["messages"]).with_format("arrow").iter(batch_size=1000):
-        messages = batch["messages"].combine_chunks()
-        contents = pc.struct_field(pc.list_flatten(messages), "content")
-        parts = pc.list_flatten(contents)
-        row_of_part = np.asarray(pc.list_parent_indices(messages))[np.asarray(pc.list_parent_indices(contents))]
+        parts, row_of_part = parts_of(batch)
         characters = np.asarray(pc.fill_null(pc.utf8_length(pc.struct_field(parts, "text")), 0))
         images = np.asarray(pc.equal(pc.struct_field(parts, "type"), "image")).astype(np.int64)
         tokens = characters / CHARACTERS_PER_TOKEN + images * image_seq_length
-        lengths += np.bincount(row_of_part, weights=tokens, minlength=len(messages)).astype(int).tolist()
+        lengths += np.bincount(row_of_part, weights=tokens, minlength=len(batch)).astype(int).tolist()
     return lengths
+
+
+def parts_of(batch: pa.Table) -> tuple[pa.Array, np.ndarray]:
+    """The parts of all messages in a batch of rows, and the row that each part is in."""
+    messages = batch["messages"].combine_chunks()
+    contents = pc.struct_field(pc.list_flatten(messages), "content")
+    row_of_part = np.asarray(pc.list_parent_indices(messages))[np.asarray(pc.list_parent_indices(contents))]
+    return pc.list_flatten(contents), row_of_part
 
 
 def _length(row: dict[str, Any], image_seq_length: int) -> int:

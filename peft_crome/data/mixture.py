@@ -81,10 +81,14 @@ def mix(sets: Sequence[Any], probabilities: Sequence[float] | None, seed: int) -
     _check_draws([len(one) for one in sets], probabilities)
     whole = concatenate_datasets(list(sets))
     rows = pa.array(_draw([len(one) for one in sets], probabilities, seed), type=pa.uint64())
-    if whole._indices is not None:  # of sets that are a selection themselves
-        rows = whole._indices.column(0).take(rows)
-    # `select` would make a list of Python's numbers first.
-    return Dataset(whole.data, whole.info, whole.split, InMemoryTable.from_arrays([rows], names=["indices"]))
+    return selected(whole, rows)
+
+
+def selected(rows: Dataset, numbers: pa.Array) -> Dataset:
+    """Rows by their numbers; `Dataset.select` would make a list of Python's numbers first."""
+    if rows._indices is not None:  # of a selection itself
+        numbers = rows._indices.column(0).take(numbers)
+    return Dataset(rows.data, rows.info, rows.split, InMemoryTable.from_arrays([numbers], names=["indices"]))
 
 
 def _check_draws(sizes: Sequence[int], probabilities: Sequence[float]) -> None:

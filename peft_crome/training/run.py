@@ -30,7 +30,7 @@ from .loop.validation import EvaluationCallback, load_questions, scores_of
 from .model.build import build
 from .planning.preflight import Preflight, preflight
 from .recipe.schema import Recipe
-from .stages import count_trained
+from .stages import count_trained, learns_from_text
 
 
 def train(
@@ -74,7 +74,7 @@ def train(
     _check_reach(recipe, trained, config.is_encoder_decoder)
     if recipe.feature_cache is not None:
         cache_features(model, recipe.feature_cache.directory, recipe.feature_cache.max_gigabytes)
-    rows = training_rows(recipe, sources, collator.needs_split)
+    rows = training_rows(recipe, sources, split=collator.needs_split, text=learns_from_text(model))
     try:
         trainer = CromeTrainer(
             model=model,

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..tuner import guard
+from ..tuner.layer import crome_layers
+
 ADAPTER = "adapter"  # the crome_* weights; the other parts are modules of the composite
 
 
@@ -78,3 +81,11 @@ def count_trained(model: nn.Module) -> dict[str, int]:
     for part, _, parameter in trained_parameters(model):
         counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
+
+
+def learns_from_text(model: nn.Module) -> bool:
+    """Whether a row without an image meets weights that train: a text branch's, or a module's that makes no image's."""
+    sites = tuple(f"{path}." for path, layer in crome_layers(model) if "text" not in layer.branches)
+    of_images = {part for stage in STAGES.values() for part in stage.parts}  # the adapter's are the guard's to tell
+    others = [name for part, name, _ in trained_parameters(model) if part not in of_images]
+    return guard.learns_from_text(model) or not all(name.startswith(sites) for name in others)

@@ -195,6 +195,13 @@ def training_pairs(weights: CromeWeights, layers: Iterable[tuple[str, CromeLayer
     return {pair for pair in acting(layers) if _requires_grad(weights, *pair)}
 
 
+def learns_from_text(model: nn.Module) -> bool:
+    """Whether a prompt without an image or a sound meets weights of an adapter that train."""
+    weights = next(module for module in model.modules() if isinstance(module, CromeWeights))
+    layers = list(crome_layers(model))
+    return "text" in {branch for _, branch in training_pairs(weights, layers)} - from_images(layers)
+
+
 def _requires_grad(weights: CromeWeights, name: str, branch: str) -> bool:
     linears = weights.linears_of(name)
     return any(linears[key].weight.requires_grad for key in ("crome_up", GATE + branch, DOWN + branch))

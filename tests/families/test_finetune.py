@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
+
+from peft_crome.data import open_image, read_rows
 
 from . import FAMILIES, Family
 
@@ -22,21 +25,56 @@ TEMPLATED = [family for family in FAMILIES.values() if family.chat_template]
 COLORS = ("red", "blue", "green", "white")
 
 
+FORMS = ("llava.json", "messages.jsonl", "table.parquet")
+COLUMNS = {"question": "question", "answer": "answer", "image": "image", "id": "id"}
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six rows in LLaVA's form: squares and their colors, and one row of text."""
+    """Six rows in each of three forms: squares and their colors, and one row of text."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "photos").mkdir()
-    rows: list[dict[str, Any]] = []
-    for number in range(5):
-        color = COLORS[number % len(COLORS)]
-        Image.new("RGB", (60 + 20 * number, 90), color).save(folder / "photos" / f"{number}.png")
-        turns = [{"from": "human", "value": "<image>\nWhat color?"}, {"from": "gpt", "value": color}]
-        rows.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns})
-    said = [{"from": "human", "value": "What is two?"}, {"from": "gpt", "value": "A number."}]
-    rows.append({"id": "text", "conversations": said})
-    (folder / "data.json").write_text(json.dumps(rows))
+    llava: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
+    table: list[dict[str, Any]] = []
+    for number, color in enumerate([*COLORS, "red", None]):
+        asked, answer = ("What color?", color) if color else ("What is two?", "A number.")
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+        content: list[dict[str, Any]] = [{"type": "text", "text": asked}]
+        row = {"id": f"r{number}"}
+        cell = None
+        if color:
+            photo = folder / "photos" / f"{number}.png"
+            Image.new("RGB", (60 + 20 * number, 90), color).save(photo)
+            turns[0]["value"] = f"<image>\n{asked}"
+            content.insert(0, {"type": "image", "image": photo.name})
+            llava.append({**row, "image": photo.name, "conversations": turns})
+            cell = {"bytes": photo.read_bytes(), "path": None}
+        else:
+            llava.append({**row, "conversations": turns})
+        said = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        messages.append({**row, "messages": said})
+        table.append({**row, "image": cell, "question": asked, "answer": answer})
+    (folder / FORMS[0]).write_text(json.dumps(llava))
+    (folder / FORMS[1]).write_text("".join(json.dumps(row) + "\n" for row in messages))
+    Dataset.from_list(table).to_parquet(folder / FORMS[2])
     return folder
+
+
+def test_the_three_forms_are_the_same_rows(data: Path) -> None:
+    expected, *others = (
+        [*read_rows(data / form, data / "photos", columns=COLUMNS if "table" in form else None)] for form in FORMS
+    )
+    for rows in others:
+        for row, same in zip(rows, expected, strict=True):
+            assert (row["id"], row["messages"]) == (same["id"], same["messages"])
+            pixels = [[open_image(image, "a row").tobytes() for image in one["images"]] for one in (row, same)]
+            assert pixels[0] == pixels[1]
+
+
+def named_columns(file: Path) -> list[str]:
+    """What a table needs on the command line."""
+    return [word for name in COLUMNS if "table" in file.name for word in ("--column", f"{name}={name}")]
 
 
 def run(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -48,11 +86,14 @@ def run(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize("family", TEMPLATED, ids=lambda family: family.name)
 @pytest.mark.slow
 def test_two_lines(family: Family, family_checkpoint: Callable[[Family], Path], data: Path, tmp_path: Path) -> None:
+    """Trained from one form and scored on the next: each form comes with every third family in either place."""
+    place = TEMPLATED.index(family)
+    trained, tested = (data / FORMS[(place + later) % len(FORMS)] for later in range(2))
     model, output = family_checkpoint(family), tmp_path / "adapter"
     steps = ["training.max_steps=2", "training.batch_size=3", "training.warmup_steps=1", "training.save_steps=1"]
     made = run(
-        "finetune", model, data / "data.json", "--images", data / "photos", "--output", output,
-        *(word for step in steps for word in ("--set", step)), folder=tmp_path,
+        "finetune", model, trained, "--images", data / "photos", "--output", output,
+        *named_columns(trained), *(word for step in steps for word in ("--set", step)), folder=tmp_path,
     )  # fmt: skip
     assert made.returncode == 0, made.stdout + made.stderr
     weights = load_file(output / "adapter_model.safetensors")
@@ -68,7 +109,8 @@ def test_two_lines(family: Family, family_checkpoint: Callable[[Family], Path], 
         original.chat_template or original.tokenizer.chat_template
     )
     scored = run(
-        "evaluate", output, data / "data.json", "--images", data / "photos", "--max-new-tokens", "2",
+        "evaluate", output, tested, "--images", data / "photos", "--max-new-tokens", "2",
+        *named_columns(tested),
         "--output", tmp_path / "answers.jsonl", folder=tmp_path,
     )  # fmt: skip
     assert scored.returncode == 0, scored.stdout + scored.stderr

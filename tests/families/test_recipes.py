@@ -124,9 +124,10 @@ def test_streamed_mixtures(kind: str, make: Make, data: Path) -> None:
 @each_kind
 @pytest.mark.slow
 def test_two_processes_with_rows_of_text(kind: str, make: Make, tmp_path: Path) -> None:
-    """A batch of two rows: in some steps one process has text alone."""
-    expected = train(load_recipe(make(kind, "one", batch_size=2, logging_steps=1)))["stages"][-1]["losses"]
-    values = make(kind, "two", batch_size=2, logging_steps=1)
+    """A batch of two rows: in some steps one process has text alone, of which the text branch learns."""
+    one, values = (make(kind, name, batch_size=2, logging_steps=1) for name in ("one", "two"))
+    one["adapter"] = values["adapter"] = {"branches": ["text", "vision"]}
+    expected = train(load_recipe(one))["stages"][-1]["losses"]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(values))  # JSON is YAML
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

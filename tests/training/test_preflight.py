@@ -27,7 +27,7 @@ def prepared(recipe: Recipe) -> tuple[CromeTrainer, Recipe, Any, ConversationCol
     """What `train` hands to `preflight`."""
     model, processor, _ = build(recipe)
     collator = ConversationCollator(processor, max_length=recipe.training.max_length)
-    rows = training_rows(recipe, load_sources(recipe), collator.needs_split)
+    rows = training_rows(recipe, load_sources(recipe), split=collator.needs_split)
     arguments = training_arguments(recipe, "checkpoints")
     trainer = CromeTrainer(
         model=model, args=arguments, settings=recipe.training, train_dataset=rows, data_collator=collator
