@@ -32,6 +32,7 @@ STAND_INS = {
         "facebook/dinov2-small": save_dinov2,
     },
     "docs/finetune.md": {"HuggingFaceTB/SmolVLM-256M-Instruct": save_smolvlm},
+    "docs/trl.md": {"HuggingFaceTB/SmolVLM-256M-Instruct": save_smolvlm},
 }
 NOT_RUN = {"docs/index.md": 1, "docs/models.md": 3, "docs/saving.md": 1, "docs/sharing.md": 2}
 
@@ -77,6 +78,8 @@ def python_blocks(page: str) -> list[Block]:
     return blocks
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")  # the Trainer's default, without a GPU
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")  # TRL's SFTConfig sets it
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.not_run is None for b in python_blocks(page))])
 def test_python_blocks_of_the_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

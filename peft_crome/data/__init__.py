@@ -14,6 +14,7 @@ from .mixture import mix, mixture_probabilities
 from .rows import FAULTS, Fault, RowError
 from .sources import check_images, load_rows, read_rows
 from .templates import CHAT_TEMPLATES
+from .trl_rows import to_trl
 
 __all__ = [
     "CHAT_TEMPLATES",
@@ -29,4 +30,5 @@ __all__ = [
     "open_image",
     "read_rows",
     "split_turns",
+    "to_trl",
 ]

@@ -227,7 +227,8 @@ def write_fixed(
     NaN and infinity become null: JSON has no words for them.
 
     Args:
-        path: the file that was examined, JSON or JSONL; faulty rows of prompt and completion are left out, not mended.
+        path: the file that was examined, JSON or JSONL; faulty rows whose answer stands apart, in `completion` or
+            `chosen`, are left out, not mended.
         output: the copy, a JSON list, or JSONL where it ends so. It must not exist.
         findings: of `examine`.
         images: as there.
@@ -246,7 +247,9 @@ def write_fixed(
         for number, row in enumerate(stream(path)):
             patient = patients.get(number)
             if patient is not None:
-                if not all(fault.mended for fault in patient.faults) or turns_key(row) == "prompt":
+                if not all(fault.mended for fault in patient.faults):
+                    continue
+                if turns_key(row) == "prompt" or row.get("chosen") is not None:
                     continue
                 row = _mend(row, number, folders)
                 mended += 1

@@ -15,7 +15,7 @@ from .rows import Fault
 
 TURNS = ("conversations", "messages", "prompt")
 SYSTEM = ("system", "system_prompt", "system_message")
-READ = {"id", *TURNS, "completion", *SYSTEM, "answers", "options", "choices"}
+READ = {"id", *TURNS, "completion", "chosen", "rejected", *SYSTEM, "answers", "options", "choices"}
 OF_TURN = {"from", "role", "value", "content"}
 KINDS = r"(_(file|filename|path|name|url|uri|base64|bytes|data)s?)?"
 IMAGES = re.compile(rf"(image|img|picture|photo)s?{KINDS}", re.IGNORECASE)

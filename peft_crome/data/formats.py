@@ -13,9 +13,9 @@ from .image_paths import ImageFolders
 from .placeholders import PLACEHOLDER, foreign_placeholder
 from .references import MOST_OPTIONS, as_choice, as_texts, with_options
 from .rows import Fault
-from .turns import first_of, place_by_others, read_turn, said_by
+from .turns import answer_text, first_of, place_by_others, read_turn, said_by
 
-COLUMNS = ("question", "answer", "image", "id", "options")
+COLUMNS = ("question", "answer", "image", "id", "options", "rejected")
 
 
 def parse(
@@ -29,15 +29,17 @@ def parse(
 
     Args:
         row: {"conversations": [{"from", "value"}], "image"} (LLaVA), {"messages": [{"role", "content"}], "images"},
-            {"prompt": messages, "completion": messages}, or a record whose fields `columns` names.
+            {"prompt": messages, "completion": messages}, or a record whose fields `columns` names. Of a preference,
+            "chosen" holds the answer where the turns end with a question, and "rejected" the other one.
         number: of the row, its id where it has none.
         folders: that image paths start from.
-        columns: {"question", "answer", "image", "id", "options"} -> the record's fields.
+        columns: {"question", "answer", "image", "id", "options", "rejected"} -> the record's fields.
         prompt: the question of records without one, as of captions.
     Returns:
         The row, {"id": text, "images": [path or {"bytes", "path"}], "messages": [{"role", "content": [{"type":
         "image"} or {"type": "text", "text"}]}]}, or None where a fault is not mended; and the faults. A row that says
-        them also has "answers", of several people, and "options", of a multiple choice: lists of text.
+        them also has "answers", of several people, and "options", of a multiple choice: lists of text; and "rejected",
+        a text.
     """
     if isinstance(row, Fault):
         return None, [row]
@@ -71,10 +73,14 @@ def parse(
     faults += wrong
     if any(not fault.mended for fault in faults):
         return None, faults
-    said = {"answers": as_texts(row.get("answers")), "options": as_texts(first_of(row, "options", "choices"))}
+    said: dict[str, Any] = {
+        "answers": as_texts(row.get("answers")),
+        "options": as_texts(first_of(row, "options", "choices")),
+        "rejected": answer_text(row.get("rejected")),
+    }
     images = images[: sum(map(_shown, messages))] if wrong else images  # those of turns that are left out
     parsed = {"id": row_name(row, number), "images": images, "messages": messages}
-    return parsed | {key: texts for key, texts in said.items() if texts}, faults
+    return parsed | {key: given for key, given in said.items() if given}, faults
 
 
 def row_name(row: Any, number: int) -> str:
@@ -112,9 +118,14 @@ def _turns(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
 
 def _turns_of(row: Mapping[str, Any], key: str) -> Any:
     turns = row[key]
-    if key == "prompt" and isinstance(turns, list) and isinstance(row.get("completion"), list):
+    if not isinstance(turns, list) or not turns:
+        return turns
+    if key == "prompt" and isinstance(row.get("completion"), list):
         return [*turns, *row["completion"]]
-    return turns
+    chosen = row.get("chosen")
+    if said_by(turns[-1])[0] != "user" or not isinstance(chosen, Mapping | list):
+        return turns
+    return [*turns, *(chosen if isinstance(chosen, list) else [chosen])]
 
 
 def _from_columns(
@@ -143,6 +154,8 @@ def _from_columns(
     if isinstance(answer, Number) and not isinstance(answer, bool):
         answer = str(answer)
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    if "rejected" in columns:
+        said["rejected"] = row[columns["rejected"]]
     image = row[columns["image"]] if "image" in columns else None
     made = {"turns": turns, "image": image, **said}
     return made | ({"id": row[columns["id"]]} if "id" in columns else {}), []

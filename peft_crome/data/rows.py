@@ -21,7 +21,7 @@ FAULTS = {
     "cut": "an answer that is cut off at the end",
 }
 
-FORM = 2  # of the rows that are kept; another number where `parse` changes, so that `datasets` serves no older ones
+FORM = 3  # of the rows that are kept; another number where `parse` changes, so that `datasets` serves no older ones
 
 # What `draws` adds to a row.
 DRAW = "draw"  # its number among all that a run draws: what its crops and mirror images depend on

@@ -58,7 +58,7 @@ def read_rows(
             row without an image is text alone; images that no `<image>` stands for come before the first question.
         images: folder that image paths start from, or a folder per beginning of them, {"coco": "/data/coco"}; None:
             the folder of `path`.
-        columns: {"question", "answer", "image", "id", "options"} -> names of a table's columns.
+        columns: {"question", "answer", "image", "id", "options", "rejected"} -> names of a table's columns.
         prompt: the question, where a table has none.
         name, split: as in `load_rows`.
         faulty: "stop" raises at the first row that cannot be read, "drop" leaves such rows out and logs how many.
@@ -66,7 +66,8 @@ def read_rows(
         id: text; images: list of absolute paths, or {"bytes", "path"} where a file holds the images; messages:
         [{"role", "content"}], where content is a list of {"type": "image"} and {"type": "text", "text"}, of which
         `processor.apply_chat_template` makes the text of the row again; an image within a line has "text": "". Rows
-        that say them: answers, of several people, and options, of a multiple choice; lists of text.
+        that say them: answers, of several people, and options, of a multiple choice; lists of text. Rows of a
+        preference: rejected, the text of the answer that was not chosen.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file, or a row of it, cannot be read; the message names the row's id and what to write.

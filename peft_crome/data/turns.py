@@ -74,6 +74,15 @@ def read_turn(turn: Any, before: Sequence[Any] | None = None) -> tuple[dict[str,
     return {"role": role, "content": _split(value)}, images, []
 
 
+def answer_text(given: Any) -> str | None:
+    """The text of an answer, given as text, as a turn, or as turns that end with it; None: it is nothing of these."""
+    turn = given[-1] if isinstance(given, list) and given else given
+    message, _, faults = read_turn({"role": "assistant", "content": given} if isinstance(given, str) else turn)
+    if faults or message is None or message["role"] != "assistant":
+        return None
+    return turn_text(message["content"], PLACEHOLDER)
+
+
 def _parts(value: list[Any], before: Sequence[Any] | None) -> tuple[str, list[Any]] | Fault:
     """The text of a turn that comes in parts, and the image that each place for one holds itself or None."""
     parts: list[dict[str, Any]] = []

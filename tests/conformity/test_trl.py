@@ -1,6 +1,6 @@
 """TRL's trainers take CROME where they take LoRA, on a LLaVA and on the composite.
 
-SFT on a LLaVA is examples/train_with_trl.py.
+Each trainer on a LLaVA and rows of `to_trl` is one of examples/trl_*.py.
 """
 
 from __future__ import annotations

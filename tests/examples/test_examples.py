@@ -11,9 +11,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.examples.tiny_llava import WIDTH, save_questions, save_tokenizer_and_model
 
@@ -42,6 +47,21 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("easy-vqa")
     save_questions(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def conversations(questions: Path) -> Path:
+    """LLaVA's form of the questions, each with a rejected answer, beside their images."""
+    rows = [
+        {
+            "image": f"{image}.png",
+            "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}],
+            "rejected": "no",
+        }
+        for question, answer, image in json.loads((questions / "questions.json").read_text())
+    ]
+    (questions / "images" / "data.json").write_text(json.dumps(rows))
+    return questions / "images" / "data.json"
 
 
 def launch_command(example: str) -> list[str]:
@@ -79,15 +99,35 @@ def saved_shapes(folder: Path) -> dict[str, list[int]]:
     return {key: list(weight.shape) for key, weight in load_file(folder / "adapter_model.safetensors").items()}
 
 
-def assert_trained(output: str, folder: Path) -> None:
-    """Finite losses, the adapter's tensors and nothing else, and an up-projection that left zero."""
-    losses = re.search(r"loss: first (\S+), last (\S+);", output)
-    assert losses, output
-    assert all(math.isfinite(float(loss)) for loss in losses.groups())
-    assert float(losses[2]) < float(losses[1])
+def numbers(output: str, name: str = "loss") -> tuple[float, float]:
+    """The first and the last loss or reward that an example printed."""
+    found = re.search(rf"{name}: first (\S+), last (\S+);", output)
+    assert found, output
+    assert all(math.isfinite(float(number)) for number in found.groups())
+    return float(found[1]), float(found[2])
+
+
+def assert_saved(folder: Path, model: Path) -> None:
+    """The adapter's tensors and nothing else; loaded again it changes a prompt with an image, and no other."""
     assert saved_shapes(folder) == SHAPES
     assert "import peft_crome" in (folder / "README.md").read_text()
-    assert load_file(folder / "adapter_model.safetensors")["base_model.model.crome.crome_up.weight"].any()
+    adapted = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(model), folder).eval()
+    for image in (None, Image.new("RGB", (28, 28), "red")):
+        inputs = asked(AutoProcessor.from_pretrained(model), "What color is the circle?", image)
+        with torch.no_grad():
+            trained = adapted(**inputs).logits
+            with adapted.disable_adapter():
+                untrained = adapted(**inputs).logits
+        assert torch.equal(trained, untrained) == (image is None)
+
+
+def asked(processor: Any, question: str, image: Image.Image | None) -> Any:
+    """A model's inputs for a question."""
+    shown = [{"type": "image", "image": image}] if image is not None else []
+    return processor.apply_chat_template(
+        [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -114,24 +154,38 @@ def test_attach_to_llava_answers_the_same_before_and_after(tiny_llava: Path, tmp
 
 
 @pytest.mark.slow
-def test_train_with_trainer_saves_an_adapter(tiny_llava: Path, questions: Path, tmp_path: Path) -> None:
-    rows = [
-        {
-            "image": f"{image}.png",
-            "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}],
-        }
-        for question, answer, image in json.loads((questions / "questions.json").read_text())
-    ]
-    data, photos = tmp_path / "data.json", questions / "images"
-    data.write_text(json.dumps(rows))
-    output = run("train_with_trainer.py", tmp_path, model=tiny_llava, data=data, images=photos, steps=6, batch_size=4)
-    assert_trained(output, tmp_path / "crome-trainer")
+@pytest.mark.parametrize("example", ["train_with_trainer", "trl_sft", "trl_dpo"])
+def test_training_lowers_the_loss_and_saves_an_adapter(
+    example: str, tiny_llava: Path, conversations: Path, tmp_path: Path
+) -> None:
+    options = {"model": tiny_llava, "data": conversations, "images": conversations.parent, "output": tmp_path / "out"}
+    output = run(f"{example}.py", tmp_path, **options, steps=6, batch_size=4, learning_rate=1e-3)
+    first, last = numbers(output)
+    assert last < first
+    if example == "trl_dpo":
+        assert first == pytest.approx(math.log(2), abs=1e-4)  # a fresh adapter is its reference
+    assert_saved(tmp_path / "out", tiny_llava)
 
 
 @pytest.mark.slow
-def test_train_with_trl_saves_an_adapter(tiny_llava: Path, questions: Path, tmp_path: Path) -> None:
-    output = run("train_with_trl.py", tmp_path, model=tiny_llava, data=questions, steps=6, batch_size=4)
-    assert_trained(output, tmp_path / "crome-trl")
+def test_trl_grpo_raises_the_reward(tiny_llava: Path, conversations: Path, tmp_path: Path) -> None:
+    processor = AutoProcessor.from_pretrained(tiny_llava)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava)
+    model.lm_head.weight.data.mul_(30)  # random weights would say every word alike, and hardly ever the right one
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    rows = json.loads(conversations.read_text())
+    for row in rows:
+        question = row["conversations"][0]["value"].removeprefix("<image>\n")
+        inputs = asked(processor, question, Image.open(conversations.parent / row["image"]))
+        likely = model(**inputs).logits[0, -1].topk(20).indices
+        row["conversations"][1]["value"] = next(filter(str.isalpha, map(processor.tokenizer.decode, likely)))
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    options = {"model": tmp_path / "model", "data": tmp_path / "data.json", "images": conversations.parent}
+    output = run("trl_grpo.py", tmp_path, **options, steps=10, new_tokens=1, learning_rate=1e-2)
+    first, last = numbers(output, "reward")
+    assert 0 < first < last
+    assert_saved(tmp_path / "crome-grpo", tmp_path / "model")
 
 
 @pytest.mark.slow
