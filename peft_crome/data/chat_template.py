@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from jinja2 import TemplateError
@@ -183,6 +184,13 @@ def checked(processor: Any) -> Any:
         raise ValueError(
             f"{type(tokenizer).__name__} does not say which text its tokens come from, so answers cannot be told from "
             "questions. Load the fast tokenizer of this model."
+        )
+    if "suffix" in inspect.signature(type(processor).__call__).parameters:
+        # A model that reads a prompt in both directions must be told which tokens answer it.
+        raise ValueError(
+            f"{type(processor).__name__} takes a prompt and its answer apart (suffix=), which conversations do not "
+            "tell. Make the batches with it: processor(images=images, text=prompts, suffix=answers, padding=True, "
+            "return_tensors='pt') has the labels, and transformers' Trainer takes it."
         )
     processor = with_template(processor)
     if processor.chat_template is None:

@@ -21,7 +21,7 @@ from .directory.card import stage_card
 from .directory.run_folder import clear, only_run, open_run
 from .directory.stage import check_free, is_finished, read_record, save_adapter, save_stage
 from .errors import RecipeError
-from .loop.dataset import content_of, load_sources, training_rows
+from .loop.dataset import content_of, load_sources, training_rows, without_text
 from .loop.finite import NamedRows, NotFiniteError, paths_of
 from .loop.reports import keep_reports
 from .loop.sharding import check_storage, gather_trained, is_sharded, put_trained
@@ -74,7 +74,10 @@ def train(
     _check_reach(recipe, trained, config.is_encoder_decoder)
     if recipe.feature_cache is not None:
         cache_features(model, recipe.feature_cache.directory, recipe.feature_cache.max_gigabytes)
-    rows = training_rows(recipe, sources, split=collator.needs_split, text=learns_from_text(model))
+    sets = list(zip(recipe.data, sources, strict=True))
+    if not learns_from_text(model):
+        sets = without_text(sets)
+    rows = training_rows(recipe, sets, collator.needs_split)
     try:
         trainer = CromeTrainer(
             model=model,
@@ -88,7 +91,8 @@ def train(
         raise RecipeError(f"training.arguments: {error}") from error
     if trainer.is_fsdp_enabled:
         check_storage(model, config.get_text_config().dtype)
-    report = preflight(trainer, recipe, rows, collator, None if None in counts else sum(counts))  # type: ignore[arg-type]
+    count = None if None in counts else sum(len(source) for _, source in sets)
+    report = preflight(trainer, recipe, rows, collator, count)
     if on_ready is not None:
         on_ready(report)
     keep_reports(trainer, output)

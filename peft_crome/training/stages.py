@@ -84,7 +84,7 @@ def count_trained(model: nn.Module) -> dict[str, int]:
 
 
 def learns_from_text(model: nn.Module) -> bool:
-    """Whether a row without an image meets weights that train: a text branch's, or a module's that makes no image's."""
+    """Whether a row without an image meets weights that train: a text branch, or a module that makes no images."""
     sites = tuple(f"{path}." for path, layer in crome_layers(model) if "text" not in layer.branches)
     of_images = {part for stage in STAGES.values() for part in stage.parts}  # the adapter's are the guard's to tell
     others = [name for part, name, _ in trained_parameters(model) if part not in of_images]

@@ -33,6 +33,7 @@ class Family:
         prompt_is_prefix: a conversation begins with what the template gives as a prompt for its answer.
         keeps_system: a system message is rendered when an answer follows the question, too.
         keeps_turns: a conversation's beginning is rendered alike, whatever follows.
+        trains: whether one command trains it; else what it takes, or why it does not.
         needs: packages that the processor cannot do without.
     """
 
@@ -56,6 +57,7 @@ class Family:
     prompt_is_prefix: bool = True
     keeps_system: bool = True
     keeps_turns: bool = True
+    trains: str = "yes"
     needs: tuple[str, ...] = field(default=())
 
     def missing(self) -> list[str]:

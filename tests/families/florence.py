@@ -14,7 +14,10 @@ from .family import family
 from .parts import WIDTH, byte_level, image_processor, save
 
 
-@family("florence2", "<image>", None, several_images=False, system=False, encoder_decoder=True, chat_template=False)
+@family(
+    "florence2", "<image>", None, several_images=False, system=False, encoder_decoder=True, chat_template=False,
+    trains="yes, with `--set chat_template=words`: it publishes no chat template",
+)  # fmt: skip
 def florence2(directory: Path) -> None:
     """577 tokens for the image, before the prompt: the mean of the patches, then 24 x 24 of them."""
     places = [f"<loc_{place}>" for place in range(1000)]

@@ -47,7 +47,10 @@ def gemma3(directory: Path) -> None:
     save(directory, "Gemma3ForConditionalGeneration", config, processor, end="<end_of_turn>")
 
 
-@family("paligemma", "<image>", None, text_only=False, system=False, chat_template=False)
+@family(
+    "paligemma", "<image>", None, text_only=False, system=False, chat_template=False,
+    trains="no: its processor takes a prompt and its answer apart",
+)  # fmt: skip
 def paligemma(directory: Path) -> None:
     """256 tokens for every image, all before the prompt; a line feed ends the prompt, `<eos>` the answer."""
     places = [f"<loc{place:04d}>" for place in range(1024)]

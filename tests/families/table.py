@@ -19,9 +19,8 @@ def table() -> str:
     """Markdown, a row for each family."""
     lines = ["| family | trains by one command | several images | what is special |", "| --- | --- | --- | --- |"]
     for name, family in sorted(FAMILIES.items()):
-        trains = "yes" if family.chat_template else "no: it publishes no chat template"
         several = "yes" if family.several_images else "no"
-        lines.append(f"| `{name}` | {trains} | {several} | {special(family)} |")
+        lines.append(f"| `{name}` | {family.trains} | {several} | {special(family)} |")
     lines += [f"| `{name}` | no: {why} | | |" for name, why in sorted(ABSENT.items())]
     return "\n".join(lines)
 

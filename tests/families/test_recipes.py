@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
+from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 
+from peft_crome import CromeConfig
 from peft_crome.evaluation.answers import generate_answers
 from peft_crome.training import StageError, load_recipe, read_record, train
 from peft_crome.training.loop.trainer import CromeTrainer
@@ -230,3 +233,23 @@ def test_a_model_without_a_chat_template(make: Make) -> None:
     del values["chat_template"]
     with pytest.raises(ValueError, match="has no chat template"):
         train(load_recipe(values))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of PaliGemma's processor
+def test_a_processor_that_takes_prompt_and_answer_apart(
+    make: Make, data: Path, family_checkpoint: Callable[[Any], Path]
+) -> None:
+    """It is refused, and the way that the error names trains the adapter."""
+    with pytest.raises(ValueError, match=r"takes a prompt and its answer apart \(suffix=\)"):
+        train(load_recipe({**make("paligemma"), "chat_template": "words"}))
+    checkpoint = family_checkpoint(FAMILIES["paligemma"])
+    processor = tf.AutoProcessor.from_pretrained(checkpoint)
+    model = get_peft_model(tf.AutoModelForImageTextToText.from_pretrained(checkpoint), CromeConfig())
+    images = [[Image.open(data / f"{number}.png")] for number in (1, 2)]
+    batch = processor(
+        images=images, text=["<image>What color?"] * 2, suffix=["red", "dark blue"], padding=True, return_tensors="pt"
+    )
+    learned = [processor.tokenizer.decode(row[row >= 0]) for row in batch["labels"]]
+    assert learned == ["red<eos>", "dark blue<eos>"]
+    model.train()(**batch).loss.backward()
+    assert next(p.grad for name, p in model.named_parameters() if "crome_up" in name).any()

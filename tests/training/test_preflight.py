@@ -27,7 +27,8 @@ def prepared(recipe: Recipe) -> tuple[CromeTrainer, Recipe, Any, ConversationCol
     """What `train` hands to `preflight`."""
     model, processor, _ = build(recipe)
     collator = ConversationCollator(processor, max_length=recipe.training.max_length)
-    rows = training_rows(recipe, load_sources(recipe), split=collator.needs_split)
+    sets = list(zip(recipe.data, load_sources(recipe), strict=True))
+    rows = training_rows(recipe, sets, collator.needs_split)
     arguments = training_arguments(recipe, "checkpoints")
     trainer = CromeTrainer(
         model=model, args=arguments, settings=recipe.training, train_dataset=rows, data_collator=collator
@@ -47,8 +48,7 @@ def test_train_is_told_before_the_first_step(values: dict[str, Any]) -> None:
     record = train(load_recipe(values), on_ready)
     (report,) = reports
     assert report.trained == record["stages"][-1]["trained"]
-    assert report.rows == 12
-    assert len(report.sample.lengths) == 12
+    assert report.rows == len(report.sample.lengths) == 11  # of twelve, one is text alone
     assert (report.size.rows, report.size.images) == (2, 2)
     assert report.size.tokens == max(report.sample.lengths)
     assert report.cost is not None

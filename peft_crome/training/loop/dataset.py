@@ -15,6 +15,8 @@ from ...data.sources import FEATURES, file_digest
 from ..errors import RecipeError
 from ..recipe.schema import Data, Recipe
 
+Sets = list[tuple[Data, Any]]  # a data set of a recipe, and its rows
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,20 +47,40 @@ def content_of(said: Data, source: Any) -> str | None:
     return "".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns} " for path in files) or None
 
 
-def training_rows(recipe: Recipe, sources: list[Any], *, split: bool, text: bool = True) -> Any:
-    """The mixture that a recipe describes.
+def without_text(sets: Sets) -> Sets:
+    """The data sets that have rows with an image, with these rows alone; a warning says how many are left out.
 
-    Args:
-        sources: of `load_sources`.
-        split: whether each answer becomes a row (see `ConversationCollator`).
-        text: whether something learns from rows of text alone; else they are left out, and cost nothing.
     Raises:
         RecipeError: nothing is left.
     """
-    data = recipe.data
-    if not text:
-        data, sources = _without_text(data, sources)
-    weights = [said.weight for said in data if said.weight is not None]
+    kept = []
+    for data, source in sets:
+        rows = rows_with_media(source)
+        if isinstance(source, Dataset) and len(rows) < len(source):
+            logger.warning(
+                f"data: {len(source) - len(rows):,} of {len(source):,} rows in {data.path} are text alone. Nothing "
+                "that trains here learns from text, so they are left out. To train on them, write adapter: {branches: "
+                "[text, vision]}, which changes prompts without an image."
+            )
+        if not isinstance(rows, Dataset) or len(rows):
+            kept.append((data, rows))
+    if not kept:
+        raise RecipeError(
+            "data: no row has an image, and nothing that trains here learns from text. Name data with images (see "
+            "peft-crome doctor), or write adapter: {branches: [text, vision]}."
+        )
+    return kept
+
+
+def training_rows(recipe: Recipe, sets: Sets, split: bool) -> Any:
+    """The mixture that a recipe describes.
+
+    Args:
+        sets: of the recipe's data sets, those to draw from, with what `load_sources` gave for each.
+        split: whether each answer becomes a row (see `ConversationCollator`).
+    """
+    sources = [source for _, source in sets]
+    weights = [data.weight for data, _ in sets if data.weight is not None]
     probabilities = normalized(weights) if weights else None  # the recipe has seen to it that all have one, or none
     if recipe.mixture is not None and len(sources) > 1:
         sizes = [len(source) for source in sources]
@@ -66,27 +88,6 @@ def training_rows(recipe: Recipe, sources: list[Any], *, split: bool, text: bool
     if split:
         sources = [source.map(_split, batched=True, features=FEATURES) for source in sources]
     return mix(sources, probabilities, recipe.training.seed)
-
-
-def _without_text(data: list[Data], sources: list[Any]) -> tuple[list[Data], list[Any]]:
-    """The data sets that have rows with an image, with these rows alone."""
-    kept = []
-    for said, source in zip(data, sources, strict=True):
-        left = rows_with_media(source)
-        if isinstance(source, Dataset) and len(left) < len(source):
-            logger.warning(
-                f"data: {len(source) - len(left):,} of {len(source):,} rows in {said.path} are text alone. Nothing that "
-                "trains here learns from text, so they are left out. To train on them, write adapter: {branches: "
-                "[text, vision]}, which changes prompts without an image."
-            )
-        if not isinstance(left, Dataset) or len(left):
-            kept.append((said, left))
-    if not kept:
-        raise RecipeError(
-            "data: no row has an image, and nothing that trains here learns from text. Name data with images (see "
-            "peft-crome doctor), or write adapter: {branches: [text, vision]}."
-        )
-    return [said for said, _ in kept], [left for _, left in kept]
 
 
 def _split(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

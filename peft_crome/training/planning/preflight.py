@@ -69,7 +69,7 @@ class Preflight:
 
     Attributes:
         trained: weights that train, per part.
-        rows: of the data; None: streamed.
+        rows: of the data that train; None: streamed.
         sample: of the rows.
         size: of a forward pass on one device, with rows as long as the sample's longest.
         cost: of it; None: `warnings` says why.
@@ -96,7 +96,7 @@ def preflight(
     Args:
         trainer: with the model where it will train.
         rows: what the trainer draws from.
-        count: of the rows as the data hold them; None: streamed.
+        count: of the rows as the data hold them, without those that are left out; None: streamed.
     Raises:
         RecipeError: nothing trains, the adapter is not reached by the forward pass, or something that trains would
             get no gradient.
