@@ -114,8 +114,8 @@ def text_hidden_size(model: nn.Module) -> int | None:
 
 def possible_widths(module: nn.Module) -> set[int]:
     """Output widths that a module can have: exact for layers that state it, every part's for a container."""
-    own = _stated_width(module)
-    return {own} if own else {width for part in module.modules() if (width := _stated_width(part))}
+    stated_width = _stated_width(module)
+    return {stated_width} if stated_width else {width for part in module.modules() if (width := _stated_width(part))}
 
 
 def _stated_width(module: nn.Module) -> int | None:
@@ -156,8 +156,8 @@ def placeholder_ids(model: nn.Module) -> tuple[int, ...]:
     """The token ids in whose place a model puts images, videos and sounds, as its configuration names them."""
     model = unwrapped(model)
     settings = vars(model.config) if hasattr(model, "config") else {}
-    found = {value for name, value in settings.items() if PLACEHOLDER.fullmatch(name) and isinstance(value, int)}
-    return tuple(sorted(found))
+    ids = {value for name, value in settings.items() if PLACEHOLDER.fullmatch(name) and isinstance(value, int)}
+    return tuple(sorted(ids))
 
 
 def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

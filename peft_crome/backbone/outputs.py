@@ -43,9 +43,9 @@ def map_embeddings(output: Any, hidden_size: int, adapt: Callable[[torch.Tensor]
 
 def embeddings_in(output: Any, hidden_size: int) -> list[torch.Tensor]:
     """The tensors that `map_embeddings` adapts."""
-    found: list[torch.Tensor] = []
-    map_embeddings(output, hidden_size, lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
-    return found
+    tensors: list[torch.Tensor] = []
+    map_embeddings(output, hidden_size, lambda x: tensors.append(x) or x)  # type: ignore[func-returns-value]
+    return tensors
 
 
 def holds_embeddings(output: Any, hidden_size: int) -> bool:

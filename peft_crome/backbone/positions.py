@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,10 +17,11 @@ def position_limit(config: PreTrainedConfig, side: Side) -> int | None:
     Args:
         config: of a decoder-only or encoder-decoder model.
     """
-    own: Any = config.get_text_config(encoder=True) if side == "encoder" else config.get_text_config(decoder=True)
-    own = getattr(own, side, own) if isinstance(getattr(own, side, None), PreTrainedConfig) else own
+    config = config.get_text_config(encoder=True) if side == "encoder" else config.get_text_config(decoder=True)
+    part = getattr(config, side, None)
+    config = part if isinstance(part, PreTrainedConfig) else config
     for name in (f"max_{side}_position_embeddings", "max_position_embeddings"):  # the former is LED's
-        limit = getattr(own, name, None)
+        limit = getattr(config, name, None)
         if isinstance(limit, int) and limit > 0:  # XLNet's -1: no limit
             return limit
     return None

@@ -59,7 +59,7 @@ def doctor(
         with progress:
             task = progress.add_task("rows", rows=0)
 
-            def told(patient: Patient) -> None:
+            def print_faults(patient: Patient) -> None:
                 for fault in patient.faults:
                     progress.console.print(f"row {short(patient.name)}: {fault.message}", markup=False, soft_wrap=True)
 
@@ -70,7 +70,7 @@ def doctor(
                 prompt=prompt,
                 open_images=open_images,
                 encode=collator.encode if collator is not None else None,
-                on_fault=told,
+                on_fault=print_faults,
                 on_row=lambda rows: progress.update(task, rows=rows),
             )
         _report(findings, FAULTS)
@@ -93,8 +93,8 @@ def _collator(model: str, max_length: int | None, system: str | None) -> Any:
     from ..training.model.host import read_reader
 
     if Path(model).is_file() or Path(model).suffix in (".yaml", ".yml"):
-        said = {"training.max_length": max_length, "system": system}
-        return recipe_collator(load_recipe(model, {key: value for key, value in said.items() if value is not None}))
+        options = {"training.max_length": max_length, "system": system}
+        return recipe_collator(load_recipe(model, {key: value for key, value in options.items() if value is not None}))
     config, processor = read_reader(model)
     limits = ConversationCollator.limits(config)
     return ConversationCollator(processor, max_length=max_length, system=system, ends_answers=True, **limits)

@@ -81,13 +81,13 @@ def evaluate(
     table = Table()
     for heading in ("metric", "score", "± standard error", "rows"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
-    for key, found in scores.items():
-        spread = f"{found['stderr']:.1%}" if metrics.plain(found["stderr"]) is not None else ""  # of one row
-        table.add_row(key, f"{found['score']:.1%}", spread, f"{found['n']:,}")
+    for key, result in scores.items():
+        spread = f"{result['stderr']:.1%}" if metrics.plain(result["stderr"]) is not None else ""  # of one row
+        table.add_row(key, f"{result['score']:.1%}", spread, f"{result['n']:,}")
     console.print(table)
     if output is not None:
         plain = {
-            metric: {key: metrics.plain(value) for key, value in found.items()} for metric, found in scores.items()
+            metric: {key: metrics.plain(value) for key, value in result.items()} for metric, result in scores.items()
         }
         record = {"directory": directory, "data": data, "max_new_tokens": max_new_tokens, "scores": plain}
         try:
@@ -102,9 +102,9 @@ def evaluate(
 def _lines(rows: list[dict[str, Any]], answers: list[str]) -> Iterator[dict[str, Any]]:
     from ..evaluation.metrics import references
 
-    for row, said, expected in zip(rows, answers, references(rows), strict=True):
+    for row, answer, expected in zip(rows, answers, references(rows), strict=True):
         more: dict[str, Any] = {key: row[key] for key in ("answers", "options") if key in row}
-        yield {"id": row["id"], "answer": said, "expected": expected, **more}
+        yield {"id": row["id"], "answer": answer, "expected": expected, **more}
 
 
 def _scores_file(output: Path) -> Path:

@@ -24,16 +24,16 @@ def evaluate_text(
             raise FileExistsError(f"--output: {output} is there already, and nothing is overwritten. Name another.")
         texts = {str(file): file.read_text(encoding="utf-8") for file in files}
         model, tokenizer = _load(directory, device)
-        found = {name: _measure(model, tokenizer, name, text, batch_size) for name, text in texts.items()}
+        losses = {name: _measure(model, tokenizer, name, text, batch_size) for name, text in texts.items()}
         if output is not None:
             with new_file(output) as stream:
-                stream.write(json.dumps({"directory": directory, "text_loss": found}, indent=2) + "\n")
+                stream.write(json.dumps({"directory": directory, "text_loss": losses}, indent=2) + "\n")
     except (ValueError, OSError, ImportError) as error:  # UnicodeDecodeError is a ValueError
         fail(error)
     table = Table(caption="nats a token, ± standard error over chunks of text")
     for heading in ("text", "with the adapter", "without", "cost", "tokens"):
         table.add_column(heading, justify="left" if heading == "text" else "right")
-    for name, loss in found.items():
+    for name, loss in losses.items():
         cells = (f"{loss[key]:.4f} ± {loss[key + '_stderr'] or 0:.4f}" for key in ("adapted", "base", "cost"))
         table.add_row(name, *cells, f"{loss['tokens']:,}")
     console.print(table)

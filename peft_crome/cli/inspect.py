@@ -44,13 +44,13 @@ def inspect(
         names = [adapter] if other is None else [adapter, other]
         views = []
         for name, short in zip(names, _short(names), strict=True):
-            told = system if system is not None or prompt is None else system_of(name)
+            system_message = system if system is not None or prompt is None else system_of(name)
             view = look(
                 name,
                 prompt=prompt,
                 images=[str(path) for path in image or []],
                 model=model,
-                system=told,
+                system=system_message,
                 device=place(device),
             )
             views.append(dataclasses.replace(view, name=short))

@@ -6,16 +6,16 @@ IMAGES = "Folder that image paths start from; or beginning=folder, several times
 COLUMN = "Of a table: question=, answer=, image=, id=, options=NAME."
 
 
-def pairs(given: list[str], option: str) -> dict[str, str]:
+def pairs(items: list[str], option: str) -> dict[str, str]:
     """beginning=folder, or a folder for all the rest, under the key "".
 
     Raises:
         ValueError: `option` is --column, which has no rest.
     """
-    found = {}
-    for item in given:
+    mapping = {}
+    for item in items:
         begin, equals, rest = item.partition("=")
-        found[begin if equals else ""] = rest if equals else item
-    if option == "--column" and "" in found:
-        raise ValueError(f"--column {found['']!r}: expected question=NAME, answer=NAME, image=NAME or id=NAME.")
-    return found
+        mapping[begin if equals else ""] = rest if equals else item
+    if option == "--column" and "" in mapping:
+        raise ValueError(f"--column {mapping['']!r}: expected question=NAME, answer=NAME, image=NAME or id=NAME.")
+    return mapping

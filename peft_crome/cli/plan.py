@@ -47,9 +47,14 @@ def plan(
     from ..training.planning import costs, devices
     from ..training.planning.memory import NotPredictable
 
-    said: dict[str, Any] = {"vision": vision, "quantization": quantization, "dtype": dtype, "image_size": image_size}
+    options: dict[str, Any] = {
+        "vision": vision,
+        "quantization": quantization,
+        "dtype": dtype,
+        "image_size": image_size,
+    }
     if qformer:
-        said |= {"qformer": {}, "qformer_tokenizer": backbone}
+        options |= {"qformer": {}, "qformer_tokenizer": backbone}
     try:
         device = devices.find_gpu(gpu)
         if recipe is not None:
@@ -64,7 +69,7 @@ def plan(
         elif backbone is None:
             raise RecipeError("Name a recipe, or models: peft-crome plan --backbone NAME --vision NAME.")
         elif vision is not None:
-            values = {"preset": stage, "backbones": {"language": backbone, **said}, **UNREAD}
+            values = {"preset": stage, "backbones": {"language": backbone, **options}, **UNREAD}
             model = costs.recipe_skeleton(load_recipe(values))
         elif qformer or image_size or stage != "pretrain":
             raise RecipeError("--qformer, --stage and --image-size are for a tower. Name it: --vision NAME.")
@@ -74,14 +79,14 @@ def plan(
         tokens = length or image + costs.TEXT_TOKENS
         if tokens <= image:
             raise RecipeError(f"--length {tokens}: an image alone takes {image} tokens. Write more.")
-        found = list(costs.costs(model, device, tokens, gradient_checkpointing=gradient_checkpointing))
+        estimates = list(costs.costs(model, device, tokens, gradient_checkpointing=gradient_checkpointing))
     except (OSError, ValueError, NotPredictable) as error:
         fail(error)
-    _parts(found[0][1])
+    _parts(estimates[0][1])
     images = f", {image} of them an image's" if image else ""
     say(f"{device.name}: {device.memory / GB:.1f} GB for a step; rows of {tokens} tokens{images}.")
     computed = costs.frozen_dtype(model)
-    _batches(found, device, computed, rows)
+    _batches(estimates, device, computed, rows)
     known = device.seconds(1, computed) is not None
     say(_assumption(device.name, str(computed).removeprefix("torch."), known, devices.SHARE))
 
@@ -97,11 +102,11 @@ def _parts(cost: Any) -> None:
     console.print(table)
 
 
-def _batches(found: list[tuple[int, Any]], device: Any, dtype: Any, rows: int) -> None:
+def _batches(estimates: list[tuple[int, Any]], device: Any, dtype: Any, rows: int) -> None:
     table = Table()
     for heading in ("rows at a time", "kept, GB", "peak, GB", "fits", "rows/s", f"hours for {rows:,} rows"):
         table.add_column(heading, justify="right")
-    for count, cost in found:
+    for count, cost in estimates:
         seconds = device.seconds(cost.flops, dtype)
         fits = cost.peak <= device.memory
         speed = ("", "")

@@ -23,9 +23,9 @@ def _words(text: str) -> str:
 
 
 def _by_row(scorer: Any, answers: Sequence[str], expected: References) -> list[float]:
-    said = {number: [_words(answer)] for number, answer in enumerate(answers)}
+    captions = {number: [_words(answer)] for number, answer in enumerate(answers)}
     wanted = {number: [_words(text) for text in texts] for number, texts in enumerate(expected)}
-    return [float(score) for score in scorer.compute_score(wanted, said)[1]]
+    return [float(score) for score in scorer.compute_score(wanted, captions)[1]]
 
 
 def cider(answers: Sequence[str], expected: References) -> list[float]:

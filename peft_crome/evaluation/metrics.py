@@ -43,7 +43,7 @@ def exact_match(answers: Sequence[str], expected: Sequence[str]) -> dict[str, fl
     """
     if not expected:
         return {"accuracy": math.nan, "stderr": math.nan, "n": 0}
-    hits = [float(_plain(said) == _plain(wanted)) for said, wanted in zip(answers, expected, strict=True)]
+    hits = [float(_plain(answer) == _plain(wanted)) for answer, wanted in zip(answers, expected, strict=True)]
     accuracy = fmean(hits)
     stderr = math.sqrt(accuracy * (1 - accuracy) / len(hits))
     return {"accuracy": round(accuracy, 4), "stderr": round(stderr, 4), "n": len(hits)}
@@ -55,7 +55,7 @@ def _plain(text: str) -> str:
 
 def _exact(answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
     pairs = zip(answers, references(rows), strict=True)
-    return [float(_plain(said) == _plain(wanted)) for said, wanted in pairs]
+    return [float(_plain(answer) == _plain(wanted)) for answer, wanted in pairs]
 
 
 def _vqa(answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
@@ -66,12 +66,12 @@ def _vqa(answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
                 f"vqa_accuracy: row {short(row['id'])} has {len(people)} answers in `answers`, expected those of "
                 f"several people, ten in VQAv2, {LEAST} at least. Choose --metric exact_match."
             )
-    return [agreement(said, row["answers"]) for said, row in zip(answers, rows, strict=True)]
+    return [agreement(answer, row["answers"]) for answer, row in zip(answers, rows, strict=True)]
 
 
 def _choice(answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
     hits = []
-    for said, wanted, row in zip(answers, references(rows), rows, strict=True):
+    for answer, wanted, row in zip(answers, references(rows), rows, strict=True):
         options = row.get("options") or []
         right = chosen(wanted, options)
         if right is None:
@@ -80,7 +80,7 @@ def _choice(answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
                 f"{short(wanted)} names none of them. Write `options` into the row, a list of text, or choose "
                 "--metric exact_match."
             )
-        named = chosen(said, options)
+        named = chosen(answer, options)
         hits.append(float(named is not None and options[named] == options[right]))
     return hits
 

@@ -39,15 +39,15 @@ def chosen(answer: str, options: Sequence[str]) -> int | None:
         options: their texts, in the order of their letters.
 
     Example:
-        >>> [chosen(said, ["a cell", "a leaf"]) for said in ("B", "(a) since", "A leaf.", "It is a cell", "both")]
+        >>> [chosen(answer, ["a cell", "a leaf"]) for answer in ("B", "(a) since", "A leaf.", "It is a cell", "both")]
         [1, 0, 1, 0, None]
     """
     text = answer.replace("*", "").strip()  # Markdown's bold
     plain = [_words(option) for option in options]
     whole = plain.index(_words(text)) if _words(text) in plain else None
-    found = LEADING.match(text)
-    if found is not None and (number := _number(found[1], options)) is not None:
-        others = _beside(text[found.end(1) :], number, options, SET_OFF) | _named(NAMED[0], text, options)
+    match = LEADING.match(text)
+    if match is not None and (number := _number(match[1], options)) is not None:
+        others = _beside(text[match.end(1) :], number, options, SET_OFF) | _named(NAMED[0], text, options)
         return number if others <= {number} else whole
     if whole is not None:
         return whole
@@ -70,22 +70,22 @@ def _number(letter: str, options: Sequence[str]) -> int | None:
 def _named(pattern: re.Pattern[str], text: str, options: Sequence[str]) -> set[int]:
     """Options whose letters stand after a word such as "answer", or are joined to such a letter."""
     numbers = set()
-    for found in pattern.finditer(text):
-        number = _number(found[1] or found[2], options)
+    for match in pattern.finditer(text):
+        number = _number(match[1] or match[2], options)
         if number is not None:
-            numbers |= {number} | _beside(text[found.end() :], number, options)
+            numbers |= {number} | _beside(text[match.end() :], number, options)
     return numbers
 
 
 def _beside(rest: str, number: int, options: Sequence[str], *patterns: re.Pattern[str]) -> set[int]:
     """Options whose letters are named beside the one that `rest` follows, whose own words count for nothing."""
-    said = rest.lstrip(" ).:,")
-    if options[number] and said.casefold().startswith(options[number].casefold()):
-        rest = said[len(options[number]) :]
+    tail = rest.lstrip(" ).:,")
+    if options[number] and tail.casefold().startswith(options[number].casefold()):
+        rest = tail[len(options[number]) :]
     joined = JOINED.match(rest)
     letters = [joined] if joined is not None else []
-    letters += [found for pattern in patterns for found in pattern.finditer(rest)]
-    numbers = {_number(next(filter(None, found.groups())), options) for found in letters}
+    letters += [match for pattern in patterns for match in pattern.finditer(rest)]
+    numbers = {_number(next(filter(None, match.groups())), options) for match in letters}
     return {other for other in numbers if other is not None}
 
 
@@ -95,9 +95,9 @@ def _words(text: str) -> str:
 
 def _within(text: str, options: Sequence[str]) -> list[int]:
     """Options whose words stand in the text, but for those inside a longer one's ("leaf" in "leaf blade")."""
-    found, rest = [], f" {text} "
+    numbers, rest = [], f" {text} "
     for number in sorted(range(len(options)), key=lambda n: -len(options[n])):
         if options[number] and f" {options[number]} " in rest:
-            found.append(number)
+            numbers.append(number)
             rest = rest.replace(f" {options[number]} ", "  ")
-    return found
+    return numbers

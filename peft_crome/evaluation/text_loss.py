@@ -153,8 +153,8 @@ def _row_losses(
     model: Any, batch: dict[str, torch.Tensor], targets: torch.Tensor, encoder_decoder: bool
 ) -> list[float]:
     """The loss of each row, summed over its tokens in float32."""
-    given = batch if encoder_decoder else {name: value for name, value in batch.items() if name != "labels"}
-    logits = model(**given).logits
+    inputs = batch if encoder_decoder else {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs).logits
     logits = logits[:, -batch["input_ids"].shape[1] :]  # prompt tuning puts virtual tokens before the text
     logits = logits if encoder_decoder else logits[:, :-1]
     return [

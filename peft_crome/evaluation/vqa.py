@@ -55,7 +55,7 @@ def agreement(answer: str, people: Sequence[str]) -> float:
         >>> round(agreement("Blue.", ["blue"] * 3 + ["navy"] * 7), 3)
         0.9
     """
-    said = normalize(answer)
-    same = [normalize(person) == said for person in people]
-    shares = [min(1.0, (sum(same) - own) / AGREEING) for own in same]
+    normalized = normalize(answer)
+    same = [normalize(person) == normalized for person in people]
+    shares = [min(1.0, (sum(same) - agrees) / AGREEING) for agrees in same]
     return sum(shares) / len(shares)

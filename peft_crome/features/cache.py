@@ -28,13 +28,13 @@ class _States(tuple):
     """Hidden states, of which some are not kept."""
 
     def __getitem__(self, index: Any) -> Any:
-        found = super().__getitem__(index)
-        if isinstance(found, torch.Tensor) and not found.numel():
+        state = super().__getitem__(index)
+        if isinstance(state, torch.Tensor) and not state.numel():
             raise ValueError(
                 f"The model reads hidden state {index} of its tower, beside those that its vision_feature_layer "
                 "names, so what is to be kept cannot be told. Train without a feature cache."
             )
-        return found
+        return state
 
 
 class FeatureCache:
@@ -75,15 +75,17 @@ class FeatureCache:
                 "The vision tower trains, so its features change from step to step. Call cache.detach() first."
             )
         keys = [self._image_key(image, row) for image, row in zip(images, rows, strict=True)]
-        found = [self.store.get(key) for key in keys]
-        missing = [number for number, features in enumerate(found) if features is None]
+        image_features = [self.store.get(key) for key in keys]
+        missing = [number for number, features in enumerate(image_features) if features is None]
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         if missing:
             for number, features in zip(missing, compute(torch.tensor(missing)), strict=True):
-                found[number] = features
+                image_features[number] = features
                 self.store.put(keys[number], features)
-        return [{name: value.to(images.device) for name, value in (features or {}).items()} for features in found]
+        return [
+            {name: value.to(images.device) for name, value in (features or {}).items()} for features in image_features
+        ]
 
     def _image_key(self, image: torch.Tensor, row: bytes) -> str:
         digest = hashlib.blake2b(self._key, digest_size=20)
@@ -108,8 +110,8 @@ class FeatureCache:
         def features_of(missing: torch.Tensor) -> list[Features]:
             return [{"features": one} for one in compute(pixel_values[missing.to(pixel_values.device)])]
 
-        found = self.lookup(pixel_values, [row] * len(pixel_values), features_of)
-        return torch.stack([features["features"] for features in found])
+        image_features = self.lookup(pixel_values, [row] * len(pixel_values), features_of)
+        return torch.stack([features["features"] for features in image_features])
 
     # ---- any other model ----
 
@@ -118,20 +120,20 @@ class FeatureCache:
         names = list(inspect.signature(forward).parameters)
         kwargs = dict(zip(names[1:], args, strict=False)) | kwargs
         count = len(pixel_values)
-        own = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.ndim and v.shape[0] == count}
-        rest = {k: v for k, v in kwargs.items() if k not in own}
-        said = repr(sorted((key, value) for key, value in rest.items() if value is not None)).encode()
-        rows = [said + b"".join(_bytes(value[number]) for value in own.values()) for number in range(count)]
+        batched = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor) and v.ndim and v.shape[0] == count}
+        rest = {k: v for k, v in kwargs.items() if k not in batched}
+        rest_key = repr(sorted((key, value) for key, value in rest.items() if value is not None)).encode()
+        rows = [rest_key + b"".join(_bytes(value[number]) for value in batched.values()) for number in range(count)]
 
         def features_of(missing: torch.Tensor) -> list[Features]:
             chosen = missing.to(pixel_values.device)
-            picked = {key: value[missing.to(value.device)] for key, value in own.items()}
+            picked = {key: value[missing.to(value.device)] for key, value in batched.items()}
             with torch.no_grad(), _evaluating(self.tower):
                 output = forward(pixel_values[chosen], **picked, **rest)
             return self._per_image(output, len(missing))
 
-        found = self.lookup(pixel_values, rows, features_of)
-        whole = {name: torch.stack([features[name] for features in found]) for name in found[0]}
+        image_features = self.lookup(pixel_values, rows, features_of)
+        whole = {name: torch.stack([features[name] for features in image_features]) for name in image_features[0]}
         count, last = (int(whole.pop(name)[0]) for name in (COUNT, LAST))
         empty = pixel_values.new_empty(0)  # of what the model does not read
         layers = {int(name.split(".")[1]): value for name, value in whole.items() if name.startswith(LAYER)}
@@ -142,19 +144,19 @@ class FeatureCache:
         )
 
     def _per_image(self, output: Any, count: int) -> list[Features]:
-        given = {name: value for name, value in output.items() if value is not None}
-        states = given.pop("hidden_states", ())
+        fields = {name: value for name, value in output.items() if value is not None}
+        states = fields.pop("hidden_states", ())
         layers = _layers_read(self.model.config, len(states))
         kept = {f"{LAYER}{layer}": states[layer] for layer in layers}
-        last = given.get("last_hidden_state")
+        last = fields.get("last_hidden_state")
         same = [layer for layer in layers if states[layer] is last]
         if same or (layers and len(states) - 1 not in layers):  # there already, or not read
-            given.pop("last_hidden_state", None)
-        kept |= given
+            fields.pop("last_hidden_state", None)
+        kept |= fields
         wrong = [name for name, value in kept.items() if not isinstance(value, torch.Tensor) or len(value) != count]
-        if wrong or not set(given) <= {"last_hidden_state", "pooler_output"} or not kept:
+        if wrong or not set(fields) <= {"last_hidden_state", "pooler_output"} or not kept:
             raise ValueError(
-                f"{type(self.tower).__name__} gives {wrong or sorted(given)}, which cannot be told apart by image, "
+                f"{type(self.tower).__name__} gives {wrong or sorted(fields)}, which cannot be told apart by image, "
                 "or not put together again. Train without a feature cache."
             )
         numbers = {COUNT: torch.tensor(len(states)), LAST: torch.tensor(same[0] if same else -1)}
@@ -242,10 +244,10 @@ def _tower_of(host: nn.Module) -> PreTrainedModel:
 
 def _layers_read(config: Any, count: int) -> list[int]:
     """The hidden states that a model reads; all of them where its configuration does not say."""
-    said = getattr(config, "vision_feature_layer", None)
-    if said is None or not count:
+    layers = getattr(config, "vision_feature_layer", None)
+    if layers is None or not count:
         return list(range(count))
-    return sorted({layer % count for layer in (said if isinstance(said, (list, tuple)) else [said])})
+    return sorted({layer % count for layer in (layers if isinstance(layers, (list, tuple)) else [layers])})
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class FeatureStore:
         self.max_bytes = max_bytes
         self._size = self._measure()
         self._written = 0
-        self._told = self._told_of_failure = False
+        self._warned_full = self._warned_of_failure = False
 
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors of a key, on the CPU; None where there are none, or their file is damaged."""
@@ -62,12 +62,12 @@ class FeatureStore:
         if self._size + size > self.max_bytes or self._written > self.max_bytes // 50:
             self._size, self._written = self._measure(), 0  # others write too
         if self._size + size > self.max_bytes:
-            if not self._told:
+            if not self._warned_full:
                 logger.warning(
                     "%s is full (%.2f GB): features of further images are computed each time.",
                     self.directory, self.max_bytes / 1e9,
                 )  # fmt: skip
-            self._told = True
+            self._warned_full = True
             return False
         path = self._path(key)
         try:
@@ -77,10 +77,10 @@ class FeatureStore:
             with replaced(path) as temporary:
                 temporary.write_bytes(whole)  # not by `save_file`: its files are their owner's alone
         except OSError as error:  # a full disk, or a folder that may only be read
-            if not self._told_of_failure:
+            if not self._warned_of_failure:
                 message = "%s cannot be written to (%s): features that are not there are computed each time."
                 logger.warning(message, self.directory, error)
-            self._told_of_failure = True
+            self._warned_of_failure = True
             return False
         self._size += size
         self._written += size
@@ -96,11 +96,11 @@ class FeatureStore:
             for name in names:
                 path = Path(folder, name)
                 try:
-                    found = path.stat()
-                    if name.endswith(".tmp") and time.time() - found.st_mtime > STALE:
+                    status = path.stat()
+                    if name.endswith(".tmp") and time.time() - status.st_mtime > STALE:
                         path.unlink()
                     else:
-                        total += found.st_size
+                        total += status.st_size
                 except OSError:
                     continue  # another process has just renamed it, or the folder may only be read
         return total

@@ -103,17 +103,17 @@ def _recording(
     records: dict[tuple[str, str], _Record],
 ) -> Iterator[None]:
     """Hooks on the sites and on what they wrap, for the time of a forward pass."""
-    given: dict[str, Any] = {}  # site -> what the wrapped module returned
+    base_outputs: dict[str, Any] = {}  # site -> what the wrapped module returned
     handles = []
     held = placeholder_ids(model)
 
     def keep(site: str) -> Any:
-        return lambda module, args, output: given.__setitem__(site, output)
+        return lambda module, args, output: base_outputs.__setitem__(site, output)
 
     def see(site: str) -> Any:
         def hook(layer: CromeLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             first = next(iter([*args, *kwargs.values()]), None)
-            for x in embeddings_in(given.pop(site), layer.out_features):
+            for x in embeddings_in(base_outputs.pop(site), layer.out_features):
                 ids = first if _is_ids(first, x) else None
                 for branch in layer.branches_of[adapter_name]:
                     record = records.setdefault((branch, site), _Record())
@@ -148,7 +148,7 @@ def _counts(
     if ids is None:
         return counts
     ranges = layer.branches[branch]
-    others = [r for other, own in layer.branches.items() if other != branch for r in own]
+    others = [r for other, other_ranges in layer.branches.items() if other != branch for r in other_ranges]
     if ranges:
         counts &= in_ranges(ids, ranges)
     elif others:

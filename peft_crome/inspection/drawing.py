@@ -126,9 +126,9 @@ def draw_tokens(axes: Any, view: BranchView, measure: Measure, top: float) -> No
 def scale(views: Sequence[View], branch: str, measure: Measure) -> float:
     """The largest number of a branch over all adapters: where its colors end."""
     _, _, values = measure
-    found = [float(values(shown).max()) for view in views for shown in view.branches or [] if
-             shown.activity.branch == branch]  # fmt: skip
-    return max(found, default=1.0)
+    maxima = [float(values(shown).max()) for view in views for shown in view.branches or [] if
+              shown.activity.branch == branch]  # fmt: skip
+    return max(maxima, default=1.0)
 
 
 Panel = tuple[str, Callable[[Any], None]]  # alternative text, and what draws it
@@ -142,7 +142,7 @@ def rank_panel(views: Sequence[View]) -> Panel:
 
 def branch_panels(views: Sequence[View], view: View, shown: BranchView) -> list[Panel]:
     """The images and heat maps of one branch of one of the views, or bars where its tokens are no cells."""
-    found: list[Panel] = [
+    panels: list[Panel] = [
         (f"Image {number + 1}", partial(draw_image, view=shown, number=number)) for number in range(len(shown.maps))
     ]
     for measure in measures(view.report.gate_activation):
@@ -150,11 +150,11 @@ def branch_panels(views: Sequence[View], view: View, shown: BranchView) -> list[
         what = f"{shown.activity.branch}: {measure[0]}, {_range(measure[2](shown))}"
         if not shown.maps:
             bars = partial(draw_tokens, view=shown, measure=measure, top=top)
-            found.append((f"Bars, one for each token. {what}", bars))
+            panels.append((f"Bars, one for each token. {what}", bars))
         for number in range(len(shown.maps)):
             heat = partial(draw_map, view=shown, number=number, measure=measure, top=top)
-            found.append((f"Heat map over image {number + 1}. {what}", heat))
-    return found
+            panels.append((f"Heat map over image {number + 1}. {what}", heat))
+    return panels
 
 
 def _range(values: torch.Tensor) -> str:
@@ -182,10 +182,10 @@ def draw_figure(views: Sequence[View], path: Path) -> None:
     rows: list[tuple[str, list[Panel]]] = [("", [rank_panel(views)])]
     for view in views:
         for shown in view.branches or []:
-            own = branch_panels(views, view, shown)
+            panels = branch_panels(views, view, shown)
             rows += [
-                (f"{view.name}: {shown.activity.branch}", own[first : first + COLUMNS])
-                for first in range(0, len(own), COLUMNS)
+                (f"{view.name}: {shown.activity.branch}", panels[first : first + COLUMNS])
+                for first in range(0, len(panels), COLUMNS)
             ]
     columns = max(len(row) for _, row in rows)
     with rc_context(_style("#1f1f1f")):

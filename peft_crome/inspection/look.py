@@ -117,8 +117,8 @@ def load_with_backbone(report: AdapterReport, model: str | None = None, device: 
     Raises:
         ValueError: the backbone is not named, or cannot be loaded.
     """
-    own = cached_file(report.source, "config.json", _raise_exceptions_for_missing_entries=False)
-    name = model or (report.source if own else report.base_model)
+    config_file = cached_file(report.source, "config.json", _raise_exceptions_for_missing_entries=False)
+    name = model or (report.source if config_file else report.base_model)
     if name is None:
         raise ValueError(f"{report.source} names no base model. Write --model and the backbone's directory or name.")
     try:
@@ -157,10 +157,10 @@ def encode(
     if getattr(processor, "chat_template", None):
         plain = getattr(processor, "image_processor", None) is None
         content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
-        said: list[tuple[str, Any]] = [("user", prompt if plain else content)]
+        turns: list[tuple[str, Any]] = [("user", prompt if plain else content)]
         if system is not None:
-            said.insert(0, ("system", system if plain else [{"type": "text", "text": system}]))
-        messages = [{"role": role, "content": what} for role, what in said]
+            turns.insert(0, ("system", system if plain else [{"type": "text", "text": system}]))
+        messages = [{"role": role, "content": what} for role, what in turns]
         batch = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )

@@ -71,9 +71,9 @@ class AdaptedModel(lmms):
                 self._messages(to_messages(self.task_dict[task][split][number]))
                 for _, to_messages, _, number, task, split in chunk
             ]
-            found = self._answer(rows, dict(chunk[0][2]))
-            answers += found
-            for (context, _, settings, *_), answer in zip(chunk, found, strict=True):
+            results = self._answer(rows, dict(chunk[0][2]))
+            answers += results
+            for (context, _, settings, *_), answer in zip(chunk, results, strict=True):
                 self.cache_hook.add_partial("generate_until", (context, settings), answer.text)
             progress.update(len(chunk))
         progress.close()
@@ -104,8 +104,8 @@ class AdaptedModel(lmms):
                 max_new_tokens=settings.get("max_new_tokens") or MOST_NEW_TOKENS,
                 **chosen,
             )
-        given = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-        tokens = output[:, given:]
+        prompt_length = 0 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        tokens = output[:, prompt_length:]
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
         return [
             GenerationResult(text=_cut(text, stops), token_counts=TokenCounts(output_tokens=len(row)))

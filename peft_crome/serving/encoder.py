@@ -53,13 +53,13 @@ class ImageEncoder:
                 features in its layers).
         """
         taken = inspect.signature(self.host.get_image_features).parameters
-        given = {key: value for key, value in inputs.items() if key in taken and value is not None}
-        if not any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in given.values()):
+        arguments = {key: value for key, value in inputs.items() if key in taken and value is not None}
+        if not any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in arguments.values()):
             raise ValueError(f"inputs have {sorted(inputs)}; expected images: processor(images=..., text=...).")
         seen: list[CromeLayer] = []
         handles = [site.register_forward_hook(lambda site, *_: seen.append(site)) for site in self._sites()]
         try:
-            output = self.host.get_image_features(**given)
+            output = self.host.get_image_features(**arguments)
         finally:
             for handle in handles:
                 handle.remove()

@@ -19,7 +19,7 @@ from ..utils.atomic import new_directory
 from ..utils.templates import render
 from ..vlm import CromeVLMForConditionalGeneration
 
-OWN = (CromeLayer, CromeWeights)
+CROME_CLASSES = (CromeLayer, CromeWeights)
 
 
 def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ def _check(model: PeftModel) -> None:
         )
     if any(site.merged for site in sites):
         raise ValueError("The adapter is merged already. Write model.unmerge_adapter() first.")
-    others = [name for name, m in model.get_base_model().named_modules() if is_of_another_method(m, OWN)]
+    others = [name for name, m in model.get_base_model().named_modules() if is_of_another_method(m, CROME_CLASSES)]
     if others:
         raise ValueError(
             f"{others[:3]} ({len(others)} in all) carry adapters of another PEFT method, which are no part of an "

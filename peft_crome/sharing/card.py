@@ -37,7 +37,7 @@ QUANTIZATION = re.compile(r"^(## Training procedure|The following `bitsandbytes`
 
 logger = logging.getLogger(__name__)
 # What authors have said of adapters that this process has saved: by folder, and by what adapter_config.json holds.
-_said: dict[str, CardDetails] = {}
+_saved_details: dict[str, CardDetails] = {}
 
 
 def write_card(
@@ -58,7 +58,7 @@ def write_card(
     """
     directory = Path(save_directory)
     details: CardDetails = config._card or CardDetails()
-    _said.update(dict.fromkeys(_names(directory), details))
+    _saved_details.update(dict.fromkeys(_names(directory), details))
     path = page or directory / PAGE
     card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData())
     _fill_in(card.data, config, details)
@@ -68,15 +68,15 @@ def write_card(
             shutil.copyfile(details.image, copy)
     ours = card_text(directory, config, details, where, subfolder)
     part = f"{BEGIN.format(digest=_digest(ours))}\n{ours}\n{END}"
-    found = PART.search(card.text)
-    if found is not None and _digest(found["text"]) != found["digest"]:
+    match = PART.search(card.text)
+    if match is not None and _digest(match["text"]) != match["digest"]:
         logger.warning(
             "%s: the part that peft_crome wrote has been edited by hand and is kept. To have it written anew, delete "
             "it with the comments around it.",
             path,
         )
-    elif found is not None:
-        card.text = card.text[: found.start()] + part + card.text[found.end() :]
+    elif match is not None:
+        card.text = card.text[: match.start()] + part + card.text[match.end() :]
     elif _is_template(card.text):
         base = config.base_model_name_or_path
         title = f"# CROME adapter{f' for {Path(base).name}' if base else ''}"
@@ -109,7 +109,7 @@ def correct_card(
     folder = Path(folder)
     path = page or folder / PAGE
     try:
-        if not any(map(_is_adapter, (folder, *(found.parent for found in folder.glob(f"*/{CONFIG_NAME}"))))):
+        if not any(map(_is_adapter, (folder, *(file.parent for file in folder.glob(f"*/{CONFIG_NAME}"))))):
             return False  # most cards are none of ours, nor read
         card = ModelCard.load(path) if path.is_file() else None
         adapter = _adapter_of(folder, card)
@@ -118,11 +118,11 @@ def correct_card(
         part = PART.search(card.text) if card is not None else None
         if card is not None and part is None and IMPORT in card.text:
             return False
-        said = next((_said[name] for name in _names(adapter) if name in _said), None)
-        if part is not None and said is None:  # saved by another process, whose author may have said more
+        details = next((_saved_details[name] for name in _names(adapter) if name in _saved_details), None)
+        if part is not None and details is None:  # saved by another process, whose author may have said more
             return False
         config = PeftConfig.from_pretrained(str(adapter))
-        config._card = said or CardDetails()
+        config._card = details or CardDetails()
         below = adapter.name if adapter != folder else None
         write_card(folder, config, where, "/".join(filter(None, (subfolder, below))) or None, path)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -192,8 +192,8 @@ def _listed(value: Any) -> list[str]:
 def _is_template(text: str) -> bool:
     """Whether a card has no line that a person wrote."""
     template = set(ModelCard.from_template(ModelCardData()).text.splitlines())
-    own = [line for line in text.splitlines() if line.strip() and line not in template]
-    return all(NOT_A_USER_S.match(line) or QUANTIZATION.match(line) for line in own)
+    lines = [line for line in text.splitlines() if line.strip() and line not in template]
+    return all(NOT_A_USER_S.match(line) or QUANTIZATION.match(line) for line in lines)
 
 
 def _digest(text: str) -> str:

@@ -66,9 +66,9 @@ def record_backbone(config: Any, here: dict[str, Any]) -> None:
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """A sentence for each thing that differs between two descriptions, with what to do about it."""
-    found = []
+    sentences = []
     if not _same_backbone(there, here):
-        found.append(
+        sentences.append(
             f"- backbone: This adapter was trained on {there.get('name_or_path')!r} ({there.get('model_type')}"
             f"{_revision(there)}) and is loaded onto {here.get('name_or_path')!r} ({here.get('model_type')}"
             f"{_revision(here)}), whose embeddings differ. Its outputs mean nothing there unless you train it further."
@@ -80,12 +80,12 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         if name in here_tower and here_tower[name] != tower[name]
     ]
     if parts:
-        found.append(
+        sentences.append(
             f"- vision tower: it was trained with {'; '.join(parts)}. Load the model at the resolution of the "
             "training, or train the adapter further."
         )
     if "quantization" in there and "quantization" in here and there["quantization"] != here["quantization"]:
-        found.append(
+        sentences.append(
             f"- quantization: it was trained on weights {_spell(there['quantization'])}, these are "
             f"{_spell(here['quantization'])}. Outputs shift a little; load the model with the same "
             "quantization_config to have the training's."
@@ -94,11 +94,11 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     moved = [name for name in PACKAGES if _has_moved(before.get(name), now.get(name))]
     if moved:
         pins = " ".join(f"{name.replace('_', '-')}=={before[name]}" for name in moved)
-        found.append(
+        sentences.append(
             f"- versions: it was trained with {', '.join(f'{name} {before[name]}' for name in moved)}; here are "
             f"{', '.join(f'{name} {now[name]}' for name in moved)}. If outputs differ: pip install {pins}"
         )
-    return found
+    return sentences
 
 
 def _commit(name: str) -> str | None:
@@ -115,18 +115,18 @@ def _describe_tower(config: Any) -> dict[str, Any] | None:
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return None
-    found: dict[str, Any] = {name: getattr(vision, name, None) for name in TOWER}
-    found["image_size"] = getattr(config, "image_size", None) or found["image_size"]  # the composite's own
-    found["feature_layer"] = getattr(config, "vision_feature_layer", None)
-    return {name: _plain(value) for name, value in found.items() if value is not None}
+    values: dict[str, Any] = {name: getattr(vision, name, None) for name in TOWER}
+    values["image_size"] = getattr(config, "image_size", None) or values["image_size"]  # the composite's own
+    values["feature_layer"] = getattr(config, "vision_feature_layer", None)
+    return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
 def _describe_quantization(config: Any) -> dict[str, Any] | None:
     """How the weights are quantized; None: they are not. The composite has one for each part."""
-    own = getattr(config, "quantization_config", None) or getattr(config, "text_quantization_config", None)
-    if own is None:
+    quantization = getattr(config, "quantization_config", None) or getattr(config, "text_quantization_config", None)
+    if quantization is None:
         return None
-    values = own if isinstance(own, dict) else own.to_dict()
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
     return {name: _plain(values[name]) for name in QUANTIZATION if values.get(name) not in (None, False)}
 
 

@@ -25,8 +25,8 @@ def correct_folder(
         patterns: its `allow_patterns` and `ignore_patterns`. What they leave out stays as it is.
     """
     folder = Path(folder_path).expanduser()
-    found = {path.relative_to(folder).as_posix() for name in (CONFIG_NAME, PAGE) for path in folder.glob(f"**/{name}")}
-    for inside in {PurePosixPath(path).parent for path in filter_repo_objects(found, **patterns)}:
+    files = {path.relative_to(folder).as_posix() for name in (CONFIG_NAME, PAGE) for path in folder.glob(f"**/{name}")}
+    for inside in {PurePosixPath(path).parent for path in filter_repo_objects(files, **patterns)}:
         correct_card(folder / inside, repo_id, _subfolder(PurePosixPath((path_in_repo or "").strip("/")) / inside))
 
 

@@ -47,8 +47,8 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], source: str) -> None:
     Raises:
         ValueError: lists weights of the host's own, but for tables of embeddings, or values that are not finite.
     """
-    own = (".crome_", ".modules_to_save.", TRAINABLE_TOKENS)
-    strange = [key for key in tensors if not any(part in f".{key}" for part in own)]
+    allowed = (".crome_", ".modules_to_save.", TRAINABLE_TOKENS)
+    strange = [key for key in tensors if not any(part in f".{key}" for part in allowed)]
     strange = [key for key in strange if not host_path(key).endswith(EMBEDDINGS)]
     if strange:
         raise ValueError(
@@ -63,20 +63,20 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], source: str) -> None:
         )
 
 
-def check_shapes(found: Shapes, expected: Shapes, source: str) -> None:
+def check_shapes(shapes: Shapes, expected: Shapes, source: str) -> None:
     """Compare an adapter file's tensors with those that the model needs.
 
     Raises:
         ValueError: lists missing keys, unexpected keys, and tensors of another shape.
     """
     problems = []
-    if missing := sorted(set(expected) - set(found)):
+    if missing := sorted(set(expected) - set(shapes)):
         problems.append(f"missing keys {missing}")
-    if unexpected := sorted(set(found) - set(expected)):
+    if unexpected := sorted(set(shapes) - set(expected)):
         problems.append(f"unexpected keys {unexpected[:8]}{_and_more(unexpected[8:])}")
-    for key in sorted(set(found) & set(expected)):
-        if tuple(found[key]) != tuple(expected[key]):
-            problems.append(f"{key} has shape {tuple(found[key])}, this model needs {tuple(expected[key])}")
+    for key in sorted(set(shapes) & set(expected)):
+        if tuple(shapes[key]) != tuple(expected[key]):
+            problems.append(f"{key} has shape {tuple(shapes[key])}, this model needs {tuple(expected[key])}")
     if problems:
         raise ValueError(
             f"The adapter file does not fit {source}: {'; '.join(problems)}. "

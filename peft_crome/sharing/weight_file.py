@@ -48,8 +48,8 @@ class AdapterFile:
 
     def branches(self) -> list[str] | None:
         """The branches that the keys name, in a fixed order."""
-        found = (re.fullmatch(r"crome_gate_(\w+)\.weight", key) for key in sorted(self.crome))
-        return [match[1] for match in found if match] or None
+        matches = (re.fullmatch(r"crome_gate_(\w+)\.weight", key) for key in sorted(self.crome))
+        return [match[1] for match in matches if match] or None
 
     def hidden_features(self) -> int | None:
         """m, as W_u has it; None: there is no W_u, which `check_fits` reports."""
@@ -124,24 +124,25 @@ class AdapterFile:
         if not self.host and not self.modules_to_save:
             return
         state = {name: tensor for name, tensor in model.state_dict().items() if ".modules_to_save." not in f".{name}"}
-        own = {host_path(name): tuple(tensor.shape) for name, tensor in state.items()}
+        host_shapes = {host_path(name): tuple(tensor.shape) for name, tensor in state.items()}
         integers = {host_path(name) for name, tensor in state.items() if not tensor.is_floating_point()}
         named = [f".{host_path(name)}." for name in self.modules_to_save]
-        missing = {path for path in own if any(part in f".{path}." for part in named)} - set(map(host_path, self.host))
+        missing = {path for path in host_shapes if any(part in f".{path}." for part in named)}
+        missing -= set(map(host_path, self.host))
         if missing:
             raise ValueError(
                 f"{self.path} lacks {sorted(missing)[:5]}, which modules_to_save={list(self.modules_to_save)} names. "
                 "Download or save the adapter again."
             )
         wrong = [
-            f"{key} has shape {shape}, the model's is {own[path]}"
+            f"{key} has shape {shape}, the model's is {host_shapes[path]}"
             for key, shape in self.host.items()
-            if (path := host_path(key)) in own and own[path] != shape
+            if (path := host_path(key)) in host_shapes and host_shapes[path] != shape
         ]
         wrong += [
             f"{key} holds {'integers' if key in self.counts else 'no integers'}, unlike the model's"
             for key in self.host
-            if (path := host_path(key)) in own and (key in self.counts) != (path in integers)
+            if (path := host_path(key)) in host_shapes and (key in self.counts) != (path in integers)
         ]
         if wrong:
             raise ValueError(
@@ -190,17 +191,17 @@ def read_adapter_file(model_id: str, subfolder: str | None = None, **hub_kwargs:
         raise ValueError(
             f"{path} is truncated or not a safetensors file ({error}). Download or save the adapter again."
         ) from error
-    own = ("crome_", TRAINABLE_TOKENS)
-    others = tuple(f".{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix not in own)
+    accepted = ("crome_", TRAINABLE_TOKENS)
+    others = tuple(f".{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix not in accepted)
     foreign = sorted(key for key in header if any(prefix in key for prefix in others))
-    found = AdapterFile(path)
+    adapter_file = AdapterFile(path)
     for key, (shape, dtype) in header.items():
         if key.startswith(KEY_PREFIX):
-            found.crome[key.removeprefix(KEY_PREFIX)] = shape
+            adapter_file.crome[key.removeprefix(KEY_PREFIX)] = shape
         else:
-            found.host[key] = shape
-            found.counts |= {key} if dtype in COUNTS else set()
-    if not found.crome:
+            adapter_file.host[key] = shape
+            adapter_file.counts |= {key} if dtype in COUNTS else set()
+    if not adapter_file.crome:
         raise ValueError(
             f"{path} holds no CROME weights: expected keys that start with {KEY_PREFIX!r}, found "
             f"{sorted(header)[:3]}. Load it with the PEFT method that wrote it."
@@ -210,14 +211,14 @@ def read_adapter_file(model_id: str, subfolder: str | None = None, **hub_kwargs:
             f"{path} holds unexpected keys of another PEFT method beside CROME's: {foreign[:3]}. Save each adapter in "
             "a directory of its own."
         )
-    dtypes = {key: dtype for key, (_, dtype) in header.items() if key not in found.counts}
+    dtypes = {key: dtype for key, (_, dtype) in header.items() if key not in adapter_file.counts}
     odd = sorted(f"{key} is {dtype}" for key, dtype in dtypes.items() if dtype not in DTYPES)
     if odd:
         raise ValueError(
             f"{path} holds weights in another dtype than {DTYPES}: {odd[:3]}. Save it again after "
             "model.to(torch.float32), or torch.bfloat16."
         )
-    return found
+    return adapter_file
 
 
 def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -29,10 +29,10 @@ def check_ordinary(model: PreTrainedModel) -> None:
             raise ValueError(f"{name} is quantized by {method}, which transformers cannot write. {REMEDY}")
         return
     ordinary = _ordinary(model).state_dict()
-    own = model.state_dict()
-    strange = sorted(ordinary.keys() ^ own.keys())
-    strange += [key for key, value in own.items() if type(value) is not torch.Tensor and key not in strange]
-    strange += [key for key, value in own.items() if key not in strange and value.shape != ordinary[key].shape]
+    state = model.state_dict()
+    strange = sorted(ordinary.keys() ^ state.keys())
+    strange += [key for key, value in state.items() if type(value) is not torch.Tensor and key not in strange]
+    strange += [key for key, value in state.items() if key not in strange and value.shape != ordinary[key].shape]
     if strange:
         raise ValueError(
             f"{name} has no {strange[:3]} of this kind ({len(strange)} in all), so its checkpoint cannot hold them. "
@@ -84,7 +84,7 @@ def check_files(folder: Path, meant: Iterable[str], names: str = "*.safetensors"
         with safe_open(path, framework="pt") as file:
             written |= set(file.keys())
     expected = set(meant)
-    found = {"missing": sorted(expected - written), "unexpected": sorted(written - expected)}
-    text = "; ".join(f"{len(keys)} {kind}: {keys[:5]}" for kind, keys in found.items() if keys)
+    problems = {"missing": sorted(expected - written), "unexpected": sorted(written - expected)}
+    text = "; ".join(f"{len(keys)} {kind}: {keys[:5]}" for kind, keys in problems.items() if keys)
     if text:
         raise ValueError(f"The checkpoint was not written as it was meant ({text}), and is not kept. {REMEDY}")

@@ -50,11 +50,11 @@ TokenRanges = list[tuple[int, int]]
 
 def united(several: Iterable[dict[str, TokenRanges]]) -> dict[str, TokenRanges]:
     """The branches of several adapters at one site, each with all of its ranges."""
-    found: dict[str, TokenRanges] = {}
-    for own in several:
-        for branch, ranges in own.items():
-            found[branch] = [*dict.fromkeys([*found.get(branch, []), *ranges])]
-    return found
+    union: dict[str, TokenRanges] = {}
+    for branches in several:
+        for branch, ranges in branches.items():
+            union[branch] = [*dict.fromkeys([*union.get(branch, []), *ranges])]
+    return union
 
 
 def in_ranges(input_ids: torch.Tensor, ranges: TokenRanges) -> torch.Tensor:

@@ -62,7 +62,7 @@ class Watch:
         self.reached |= {(name, branch) for name in adapter_names for branch in layer.branches_of[name]}
         for branch, ranges in layer.branches.items():
             total: Any = sum(x[..., 0].numel() for x in tensors)
-            others = [r for other, given in layer.branches.items() if other != branch for r in given]
+            others = [r for other, other_ranges in layer.branches.items() if other != branch for r in other_ranges]
             if ranges:
                 total = in_ranges(input_ids, ranges).sum()
             elif others:
@@ -75,13 +75,13 @@ class Watch:
     def report(self, layers: Iterable[tuple[str, CromeLayer]], outputs: Any) -> list[SiteReport]:
         """One row per site and branch, whether it was reached or not."""
         wanted = {node for nodes in self.nodes.values() for node in nodes}
-        found = _reachable(wanted, _roots(outputs))
+        reachable = _reachable(wanted, _roots(outputs))
         rows = []
         for path, layer in layers:
             for branch in layer.branches:
                 key = (layer, branch)
                 embeddings = int(self.embeddings.get(key, 0))
-                learns = embeddings > 0 and any(node in found for node in self.nodes.get(key, []))
+                learns = embeddings > 0 and any(node in reachable for node in self.nodes.get(key, []))
                 rows.append(SiteReport(branch, path, self.calls.get(key, 0), embeddings, gradient=learns))
         return rows
 
@@ -132,15 +132,15 @@ def verify(rows: Iterable[SiteReport], expected: set[str], training: set[str]) -
         RuntimeError: names the branch, its sites and what to write.
     """
     for branch in sorted(expected):
-        own = [row for row in rows if row.branch == branch]
-        sites = [row.site for row in own]
-        if not any(row.embeddings for row in own):
+        branch_rows = [row for row in rows if row.branch == branch]
+        sites = [row.site for row in branch_rows]
+        if not any(row.embeddings for row in branch_rows):
             raise RuntimeError(
                 f"The CROME branch {branch!r} is not reached: the batch has input for it, and nothing went through "
                 f"{sites}. Name the modules that produce these embeddings: CromeConfig(branches={{{branch!r}: "
                 "['<module path>']})."
             )
-        if branch in training and not any(row.gradient for row in own):
+        if branch in training and not any(row.gradient for row in branch_rows):
             raise RuntimeError(
                 f"The CROME branch {branch!r} cannot learn: {sites} ran, and the loss does not depend on what came "
                 "out. The model detaches it, or runs it under torch.no_grad(); name a later module: "
@@ -157,7 +157,7 @@ def from_images(layers: Iterable[tuple[str, CromeLayer]]) -> set[str]:
     for _, layer in layers:
         for branch in layer.branches:
             sites.setdefault(branch, []).append(layer.get_base_layer())
-    return {branch for branch, own in sites.items() if all(isinstance(module, nn.Identity) for module in own)}
+    return {branch for branch, modules in sites.items() if all(isinstance(module, nn.Identity) for module in modules)}
 
 
 def expected_branches(
@@ -168,19 +168,19 @@ def expected_branches(
     Sound and images are floating numbers, or codes (Inkling's audio_input_ids). Other integers of such a name are a
     mask, a count, a size or a position, which a batch without images may have, too.
     """
-    given = {name for name, value in arguments.items() if _is_given(value)}
+    inputs = {name for name, value in arguments.items() if _has_values(value)}
     media = {
         name
-        for name in given
-        if "mask" not in name and (name.endswith("input_ids") or _is_given(arguments[name], floating=True))
+        for name in inputs
+        if "mask" not in name and (name.endswith("input_ids") or _has_values(arguments[name], floating=True))
     }
     expected = set()
     for branch in branches:
         if branch == "text" and branch not in (from_images or ()):
-            found = "inputs_embeds" not in given and any(map(TEXT_INPUTS.fullmatch, given))
+            has_input = "inputs_embeds" not in inputs and any(map(TEXT_INPUTS.fullmatch, inputs))
         else:
-            found = any(map((AUDIO_INPUTS if branch == "audio" else VISION_INPUTS).fullmatch, media))
-        if found:
+            has_input = any(map((AUDIO_INPUTS if branch == "audio" else VISION_INPUTS).fullmatch, media))
+        if has_input:
             expected.add(branch)
     return expected
 
@@ -349,10 +349,10 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-def _is_given(value: Any, *, floating: bool = False) -> bool:
+def _has_values(value: Any, *, floating: bool = False) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() > 0 and (value.is_floating_point() or not floating)
-    return isinstance(value, (list, tuple)) and any(_is_given(item, floating=floating) for item in value)
+    return isinstance(value, (list, tuple)) and any(_has_values(item, floating=floating) for item in value)
 
 
 def _roots(outputs: Any) -> list[Any]:
@@ -367,16 +367,16 @@ def _roots(outputs: Any) -> list[Any]:
 
 def _reachable(wanted: set[Any], roots: list[Any]) -> set[Any]:
     """Which of the wanted nodes of autograd's graph lie behind the roots; all, where a node hides what it reads."""
-    found: set[Any] = set()
+    reached: set[Any] = set()
     seen, stack = set(roots), list(roots)
     hidden = False
-    while stack and len(found) < len(wanted):
+    while stack and len(reached) < len(wanted):
         node = stack.pop()
         hidden = hidden or CHECKPOINT.search(node.name()) is not None
         if node in wanted:
-            found.add(node)
+            reached.add(node)
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
-    return wanted if hidden else found
+    return wanted if hidden else reached

@@ -64,8 +64,8 @@ def hotswap_adapter(
         )
     weights = load_peft_weights(str(model_id), device="cpu", **hub_kwargs)
     present = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    found, expected = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (weights, present))
-    check_shapes(found, expected, f"adapter {adapter_name!r}")
+    shapes, expected = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (weights, present))
+    check_shapes(shapes, expected, f"adapter {adapter_name!r}")
     if new._file is not None:
         new._file.check_values()
     if new.trained_on and old.trained_on:

@@ -76,7 +76,7 @@ class CromeLayer(Mergeable):
 
     def acting(self) -> list[str]:
         """The adapters that this site adds now: none where they are disabled or folded into its table."""
-        names = self._own(self.merged_adapters or self.active_adapters)
+        names = self._attached(self.merged_adapters or self.active_adapters)
         return [] if self.disable_adapters or self.folded else names
 
     def adapt(self, output: Any, adapter_names: list[str], input_ids: torch.Tensor | None = None) -> Any:
@@ -107,15 +107,15 @@ class CromeLayer(Mergeable):
     def _get_available_adapters(self) -> set[str]:
         return set(self.branches_of)
 
-    def _own(self, adapter_names: Iterable[str]) -> list[str]:
+    def _attached(self, adapter_names: Iterable[str]) -> list[str]:
         return [name for name in adapter_names if name in self.branches_of]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # A projector has no weight of its own, and an identity no parameter at all: it keeps the adapter where it is.
         target = device or next((p.device for p in self.base_layer.parameters() if not p.is_meta), None)
-        weights, own = self._weights[0], list(self.branches_of.get(adapter_name, {}))
-        names = [kind + branch for branch in own for kind in (GATE, DOWN)]
-        names += ["crome_up"] if weights.branches_of(adapter_name)[0] in own else []  # shared: follows one branch
+        weights, branches = self._weights[0], list(self.branches_of.get(adapter_name, {}))
+        names = [kind + branch for branch in branches for kind in (GATE, DOWN)]
+        names += ["crome_up"] if weights.branches_of(adapter_name)[0] in branches else []  # shared: follows one branch
         for name, linear in weights.linears_of(adapter_name).items():
             if name in names and target is not None and not linear.weight.is_meta:
                 linear.to(target)

@@ -126,8 +126,8 @@ class CromeModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, **kwargs: Any) -> dict[str, torch.Tensor]:
-        found = super()._get_adapter_state_dict(**kwargs)
-        return {key: value for key, value in found.items() if f".{NAME}.crome_" in f".{key}"}
+        state = super()._get_adapter_state_dict(**kwargs)
+        return {key: value for key, value in state.items() if f".{NAME}.crome_" in f".{key}"}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

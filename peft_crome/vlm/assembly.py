@@ -110,8 +110,8 @@ def from_backbones(
         qformer_config=qformer.config if isinstance(qformer, QFormer) else qformer,
         **options,
     )
-    given = qformer if isinstance(qformer, QFormer) else None
-    return assemble(cls, config, vision_tower, language_model, loading, given).eval()
+    trained_qformer = qformer if isinstance(qformer, QFormer) else None
+    return assemble(cls, config, vision_tower, language_model, loading, trained_qformer).eval()
 
 
 def assemble(

@@ -172,10 +172,10 @@ def load_language_model(
     resized = vocab_size != getattr(theirs, "vocab_size", None)
     if resized:
         ours.vocab_size = theirs.vocab_size
-    ties = [getattr(own, "tie_word_embeddings", None) for own in (config, ours)]
-    for own, published in ((config, stored_config), (ours, theirs)):
+    ties = [getattr(settings, "tie_word_embeddings", None) for settings in (config, ours)]
+    for settings, published in ((config, stored_config), (ours, theirs)):
         if getattr(published, "tie_word_embeddings", False):  # a merge unties them, and the files have one
-            own.tie_word_embeddings = True
+            settings.tie_word_embeddings = True
     model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **arguments)
     stored = stored or {}
     missing = sorted(set(info["missing_keys"]) - stored.keys())
@@ -189,9 +189,9 @@ def load_language_model(
     tied = tied_weights(model)
     kept = [stored[name] for name in tied & stored.keys()]
     differ = any(not torch.equal(kept[0], other) for other in kept[1:])
-    for own, tie in zip((model.config, model.config.get_text_config()), ties, strict=True):
+    for settings, tie in zip((model.config, model.config.get_text_config()), ties, strict=True):
         if tie is not None:
-            own.tie_word_embeddings = tie and not differ
+            settings.tie_word_embeddings = tie and not differ
     part_for_good(model, tied)
     return model
 

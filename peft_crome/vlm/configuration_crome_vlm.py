@@ -97,11 +97,11 @@ class CromeVLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, model_type in PARTS.items():
-            given = getattr(self, name)
-            if given is None and name != "qformer_config":
-                given = {}
-            if isinstance(given, dict):
-                setattr(self, name, AutoConfig.for_model(**{"model_type": model_type, **given}))
+            part_config = getattr(self, name)
+            if part_config is None and name != "qformer_config":
+                part_config = {}
+            if isinstance(part_config, dict):
+                setattr(self, name, AutoConfig.for_model(**{"model_type": model_type, **part_config}))
         # The base class would reset what the parts chose; keep it unless the caller says otherwise.
         for choice in ("attn_implementation", "experts_implementation"):
             if kwargs.get(choice) is None:

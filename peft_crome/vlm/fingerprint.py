@@ -18,14 +18,14 @@ def take_samples(weights: Mapping[str, torch.Tensor]) -> Samples:
 
 def changed(weights: Mapping[str, torch.Tensor], samples: Samples) -> set[str]:
     """Keys whose values or shape differ from the samples'; a cast alone, of `model.half()`, is no change."""
-    found = set()
+    keys = set()
     for key, tensor in weights.items():
         if key not in samples or not _is_readable(tensor):
             continue
         shape, values = samples[key]
         if tensor.shape != shape or not _equal(_values(tensor), values.to(tensor.dtype)):
-            found.add(key)
-    return found
+            keys.add(key)
+    return keys
 
 
 def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -120,9 +120,9 @@ class CromeVLMGenerationMixin(GenerationMixin):
         self, input_ids: torch.LongTensor, cached: int, images: tuple[torch.Tensor | None, ...]
     ) -> tuple[torch.LongTensor, torch.Tensor]:
         """Valid ids and embeddings of a prompt; no image has to be there again for tokens that a cache holds."""
-        given = next((value.shape[0] for value in images[:2] if value is not None), 0)
+        num_images = next((value.shape[0] for value in images[:2] if value is not None), 0)
         wanted = int((input_ids == self.config.image_token_id).sum())
-        if not cached or given * self.image_seq_length == wanted:
+        if not cached or num_images * self.image_seq_length == wanted:
             return self.embed_inputs(input_ids, *images)[:2]
         valid_ids, embeddings, _ = self.embed_inputs(input_ids[:, cached:], *images)
         neutral = neutral_token_id(self.language_model.config, self.generation_config)
@@ -164,9 +164,9 @@ def _unseen_tokens(cached: int, input_ids: torch.LongTensor, attention_mask: tor
 def _refuse_guessing(generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
     # transformers checks guesses that follow `inputs_embeds` against the wrong logits, and writes other text.
     named = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-    given = [name for name in named if kwargs.get(name, getattr(generation_config, name, None)) is not None]
-    if given:
+    options = [name for name in named if kwargs.get(name, getattr(generation_config, name, None)) is not None]
+    if options:
         raise ValueError(
-            f"{given[0]} does not work here: transformers guesses wrongly after inputs_embeds, as which images enter. "
-            "Leave it out."
+            f"{options[0]} does not work here: transformers guesses wrongly after inputs_embeds, as which images "
+            "enter. Leave it out."
         )

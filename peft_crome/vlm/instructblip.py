@@ -57,9 +57,9 @@ def from_instructblip(
         config = model.config
         config.vision_model_name_or_path = config.qformer_model_name_or_path = name
         config.qformer_revision = config.vision_revision
-    projection, own = parts.language_projection, model.text_projection
-    if projection.weight.shape == own.weight.shape:
+    projection, text_projection = parts.language_projection, model.text_projection
+    if projection.weight.shape == text_projection.weight.shape:
         with torch.no_grad():
-            own.weight.copy_(projection.weight)
-            own.bias.copy_(projection.bias)
+            text_projection.weight.copy_(projection.weight)
+            text_projection.bias.copy_(projection.bias)
     return model

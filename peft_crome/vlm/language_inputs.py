@@ -37,14 +37,14 @@ def check_takes_embeddings(language_model: PreTrainedModel) -> None:
 
 
 def arguments_by_token(
-    language_model: PreTrainedModel, input_ids: torch.LongTensor | None, given: Mapping[str, Any]
+    language_model: PreTrainedModel, input_ids: torch.LongTensor | None, arguments: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     """What the layers of Gemma 3n, Gemma 4 and Qwen 4 look up by token id, beside the embeddings that enter below.
 
     Args:
         input_ids: (batch, tokens) with valid ids at image placeholders, as those models do it themselves; None: the
             caller has embeddings alone.
-        given: what the caller passes on to the language model.
+        arguments: what the caller passes on to the language model.
     Returns:
         The argument to add: `per_layer_inputs`, (batch, tokens, layers, width), or `ple_input_ids`, (batch, tokens);
         nothing where it is given, and for all other models.
@@ -52,7 +52,7 @@ def arguments_by_token(
         ValueError: one is needed, and there are no ids to look up.
     """
     needed = _needed(language_model)
-    if needed is None or needed in given:
+    if needed is None or needed in arguments:
         return {}
     if input_ids is None:
         raise ValueError(
@@ -76,8 +76,8 @@ def generator(language_model: PreTrainedModel) -> PreTrainedModel:
     if language_model.config.is_encoder_decoder or ("inputs_embeds" in named and _needed(language_model) is None):
         return language_model
     view = copy.copy(language_model)  # the same modules and weights; the model itself stays as it is
-    own = type(language_model)
-    view.__class__ = type(own.__name__, (_TakesEmbeddings, own), {"__module__": own.__module__})
+    base = type(language_model)
+    view.__class__ = type(base.__name__, (_TakesEmbeddings, base), {"__module__": base.__module__})
     return view
 
 

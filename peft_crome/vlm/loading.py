@@ -234,8 +234,8 @@ def copy_weights(model: torch.nn.Module, weights: Weights, name_or_path: str | o
 
 
 def _report(name: str | os.PathLike, missing: Iterable[str], unexpected: Iterable[str], wrong: Iterable[str]) -> None:
-    found = {"missing": list(missing), "unexpected": list(unexpected), "of the wrong shape": list(wrong)}
-    text = "; ".join(f"{len(keys)} {kind}: {keys[:8]}" for kind, keys in found.items() if keys)
+    problems = {"missing": list(missing), "unexpected": list(unexpected), "of the wrong shape": list(wrong)}
+    text = "; ".join(f"{len(keys)} {kind}: {keys[:8]}" for kind, keys in problems.items() if keys)
     if text:
         raise ValueError(
             f"The weights of {name} do not fit this composite: {text}. Load the directory that save_pretrained wrote, "
@@ -268,31 +268,31 @@ def _load_part(
     vision = part == "vision_tower"
     name = config.vision_model_name_or_path if vision else config.text_model_name_or_path
     revision = config.vision_revision if vision else config.text_revision
-    own = config.vision_config if vision else config.text_config
+    part_config = config.vision_config if vision else config.text_config
     quantization = config.vision_quantization_config if vision else config.text_quantization_config
     if loading.dtype is None:
-        loading = dataclasses.replace(loading, dtype=own.dtype)
+        loading = dataclasses.replace(loading, dtype=part_config.dtype)
     weights = {key.removeprefix(f"{part}."): tensor for key, tensor in stored.items() if key.startswith(f"{part}.")}
     if name is not None:
         try:
             if vision:
-                return load_vision_tower(name, revision, own, quantization, loading)
-            return load_language_model(name, revision, own, quantization, loading, weights)
+                return load_vision_tower(name, revision, part_config, quantization, loading)
+            return load_language_model(name, revision, part_config, quantization, loading, weights)
         except OSError as error:
             field = "vision_model_name_or_path" if vision else "text_model_name_or_path"
             raise OSError(
                 f"{name_or_path} names {name!r} as its {part}, which cannot be loaded: {error}\nIf it has moved: "
                 f"config = CromeVLMConfig.from_pretrained(...); config.{field} = '...'; pass config=config."
             ) from error
-    model_class = vision_class(own) if vision else language_class(own)
+    model_class = vision_class(part_config) if vision else language_class(part_config)
     if hasattr(model_class, "_model_mapping"):  # auto classes do not take a state_dict without a name
-        model_class = model_class._model_mapping[type(own)]
+        model_class = model_class._model_mapping[type(part_config)]
     model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
     arguments = {**loading.for_part(part), **({"quantization_config": quantization} if quantization else {})}
     for hub_argument in FILE_ARGUMENTS:
         arguments.pop(hub_argument, None)
     model, info = model_class.from_pretrained(
-        None, config=own, state_dict=weights, output_loading_info=True, **arguments
+        None, config=part_config, state_dict=weights, output_loading_info=True, **arguments
     )
     # A tower that lost its ...ForImageClassification head has no pooler, which its class makes and nothing reads.
     missing = [f"{part}.{key}" for key in sorted(info["missing_keys"]) if not (vision and key.startswith("pooler."))]
@@ -358,7 +358,7 @@ def _check_adapter(path: str | os.PathLike, files: dict[str, Any]) -> None:
     if config.get("peft_type") != "CROME":
         return
     hub_kwargs = {name: value for name, value in files.items() if name not in ("proxies", "subfolder")}
-    found = read_adapter_file(str(path), files.get("subfolder"), **hub_kwargs)
-    if found is not None:
-        found.check_host(config.get("modules_to_save"), config.get("trainable_token_indices"))
-        found.check_values()
+    adapter_file = read_adapter_file(str(path), files.get("subfolder"), **hub_kwargs)
+    if adapter_file is not None:
+        adapter_file.check_host(config.get("modules_to_save"), config.get("trainable_token_indices"))
+        adapter_file.check_values()

@@ -84,7 +84,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     ) -> None:
         super().__init__(config)
         watch_trainers()
-        given = [part for part in (vision_tower, language_model, qformer) if part is not None]
+        parts = [part for part in (vision_tower, language_model, qformer) if part is not None]
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         self.vision_tower = vision_tower if vision_tower is not None else build_tower(config.vision_config)
         self.language_model = (
@@ -130,7 +130,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         self._samples: Samples = {}  # of the weights as they were put together
         self.feature_cache: Any = None  # see `peft_crome.cache_features`
         self.blank_image = False  # see `embed_inputs`
-        for part in given:
+        for part in parts:
             for module in part.modules():
                 module._is_hf_initialized = True  # post_init must not draw the given weights anew
         self.post_init()
@@ -138,11 +138,11 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def _check_qformer_config(self, config: CromeVLMConfig) -> None:
-        reads, given = config.qformer_config.encoder_hidden_size, self.vision_layout.hidden_size
-        if reads != given:
+        reads, width = config.qformer_config.encoder_hidden_size, self.vision_layout.hidden_size
+        if reads != width:
             raise ValueError(
-                f"The Q-Former reads features of width {reads}, and {type(self.vision_tower).__name__} gives {given}. "
-                f"Write qformer_config=InstructBlipQFormerConfig(encoder_hidden_size={given}), or take the tower that "
+                f"The Q-Former reads features of width {reads}, and {type(self.vision_tower).__name__} gives {width}. "
+                f"Write qformer_config=InstructBlipQFormerConfig(encoder_hidden_size={width}), or take the tower that "
                 "the Q-Former was trained with."
             )
 
@@ -192,9 +192,11 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         """
         if self.config.is_encoder_decoder:
             return True
-        own = getattr(self.language_model, "accepts_loss_kwargs", None)
-        parameters = inspect.signature(self.language_model.forward).parameters.values()
-        return not (own if own is not None else any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters))
+        accepts = getattr(self.language_model, "accepts_loss_kwargs", None)
+        if accepts is None:
+            parameters = inspect.signature(self.language_model.forward).parameters.values()
+            accepts = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        return not accepts
 
     def train(self, mode: bool = True) -> "CromeVLMForConditionalGeneration":
         """Set training mode; a frozen tower stays in evaluation mode (no dropout, fixed statistics)."""

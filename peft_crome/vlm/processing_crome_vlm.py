@@ -233,13 +233,13 @@ class CromeVLMProcessor(ProcessorMixin):
             qformer_text = [
                 sample.instruction if isinstance(sample, Prompt) else self._words(sample) for sample in texts
             ]
-        given = [qformer_text] if isinstance(qformer_text, str) else list(qformer_text)
-        if len(given) != len(texts):
+        instructions = [qformer_text] if isinstance(qformer_text, str) else list(qformer_text)
+        if len(instructions) != len(texts):
             raise ValueError(
-                f"Got {len(given)} instructions in qformer_text for {len(texts)} texts. Pass one per text."
+                f"Got {len(instructions)} instructions in qformer_text for {len(texts)} texts. Pass one per text."
             )
         counts = [sample.count(self.image_token) for sample in texts]
-        return [instruction for instruction, count in zip(given, counts, strict=True) for _ in range(count)]
+        return [instruction for instruction, count in zip(instructions, counts, strict=True) for _ in range(count)]
 
     def _is_templated(self, text: str) -> bool:
         """Whether a text holds marks of the chat template, so that it is more than an instruction."""
@@ -271,12 +271,12 @@ class CromeVLMProcessor(ProcessorMixin):
     def _check_rows(self, rows: list[list[Any]], texts: list[str]) -> None:
         """Compare placeholders with images, row by row where the images are given by row."""
         wanted = [sample.count(self.image_token) for sample in texts]
-        given = [len(row) for row in rows]
+        image_counts = [len(row) for row in rows]
         if len(rows) == 1 and len(texts) > 1:  # a flat list: only the sum can be compared
-            if sum(wanted) != sum(given):
+            if sum(wanted) != sum(image_counts):
                 raise ValueError(
-                    f"The texts hold {sum(wanted)} {self.image_token} ({wanted} per row), but {sum(given)} images "
-                    "were passed. Pass one image per placeholder, or a list of images per row."
+                    f"The texts hold {sum(wanted)} {self.image_token} ({wanted} per row), but {sum(image_counts)} "
+                    "images were passed. Pass one image per placeholder, or a list of images per row."
                 )
             return
         if rows and len(rows) != len(texts):
@@ -284,7 +284,7 @@ class CromeVLMProcessor(ProcessorMixin):
                 f"Got images for {len(rows)} rows and {len(texts)} texts. Pass one list of images per text, [] or "
                 "None for a text without."
             )
-        for row, (expected, got) in enumerate(zip(wanted, given or [0] * len(texts), strict=True)):
+        for row, (expected, got) in enumerate(zip(wanted, image_counts or [0] * len(texts), strict=True)):
             if expected != got:
                 raise ValueError(
                     f"Row {row} has {expected} {self.image_token} in its text and {got} images. Write "
@@ -337,10 +337,10 @@ class CromeVLMProcessor(ProcessorMixin):
         is_batch = bool(conversation) and not isinstance(conversation[0], Mapping)
         flat, images, asked = [], [], []
         for messages in conversation if is_batch else [conversation]:
-            found: list[Any] = []
+            conversation_images: list[Any] = []
             messages = getattr(messages, "messages", messages)  # a pipeline's Chat
-            flat.append([{**message, **self._flatten(message, found)} for message in messages])
-            images.append(found)
+            flat.append([{**message, **self._flatten(message, conversation_images)} for message in messages])
+            images.append(conversation_images)
             asked.append(self.instruction(flat[-1]))
         processor_kwargs = dict(processor_kwargs or {})
         chat_images = (images if is_batch else images[0]) if any(images) else processor_kwargs.pop("images", None)
@@ -377,8 +377,8 @@ class CromeVLMProcessor(ProcessorMixin):
             kind = part.get("type")
             if kind not in ("text", "image", "image_url"):
                 raise ValueError(f"Content part of type {short(kind)} is not supported; expected 'text' or 'image'.")
-            found = [part[key] for key in IMAGE_KEYS if kind != "text" and part.get(key) is not None]
-            images.extend(found[:1])
+            sources = [part[key] for key in IMAGE_KEYS if kind != "text" and part.get(key) is not None]
+            images.extend(sources[:1])
         text = turn_text(content, self.image_token)
         if reorder and (count := text.count(self.image_token)):
             words = " ".join(piece.strip() for piece in text.split(self.image_token) if piece.strip())
@@ -392,14 +392,14 @@ def _source(config: CromeVLMConfig, part: str) -> str | None:
     return name if name is not None else getattr(config, f"{part}_config").name_or_path or None
 
 
-def _qformer_tokenizer(given: Any, config: CromeVLMConfig, kwargs: dict[str, Any]) -> Any:
+def _qformer_tokenizer(tokenizer: Any, config: CromeVLMConfig, kwargs: dict[str, Any]) -> Any:
     """The tokenizer of a Q-Former that reads instructions; None where there is no such Q-Former."""
     if getattr(config.qformer_config, "model_type", None) != "instructblip_qformer":
         return None
-    if isinstance(given, str):
-        return AutoTokenizer.from_pretrained(given, **kwargs)
-    if given is not None:
-        return given
+    if isinstance(tokenizer, str):
+        return AutoTokenizer.from_pretrained(tokenizer, **kwargs)
+    if tokenizer is not None:
+        return tokenizer
     name = _source(config, "qformer")
     if name is None:
         raise ValueError(

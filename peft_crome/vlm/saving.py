@@ -70,9 +70,9 @@ def select_weights(model: Any, state_dict: Weights) -> Weights:
 
 def _head_key(model: Any) -> set[str]:
     """The language model's head, where it is tied no longer and its configuration does not keep that (T5's)."""
-    own, language_model = model.config.text_config, model.language_model
-    reloaded = type(own).from_dict(own.to_dict())
-    before, after = (getattr(config, "tie_word_embeddings", False) for config in (own, reloaded))
+    text_config, language_model = model.config.text_config, model.language_model
+    reloaded = type(text_config).from_dict(text_config.to_dict())
+    before, after = (getattr(config, "tie_word_embeddings", False) for config in (text_config, reloaded))
     head = language_model.get_output_embeddings() if after and not before else None
     return {f"language_model.{name}.weight" for name, module in language_model.named_modules() if module is head}
 

@@ -175,7 +175,7 @@ RUN = """
 import json, os, traceback
 paths, failed = json.loads(open(sys.argv[2]).read()), {}
 for number, (name, code) in enumerate(paths.items()):
-    peft_crome.sharing.card._said.clear()  # as in a process of its own
+    peft_crome.sharing.card._saved_details.clear()  # as in a process of its own
     os.makedirs(str(number))
     os.chdir(str(number))
     try:

@@ -31,8 +31,8 @@ def redirect_into_sites(
     sites = [site_path(site) for branch in branches.values() for site in branch]
     known = list(paths)
     redirected = {}
-    for given in names or []:
-        name = given.removesuffix(".base_layer")  # a saved configuration has the redirected name
+    for entry in names or []:
+        name = entry.removesuffix(".base_layer")  # a saved configuration has the redirected name
         for site in sites:
             if f".{name}." in f".{site}":
                 raise ValueError(
@@ -51,7 +51,7 @@ def redirect_into_sites(
                 continue
             near = difflib.get_close_matches(name, {path.rsplit(".", 1)[-1] for path in known}, n=1) or ["lm_head"]
             raise ValueError(f"{field}={names}: {name!r} matches no module of the model. Write {field}=[{near[0]!r}].")
-        redirected.update(dict.fromkeys(inside or [name], given))
+        redirected.update(dict.fromkeys(inside or [name], entry))
     return redirected
 
 

@@ -66,25 +66,25 @@ def check_loaded(model: nn.Module, adapter_name: str, tensors: Mapping[str, torc
     """
     weights = next(module for module in model.modules() if isinstance(module, CromeWeights))
     check_tensors(tensors, f"adapter {adapter_name!r}")
-    found = {key.split(f"{NAME}.")[-1]: tuple(v.shape) for key, v in tensors.items() if ".crome_" in f".{key}"}
+    shapes = {key.split(f"{NAME}.")[-1]: tuple(v.shape) for key, v in tensors.items() if ".crome_" in f".{key}"}
     linears = weights.linears_of(adapter_name)
     expected = {f"{name}.weight": tuple(linear.weight.shape) for name, linear in linears.items()}
-    check_shapes(found, expected, f"adapter {adapter_name!r} on {backbone_name(model)}")
+    check_shapes(shapes, expected, f"adapter {adapter_name!r} on {backbone_name(model)}")
 
 
-def is_of_another_method(module: nn.Module, own: Any) -> bool:
-    """Whether a module carries adapters, and none of the classes `own`."""
-    return isinstance(module, BaseTunerLayer) and not isinstance(module, own)
+def is_of_another_method(module: nn.Module, classes: Any) -> bool:
+    """Whether a module carries adapters, and is of none of the classes."""
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, classes)
 
 
-def check_free(model: nn.Module, adapter_name: str, own: Any) -> None:
+def check_free(model: nn.Module, adapter_name: str, classes: Any) -> None:
     """Refuse the name of another method's adapter: PEFT keeps one configuration per name, and would lose that one.
 
     Raises:
         ValueError: names the method, and another name to write.
     """
     for module in model.modules():
-        if is_of_another_method(module, own) and adapter_name in cast(Any, module)._all_available_adapter_names():
+        if is_of_another_method(module, classes) and adapter_name in cast(Any, module)._all_available_adapter_names():
             raise ValueError(
                 f"An adapter {adapter_name!r} is on this model already, of {type(module).__module__}. Give this one "
                 f"another name: get_peft_model(model, config, adapter_name='images')."

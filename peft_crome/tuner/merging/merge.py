@@ -39,7 +39,7 @@ class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the 
         Raises:
             ValueError: safe_merge is set and the new table has values that are not finite.
         """
-        names = self._own(check_adapters_to_merge(self, adapter_names))
+        names = self._attached(check_adapters_to_merge(self, adapter_names))
         table = self.table
         if not names:
             return
@@ -128,7 +128,7 @@ def check_allowed(model: nn.Module, sites: list[Any], names: list[str] | None, u
             f"Nothing can be merged: {type(parts[0]).__name__} {because}. Keep the adapter attached, or unload() it."
         )
     layers = {name: m for name, m in model.named_modules() if any(m is site for site in sites)}
-    layers = {name: m for name, m in layers.items() if m._own(m.active_adapters if names is None else names)}
+    layers = {name: m for name, m in layers.items() if m._attached(m.active_adapters if names is None else names)}
     tables = {name: layer.table for name, layer in layers.items()}
     reasons = {name: why_not_foldable(table) for name, table in tables.items()}
     for name, layer in layers.items():

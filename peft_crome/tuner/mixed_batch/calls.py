@@ -84,10 +84,10 @@ class _Running:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, site: Any, output: Any, given: Any) -> Any:
+    def __call__(self, site: Any, output: Any, site_input: Any) -> Any:
         """A site's output with each row's adapter added; None where this thread's call is without names."""
         rows = _ROWS.get()
-        return None if rows is None or rows.weights is not site._weights[0] else rows.adapt(site, output, given)
+        return None if rows is None or rows.weights is not site._weights[0] else rows.adapt(site, output, site_input)
 
 
 def _of_this_call(rows: Rows, hook: Callable[..., Any]) -> Callable[..., Any]:

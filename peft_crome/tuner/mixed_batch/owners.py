@@ -58,17 +58,17 @@ class Rows:
         ids = keywords.get("input_ids", arguments[0] if arguments else None)
         if isinstance(ids, torch.Tensor):
             self.ids = ids
-        given = ids if isinstance(ids, torch.Tensor) else keywords.get("inputs_embeds")
-        if isinstance(given, torch.Tensor) and not self.counted and hasattr(module, "config"):
-            check_count(self.names, len(given))
+        model_input = ids if isinstance(ids, torch.Tensor) else keywords.get("inputs_embeds")
+        if isinstance(model_input, torch.Tensor) and not self.counted and hasattr(module, "config"):
+            check_count(self.names, len(model_input))
         self.keywords, self.left = keywords, {}
 
     def name_rows(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What PEFT's own wrappers read."""
-        given = next(iter([*arguments, *keywords.values()]), None)
-        many = len(given) if isinstance(given, torch.Tensor) else len(self.names)
+        first_input = next(iter([*arguments, *keywords.values()]), None)
+        many = len(first_input) if isinstance(first_input, torch.Tensor) else len(self.names)
         if many % len(self.names):
             raise ValueError(
                 f"{type(module).__name__} trains with each adapter and is given {many} inputs for {len(self.names)} "
@@ -77,17 +77,17 @@ class Rows:
         repeated = [name for name in self.names for _ in range(many // len(self.names))]
         return arguments, {**keywords, "adapter_names": repeated}
 
-    def adapt(self, site: Any, output: Any, given: Any) -> Any:
+    def adapt(self, site: Any, output: Any, site_input: Any) -> Any:
         """Add to each embedding in a site's output what its row's adapter adds.
 
         Args:
-            given: what the site was called with: token ids, where it is a table.
+            site_input: what the site was called with: token ids, where it is a table.
         """
         tokens = [tensor[..., 0] for tensor in embeddings_in(output, site.out_features)]
-        is_table = isinstance(given, torch.Tensor) and not given.is_floating_point() and len(tokens) == 1
-        if is_table and given.shape == tokens[0].shape:
-            ids = given.reshape(-1).to(tokens[0].device)
-            owners = self._of_ids(given)
+        is_table = isinstance(site_input, torch.Tensor) and not site_input.is_floating_point() and len(tokens) == 1
+        if is_table and site_input.shape == tokens[0].shape:
+            ids = site_input.reshape(-1).to(tokens[0].device)
+            owners = self._of_ids(site_input)
         else:
             ids = None
             owners = self._of_images(site, tokens)
@@ -101,7 +101,7 @@ class Rows:
             result = flat.clone()
             for number, name in enumerate(self.known):
                 mine = (owners[part] == number).nonzero()[:, 0]
-                if len(mine) and site._own([name]):
+                if len(mine) and site._attached([name]):
                     result[mine] = site._adapt(flat[mine], [name], None if ids is None else ids[mine])
             return result.reshape(x.shape)
 
@@ -174,18 +174,18 @@ class Rows:
         Args:
             of_row, left: (rows,), placeholders of this kind, and those that no earlier call of the site has filled.
         """
-        found = int(left.sum())
-        if not of_row.any() or (not found and of_row.count_nonzero() > 1):
+        unfilled = int(left.sum())
+        if not of_row.any() or (not unfilled and of_row.count_nonzero() > 1):
             return None
-        if found == total:
+        if unfilled == total:
             return left, left
         if of_row.count_nonzero() == 1:  # one row has them all, however they are counted
             return (of_row > 0) * total, left.clamp(max=total)
         if (tiles := _tiles(self.model, self.keywords)) is not None:
             rows = _tiles_of_rows(self.ids == kind, tiles) if self.ids is not None and sum(tiles) == images else None
             return None if rows is None else (rows * (total // images), left)
-        if images > 1 and found % images == 0 and not (left % (found // images)).any():
-            return left * total // found, left  # each image has as many
+        if images > 1 and unfilled % images == 0 and not (left % (unfilled // images)).any():
+            return left * total // unfilled, left  # each image has as many
         row = int(left.nonzero()[0])
         if images == 1 and total <= left[row]:  # one call for each image; `end` sees that all of them came
             share = torch.zeros_like(left)
@@ -221,13 +221,13 @@ def _kinds(model: nn.Module) -> dict[int, str]:
     """Token id -> what stands in its place."""
     config = getattr(model, "config", None)
     configs = [config, *(getattr(config, name, None) for name in ("vision_config", "audio_config"))]
-    found = {
+    kinds = {
         getattr(config, f"{word}_token_{suffix}", None): word
         for word in ("audio", "video", "image")
         for suffix in ("id", "index")
         for config in configs
     }
-    return {token: word for token, word in found.items() if isinstance(token, int)}
+    return {token: word for token, word in kinds.items() if isinstance(token, int)}
 
 
 def _tiles(model: nn.Module, keywords: dict[str, Any]) -> list[int] | None:

@@ -57,10 +57,10 @@ def no_such_module(branch: str, missing: list[str], paths: Iterable[str]) -> Val
     )
 
 
-def no_such_branch(model: nn.Module, missing: list[str], found: Branches) -> ValueError:
+def no_such_branch(model: nn.Module, missing: list[str], known: Branches) -> ValueError:
     """The error for branches that were asked for by name and are not known of this architecture."""
     return ValueError(
-        f"branches: {missing} are not known for {type(model).__name__}; known: {found}. Write branches={[*found]}, or "
+        f"branches: {missing} are not known for {type(model).__name__}; known: {known}. Write branches={[*known]}, or "
         f"name the modules: branches={{{missing[0]!r}: ['<module path>']}}."
     )
 

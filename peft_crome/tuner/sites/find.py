@@ -42,22 +42,22 @@ def find_branches(
     """
     paths = dict(adaptable_modules(model))
     if isinstance(branches, dict):
-        found = {branch: _match(branch, wanted, paths) for branch, wanted in branches.items()}
-        check_not_nested(found)
-        return found
+        named = {branch: _match(branch, wanted, paths) for branch, wanted in branches.items()}
+        check_not_nested(named)
+        return named
     table = HOSTS.get(str(getattr(getattr(unwrapped(model), "config", None), "model_type", None)), {})
-    found = _find_by_rules(model, paths, table)
+    known = _find_by_rules(model, paths, table)
     tables = text_sites(model, paths)
-    words = any(site in tables or _is_table(paths[site]) for site in found.get("text", []))
-    images = {branch: sites for branch, sites in found.items() if branch != "text" or not words}
-    missing = [branch for branch in branches or [] if branch not in found]
+    words = any(site in tables or _is_table(paths[site]) for site in known.get("text", []))
+    images = {branch: sites for branch, sites in known.items() if branch != "text" or not words}
+    missing = [branch for branch in branches or [] if branch not in known]
     if not images and (missing or branches is None):
         raise no_vision_site(model, paths, tables, [suffix for suffixes in table.values() for suffix in suffixes])
     if missing:
-        raise no_such_branch(model, missing, found)
+        raise no_such_branch(model, missing, known)
     if branches is None:
-        return found if of_before else images
-    return {branch: found[branch] for branch in branches}
+        return known if of_before else images
+    return {branch: known[branch] for branch in branches}
 
 
 def adaptable_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
@@ -93,10 +93,10 @@ def _find_by_rules(model: nn.Module, paths: dict[str, nn.Module], table: dict[st
         for branch, suffixes in table.items()
     }
     text = named.get("text") or text_sites(model, paths)
-    found: Branches = {"text": text} if text else {}
+    branches: Branches = {"text": text} if text else {}
     if text:
-        found |= by_token_id(model, text) or projectors(model, paths, text)
-    return found | {branch: sites for branch, sites in named.items() if sites}
+        branches |= by_token_id(model, text) or projectors(model, paths, text)
+    return branches | {branch: sites for branch, sites in named.items() if sites}
 
 
 def _is_table(module: nn.Module) -> bool:
@@ -113,11 +113,11 @@ def _match(branch: str, wanted: list[str] | str, paths: dict[str, nn.Module]) ->
         missing = [] if sites else [wanted]
     else:
         sites, missing = [], []
-        for given in wanted:
-            name = site_path(given)
+        for entry in wanted:
+            name = site_path(entry)
             hits = [path for path in paths if path == name or path.endswith("." + name)]
-            sites += [site for path in hits if (site := path + given[len(name) :]) not in sites]
-            missing += [] if hits else [given]
+            sites += [site for path in hits if (site := path + entry[len(name) :]) not in sites]
+            missing += [] if hits else [entry]
     if missing:
         raise no_such_module(branch, missing, paths)
     return sites

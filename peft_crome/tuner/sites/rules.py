@@ -56,7 +56,7 @@ def projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) -
     takes |= {key.split("_")[0] for key in [*getattr(config, "sub_configs", {}), *tokens]}
     neutral = "audio" if "audio" in takes and not takes & {"vision", "image"} else "vision"
     language_model = tuple(path.rsplit(".", 1)[0] + "." for path in text if path.count(".") > 1)
-    found: Branches = {}
+    branches: Branches = {}
     ranks: dict[str, tuple[int, bool]] = {}
     for path in sorted(paths, key=lambda path: path.count(".")):
         *parents, name = path.split(".")
@@ -69,10 +69,10 @@ def projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) -
         branch = "audio" if AUDIO.search(path) else neutral
         rank = (path.count("."), not widths)  # a module that states no width is a pooling beside the projector
         if rank == ranks.setdefault(branch, rank):
-            found.setdefault(branch, []).append(path)
+            branches.setdefault(branch, []).append(path)
         elif rank < ranks[branch]:
-            ranks[branch], found[branch] = rank, [path]
-    return found
+            ranks[branch], branches[branch] = rank, [path]
+    return branches
 
 
 def by_token_id(model: nn.Module, text: list[str]) -> Branches:
