@@ -209,14 +209,15 @@ def test_two_sets_of_one_path_are_told_apart(
 
     def write(words: str) -> None:
         shutil.rmtree(tmp_path / "splits", ignore_errors=True)
-        columns = {"question": ["w1"] * 4, "answer": [words, *["w2"] * 3]}
+        columns = {"question": ["w1"] * 4, "answer": [words, *["w2"] * 3], "image": ["images/red.png"] * 4}
         splits = {"first": columns, "second": {**columns, "answer": ["w3"] * 4}}
         DatasetDict({name: Dataset.from_dict(found) for name, found in splits.items()}).save_to_disk(
             str(tmp_path / "splits")
         )
 
     write("w2")
-    one = {"path": str(tmp_path / "splits"), "columns": {"question": "question", "answer": "answer"}}
+    named = {name: name for name in ("question", "answer", "image")}
+    one = {"path": str(tmp_path / "splits"), "images": str(dataset.parent), "columns": named}
     values["data"] = [{**one, "split": "first"}, {**one, "split": "second"}]
     interrupt(values, monkeypatch)
     write("w4")
