@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import LlamaConfig, LlavaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from typer.testing import CliRunner
 
+from peft_crome import CromeConfig
 from peft_crome.cli import app
 from peft_crome.training import load_recipe, train
 from tests.vlm.tiny import text_config, vision_config
@@ -41,6 +42,20 @@ def test_plan_from_two_configurations(configs: tuple[str, str]) -> None:
     assert small.exit_code == 0, small.output
     assert "qformer" in small.stdout
     assert "so no times are given" in small.stdout
+
+
+def test_plan_from_what_finetune_takes(tmp_path: Path) -> None:
+    """A model, or an adapter of one: both have their configuration alone."""
+    config = LlavaConfig(vision_config=CLIPVisionConfig(hidden_size=24), text_config=LlamaConfig(hidden_size=32))
+    config.save_pretrained(tmp_path / "llava")
+    CromeConfig(base_model_name_or_path=str(tmp_path / "llava"), bottleneck_dim=8).save_pretrained(tmp_path / "adapter")
+    plans = [plan(str(tmp_path / name), "--gpu", "t4") for name in ("llava", "adapter")]
+    assert [result.exit_code for result in plans] == [0, 0], [result.output for result in plans]
+    assert plans[0].stdout == plans[1].stdout
+    assert "rows of 128 tokens" in plans[0].stdout
+    quantized = plan(str(tmp_path / "llava"), "--set", "model.quantization=4bit", "--gpu", "t4")
+    assert quantized.exit_code == 0, quantized.output
+    assert quantized.stdout != plans[0].stdout
 
 
 def test_plan_from_a_recipe_and_a_stage(
@@ -90,10 +105,11 @@ def test_batches_stop_at_the_first_that_does_not_fit(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--backbone", "LLM", "--gpu", "h10"], "known are h100, a100-80"),
-        ([], "Name a recipe, or models: peft-crome plan --backbone NAME --vision NAME"),
+        ([], "Name a recipe or a model, or two to join: peft-crome plan --backbone NAME --vision NAME"),
         (["pretrain", "--backbone", "LLM"], "A recipe says what its model is. Change its keys: --set"),
         (["--backbone", "LLM", "--qformer"], "are for a tower. Name it: --vision NAME"),
-        (["--backbone", "nobody/nothing"], "--backbone: 'nobody/nothing' cannot be loaded"),
+        (["--backbone", "nobody/nothing"], "model: 'nobody/nothing' cannot be loaded"),
+        (["nobody/nothing"], "model: 'nobody/nothing' cannot be loaded"),
         (["--backbone", "LLM", "--vision", "nobody/nothing"], "backbones.vision: 'nobody/nothing' cannot be loaded"),
         (["--backbone", "TOWER"], "is not a language model"),
         (["--backbone", "LLM", "--vision", "TOWER", "--length", "9"], "an image alone takes 9 tokens"),

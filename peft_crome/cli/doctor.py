@@ -91,8 +91,9 @@ def _collator(model: str, max_length: int | None, system: str | None) -> Any:
     from ..training import load_recipe
     from ..training.model.collator import recipe_collator
     from ..training.model.host import read_reader
+    from ..training.recipe.file import is_recipe
 
-    if Path(model).is_file() or Path(model).suffix in (".yaml", ".yml"):
+    if is_recipe(model):
         options = {"training.max_length": max_length, "system": system}
         return recipe_collator(load_recipe(model, {key: value for key, value in options.items() if value is not None}))
     config, processor = read_reader(model)

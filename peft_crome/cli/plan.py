@@ -9,17 +9,20 @@ from rich.table import Table
 
 from ..training.errors import RecipeError
 from ..training.quantization import Bits
-from ..training.recipe.file import load_recipe, parse_overrides
+from ..training.recipe.file import is_recipe, load_recipe, parse_overrides
 from .announce import say
 from .app import console, fail
-from .train import Settings
+from .train import Settings, start_of
 
 GB = 1e9
 UNREAD: dict[str, Any] = {"output": "planned", "data": [{"path": "planned"}]}  # a plan looks at neither
 
 
 def plan(
-    recipe: Annotated[str | None, typer.Argument(help="A YAML file, or a preset; or --backbone instead.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="A YAML file or a preset; or the model or adapter that finetune is to start from."),
+    ] = None,
     settings: Settings = None,
     backbone: Annotated[
         str | None, typer.Option(help="Language model to join to --vision; alone, or a model that sees already.")
@@ -62,12 +65,13 @@ def plan(
                 raise RecipeError(
                     "A recipe says what its model is. Change its keys: --set backbones.quantization=4bit."
                 )
-            parsed = load_recipe(recipe, parse_overrides(settings or []) | UNREAD)
+            source: Any = recipe if is_recipe(recipe) else start_of(recipe)
+            parsed = load_recipe(source, parse_overrides(settings or []) | UNREAD)
             gradient_checkpointing = gradient_checkpointing or parsed.training.gradient_checkpointing
             length = length or parsed.training.max_length
             model = costs.recipe_skeleton(parsed)
         elif backbone is None:
-            raise RecipeError("Name a recipe, or models: peft-crome plan --backbone NAME --vision NAME.")
+            raise RecipeError("Name a recipe or a model, or two to join: peft-crome plan --backbone NAME --vision NAME.")
         elif vision is not None:
             values = {"preset": stage, "backbones": {"language": backbone, **options}, **UNREAD}
             model = costs.recipe_skeleton(load_recipe(values))

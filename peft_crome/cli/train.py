@@ -60,8 +60,6 @@ def finetune(
     """Teach a model one task, by an adapter alone. Started again, it continues from its last checkpoint."""
     import yaml
 
-    from ..training.model.host import has_been_trained
-
     overrides = _overrides(settings)
     try:
         folders: Any = pairs(images, "--images") if images else None
@@ -73,8 +71,7 @@ def finetune(
     source = {"images": folders, "columns": columns, "prompt": prompt, "name": name}
     source |= {"split": split} if split != "train" else {}
     recipe = {
-        **({"previous": model} if has_been_trained(model) else {"model": {"name": model}}),
-        "stage": "finetune",
+        **start_of(model),
         "data": [{"path": data, **{key: value for key, value in source.items() if value is not None}}],
         "output": output,
         "training": FINETUNE | ({"epochs": None} if "training.max_steps" in overrides else {}),
@@ -86,6 +83,14 @@ def finetune(
     except ValueError as error:
         fail(error)
     print(yaml.safe_dump(parsed.model_dump(mode="json", exclude_unset=True), sort_keys=False), end="")
+
+
+def start_of(model: str) -> dict[str, Any]:
+    """The keys of a recipe that teaches a task to a model, or goes on from an adapter or a stage."""
+    from ..training.model.host import has_been_trained
+
+    start: dict[str, Any] = {"previous": model} if has_been_trained(model) else {"model": {"name": model}}
+    return {**start, "stage": "finetune", "training": FINETUNE}
 
 
 def _overrides(settings: list[str] | None) -> dict[str, Any]:

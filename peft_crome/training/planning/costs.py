@@ -57,7 +57,7 @@ def model_skeleton(name: str, dtype: str, quantization: Bits | None) -> PeftMode
     Raises:
         StageError, ValueError: the configuration cannot be had, or is of no such model.
     """
-    config = read_config("--backbone", name)
+    config = read_config("model", name)
     # Of a row only its tokens are known, not which of them an image becomes: an adapter on all costs no less.
     return host_skeleton(config, getattr(torch, dtype), quantization, CromeConfig(branches=["text"]))
 

@@ -108,6 +108,11 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
     return overrides
 
 
+def is_recipe(name: str) -> bool:
+    """Whether a name stands for a recipe, a preset or a YAML file, and not for a model."""
+    return name in PRESETS or Path(name).is_file() or Path(name).suffix in (".yaml", ".yml")
+
+
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if isinstance(source, Mapping):
         return copy.deepcopy(dict(source)), "the recipe"
