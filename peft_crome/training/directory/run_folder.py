@@ -58,7 +58,7 @@ def only_run(checkpoints: Path, is_main: bool = True) -> Iterator[None]:
     Raises:
         StageError: another run writes there, or nobody knows whose folder it is.
     """
-    _check_own(checkpoints)
+    _check_is_run_folder(checkpoints)
     if not is_main or fcntl is None:
         yield
         return
@@ -81,7 +81,7 @@ def only_run(checkpoints: Path, is_main: bool = True) -> Iterator[None]:
         yield
 
 
-def _check_own(checkpoints: Path) -> None:
+def _check_is_run_folder(checkpoints: Path) -> None:
     """Refuse a folder that holds something and was not begun by `open_run`: what is there may be another program's."""
     names = {path.name for path in checkpoints.iterdir()} if checkpoints.is_dir() else set()
     # A run may have been killed while it wrote its recipe, by this release or by an earlier one.
@@ -109,11 +109,11 @@ def open_run(
         StageError: the folder's checkpoints belong to another run.
     """
     path = checkpoints / RECIPE
-    found = {
+    folders = {
         int(p.name.split("-")[-1]): p for p in checkpoints.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()
     }
-    whole = [step for step, folder in found.items() if _is_whole(folder)]
-    for folder in (folder for step, folder in found.items() if step not in whole and is_main):
+    whole = [step for step, folder in folders.items() if _is_whole(folder)]
+    for folder in (folder for step, folder in folders.items() if step not in whole and is_main):
         logger.warning("%s was not written in full; it is removed.", folder)
         shutil.rmtree(folder, ignore_errors=True)
     if whole:
@@ -145,7 +145,7 @@ def open_run(
     elif is_main:
         checkpoints.mkdir(parents=True, exist_ok=True)
         _replace(path, run)
-    return str(found[max(whole)]) if whole else None
+    return str(folders[max(whole)]) if whole else None
 
 
 def complete_checkpoint(checkpoint: Path) -> None:

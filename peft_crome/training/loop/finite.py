@@ -127,9 +127,11 @@ class FiniteCheck:
 
 def _last_before(step: int, directory: str) -> str | None:
     """The last checkpoint of a step before; a run that was killed may have left a later one half-written."""
-    found = {int(p.name.split("-")[-1]): p for p in Path(directory).glob("checkpoint-*") if p.name[11:].isdigit()}
-    earlier = [number for number in found if number < step]
-    return str(found[max(earlier)]) if earlier else None
+    checkpoints = {
+        int(p.name.split("-")[-1]): p for p in Path(directory).glob("checkpoint-*") if p.name[11:].isdigit()
+    }
+    earlier = [number for number in checkpoints if number < step]
+    return str(checkpoints[max(earlier)]) if earlier else None
 
 
 def paths_of(rows: Iterable[str], sources: Iterable[tuple[str, Any]]) -> list[str]:

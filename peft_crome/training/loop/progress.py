@@ -80,11 +80,11 @@ class ProgressLine(TrainerCallback):
             return
         scores = {key: value for key, value in logs.items() if key.startswith("eval_") and not key.endswith("_stderr")}
         if scores:
-            said = [
+            score_texts = [
                 f"{key.removeprefix('eval_')} {value:.1%} ± {logs.get(f'{key}_stderr', 0):.1%}"
                 for key, value in scores.items()
             ]
-            tqdm.write(f"step {state.global_step}: {', '.join(said)}", file=sys.stderr)
+            tqdm.write(f"step {state.global_step}: {', '.join(score_texts)}", file=sys.stderr)
             self._restart()  # answering is not training
         elif "loss" in logs and self.bar is None:
             done, start = state.global_step - self.begun[0], self.begun[1]

@@ -30,10 +30,10 @@ def gather_trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def put_trained(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Give a whole model the values of `gather_trained`."""
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in weights.items():
-            own[name].copy_(value)
+            parameters[name].copy_(value)
 
 
 def check_storage(model: nn.Module, dtype: torch.dtype) -> None:

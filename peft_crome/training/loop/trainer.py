@@ -142,8 +142,8 @@ class CromeTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """A batch's loss and gradient; what the batch was is kept for the check of the step."""
-        given = {name: value for name, value in inputs.items() if name != ROW_IDS}
-        loss = super().training_step(model, given, *args, **kwargs)
+        model_inputs = {name: value for name, value in inputs.items() if name != ROW_IDS}
+        loss = super().training_step(model, model_inputs, *args, **kwargs)
         self.finite.see(loss, inputs.get(ROW_IDS))
         self.progress.count(loss, inputs["attention_mask"].sum())
         return loss

@@ -84,71 +84,77 @@ def build(recipe: Recipe) -> tuple[PeftModel, Any, dict[str, Any] | None]:
     return model, processor, previous
 
 
-def _check_names(said: Backbones) -> None:
+def _check_names(backbones: Backbones) -> None:
     """See that each name leads somewhere, before anything is loaded."""
-    revisions = {"vision": said.vision_revision, "instructblip": said.vision_revision, "language": said.text_revision}
+    revisions = {
+        "vision": backbones.vision_revision,
+        "instructblip": backbones.vision_revision,
+        "language": backbones.text_revision,
+    }
     for key, revision in revisions.items():
-        name = getattr(said, key)
+        name = getattr(backbones, key)
         if name is not None:
             try:
                 AutoConfig.from_pretrained(name, revision=revision)
             except (OSError, ValueError) as error:
                 raise StageError(f"backbones.{key}: {name!r} cannot be loaded: {error}") from error
-    if said.qformer_tokenizer is not None:
+    if backbones.qformer_tokenizer is not None:
         try:
-            size = len(AutoTokenizer.from_pretrained(said.qformer_tokenizer))
+            size = len(AutoTokenizer.from_pretrained(backbones.qformer_tokenizer))
         except (OSError, ValueError) as error:
             raise StageError(
-                f"backbones.qformer_tokenizer: {said.qformer_tokenizer!r} cannot be loaded: {error}"
+                f"backbones.qformer_tokenizer: {backbones.qformer_tokenizer!r} cannot be loaded: {error}"
             ) from error
-        known = InstructBlipQFormerConfig(**said.qformer).vocab_size if said.qformer else size
+        known = InstructBlipQFormerConfig(**backbones.qformer).vocab_size if backbones.qformer else size
         if known < size:
             raise StageError(
-                f"backbones.qformer.vocab_size: {known} words, and {said.qformer_tokenizer!r} has {size}. Write "
+                f"backbones.qformer.vocab_size: {known} words, and {backbones.qformer_tokenizer!r} has {size}. Write "
                 f"vocab_size: {size}."
             )
     for key in ("quantization", "vision_quantization"):
-        if getattr(said, key) is not None and not is_bitsandbytes_available():
+        if getattr(backbones, key) is not None and not is_bitsandbytes_available():
             raise StageError(
-                f"backbones.{key}: {getattr(said, key)!r} needs bitsandbytes. Write: "
+                f"backbones.{key}: {getattr(backbones, key)!r} needs bitsandbytes. Write: "
                 'pip install "peft-crome[quantization]"'
             )
 
 
-def _from_backbones(said: Backbones) -> tuple[Any, CromeVLMProcessor]:
-    _check_names(said)
-    dtype = getattr(torch, said.dtype)
+def _from_backbones(backbones: Backbones) -> tuple[Any, CromeVLMProcessor]:
+    _check_names(backbones)
+    dtype = getattr(torch, backbones.dtype)
     arguments: dict[str, Any] = {
-        "language": located(said.language),
+        "language": located(backbones.language),
         "dtype": dtype,
-        "quantization_config": load_config(said.quantization, dtype),
-        "vision_quantization_config": load_config(said.vision_quantization, dtype),
-        "image_size": said.image_size,
-        "vision_revision": said.vision_revision,
-        "text_revision": said.text_revision,
-        **said.image_options(),
+        "quantization_config": load_config(backbones.quantization, dtype),
+        "vision_quantization_config": load_config(backbones.vision_quantization, dtype),
+        "image_size": backbones.image_size,
+        "vision_revision": backbones.vision_revision,
+        "text_revision": backbones.text_revision,
+        **backbones.image_options(),
     }
-    if said.instructblip is not None:
-        composite = CromeVLMForConditionalGeneration.from_instructblip(located(said.instructblip), **arguments)
+    if backbones.instructblip is not None:
+        composite = CromeVLMForConditionalGeneration.from_instructblip(located(backbones.instructblip), **arguments)
     else:
         qformer = None
-        if said.qformer is not None:
-            qformer = {"encoder_hidden_size": _tower_width(said)} | said.qformer
+        if backbones.qformer is not None:
+            qformer = {"encoder_hidden_size": _tower_width(backbones)} | backbones.qformer
         composite = CromeVLMForConditionalGeneration.from_backbones(
-            vision=located(said.vision), qformer=qformer, **arguments
+            vision=located(backbones.vision), qformer=qformer, **arguments
         )
     try:
-        processor = CromeVLMProcessor.from_backbones(config=composite.config, qformer_tokenizer=said.qformer_tokenizer)
+        processor = CromeVLMProcessor.from_backbones(
+            config=composite.config, qformer_tokenizer=backbones.qformer_tokenizer
+        )
     except (OSError, ValueError) as error:
-        raise StageError(f"backbones: the processor of {said.language!r} cannot be loaded: {error}") from error
-    if said.qformer_tokenizer is not None and processor.qformer_tokenizer is None:
+        raise StageError(f"backbones: the processor of {backbones.language!r} cannot be loaded: {error}") from error
+    if backbones.qformer_tokenizer is not None and processor.qformer_tokenizer is None:
         raise StageError("backbones.qformer_tokenizer: BLIP-2's Q-Former reads no instructions. Take that key out.")
     return composite, processor
 
 
-def _tower_width(said: Backbones) -> int:
-    revision = {"revision": said.vision_revision} if said.vision_revision else {}
-    config = AutoConfig.from_pretrained(said.vision, **revision)
+def _tower_width(backbones: Backbones) -> int:
+    revision = {"revision": backbones.vision_revision} if backbones.vision_revision else {}
+    config = AutoConfig.from_pretrained(backbones.vision, **revision)
     tower = getattr(config, "vision_config", config)
     widths = getattr(tower, "hidden_sizes", None)
     return widths[-1] if widths else tower.hidden_size

@@ -52,15 +52,15 @@ def recipe_collator(recipe: Recipe) -> ConversationCollator:
     )
 
 
-def _of_backbones(said: Backbones) -> tuple[CromeVLMConfig, CromeVLMProcessor]:
-    config = composite_config(said)
+def _of_backbones(backbones: Backbones) -> tuple[CromeVLMConfig, CromeVLMProcessor]:
+    config = composite_config(backbones)
     with torch.device("meta"), no_init_weights():
         CromeVLMForConditionalGeneration(config)  # counts the tokens of an image
-    revision = {} if said.text_revision is None else {"revision": said.text_revision}
-    tokenizer = AutoTokenizer.from_pretrained(said.language, **revision)
+    revision = {} if backbones.text_revision is None else {"revision": backbones.text_revision}
+    tokenizer = AutoTokenizer.from_pretrained(backbones.language, **revision)
     config.image_token_id = ensure_image_token(tokenizer)[1]
-    config.vision_model_name_or_path = said.vision or said.instructblip
-    config.qformer_model_name_or_path = said.instructblip
+    config.vision_model_name_or_path = backbones.vision or backbones.instructblip
+    config.qformer_model_name_or_path = backbones.instructblip
     return config, CromeVLMProcessor.from_backbones(
-        language=tokenizer, config=config, qformer_tokenizer=said.qformer_tokenizer
+        language=tokenizer, config=config, qformer_tokenizer=backbones.qformer_tokenizer
     )

@@ -64,9 +64,9 @@ def host_of_adapter(directory: str) -> Host:
     if name is None:
         raise StageError(f"{directory} names no model. Write base_model_name_or_path into its adapter_config.json.")
     record = _record(directory)
-    said = record["stages"][-1]["recipe"].get("model") if record else None
-    if said is not None:
-        return Host(**{**said, "name": name})
+    host_values = record["stages"][-1]["recipe"].get("model") if record else None
+    if host_values is not None:
+        return Host(**{**host_values, "name": name})
     trained_on: dict[str, Any] = getattr(config, "trained_on", None) or {}
     return Host(name=name, revision=config.revision, quantization=bits_of(trained_on.get("quantization")))
 
@@ -79,10 +79,10 @@ def read_processor(host: Host, directory: str | None = None) -> Any:
     Raises:
         StageError: there is none, or it does not know a setting.
     """
-    own = directory is not None and (
+    has_processor = directory is not None and (
         _has(directory, "processor_config.json") or _has(directory, "preprocessor_config.json")
     )
-    place, revision = (directory, None) if own else (host.name, host.revision)
+    place, revision = (directory, None) if has_processor else (host.name, host.revision)
     try:
         processor = AutoProcessor.from_pretrained(place, **_revision(revision), **host.processor)
     except (OSError, ValueError, TypeError, ImportError) as error:
@@ -180,9 +180,9 @@ def build_on_host(recipe: Recipe, host: Host) -> tuple[PeftModel, Any, dict[str,
     Raises:
         StageError, ValueError: a part cannot be loaded, or the adapter does not fit.
     """
-    found = read_config(host)
+    host_config = read_config(host)
     processor = read_processor(host, recipe.previous)
-    model = read_model(host, found)
+    model = read_model(host, host_config)
     if recipe.previous is None:
         adapter = recipe.adapter if recipe.adapter is not None else Adapter()
         also = [part for part in recipe.trains if part != ADAPTER]

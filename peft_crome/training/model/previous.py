@@ -50,13 +50,13 @@ def follow_moved_backbones(recipe: Recipe, composite: CromeVLMConfig) -> None:
     Raises:
         StageError: the recipe names none, or another language model is there.
     """
-    said, tower = recipe.backbones, composite.vision_model_name_or_path
+    backbones, tower = recipe.backbones, composite.vision_model_name_or_path
     gone = [
         field
         for field in ("vision_model_name_or_path", "qformer_model_name_or_path", "text_model_name_or_path")
         if (stored := getattr(composite, field)) and Path(stored).is_absolute() and not Path(stored).exists()
     ]
-    if gone and said is None:
+    if gone and backbones is None:
         raise StageError(
             f"{recipe.previous} names {[getattr(composite, field) for field in gone]}, which are not there. If they "
             "have moved, write the `backbones` of the stage before into this recipe, with the places where they are "
@@ -64,9 +64,9 @@ def follow_moved_backbones(recipe: Recipe, composite: CromeVLMConfig) -> None:
         )
     for field in gone:
         stored = getattr(composite, field)
-        if said is None or (field.startswith("qformer") and stored != tower):
+        if backbones is None or (field.startswith("qformer") and stored != tower):
             continue
-        name = said.language if field.startswith("text") else said.instructblip or said.vision
+        name = backbones.language if field.startswith("text") else backbones.instructblip or backbones.vision
         if field.startswith("text"):
             _check_same_language_model(str(name), composite.text_config)
         logger.warning("%s is not there; %s is taken from %s instead.", stored, field, name)
@@ -75,14 +75,14 @@ def follow_moved_backbones(recipe: Recipe, composite: CromeVLMConfig) -> None:
 
 def _check_same_language_model(name: str, stored: Any) -> None:
     try:
-        found = AutoConfig.from_pretrained(name).get_text_config(decoder=True)
+        text_config = AutoConfig.from_pretrained(name).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         raise StageError(f"backbones.language: {name!r} cannot be loaded: {error}") from error
     stored = stored.get_text_config(decoder=True)
     different = [
-        f"{key} {getattr(found, key)!r}, not {getattr(stored, key)!r}"
+        f"{key} {getattr(text_config, key)!r}, not {getattr(stored, key)!r}"
         for key in SIZES
-        if getattr(found, key, None) != getattr(stored, key, None)
+        if getattr(text_config, key, None) != getattr(stored, key, None)
     ]
     if different:
         raise StageError(f"backbones.language: {name!r} is another model than the one trained with: {different}.")
@@ -96,18 +96,18 @@ def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) 
     """
     different = []
     if recipe.backbones is not None:
-        said, stored = recipe.backbones, _stored(composite)
-        given = {key: getattr(said, key) for key in said.model_fields_set if key != "qformer"}
-        given["vision"] = given.pop("instructblip", None) or given.get("vision")
-        if said.qformer is not None:
-            whole = InstructBlipQFormerConfig(**said.qformer).to_dict()
+        backbones, stored = recipe.backbones, _stored(composite)
+        recipe_values = {key: getattr(backbones, key) for key in backbones.model_fields_set if key != "qformer"}
+        recipe_values["vision"] = recipe_values.pop("instructblip", None) or recipe_values.get("vision")
+        if backbones.qformer is not None:
+            whole = InstructBlipQFormerConfig(**backbones.qformer).to_dict()
             sizes = [key for key in QFORMER_SIZES if key in whole]
-            given |= {f"qformer.{key}": whole[key] for key in dict.fromkeys([*said.qformer, *sizes])}
-        if composite.qformer_config is not None and said.qformer is None and said.instructblip is None:
+            recipe_values |= {f"qformer.{key}": whole[key] for key in dict.fromkeys([*backbones.qformer, *sizes])}
+        if composite.qformer_config is not None and backbones.qformer is None and backbones.instructblip is None:
             different.append("backbones.qformer: none in the recipe, one there")
         different += [
             f"backbones.{key}: {value!r} in the recipe, {stored.get(key)!r} there"
-            for key, value in given.items()
+            for key, value in recipe_values.items()
             if key != "qformer_tokenizer" and located(value) != stored.get(key)
         ]
     check_same_adapter(recipe, adapter, different)
@@ -145,11 +145,11 @@ def check_reader(recipe: Recipe, processor: CromeVLMProcessor) -> None:
     if name is None:
         return
     try:
-        said = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise StageError(f"backbones.qformer_tokenizer: {name!r} cannot be loaded: {error}") from error
     reader = processor.qformer_tokenizer
-    if reader is None or said.get_vocab() != reader.get_vocab():
+    if reader is None or tokenizer.get_vocab() != reader.get_vocab():
         there = "no tokenizer for a Q-Former" if reader is None else "another tokenizer for its Q-Former"
         raise StageError(
             f"{recipe.previous} has {there}, and the recipe says backbones.qformer_tokenizer: {name!r}. Take that key "

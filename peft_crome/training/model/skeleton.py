@@ -24,39 +24,41 @@ from .host import auto_class
 from .packed import pack
 
 
-def composite_config(said: Backbones) -> CromeVLMConfig:
+def composite_config(backbones: Backbones) -> CromeVLMConfig:
     """The composite that backbones will make, from their configurations alone.
 
     Raises:
         StageError, ValueError: a configuration cannot be had, or is of no tower or language model.
     """
-    dtype = getattr(torch, said.dtype)
-    language = read_config("backbones.language", said.language, said.text_revision)
+    dtype = getattr(torch, backbones.dtype)
+    language = read_config("backbones.language", backbones.language, backbones.text_revision)
     language_class(language)  # refuses what is no language model
-    key = "vision" if said.vision is not None else "instructblip"
-    name: str = getattr(said, key)
-    stored = read_config(f"backbones.{key}", name, said.vision_revision)
+    key = "vision" if backbones.vision is not None else "instructblip"
+    name: str = getattr(backbones, key)
+    stored = read_config(f"backbones.{key}", name, backbones.vision_revision)
     tower = stored.vision_config if stored.model_type in PARTS_CLASSES else _tower_config(stored)
-    queries, qformer = said.num_query_tokens, None
-    if said.instructblip is not None:
+    queries, qformer = backbones.num_query_tokens, None
+    if backbones.instructblip is not None:
         queries, qformer = stored.num_query_tokens, stored.qformer_config
-    elif said.qformer is not None:
+    elif backbones.qformer is not None:
         width = getattr(tower, "hidden_size", None) or tower.hidden_sizes[-1]
-        qformer = {"encoder_hidden_size": width, "model_type": "instructblip_qformer", **said.qformer}
+        qformer = {"encoder_hidden_size": width, "model_type": "instructblip_qformer", **backbones.qformer}
     for part in (language, tower):
         part.dtype = dtype
     return CromeVLMConfig(
         vision_config=tower,
         text_config=language,
-        vision_revision=said.vision_revision,
-        text_revision=said.text_revision,
-        qformer_revision=said.vision_revision if said.instructblip is not None else None,
-        text_quantization_config=None if said.quantization is None else settings(said.quantization),
-        vision_quantization_config=None if said.vision_quantization is None else settings(said.vision_quantization),
+        vision_revision=backbones.vision_revision,
+        text_revision=backbones.text_revision,
+        qformer_revision=backbones.vision_revision if backbones.instructblip is not None else None,
+        text_quantization_config=None if backbones.quantization is None else settings(backbones.quantization),
+        vision_quantization_config=(
+            None if backbones.vision_quantization is None else settings(backbones.vision_quantization)
+        ),
         image_token_id=language.get_text_config().vocab_size,
-        image_size=said.image_size or processor_image_size(name, said.vision_revision, Loading()),
+        image_size=backbones.image_size or processor_image_size(name, backbones.vision_revision, Loading()),
         qformer_config=qformer,
-        **said.image_options() | {"num_query_tokens": queries},
+        **backbones.image_options() | {"num_query_tokens": queries},
     )
 
 
@@ -126,8 +128,8 @@ def quantization_of(config: CromeVLMConfig, part: str) -> Bits | None:
         "vision_tower": ("vision", "vision_quantization"),
         "language_model": ("text", "quantization"),
     }[part]
-    own = getattr(config, f"{which}_config")
-    stored: Any = getattr(config, f"{which}_quantization_config") or getattr(own, "quantization_config", None)
+    part_config = getattr(config, f"{which}_config")
+    stored: Any = getattr(config, f"{which}_quantization_config") or getattr(part_config, "quantization_config", None)
     if stored is None:
         return None
     values = stored if isinstance(stored, dict) else stored.to_dict()

@@ -19,7 +19,7 @@ from .schema import Recipe, keys_at
 
 PRESETS = tuple(STAGES)
 # What a preset says of its tower; another one has its own.
-TOWERS_OWN = ("backbones.image_size", "backbones.vision_feature_layer", "images.mean", "images.std")
+TOWER_KEYS = ("backbones.image_size", "backbones.vision_feature_layer", "images.mean", "images.std")
 
 
 class _Loader(yaml.SafeLoader):
@@ -59,7 +59,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         FileNotFoundError: there is neither such a file nor such a preset.
     """
     values, name = _read(source)
-    preset, said = values.pop("preset", None), copy.deepcopy(values)
+    preset, explicit_values = values.pop("preset", None), copy.deepcopy(values)
     tower = None  # the preset's
     if preset is not None:
         if preset not in PRESETS:
@@ -68,12 +68,12 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         tower = base.get("backbones", {}).get("instructblip")
         values = _merge(base, values)
     for key, value in (overrides or {}).items():
-        for place in (values, said):
+        for place in (values, explicit_values):
             _set(place, key, copy.deepcopy(value), name)
             if key == "backbones.vision" and "backbones.instructblip" not in (overrides or {}):
                 place["backbones"].pop("instructblip", None)
     if preset is not None:
-        _leave_out_what_was_for_others(tower, values, said)
+        _leave_out_what_was_for_others(tower, values, explicit_values)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -136,25 +136,27 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return values, name
 
 
-def _leave_out_what_was_for_others(tower: str | None, values: dict[str, Any], said: Mapping[str, Any]) -> None:
+def _leave_out_what_was_for_others(
+    tower: str | None, values: dict[str, Any], explicit_values: Mapping[str, Any]
+) -> None:
     """What a preset says for its own backbones is not for those that a recipe names instead.
 
     Args:
         tower: the InstructBLIP checkpoint that the preset names.
     """
-    backbones = said.get("backbones")
+    backbones = explicit_values.get("backbones")
     if not isinstance(backbones, Mapping):
         return
     if "vision" in backbones and "instructblip" not in backbones:
         values["backbones"].pop("instructblip", None)
     if backbones.get("vision") is not None or backbones.get("instructblip", tower) != tower:
-        for key in TOWERS_OWN:
+        for key in TOWER_KEYS:
             section, _, name = key.partition(".")
-            given, held = said.get(section), values.get(section)
-            if isinstance(held, dict) and name not in (given if isinstance(given, Mapping) else {}):
+            explicit_keys, held = explicit_values.get(section), values.get(section)
+            if isinstance(held, dict) and name not in (explicit_keys if isinstance(explicit_keys, Mapping) else {}):
                 held.pop(name, None)
     language = str(backbones.get("language", "vicuna")).lower()
-    if "chat_template" not in said and "vicuna" not in language:
+    if "chat_template" not in explicit_values and "vicuna" not in language:
         values.pop("chat_template", None)  # the presets' is Vicuna's
 
 
@@ -194,5 +196,5 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{key}: missing"
     message = detail["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(detail["input"], Mapping) else f" (given: {detail['input']!r})"
-    return f"{key}: {message}{given}"
+    suffix = "" if isinstance(detail["input"], Mapping) else f" (given: {detail['input']!r})"
+    return f"{key}: {message}{suffix}"
