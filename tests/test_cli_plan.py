@@ -48,7 +48,9 @@ def test_plan_from_what_finetune_takes(tmp_path: Path) -> None:
     """A model, or an adapter of one: both have their configuration alone."""
     config = LlavaConfig(vision_config=CLIPVisionConfig(hidden_size=24), text_config=LlamaConfig(hidden_size=32))
     config.save_pretrained(tmp_path / "llava")
-    CromeConfig(base_model_name_or_path=str(tmp_path / "llava"), bottleneck_dim=8).save_pretrained(tmp_path / "adapter")
+    CromeConfig(base_model_name_or_path=str(tmp_path / "llava"), bottleneck_dim=8).save_pretrained(
+        tmp_path / "adapter"
+    )
     plans = [plan(str(tmp_path / name), "--gpu", "t4") for name in ("llava", "adapter")]
     assert [result.exit_code for result in plans] == [0, 0], [result.output for result in plans]
     assert plans[0].stdout == plans[1].stdout
@@ -105,7 +107,7 @@ def test_batches_stop_at_the_first_that_does_not_fit(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--backbone", "LLM", "--gpu", "h10"], "known are h100, a100-80"),
-        ([], "Name a recipe or a model, or two to join: peft-crome plan --backbone NAME --vision NAME"),
+        ([], "Name a recipe, a model, or two to join: peft-crome plan --backbone NAME --vision NAME"),
         (["pretrain", "--backbone", "LLM"], "A recipe says what its model is. Change its keys: --set"),
         (["--backbone", "LLM", "--qformer"], "are for a tower. Name it: --vision NAME"),
         (["--backbone", "nobody/nothing"], "model: 'nobody/nothing' cannot be loaded"),

@@ -71,7 +71,7 @@ def plan(
             length = length or parsed.training.max_length
             model = costs.recipe_skeleton(parsed)
         elif backbone is None:
-            raise RecipeError("Name a recipe or a model, or two to join: peft-crome plan --backbone NAME --vision NAME.")
+            raise RecipeError("Name a recipe, a model, or two to join: peft-crome plan --backbone NAME --vision NAME.")
         elif vision is not None:
             values = {"preset": stage, "backbones": {"language": backbone, **options}, **UNREAD}
             model = costs.recipe_skeleton(load_recipe(values))
