@@ -1,0 +1,26 @@
+"""A model that sees learns a second task by one command, on real weights, and text is the base model's."""
+
+import json
+
+import pytest
+
+from examples import second_task
+from examples.mixture.experiment import WORDS
+
+
+@pytest.mark.slow
+def test_the_second_task_is_answered_and_text_costs_nothing(tmp_path, monkeypatch):
+    """What is right at full size is in docs/finetune.md."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the commands' own processes: other tests run beside them
+    results = second_task.run(tmp_path, steps=40, rows=8, test_rows=48, text="The sun rose over the hills. " * 60)
+    before, after = (
+        [
+            json.loads(line)["answer"] in WORDS
+            for line in (tmp_path / f"{name}-on-digits.jsonl").read_text().splitlines()
+        ]
+        for name in ("model-that-sees", "digits-adapter")
+    )
+    assert sum(after) > 0.9 * len(after) == 0.9 * 48 > sum(before)
+    assert results["text_loss"]["adapted"] == results["text_loss"]["base"]
+    assert set(results["scores"]) == {"digits", "easy_vqa"}
+    assert second_task.run(tmp_path, steps=40, rows=8, test_rows=48) == results  # nothing is done again
