@@ -326,7 +326,7 @@ def _mend(row: dict[str, Any], number: int, folders: ImageFolders) -> dict[str, 
     fixed = {**row, key: kept}
     for kind, of_kind in FIELDS.items():
         shown = len(parsed[of_kind]) - sum(own_media(turn, kind) for turn in kept)
-        for name in media_fields(row, kind):
+        for name in media_fields(row).get(kind, []):
             if isinstance(row[name], list) and not (kind == "video" and is_a_list_of_frames(row[name])):
                 fixed[name] = row[name][:shown]
             elif shown == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -35,17 +36,26 @@ def is_nothing(given: Any) -> bool:
     return given is None or (isinstance(given, str | bytes | list | dict) and not given)
 
 
-def media_fields(row: Mapping[str, Any], kind: str = "image") -> list[str]:
-    """The fields that hold a row's media of a kind, `image` and `images` first; an address where nothing else does."""
-    first = (kind, f"{kind}s")
-    named = [key for key in first if not is_nothing(row.get(key))]
-    named += [
-        key
-        for key, value in row.items()
-        if isinstance(key, str) and key not in first and MEDIA[kind].fullmatch(key) and _holds_files(value)
-    ]
-    files = [key for key in named if not ADDRESSES.fullmatch(key)]
-    return files or named
+def media_fields(row: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The fields that hold a row's media, by their kind; kinds that it has no field of are left out.
+
+    `image` and `images` come first, and so for other kinds. An address counts where nothing else holds one.
+    """
+    found: dict[str, list[str]] = {}
+    for key, value in row.items():
+        kind = _kind(key) if isinstance(key, str) else None
+        if kind is not None and not is_nothing(value) and (key in (kind, f"{kind}s") or _holds_files(value)):
+            found.setdefault(kind, []).append(key)
+    for kind, named in found.items():
+        named.sort(key=lambda key: (key != kind, key != f"{kind}s"))
+        found[kind] = [key for key in named if not ADDRESSES.fullmatch(key)] or named
+    return found
+
+
+@lru_cache(1024)
+def _kind(key: str) -> str | None:
+    """The kind of media that a field of this name may hold."""
+    return next((kind for kind, names in MEDIA.items() if names.fullmatch(key)), None)
 
 
 def are_alike(media: Sequence[Any], others: Sequence[Any]) -> bool:
@@ -90,7 +100,7 @@ def unread_content(row: Mapping[str, Any], has_images: bool) -> list[Fault]:
     unnamed = [
         key
         for key in keys
-        if key not in READ and key != "turns" and not _names_media(key) and _is_an_image(row[key], has_images)
+        if key not in READ and key != "turns" and _kind(key) is None and _is_an_image(row[key], has_images)
     ]
     faults = []
     if written:
@@ -107,7 +117,7 @@ def unread_of_turn(turn: Mapping[str, Any]) -> Fault | None:
     if len(turn) <= 2:
         return None
     given = {key: value for key, value in turn.items() if isinstance(key, str) and not is_nothing(value)}
-    unread = [key for key in given if key in SAID or _names_media(key)]
+    unread = [key for key in given if key in SAID or _kind(key)]
     if unread:
         remedy = "List files in the row's 'images', 'videos' or 'audio', and write the rest into the text."
         return Fault("turn", f"a turn has {unread} of its own, which are not read. {remedy}")
@@ -125,7 +135,7 @@ def ignored_fields(row: Any, columns: Mapping[str, str] | None = None) -> Iterat
     """The names of a row's fields that are not read, of its turns as `conversations[].name`."""
     if not isinstance(row, Mapping):
         return
-    read = READ.union(*(media_fields(row, kind) for kind in MEDIA)) if columns is None else set(columns.values())
+    read = READ.union(*media_fields(row).values()) if columns is None else set(columns.values())
     if columns is None and not isinstance(row.get("prompt"), list):
         read -= {"prompt", "completion"}
     yield from (str(key) for key, value in row.items() if key not in read and not is_nothing(value))
@@ -137,10 +147,6 @@ def ignored_fields(row: Any, columns: Mapping[str, str] | None = None) -> Iterat
             else set()
         )
         yield from (f"{key}[].{name}" for name in sorted(map(str, names - OF_TURN)))
-
-
-def _names_media(key: str) -> bool:
-    return any(names.fullmatch(key) for names in MEDIA.values())
 
 
 def _holds_files(value: Any) -> bool:

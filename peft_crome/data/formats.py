@@ -53,24 +53,25 @@ def parse(
     if faults:
         return None, faults
     messages: list[dict[str, Any]] = []
-    kinds = [kind for kind in FIELDS if media_fields(row, kind)]
+    fields = media_fields(row)
     places: list[Place] = []
     for turn in row["turns"]:
-        message, own, wrong = read_turn(turn, kinds, places)
+        message, own, wrong = read_turn(turn, fields, places)
         faults += wrong
         places += own
         messages += [message] if message is not None else []
     media: dict[str, list[Any]] = {}
-    for kind in FIELDS:
-        media[kind], wrong = _media(row, kind, [own for shown, own in places if shown == kind], folders)
+    for kind in dict.fromkeys([*fields, *(kind for kind, _ in places)]):
+        owned = [own for shown, own in places if shown == kind]
+        media[kind], wrong = _media(row, fields.get(kind, []), kind, owned, folders)
         faults = wrong + faults
     if columns is None:
         faults += unread_content(row, any(media.values()))
     if faults:
         return None, faults
     for kind in reversed(FIELDS):  # images come first
-        faults += _place(messages, kind, len(media[kind]))
-    foreign = [foreign_placeholder(message, bool(media["image"])) for message in messages]
+        faults += _place(messages, kind, len(media[kind])) if kind in media else []
+    foreign = [foreign_placeholder(message, bool(media.get("image"))) for message in messages]
     faults += [fault for fault in foreign if fault is not None]
     faults += [_empty(message["role"]) for message in messages if not _says(message["content"])]
     messages, wrong = _ordered(messages)
@@ -80,7 +81,7 @@ def parse(
     said = {"answers": as_texts(row.get("answers")), "options": as_texts(first_of(row, "options", "choices"))}
     if wrong:  # turns are left out, with what they show
         media = {kind: given[: sum(_shown(message, kind) for message in messages)] for kind, given in media.items()}
-    shown = {FIELDS[kind]: given for kind, given in media.items()}
+    shown = {field: media.get(kind, []) for kind, field in FIELDS.items()}
     parsed = {"id": row_name(row, number), **shown, "messages": messages}
     return parsed | {key: texts for key, texts in said.items() if texts}, faults
 
@@ -161,10 +162,10 @@ def _most_frequent(answers: list[Any]) -> Any:
 
 
 def _media(
-    row: Mapping[str, Any], kind: str, places: list[Any], folders: ImageFolders
+    row: Mapping[str, Any], fields: list[str], kind: str, places: list[Any], folders: ImageFolders
 ) -> tuple[list[Any], list[Fault]]:
     """The media of a kind in the order in which the turns show them; the row's own that none shows come last."""
-    given, faults = _given_media(row, kind)
+    given, faults = _given_media(row, fields, kind)
     rest = iter([_medium(medium, kind, folders) for medium in given])
     shown = [_medium(own, kind, folders) if own is not None else next(rest, None) for own in places]
     found = [medium for medium in [*shown, *rest] if medium is not None]  # `_place` counts them
@@ -172,9 +173,8 @@ def _media(
     return [medium for medium in found if not isinstance(medium, Fault)], faults
 
 
-def _given_media(row: Mapping[str, Any], kind: str) -> tuple[list[Any], list[Fault]]:
+def _given_media(row: Mapping[str, Any], fields: list[str], kind: str) -> tuple[list[Any], list[Fault]]:
     """The media of the first field that has some; another field may hold the same ones, by their names."""
-    fields = media_fields(row, kind)
     lists = [
         row[key]
         if isinstance(row[key], list) and not (kind == "video" and is_a_list_of_frames(row[key]))

@@ -77,7 +77,7 @@ def read_turn(
         noun = NOUNS[places[0][0]]
         wrong = f"{'an' if noun == 'image' else 'a'} {noun} stands in a turn from {role_of(turn)!r}."
         return None, [], [Fault("placeholder", f"{wrong} Only the user's turns ('human') show {noun}s.")]
-    return {"role": role, "content": _split(value, {kind for kind, _ in places})}, places, []
+    return {"role": role, "content": _split(value, {kind for kind, _ in places} if places else ())}, places, []
 
 
 def _count(places: Sequence[Place], kind: str) -> int:
