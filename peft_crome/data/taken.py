@@ -16,7 +16,13 @@ from .rows import Fault, RowError
 
 
 def kinds_taken(processor: Any) -> set[str]:
-    """The kinds of media that a processor takes."""
+    """The kinds of media that a processor takes.
+
+    Args:
+        processor: of the model; or the class of the composite's, which takes images alone.
+    """
+    if isinstance(processor, type):
+        return {"image"}
     parts = {kind: getattr(processor, f"{kind}_processor", None) for kind in ("image", "video")}
     parts["audio"] = sound_processor(processor)
     return {kind for kind, part in parts.items() if part is not None}
@@ -32,7 +38,7 @@ def check_rows(rows: Iterable[Mapping[str, Any]], processor: Any) -> None:
     """See that a model takes the media of all rows, before any of them is opened.
 
     Args:
-        processor: of the model, or its class.
+        processor: as in `kinds_taken`.
     Raises:
         RowError: as `check_row`.
     """
@@ -56,7 +62,7 @@ def check_row(row: Mapping[str, Any], processor: Any) -> None:
 
 def _check(row: str, kinds: Set[str], processor: Any) -> None:
     name = getattr(processor, "__name__", type(processor).__name__)
-    for kind in kinds - kinds_taken(processor) - {"image"}:  # a model that takes no image is refused elsewhere
+    for kind in sorted(kinds - kinds_taken(processor)):
         wrong = f"{name} takes no {NOUNS[kind]}. Take the row out, or name a model that takes one."
         raise RowError(f"Row {short(row)}", [Fault("host", wrong)])
     if {"image", "video"} <= kinds and _shares_names(processor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from peft_crome.data import ConversationCollator, RowError, check_files, load_ro
 from peft_crome.data.doctor import examine, write_fixed
 from peft_crome.data.media import media_of
 from peft_crome.data.sounds import read_sound, resampled, sound_header
+from peft_crome.data.taken import check_rows
 from peft_crome.data.videos import first_frame, read_video, video_header
 from tests.recordings import write_frames, write_sound, write_video
 
@@ -153,6 +155,14 @@ def test_a_model_that_takes_none_refuses_the_row_by_name(kind: str, processor: A
     noun = {"video": "video", "audio": "sound"}[kind]
     with pytest.raises(RowError, match=f"Row 'r': CromeVLMProcessor takes no {noun}. Take the row out"):
         ConversationCollator(processor)([row])
+
+
+def test_a_model_that_hears_alone_refuses_an_image(tmp_path: Path) -> None:
+    class Hears:
+        feature_extractor = SimpleNamespace(sampling_rate=16_000)
+
+    with pytest.raises(RowError, match="Row 'r': Hears takes no image"):
+        check_rows(read(tmp_path, {"id": "r", "image": "a.png", "conversations": asked("What?")}), Hears())
 
 
 # ---- decoding ----
