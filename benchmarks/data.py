@@ -70,10 +70,10 @@ def diagnose(path: Path) -> int:
 
 def convert(path: Path) -> int:
     """The first time that a recipe names the file: converted, and every image looked for."""
-    from peft_crome.data import check_images, load_rows
+    from peft_crome.data import check_files, load_rows
 
     rows = load_rows(path)
-    check_images(rows)
+    check_files(rows)
     return len(rows)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ def doctor(
         list[str] | None,
         typer.Option(help=IMAGES),
     ] = None,
-    open_images: Annotated[bool, typer.Option(help="Decode every image, or only look for its file.")] = True,
+    open_images: Annotated[bool, typer.Option(help="Decode every file, or only look for it.")] = True,
     model: Annotated[
         str | None,
         typer.Option(help="A recipe (YAML), a model, or an adapter's directory: measure rows by its processor."),
@@ -80,7 +80,7 @@ def doctor(
         if show and collator is not None:
             for row in islice(read_rows(data, folders, columns=columns, prompt=prompt, faulty="drop"), show):
                 _show(row, collator)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         fail(error)
     if findings.patients or findings.rows == 0:
         raise typer.Exit(1)
@@ -102,7 +102,7 @@ def _collator(model: str, max_length: int | None, system: str | None) -> Any:
 
 
 def _show(row: dict[str, Any], collator: Any) -> None:
-    """One row's tokens: those that are learned in green, images in blue, the rest as it is."""
+    """One row's tokens: those that are learned in green, images, videos and sounds in blue, the rest as it is."""
     from ..data import RowError
 
     try:
@@ -113,16 +113,15 @@ def _show(row: dict[str, Any], collator: Any) -> None:
     processor = collator.processor
     line = Text(f"row {short(row['id'])}: ", style="bold")
     labels = encoded["labels"] if not collator.is_encoder_decoder else [-100] * len(encoded["input_ids"])
-    run = 0
-    for token, label in zip(encoded["input_ids"], labels, strict=True):
-        if token == getattr(processor, "image_token_id", None):
-            run += 1
+    kinds = {getattr(processor, f"{kind}_token_id", None): kind for kind in ("audio", "video", "image")}
+    tokens = zip(encoded["input_ids"], labels, strict=True)
+    for kind, run in groupby(tokens, lambda pair: kinds.get(pair[0])):
+        if kind is not None:
+            line.append(f"[{len(list(run))} {kind} tokens]", style="blue")
             continue
-        if run:
-            line.append(f"[{run} image tokens]", style="blue")
-            run = 0
-        line.append(processor.tokenizer.decode([token]), style="green" if label != -100 else "")
-        line.append("|", style="dim")
+        for token, label in run:
+            line.append(processor.tokenizer.decode([token]), style="green" if label != -100 else "")
+            line.append("|", style="dim")
     if collator.is_encoder_decoder:
         line.append(" -> ", style="bold")
         for token in encoded["labels"]:
@@ -132,7 +131,7 @@ def _show(row: dict[str, Any], collator: Any) -> None:
 
 
 def _report(findings: Any, names: dict[str, str]) -> None:
-    text = f", {findings.text_rows:,} of them without an image" if findings.text_rows else ""
+    text = f", {findings.text_rows:,} of them text alone" if findings.text_rows else ""
     console.print(f"{findings.rows:,} rows{text}; something is wrong with {len(findings.patients):,}.")
     kinds = findings.by_kind()
     if kinds:
@@ -153,7 +152,9 @@ def _report(findings: Any, names: dict[str, str]) -> None:
 
 
 def _histogram(name: str, counts: Counter[int]) -> None:
-    rounded = name not in ("images in a row", "turns in a row")
+    from ..data.doctor import EXACT
+
+    rounded = name not in EXACT
     console.print(f"{name}{', up to' if rounded else ''}")
     most = max(counts.values())
     for value in sorted(counts):

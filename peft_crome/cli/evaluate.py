@@ -50,9 +50,11 @@ def evaluate(
         return evaluate_text(directory, data, text, batch_size, device, output)
     if data is None:
         fail(ValueError("DATA is missing. Name a data set, or text files: --text FILE."))
-    from ..data import check_images, read_rows
+    from ..data import check_files, read_rows
+    from ..data.taken import check_rows, shows_more_than_images
     from ..evaluation import answers as evaluation
     from ..evaluation import metrics
+    from ..training.model.host import read_reader
 
     wanted = list(dict.fromkeys(metric or ["exact_match"]))
     try:
@@ -69,7 +71,9 @@ def evaluate(
         if not rows:
             raise ValueError(f"{data} holds no rows.")
         metrics.check_metrics(rows, wanted)
-        check_images(rows)
+        check_files(rows)
+        if shows_more_than_images(rows):  # what the model does not take is refused before its weights are loaded
+            check_rows(rows, read_reader(directory)[1])
         model, processor = _load(directory, device)
         system = system if system is not None else system_of(directory)
         answers = evaluation.generate_answers(

@@ -12,7 +12,7 @@ from .collator import ConversationCollator, split_turns
 from .images import Augmentation, open_image
 from .mixture import mix, mixture_probabilities
 from .rows import FAULTS, Fault, RowError
-from .sources import check_images, load_rows, read_rows
+from .sources import check_files, load_rows, read_rows
 from .templates import CHAT_TEMPLATES
 from .trl_rows import to_trl
 
@@ -23,7 +23,7 @@ __all__ = [
     "ConversationCollator",
     "Fault",
     "RowError",
-    "check_images",
+    "check_files",
     "load_rows",
     "mix",
     "mixture_probabilities",

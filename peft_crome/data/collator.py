@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ..backbone.positions import position_limit
 from ..utils.shorten import short
 from .answer_spans import Messages, Span
 from .chat_template import ChatTemplate, row_error
-from .expansion import Expansion, tokens_in
-from .images import Augmentation, image_size, open_image
+from .expansion import PROBES, Expansion, tokens_in
+from .images import Augmentation
 from .instructions import check_instruction
-from .processed import Processed, Tokens, UnknownPlaceholder, padded, with_images
-from .rows import COUNTS, DRAW, DRAWN, RowError
+from .media import FIELDS, kinds_of, media_of, with_media
+from .media_reader import Header, MediaReader
+from .processed import Processed, Tokens, UnknownPlaceholder, padded
+from .rows import COUNTS, DRAW, DRAWN
+from .taken import check_batch, check_row, naming_batch
 
 IGNORE = -100
-ORDINARY = (640, 480)  # pixels of an image, where nothing else is known
+ORDINARY: Header = ("image", (640, 480))  # where nothing else is known
 
 
 class ConversationCollator:
     """Make batches of conversations for training any model whose processor has a chat template.
 
     A model gets what `processor.apply_chat_template(conversation, tokenize=True, return_dict=True)` gives, padded on
-    the right. Only what the assistant says counts in the loss, with the token that ends it; images, instructions and
-    padding do not. `needs_split` says whether a row must hold one answer to learn, its last (see `split_turns`): for
+    the right. The processor chooses the frames of a video file, and sound is read at its sampling rate. Only what the
+    assistant says counts in the loss, with the token that ends it; images, videos, sounds, instructions and padding do
+    not. `needs_split` says whether a row must hold one answer to learn, its last (see `split_turns`): for
     an encoder-decoder; for a Q-Former, which reads what is asked up to an answer and nothing later; and for a chat
     template that writes an answer in another way once more is said, or a prompt unlike generation's.
 
@@ -89,11 +93,16 @@ class ConversationCollator:
 
     @cached_property
     def _expansion(self) -> Expansion:
-        return Expansion(self._processed, self.template.render, self.template.before)
+        return Expansion(self._processed, self.template.render, self.template.before, self._reader)
+
+    @cached_property
+    def _reader(self) -> MediaReader:
+        return MediaReader(self.processor)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the watched tokenizer, whose class is made when it is needed: for workers that are spawned."""
-        return {name: value for name, value in vars(self).items() if name not in ("_processed", "_expansion")}
+        made = ("_processed", "_expansion", "_reader")
+        return {name: value for name, value in vars(self).items() if name not in made}
 
     @staticmethod
     def limits(config: Any) -> dict[str, Any]:
@@ -113,23 +122,25 @@ class ConversationCollator:
     @cached_property
     def image_tokens(self) -> int:
         """Tokens that an image of an ordinary size takes."""
-        without, with_image = self._expansion.expand(["", ""], [ORDINARY]), ""
+        without, with_image = self._expansion.expand(["", ""], [0], [ORDINARY]), ""
         return len(self._processed.tokens(without).ids) - len(self._processed.tokens(with_image).ids)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Turn rows of `read_rows` or `load_rows` into a batch.
 
         Returns:
-            input_ids, attention_mask, labels, (rows, tokens), padded on the right; with images also pixel_values and
-            what else the processor makes of them.
+            input_ids, attention_mask, labels, (rows, tokens), padded on the right; with images, videos or sounds also
+            pixel_values and what else the processor makes of them.
         Raises:
-            ValueError: an image cannot be read, an instruction is too long for the Q-Former, or as in `encode`; the
-                message names the row.
+            ValueError: an image, a video or a sound cannot be read, an instruction is too long for the Q-Former, or
+                as in `encode`; the message names the row.
+            ImportError: a package that reads videos or sound is missing.
         """
         if DRAWN in rows[0]:
             return {}  # of a stream that goes on: the Trainer throws these away
         read = [self._read(row) for row in rows]
-        groups = [[n for n, row in enumerate(rows) if bool(row["images"]) is shown] for shown in (True, False)]
+        check_batch(rows, self.processor)
+        groups = [[n for n, row in enumerate(rows) if bool(media_of(row)) is shown] for shown in (True, False)]
         parts = [self._batch([rows[n] for n in group], [read[n] for n in group]) for group in groups if group]
         batch = parts[0] if len(parts) == 1 else _merge(parts, groups, self.processor.tokenizer.pad_token_id or 0)
         for number, row in enumerate(rows):
@@ -138,21 +149,19 @@ class ConversationCollator:
         return batch
 
     def encode(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One row's input_ids, labels and the instruction for a Q-Former; of images, the headers alone are read.
+        """One row's input_ids, labels and the instruction for a Q-Former; of files, the headers alone are read.
 
         Returns:
             Also "length", the number of tokens before a cut.
         Raises:
             RowError: the last turn is no answer, a decoder cannot hold it, a Q-Former cannot read the instruction, a
-                cut would leave no answer or part of an image, the text holds image tokens of its own, or the chat
-                template hides where an answer begins or does not take the conversation.
-            ValueError: an image's size cannot be read; the message names the row.
+                cut would leave no answer or part of an image, the text holds image tokens of its own, the model takes
+                no such media, or the chat template hides where an answer begins or does not take the conversation.
+            ValueError: a file's header cannot be read; the message names the row.
+            ImportError: a package that reads videos or sound is missing.
         """
         read = self._read(row)
-        name = f"Row {short(row['id'])}"
-        sizes = [] if self._expansion.is_fixed else [image_size(image, name) for image in row["images"]]
-        expanded = self._expansion.expand(read.pieces, sizes or [(1, 1)] * len(row["images"]))
-        tokens = self._processed.tokens(expanded)
+        tokens = self._processed.tokens(self._expansion.expand(read.pieces, read.order, self._headers(row)))
         labels = self._labels(tokens, read, row)
         length = len(tokens.ids)
         kept = slice(None) if self.is_encoder_decoder else slice(self.max_length)
@@ -164,10 +173,11 @@ class ConversationCollator:
         }
 
     def _read(self, row: dict[str, Any]) -> _Read:
-        """What is said in a row, as the chat template writes it; no image is opened."""
+        """What is said in a row, as the chat template writes it; no file is opened."""
         name = row["id"]
         if row["messages"][-1]["role"] != "assistant":
             raise row_error(name, "order", "the last turn is no answer. Take that turn out.")
+        check_row(row, self.processor)
         messages = self.template.completed(row["messages"])
         spans: list[Span] = []
         if self.is_encoder_decoder:
@@ -175,23 +185,30 @@ class ConversationCollator:
         else:
             text, spans = self.template.with_answers(messages, name, earlier=not self.needs_split)
         try:
-            pieces = self._expansion.pieces(text, len(row["images"]))
+            pieces, order = self._expansion.pieces(text, kinds_of(messages))
         except UnknownPlaceholder as error:
-            raise self._strange_placeholder(name, str(error)) from error
-        token = getattr(self.processor, "image_token", None)
-        if token and any(token in piece for piece in pieces):
-            raise self._strange_placeholder(name, f"{token!r} in the text", token)
+            raise row_error(name, "placeholder", str(error)) from error
+        for kind in self._expansion.kinds:
+            token = getattr(self.processor, f"{kind}_token", None)
+            if token and any(token in piece for piece in pieces):
+                raise row_error(name, "placeholder", f"{token!r} in the text. Take {token!r} out of the text.")
         instruction = getattr(self.processor, "instruction", None)
         said = instruction(messages) if instruction is not None else ""
-        if row["images"] and instruction is not None:
+        if media_of(row) and instruction is not None:
             check_instruction(self.processor, name, said, self.max_instruction_length)
         target = self._target(messages, name) if self.is_encoder_decoder else None
-        return _Read(messages, text, pieces, spans, target, said)
+        return _Read(messages, text, pieces, order, spans, target, said)
 
-    def _strange_placeholder(self, name: str, problem: str, token: str | None = None) -> RowError:
-        return row_error(
-            name, "placeholder", f"{problem}. Take {token or self._expansion.placeholder!r} out of the text."
-        )
+    def _headers(self, row: dict[str, Any]) -> list[Header]:
+        """What the number of tokens of each medium depends on, in the order of the row's parts."""
+        media = {kind: iter(given) for kind, given in media_of(row).items()}
+        name = f"Row {short(row['id'])}"
+        return [
+            PROBES[0]
+            if kind == "image" and self._expansion.is_fixed
+            else self._reader.header(kind, next(media[kind]), name)
+            for kind in kinds_of(row["messages"])
+        ]
 
     def _target(self, messages: Messages, name: str) -> list[int]:
         """What a decoder learns."""
@@ -207,11 +224,15 @@ class ConversationCollator:
         return target
 
     def _batch(self, rows: Sequence[dict[str, Any]], read: Sequence[_Read]) -> dict[str, torch.Tensor]:
-        """Rows that all have images, or none of which has."""
+        """Rows that all have media, or none of which has."""
         last = -1 if self.is_encoder_decoder else None
-        shown = [with_images(one.messages[:last], self._images(row)) for row, one in zip(rows, read, strict=True)]
+        shown = [
+            with_media(one.messages[:last], self._reader.read(row, self._augment(row)))
+            for row, one in zip(rows, read, strict=True)
+        ]
         try:
-            batch, tokens = self._processed.batch(shown, [one.text for one in read])
+            with naming_batch(rows, self.processor, "training.rows_per_device: 1"):
+                batch, tokens = self._processed.batch(shown, [one.text for one in read])
         except UnknownPlaceholder as error:
             raise row_error(rows[0]["id"], "placeholder", str(error)) from error
         labels = [self._labels(*one) for one in zip(tokens, read, rows, strict=True)]
@@ -229,10 +250,10 @@ class ConversationCollator:
         """Labels where a token is part of what stands between a span's first and last character; nothing is cut."""
         name = row["id"]
         try:
-            spans, images = self._expansion.spans(read.spans, read.pieces, read.text, tokens.text)
+            spans, media = self._expansion.spans(read.spans, read.pieces, read.text, tokens.text)
         except UnknownPlaceholder as error:
             raise row_error(name, "placeholder", f"{error}.") from error
-        of_images = tokens_in(tokens, images) if row["images"] else []
+        of_media = tokens_in(tokens, media) if media_of(row) else []
         if read.target is not None:
             labels = read.target
         else:
@@ -243,19 +264,20 @@ class ConversationCollator:
                 raise row_error(
                     name, "answer", "no token is learned; the answer is empty, or the chat template leaves it out."
                 )
-        self._check_length(tokens, labels, of_images, name)
+        self._check_length(tokens, labels, of_media, row)
         return labels
 
-    def _check_length(self, tokens: Tokens, labels: list[int], of_images: list[int], name: str) -> None:
-        length = len(tokens.ids)
+    def _check_length(self, tokens: Tokens, labels: list[int], of_media: list[int], row: dict[str, Any]) -> None:
+        name, length = row["id"], len(tokens.ids)
+        kinds = " and ".join(media_of(row)) or "image"
         if self.max_length is not None and not self.is_encoder_decoder and length > self.max_length:
-            cuts_image = bool(of_images) and of_images[-1] >= self.max_length
-            if cuts_image or all(label == IGNORE for label in labels[: self.max_length]):
+            cuts_medium = bool(of_media) and of_media[-1] >= self.max_length
+            if cuts_medium or all(label == IGNORE for label in labels[: self.max_length]):
                 raise row_error(
                     name,
                     "long",
-                    f"{length} tokens, {len(of_images)} of them image tokens; the first {self.max_length} hold no "
-                    "whole image and answer. Raise max_length, or take the row out.",
+                    f"{length} tokens, {len(of_media)} of them {kinds} tokens; the first {self.max_length} hold "
+                    f"no whole {kinds} and answer. Raise max_length, or take the row out.",
                 )
             length = self.max_length
         if self.max_positions is not None and length > self.max_positions:
@@ -263,15 +285,13 @@ class ConversationCollator:
             raise row_error(
                 name,
                 "long",
-                f"{length} tokens, {len(of_images)} of them image tokens, and the language model takes "
-                f"{self.max_positions}. {way}, or take it out.",
+                f"{length} tokens, {len(of_media)} of them {kinds} tokens, and the language model "
+                f"takes {self.max_positions}. {way}, or take it out.",
             )
 
-    def _images(self, row: dict[str, Any]) -> Iterator[Image.Image]:
+    def _augment(self, row: dict[str, Any]) -> Any:
         chance = random.Random(f"{self.seed} {row[DRAW]}") if DRAW in row else None
-        for path in row["images"]:
-            opened = open_image(path, f"Row {short(row['id'])}", self.processor)
-            yield self.augmentation(opened, chance) if self.augmentation is not None else opened
+        return partial(self.augmentation, draw=chance) if self.augmentation is not None else None
 
 
 @dataclass(frozen=True)
@@ -281,7 +301,8 @@ class _Read:
     Attributes:
         messages: with the system message.
         text: as the chat template renders it.
-        pieces: of the text, between its images.
+        pieces: of the text, between its media.
+        order: which of the media stands behind each piece but the last.
         spans: of the answers in the text.
         target: tokens of an encoder-decoder's answer.
         instruction: what a Q-Former reads.
@@ -290,6 +311,7 @@ class _Read:
     messages: Messages
     text: str
     pieces: list[str]
+    order: list[int]
     spans: list[Span]
     target: list[int] | None
     instruction: str
@@ -301,7 +323,7 @@ def _by_token(value: Any, shape: torch.Size) -> bool:
 
 
 def _merge(parts: list[dict[str, Any]], groups: list[list[int]], pad_token: int) -> dict[str, Any]:
-    """A batch with images and one without as one, in the rows' order.
+    """A batch with media and one without as one, in the rows' order.
 
     Args:
         groups: the rows of each part.
@@ -315,7 +337,7 @@ def _merge(parts: list[dict[str, Any]], groups: list[list[int]], pad_token: int)
         fill = {"labels": IGNORE, "input_ids": pad_token}.get(key, 0)
         rows: dict[int, torch.Tensor] = {}
         for part, group in zip(parts, groups, strict=True):
-            # What a processor gives for images alone is zero for a row of text.
+            # What a processor gives for media alone is zero for a row of text.
             like = part["labels" if is_label else "input_ids"]
             given = part[key] if key in part else value.new_zeros((*like.shape, *value.shape[2:]))
             rows.update(zip(group, given, strict=True))
@@ -325,14 +347,15 @@ def _merge(parts: list[dict[str, Any]], groups: list[list[int]], pad_token: int)
 
 def _first_turns(row: dict[str, Any], count: int) -> dict[str, Any]:
     messages = row["messages"][:count]
-    shown = sum(part["type"] == "image" for message in messages for part in message["content"])
-    return {"id": row["id"], "images": row["images"][:shown], "messages": messages}
+    shown = Counter(kinds_of(messages))
+    media = {field: (row.get(field) or [])[: shown[kind]] for kind, field in FIELDS.items()}
+    return {"id": row["id"], **media, "messages": messages}
 
 
 def split_turns(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """One row per answer, with all that was said before it: what an encoder-decoder learns from.
 
-    Images stay with the turns that show them.
+    Images, videos and sounds stay with the turns that show them.
     """
     for row in rows:
         for end, message in enumerate(row["messages"]):

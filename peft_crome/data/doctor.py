@@ -1,4 +1,4 @@
-"""Look through a data set before a run does: every row, every image, and how long rows are."""
+"""Look through a data set before a run does: every row, every image, video and sound, and how long rows are."""
 
 from __future__ import annotations
 
@@ -20,16 +20,21 @@ from typing import Any
 
 from ..utils.atomic import new_file
 from ..utils.shorten import cut
-from .fields import ignored_fields, image_fields
+from .fields import ignored_fields, is_a_list_of_frames, media_fields
 from .files import stream
 from .formats import kept_turns, parse, row_name, turns_key
 from .image_paths import ImageFolders
 from .images import open_image
+from .media import FIELDS, NOUNS, media_of
 from .rows import Fault, RowError
-from .sources import Images, check_columns
-from .turns import ROLES, own_images, role_of
+from .sounds import read_sound, sound_header
+from .sources import Images, check_columns, files_in
+from .turns import ROLES, own_media, role_of
+from .videos import first_frame, frames_of, read_video, video_header
 
 CHUNK = 256
+EXACT = {"images in a row", "videos in a row", "sounds in a row", "turns in a row", "samples a second of sounds"}
+Numbers = dict[str, int]  # the name of a histogram -> what a medium adds to it
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,12 @@ class Findings:
 
     Args:
         rows: of the file.
-        text_rows: rows without an image, of those that can be read.
+        text_rows: rows of text alone, of those that can be read.
         ignored: fields that are not read -> how many of the rows that can be read have them.
-        histograms: "images in a row", "turns in a row", "longer side of images", "characters in a row" and, where a
-            model is known, "tokens in a row": value -> how many. Lengths and sizes are rounded up to powers of two.
+        histograms: "images in a row", "turns in a row", "longer side of images", "characters in a row", where there
+            are such "frames in a video", "seconds of videos", "seconds of sounds" and "samples a second of sounds",
+            and where a model is known "tokens in a row": value -> how many. What is not in `EXACT` is rounded up to
+            powers of two.
     """
 
     rows: int = 0
@@ -65,9 +72,9 @@ class Findings:
     patients: list[Patient] = field(default_factory=list)
     histograms: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
 
-    def count(self, kind: str, value: int, rounded: bool = False) -> None:
+    def count(self, name: str, value: int) -> None:
         """Add one to a histogram."""
-        self.histograms[kind][1 << max(0, value - 1).bit_length() if rounded else value] += 1
+        self.histograms[name][value if name in EXACT else 1 << max(0, value - 1).bit_length()] += 1
 
     def by_kind(self) -> dict[str, list[tuple[str, Fault]]]:
         """Fault kind -> the ids and faults of its rows."""
@@ -93,12 +100,13 @@ def examine(
 
     Args:
         path, images, columns, prompt: as in `read_rows`.
-        open_images: decode every image, not only look for its file.
+        open_images: decode every image and sound and the first frame of every video, not only look for its file.
         encode: `ConversationCollator.encode`, by which rows are measured in tokens.
         on_fault: told of each faulty row as it is found.
         on_row: told how many rows have been seen.
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it is neither JSON nor parquet.
+        ImportError: a package that reads videos or sound is missing.
     """
     path = Path(path)
     check_columns(columns, prompt)
@@ -110,19 +118,22 @@ def examine(
     folders = ImageFolders(images if images is not None else path.parent)
     findings = Findings()
     seen: set[bytes] = set()
-    sizes: dict[str, Fault | int] = {}
+    seen_files: dict[tuple[str, str], Fault | Numbers] = {}
+    look = _look if open_images else _find
     numbered = enumerate(stream(path))
     with _with_rare_collections(), ThreadPoolExecutor(os.cpu_count()) as pool:
         while chunk := list(islice(numbered, CHUNK)):
             parsed = [(number, given, *parse(given, number, folders, columns, prompt)) for number, given in chunk]
-            files = {image for *_, row, _ in parsed if row for image in row["images"] if isinstance(image, str)}
-            new = sorted(files - sizes.keys())
-            sizes.update(zip(new, pool.map(_size, new) if open_images else map(_find, new), strict=True))
+            files = {medium for *_, row, _ in parsed if row for medium in _media(row) if isinstance(medium[1], str)}
+            new = sorted(files - seen_files.keys())
+            seen_files.update(zip(new, pool.map(look, new) if open_images else map(look, new), strict=True))
             for number, given, row, faults in parsed:
                 if row is not None:
                     findings.ignored.update(ignored_fields(given, columns))
-                    faults = [*faults, *_of_images(row, sizes, findings), *_twice(row, seen)]
-                    faults += _measure(row, encode, findings)
+                    wrong = list(_of_media(row, seen_files, look, findings))
+                    faults = [*faults, *wrong, *_twice(row, seen)]
+                    unread = any(fault.kind in ("missing", "unreadable") for fault in wrong)
+                    faults += _measure(row, encode if not unread else None, findings)
                 if faults:
                     patient = Patient(number, row_name(given, number), tuple(faults))
                     findings.patients.append(patient)
@@ -147,33 +158,61 @@ def _with_rare_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _find(path: str) -> Fault | int:
-    return 0 if os.path.isfile(path) else Fault("missing", f"the image {cut(path)} is missing.")
+def _media(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each medium of a row with its kind."""
+    return ((kind, medium) for kind, media in media_of(row).items() for medium in media)
 
 
-def _size(image: Any) -> Fault | int:
-    """An image's longer side."""
-    if isinstance(image, str) and not os.path.isfile(image):
-        return _find(image)
+def _find(medium: tuple[str, Any]) -> Fault | Numbers:
+    kind, given = medium
+    gone = next((path for path in files_in(given) if not os.path.isfile(path)), None)
+    return Fault("missing", f"the {NOUNS[kind]} {cut(gone)} is missing.") if gone is not None else {}
+
+
+def _look(medium: tuple[str, Any]) -> Fault | Numbers:
+    """What a file that can be decoded adds to histograms."""
+    kind, given = medium
+    missing = _find(medium)
+    if isinstance(missing, Fault):
+        return missing
     try:
-        return max(open_image(image, "").size)
+        if kind == "image":
+            return {"longer side of images": max(open_image(given, "").size)}
+        if kind == "audio":
+            samples, rate = sound_header(given, "")
+            read_sound(given, "", rate)
+            return {"seconds of sounds": math.ceil(samples / rate), "samples a second of sounds": rate}
+        read_video(given, "", first_frame)
+        header = video_header(given, "")
+        found = {"frames in a video": header.total_num_frames}
+        return found if frames_of(given) else found | {"seconds of videos": math.ceil(header.duration or 0)}
     except ValueError as error:
         return Fault("unreadable", str(error).removeprefix(": "))
 
 
-def _of_images(row: dict[str, Any], sizes: dict[str, Fault | int], findings: Findings) -> Iterator[Fault]:
-    findings.count("images in a row", len(row["images"]))
-    findings.text_rows += not row["images"]
-    for image in row["images"]:
-        found = sizes[image] if isinstance(image, str) else _size(image)
+def _of_media(
+    row: dict[str, Any],
+    seen: dict[tuple[str, str], Fault | Numbers],
+    look: Callable[[tuple[str, Any]], Fault | Numbers],
+    findings: Findings,
+) -> Iterator[Fault]:
+    media = media_of(row)
+    findings.text_rows += not media
+    for kind, of_kind in FIELDS.items():
+        if kind in media or kind == "image":
+            findings.count(f"{NOUNS[kind]}s in a row", len(row.get(of_kind) or []))
+    for medium in _media(row):
+        found = seen[medium] if isinstance(medium[1], str) else look(medium)
         if isinstance(found, Fault):
             yield found
-        elif found:
-            findings.count("longer side of images", found, rounded=True)
+        else:
+            for name, value in found.items():
+                findings.count(name, value)
 
 
 def _twice(row: dict[str, Any], seen: set[bytes]) -> Iterator[Fault]:
-    content = [row["messages"], [image if isinstance(image, str | dict) else str(image) for image in row["images"]]]
+    shown = [medium if isinstance(medium, str | dict) else str(medium) for _, medium in _media(row)]
+    content = [row["messages"], shown]
     # Version 0 gives equal bytes for equal values, in a seventh of the time that JSON takes.
     digest = blake2b(marshal.dumps(content, 0), digest_size=8).digest()
     if digest in seen:
@@ -186,7 +225,7 @@ def _measure(
 ) -> Iterator[Fault]:
     findings.count("turns in a row", len(row["messages"]))
     texts = [part["text"] for message in row["messages"] for part in message["content"] if part["type"] == "text"]
-    findings.count("characters in a row", sum(map(len, texts)), rounded=True)
+    findings.count("characters in a row", sum(map(len, texts)))
     if encode is None:
         return
     try:
@@ -194,7 +233,10 @@ def _measure(
     except RowError as error:
         yield from error.faults
         return
-    findings.count("tokens in a row", encoded["length"], rounded=True)
+    except ValueError as error:  # a header that was not looked at
+        yield Fault("unreadable", str(error))
+        return
+    findings.count("tokens in a row", encoded["length"])
     cut = encoded["length"] - len(encoded["input_ids"])
     if cut > 0:
         yield Fault("cut", f"{encoded['length']} tokens, of which the last {cut} are cut off.")
@@ -279,16 +321,17 @@ def _finite(value: Any) -> Any:
 
 
 def _mend(row: dict[str, Any], number: int, folders: ImageFolders) -> dict[str, Any]:
-    """The row without the turns that are not read, and without their images; its other fields as they are."""
+    """The row without the turns that are not read, and without what they show; its other fields as they are."""
     parsed, _ = parse(row, number, folders)
     key = turns_key(row)
     assert parsed is not None and key is not None  # noqa: PT018  # its faults are mended ones alone
     kept = [row[key][turn] for turn in kept_turns([ROLES[role_of(turn)] for turn in row[key]])]
     fixed = {**row, key: kept}
-    shown = len(parsed["images"]) - sum(map(own_images, kept))
-    for name in image_fields(row):
-        if isinstance(row[name], list):
-            fixed[name] = row[name][:shown]
-        elif shown == 0:
-            fixed.pop(name)
+    for kind, of_kind in FIELDS.items():
+        shown = len(parsed[of_kind]) - sum(own_media(turn, kind) for turn in kept)
+        for name in media_fields(row).get(kind, []):
+            if isinstance(row[name], list) and not (kind == "video" and is_a_list_of_frames(row[name])):
+                fixed[name] = row[name][:shown]
+            elif shown == 0:
+                fixed.pop(name)
     return fixed

@@ -1,64 +1,99 @@
-"""Where a chat template writes an image, and which tokens a processor makes of it."""
+"""Where a chat template writes an image, a video or a sound, and which tokens a processor makes of it."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
-from PIL import Image
 
 from .answer_spans import ANSWER, QUESTION, Messages, turn
+from .media import NOUNS
+from .media_reader import EXAMPLES, Header, MediaReader
 from .processed import Processed, Tokens, UnknownPlaceholder, user_turn
+from .taken import kinds_taken
 
-Size = tuple[int, int]  # width and height
-PROBES: tuple[Size, ...] = ((64, 64), (448, 224), (350, 1000))
-KEPT = 4096  # sizes of images, whose expansions have up to 20 kB
+PROBES: tuple[Header, ...] = (("image", (64, 64)), ("image", (448, 224)), ("image", (350, 1000)))
+KEPT = 4096  # media of different sizes, whose expansions have up to 20 kB
 
 
 class Expansion:
-    """What a chat template writes for an image, and what the processor expands it to.
+    """What a chat template writes for an image, a video or a sound, and what the processor expands it to.
 
-    The template is tried with an image and without one. The text of an expanded prompt is the rendered text with each
+    The template is tried with a medium and without one. The text of an expanded prompt is the rendered text with each
     placeholder replaced, so characters of the one are found in the other.
 
     Args:
         processed: the processor, watched.
         render: messages, and whether a prompt for an answer ends them -> text.
         before: messages that the template demands before a question.
+        reader: makes media of a size to try.
     Raises:
         UnknownPlaceholder: the processor's text is not the rendered text with placeholders replaced.
     """
 
-    def __init__(self, processed: Processed, render: Callable[[Messages, bool], str], before: Messages) -> None:
-        self._processed, self._render, self._before = processed, render, before
-        self._placeholder, self._is_numbered = self._find_placeholder()
-        self._expansions = lru_cache(KEPT)(self._expand_sizes)
-        made = {self._expansions((size,)) for size in PROBES}
-        self.is_fixed = len(made) == 1  # then an image's size does not matter
+    def __init__(
+        self,
+        processed: Processed,
+        render: Callable[[Messages, bool], str],
+        before: Messages,
+        reader: MediaReader,
+    ) -> None:
+        self._processed, self._render, self._before, self._reader = processed, render, before, reader
+        self.kinds = [kind for kind in EXAMPLES if kind in kinds_taken(processed.processor)]
+        self._placeholders = {kind: self._find_placeholder(kind) for kind in self.kinds}
+        self._expansions = lru_cache(KEPT)(self._expand_media)
 
-    @property
-    def placeholder(self) -> str:
-        """What the template writes for the first image; empty where the processor puts images in by itself."""
-        return self._placeholder
+    @cached_property
+    def is_fixed(self) -> bool:
+        """Whether all images have the same tokens; then an image's size does not matter."""
+        return len({self._expansions((probe,)) for probe in PROBES}) == 1
 
-    def pieces(self, text: str, images: int) -> list[str]:
-        """A rendered text without its placeholders: one piece more than it has images.
+    def placeholder(self, kind: str) -> str:
+        """What the template writes for the first medium of a kind.
 
-        Raises:
-            UnknownPlaceholder: the text holds more or fewer placeholders than images.
+        Empty where the processor puts images in by itself, or where the model takes no such media.
         """
-        pieces, rest = [], text
-        for number in range(1, images + 1 if self._placeholder else 1):
-            piece, found, rest = rest.partition(self._written(number))
-            if not found:
-                raise UnknownPlaceholder(f"{number - 1} {self._placeholder!r} in the text for {images} images")
-            pieces.append(piece)
-        if self._placeholder and self._written(images + 1) in rest:
-            more = images + rest.count(self._written(images + 1))
-            raise UnknownPlaceholder(f"{more} {self._placeholder!r} in the text for {images} images")
-        return [*pieces, rest]
+        return self._placeholders.get(kind, ("", False))[0]
+
+    def pieces(self, text: str, kinds: Sequence[str]) -> tuple[list[str], list[int]]:
+        """A rendered text without its placeholders.
+
+        Args:
+            kinds: of the conversation's media, in the order of its parts.
+        Returns:
+            The text's pieces, one more than it has placeholders; and which medium stands behind each piece but the
+            last, as some templates write all images of a turn before its videos.
+        Raises:
+            UnknownPlaceholder: the text holds more or fewer placeholders than media.
+        """
+        for kind in set(kinds) - {"image"}:
+            if not self.placeholder(kind):
+                wrong = f"the chat template writes nothing for a {NOUNS[kind]}"
+                raise UnknownPlaceholder(f"{wrong}. Write another chat_template, or take the row out.")
+        places = {kind: [number for number, other in enumerate(kinds) if other == kind] for kind in self.kinds}
+        pieces, order, seen, rest = [], [], Counter[str](), text
+        while found := min(
+            (
+                (place, seen[kind] == len(places[kind]), kind)
+                for kind in self.kinds
+                if (mark := self._written(kind, seen[kind] + 1)) and (place := rest.find(mark)) >= 0
+            ),
+            default=None,
+        ):
+            place, is_too_many, kind = found
+            if is_too_many:
+                raise self._other_number(kind, seen[kind] + rest.count(self._written(kind, seen[kind] + 1)), kinds)
+            pieces.append(rest[:place])
+            order.append(places[kind][seen[kind]])
+            seen[kind] += 1
+            rest = rest[place + len(self._written(kind, seen[kind])) :]
+        for kind in self.kinds:
+            if self.placeholder(kind) and seen[kind] < len(places[kind]):
+                raise self._other_number(kind, seen[kind], kinds)
+        return [*pieces, rest], order
 
     def starts(self, pieces: Sequence[str], expanded: str) -> list[int]:
         """Where each piece begins in an expanded text.
@@ -84,10 +119,10 @@ class Expansion:
     def spans(
         self, spans: Sequence[tuple[int, int]], pieces: Sequence[str], text: str, expanded: str
     ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Spans of a rendered text as spans of the expanded one, and those of the images there.
+        """Spans of a rendered text as spans of the expanded one, and those of the media there.
 
         Raises:
-            UnknownPlaceholder: as `starts`, or a span holds an image.
+            UnknownPlaceholder: as `starts`, or a span holds a medium.
         """
         starts = self.starts(pieces, expanded)
         ends = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
@@ -100,48 +135,64 @@ class Expansion:
         for first, last in spans:
             number = max(n for n, edge in enumerate(edges) if edge <= first)
             if last > edges[number] + len(pieces[number]):
-                raise UnknownPlaceholder("an answer that shows an image")
+                raise UnknownPlaceholder("an answer that shows an image, a video or a sound")
             moved.append((first + starts[number] - edges[number], last + starts[number] - edges[number]))
         between = [
             (end, start) for end, start in zip([0, *ends], [*starts, len(expanded)], strict=True) if end < start
         ]
         return moved, between
 
-    def expand(self, pieces: Sequence[str], sizes: Sequence[Size]) -> str:
-        """The text that the processor would give its tokenizer, for images of these sizes."""
-        made = self._expansions(PROBES[:1] * len(sizes) if self.is_fixed else tuple(sizes))
-        between = made[1:-1] if self._placeholder else ()
-        text = "".join(part for pair in zip(pieces, (*between, ""), strict=True) for part in pair)
-        return made[0] + text + made[-1]
+    def expand(self, pieces: Sequence[str], order: Sequence[int], media: Sequence[Header]) -> str:
+        """The text that the processor would give its tokenizer.
 
-    def _written(self, number: int) -> str:
-        return self._placeholder.replace("1", str(number)) if self._is_numbered else self._placeholder
+        Args:
+            pieces, order: of `pieces`.
+            media: the conversation's, in the order of its parts.
+        """
+        first, each, last = self._expansions(tuple(media))
+        between = [*(each[number] for number in order), ""]
+        return first + "".join(part for pair in zip(pieces, between, strict=True) for part in pair) + last
 
-    def _find_placeholder(self) -> tuple[str, bool]:
-        one = self._difference(1)
+    def _other_number(self, kind: str, found: int, kinds: Sequence[str]) -> UnknownPlaceholder:
+        mark, count = repr(self.placeholder(kind)), list(kinds).count(kind)
+        return UnknownPlaceholder(
+            f"{found} {mark} in the text for {count} {NOUNS[kind]}s. Take {mark} out of the text."
+        )
+
+    def _written(self, kind: str, number: int) -> str:
+        placeholder, is_numbered = self._placeholders[kind]
+        return placeholder.replace("1", str(number)) if is_numbered else placeholder
+
+    def _find_placeholder(self, kind: str) -> tuple[str, bool]:
+        try:
+            one = self._difference(kind, 1)
+        except TemplateError:
+            if kind == "image":
+                raise
+            return "", False  # the template takes no such part
         if not one:
             return "", False
         try:
-            two = self._difference(2)
+            two = self._difference(kind, 2)
         except TemplateError:  # it takes one image
             return one, False
         return one, "1" in one and two.count(one) < 2 and one.replace("1", "2") in two
 
-    def _difference(self, images: int) -> str:
-        """What a prompt with images has more than one without."""
-        blank = Image.new("RGB", PROBES[0])
+    def _difference(self, kind: str, count: int) -> str:
+        """What a prompt with media has more than one without."""
+        blank = self._reader.blank(EXAMPLES[kind]) if kind == "image" else {"type": kind, kind: None}
         without = self._render([*self._before, user_turn([QUESTION])], True)
-        shown = self._render([*self._before, user_turn([*[blank] * images, QUESTION])], True)
+        shown = self._render([*self._before, user_turn([*[blank] * count, QUESTION])], True)
         first = next((n for n, (a, b) in enumerate(zip(without, shown, strict=False)) if a != b), len(without))
         rest, tail = without[first:], 0
         while tail < min(len(rest), len(shown) - first) and rest[-1 - tail] == shown[-1 - tail]:
             tail += 1
         return shown[first : len(shown) - tail].strip()
 
-    def _probe(self, sizes: tuple[Size, ...]) -> tuple[str, Messages]:
-        """A prompt that shows images, each in a turn of its own, where the template takes several turns."""
+    def _probe(self, media: tuple[Header, ...]) -> tuple[str, Messages]:
+        """A prompt that shows media, each in a turn of its own, where the template takes several turns."""
         shown: list[tuple[Any, ...]] = [
-            (Image.new("RGB", size), f"({number})") for number, size in enumerate(sizes)
+            (self._reader.blank(header), f"({number})") for number, header in enumerate(media)
         ] or [(QUESTION,)]
         apart = [message for parts in shown for message in (user_turn(parts), turn("assistant", ANSWER))][:-1]
         messages = [*self._before, *apart]
@@ -151,15 +202,17 @@ class Expansion:
             messages = [*self._before, user_turn([part for parts in shown for part in parts])]
             return self._render(messages, True), messages
 
-    def _expand_sizes(self, sizes: tuple[Size, ...]) -> tuple[str, ...]:
-        """What stands before the text, for each image, and after the text."""
-        text, messages = self._probe(sizes)
+    def _expand_media(self, media: tuple[Header, ...]) -> tuple[str, tuple[str, ...], str]:
+        """What stands before the text, for each medium, and after the text."""
+        text, messages = self._probe(media)
         _, (tokens,) = self._processed.batch([messages], [text])
-        pieces = self.pieces(text, len(sizes))
+        pieces, order = self.pieces(text, [kind for kind, _ in media])
         starts = self.starts(pieces, tokens.text)
         ends = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
-        between = zip([0, *ends], [*starts, len(tokens.text)], strict=True)
-        return tuple(tokens.text[end:start] for end, start in between)
+        edges = zip([0, *ends], [*starts, len(tokens.text)], strict=True)
+        first, *between, last = (tokens.text[end:start] for end, start in edges)
+        each = dict(zip(order, between, strict=True))
+        return first, tuple(each.get(number, "") for number in range(len(media))), last
 
 
 def tokens_in(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> list[int]:

@@ -1,9 +1,10 @@
-"""The fields of a row: which hold its images and its system message, and which are not read."""
+"""The fields of a row: which hold its images, videos and sounds and its system message, and which are not read."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,9 +19,12 @@ SYSTEM = ("system", "system_prompt", "system_message")
 READ = {"id", *TURNS, "completion", "chosen", "rejected", *SYSTEM, "answers", "options", "choices"}
 OF_TURN = {"from", "role", "value", "content"}
 KINDS = r"(_(file|filename|path|name|url|uri|base64|bytes|data)s?)?"
-IMAGES = re.compile(rf"(image|img|picture|photo)s?{KINDS}", re.IGNORECASE)
+MEDIA = {
+    "image": re.compile(rf"(image|img|picture|photo)s?{KINDS}", re.IGNORECASE),
+    "video": re.compile(rf"videos?{KINDS}", re.IGNORECASE),
+    "audio": re.compile(rf"(audio|speech)s?{KINDS}", re.IGNORECASE),
+}
 ADDRESSES = re.compile(r".*_(url|uri)s?", re.IGNORECASE)
-MEDIA = re.compile(rf"(video|audio|speech)s?{KINDS}", re.IGNORECASE)
 WRITTEN = ("tools", "functions", "chat_template_kwargs")  # a chat template would write them
 SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 WEIGHTS = ("weight", "loss", "train")  # of a turn: whether it is learned
@@ -32,26 +36,46 @@ def is_nothing(given: Any) -> bool:
     return given is None or (isinstance(given, str | bytes | list | dict) and not given)
 
 
-def image_fields(row: Mapping[str, Any]) -> list[str]:
-    """The fields that hold a row's images, `image` and `images` first; an address counts where nothing else does."""
-    named = [key for key in ("image", "images") if not is_nothing(row.get(key))]
-    named += [
-        key
-        for key, value in row.items()
-        if isinstance(key, str) and key not in ("image", "images") and IMAGES.fullmatch(key) and _holds_images(value)
-    ]
-    files = [key for key in named if not ADDRESSES.fullmatch(key)]
-    return files or named
+def media_fields(row: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The fields that hold a row's media, by their kind; kinds that it has no field of are left out.
+
+    `image` and `images` come first, and so for other kinds. An address counts where nothing else holds one.
+    """
+    found: dict[str, list[str]] = {}
+    for key, value in row.items():
+        kind = _kind(key) if isinstance(key, str) else None
+        if kind is not None and not is_nothing(value) and (key in (kind, f"{kind}s") or _holds_files(value)):
+            found.setdefault(kind, []).append(key)
+    for kind, named in found.items():
+        named.sort(key=lambda key: (key != kind, key != f"{kind}s"))
+        found[kind] = [key for key in named if not ADDRESSES.fullmatch(key)] or named
+    return found
 
 
-def are_alike(images: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether two fields hold the same images: equal ones, files of the same name, or a file and its content."""
-    return len(images) == len(others) and all(
+@lru_cache(1024)
+def _kind(key: str) -> str | None:
+    """The kind of media that a field of this name may hold."""
+    return next((kind for kind, names in MEDIA.items() if names.fullmatch(key)), None)
+
+
+def are_alike(media: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether two fields hold the same media: equal ones, files of the same name, or a file and its content."""
+    return len(media) == len(others) and all(
         one == other
         or _file_name(one) == _file_name(other) != ""
         or (_file_name(one) == "") != (_file_name(other) == "")
-        for one, other in zip(images, others, strict=True)
+        for one, other in zip(media, others, strict=True)
     )
+
+
+def is_a_list_of_frames(value: Any) -> bool:
+    """Whether a field's value is the frames of one video: a list of image files alone."""
+    return isinstance(value, list) and bool(value) and all(map(_is_an_image_file, value))
+
+
+def _is_an_image_file(value: Any) -> bool:
+    path = value.get("path") if isinstance(value, Mapping) else value
+    return isinstance(path, Image.Image) or (isinstance(path, str) and IMAGE_FILE.fullmatch(path) is not None)
 
 
 def system_of(row: Mapping[str, Any]) -> tuple[str | None, list[Fault]]:
@@ -72,16 +96,13 @@ def unread_content(row: Mapping[str, Any], has_images: bool) -> list[Fault]:
         has_images: whether the row has images in another place.
     """
     keys = [key for key, value in row.items() if isinstance(key, str) and not is_nothing(value)]
-    media = [key for key in keys if MEDIA.fullmatch(key)]
     written = [key for key in keys if key in WRITTEN]
     unnamed = [
         key
         for key in keys
-        if key not in READ and key != "turns" and not IMAGES.fullmatch(key) and _is_an_image(row[key], has_images)
+        if key not in READ and key != "turns" and _kind(key) is None and _is_an_image(row[key], has_images)
     ]
     faults = []
-    if media:
-        faults.append(f"{media} cannot be read; rows have text, and images in 'image' or 'images'.")
     if written:
         faults.append(f"{written} cannot be read; write what the model is to read of it into the turns.")
     if unnamed:
@@ -96,9 +117,9 @@ def unread_of_turn(turn: Mapping[str, Any]) -> Fault | None:
     if len(turn) <= 2:
         return None
     given = {key: value for key, value in turn.items() if isinstance(key, str) and not is_nothing(value)}
-    unread = [key for key in given if key in SAID or IMAGES.fullmatch(key) or MEDIA.fullmatch(key)]
+    unread = [key for key in given if key in SAID or _kind(key)]
     if unread:
-        remedy = "List images in the row's 'images', and write the rest into the text."
+        remedy = "List files in the row's 'images', 'videos' or 'audio', and write the rest into the text."
         return Fault("turn", f"a turn has {unread} of its own, which are not read. {remedy}")
     if "value" in given and given.get("content", given["value"]) != given["value"]:
         return Fault("turn", "a turn has 'value' and 'content', which differ. Take one of them out.")
@@ -114,7 +135,7 @@ def ignored_fields(row: Any, columns: Mapping[str, str] | None = None) -> Iterat
     """The names of a row's fields that are not read, of its turns as `conversations[].name`."""
     if not isinstance(row, Mapping):
         return
-    read = READ | set(image_fields(row)) if columns is None else set(columns.values())
+    read = READ.union(*media_fields(row).values()) if columns is None else set(columns.values())
     if columns is None and not isinstance(row.get("prompt"), list):
         read -= {"prompt", "completion"}
     yield from (str(key) for key, value in row.items() if key not in read and not is_nothing(value))
@@ -128,7 +149,7 @@ def ignored_fields(row: Any, columns: Mapping[str, str] | None = None) -> Iterat
         yield from (f"{key}[].{name}" for name in sorted(map(str, names - OF_TURN)))
 
 
-def _holds_images(value: Any) -> bool:
+def _holds_files(value: Any) -> bool:
     items = value if isinstance(value, list) else [value]
     return (
         bool(items)

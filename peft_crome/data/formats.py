@@ -8,14 +8,15 @@ from typing import Any
 
 from ..utils.read_image import SOURCES, embedded_image
 from ..utils.shorten import short
-from .fields import TURNS, are_alike, image_fields, is_nothing, system_of, unread_content
+from .fields import TURNS, are_alike, is_a_list_of_frames, is_nothing, media_fields, system_of, unread_content
 from .image_paths import ImageFolders
-from .placeholders import PLACEHOLDER, foreign_placeholder
+from .media import FIELDS, NOUNS
+from .placeholders import MARKS, Place, foreign_placeholder
 from .references import MOST_OPTIONS, as_choice, as_texts, with_options
 from .rows import Fault
 from .turns import answer_text, first_of, place_by_others, read_turn, said_by
 
-COLUMNS = ("question", "answer", "image", "id", "options", "rejected")
+COLUMNS = ("question", "answer", *FIELDS, "id", "options", "rejected")
 
 
 def parse(
@@ -28,18 +29,19 @@ def parse(
     """Read one row.
 
     Args:
-        row: {"conversations": [{"from", "value"}], "image"} (LLaVA), {"messages": [{"role", "content"}], "images"},
-            {"prompt": messages, "completion": messages}, or a record whose fields `columns` names. Of a preference,
-            "chosen" holds the answer where the turns end with a question, and "rejected" the other one.
+        row: {"conversations": [{"from", "value"}], "image", "video" or "audio"} (LLaVA), {"messages": [{"role",
+            "content"}], "images"}, {"prompt": messages, "completion": messages}, or a record whose fields `columns`
+            names. A list of image files in "video" is the frames of one. Of a preference, "chosen" holds the answer
+            where the turns end with a question, and "rejected" the other one.
         number: of the row, its id where it has none.
-        folders: that image paths start from.
-        columns: {"question", "answer", "image", "id", "options", "rejected"} -> the record's fields.
+        folders: that paths of files start from.
+        columns: `COLUMNS` -> the record's fields.
         prompt: the question of records without one, as of captions.
     Returns:
-        The row, {"id": text, "images": [path or {"bytes", "path"}], "messages": [{"role", "content": [{"type":
-        "image"} or {"type": "text", "text"}]}]}, or None where a fault is not mended; and the faults. A row that says
-        them also has "answers", of several people, and "options", of a multiple choice: lists of text; and "rejected",
-        a text.
+        The row, {"id": text, "images": [path or {"bytes", "path"}], "videos": [the same, or {"frames": images}],
+        "audio": [as images], "messages": [{"role", "content": [{"type": "image", "video" or "audio"} or {"type":
+        "text", "text"}]}]}, or None where a fault is not mended; and the faults. A row that says them also has
+        "answers", of several people, and "options", of a multiple choice: lists of text; and "rejected", a text.
     """
     if isinstance(row, Fault):
         return None, [row]
@@ -52,35 +54,41 @@ def parse(
     if faults:
         return None, faults
     messages: list[dict[str, Any]] = []
-    has_images = bool(image_fields(row))
-    places: list[Any] = []  # each image that a turn shows: itself, or None for the next one of the row
+    fields = media_fields(row)
+    places: list[Place] = []
     for turn in row["turns"]:
-        message, own, wrong = read_turn(turn, places if has_images else None)
+        message, own, wrong = read_turn(turn, fields, places)
         faults += wrong
         places += own
         messages += [message] if message is not None else []
-    images, wrong = _images(row, places, folders)
-    faults = wrong + faults
+    media: dict[str, list[Any]] = {}
+    for kind in dict.fromkeys([*fields, *(kind for kind, _ in places)]):
+        owned = [own for shown, own in places if shown == kind]
+        media[kind], wrong = _media(row, fields.get(kind, []), kind, owned, folders)
+        faults = wrong + faults
     if columns is None:
-        faults += unread_content(row, bool(images))
+        faults += unread_content(row, any(media.values()))
     if faults:
         return None, faults
-    faults += _place_images(messages, len(images))
-    foreign = [foreign_placeholder(message, bool(images)) for message in messages]
+    for kind in reversed(FIELDS):  # images come first
+        faults += _place(messages, kind, len(media[kind])) if kind in media else []
+    foreign = [foreign_placeholder(message, bool(media.get("image"))) for message in messages]
     faults += [fault for fault in foreign if fault is not None]
     faults += [_empty(message["role"]) for message in messages if not _says(message["content"])]
     messages, wrong = _ordered(messages)
     faults += wrong
     if any(not fault.mended for fault in faults):
         return None, faults
-    said: dict[str, Any] = {
+    texts: dict[str, Any] = {
         "answers": as_texts(row.get("answers")),
         "options": as_texts(first_of(row, "options", "choices")),
         "rejected": answer_text(row.get("rejected")),
     }
-    images = images[: sum(map(_shown, messages))] if wrong else images  # those of turns that are left out
-    parsed = {"id": row_name(row, number), "images": images, "messages": messages}
-    return parsed | {key: given for key, given in said.items() if given}, faults
+    if wrong:  # turns are left out, with what they show
+        media = {kind: given[: sum(_shown(message, kind) for message in messages)] for kind, given in media.items()}
+    shown = {field: media.get(kind, []) for kind, field in FIELDS.items()}
+    parsed = {"id": row_name(row, number), **shown, "messages": messages}
+    return parsed | {key: value for key, value in texts.items() if value}, faults
 
 
 def row_name(row: Any, number: int) -> str:
@@ -156,8 +164,7 @@ def _from_columns(
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     if "rejected" in columns:
         said["rejected"] = row[columns["rejected"]]
-    image = row[columns["image"]] if "image" in columns else None
-    made = {"turns": turns, "image": image, **said}
+    made = {"turns": turns, **{kind: row[columns[kind]] for kind in FIELDS if kind in columns}, **said}
     return made | ({"id": row[columns["id"]]} if "id" in columns else {}), []
 
 
@@ -166,70 +173,81 @@ def _most_frequent(answers: list[Any]) -> Any:
     return max(texts, key=texts.count)
 
 
-def _images(row: Mapping[str, Any], places: list[Any], folders: ImageFolders) -> tuple[list[Any], list[Fault]]:
-    """The images in the order in which the turns show them; the row's own that none shows come last."""
-    given, faults = _given_images(row)
-    rest = iter([_image(image, folders) for image in given])
-    shown = [_image(own, folders) if own is not None else next(rest, None) for own in places]
-    found = [image for image in [*shown, *rest] if image is not None]  # `_place_images` counts them
-    faults += [image for image in found if isinstance(image, Fault)]
-    return [image for image in found if not isinstance(image, Fault)], faults
+def _media(
+    row: Mapping[str, Any], fields: list[str], kind: str, places: list[Any], folders: ImageFolders
+) -> tuple[list[Any], list[Fault]]:
+    """The media of a kind in the order in which the turns show them; the row's own that none shows come last."""
+    given, faults = _given_media(row, fields, kind)
+    rest = iter([_medium(medium, kind, folders) for medium in given])
+    shown = [_medium(own, kind, folders) if own is not None else next(rest, None) for own in places]
+    found = [medium for medium in [*shown, *rest] if medium is not None]  # `_place` counts them
+    faults += [medium for medium in found if isinstance(medium, Fault)]
+    return [medium for medium in found if not isinstance(medium, Fault)], faults
 
 
-def _given_images(row: Mapping[str, Any]) -> tuple[list[Any], list[Fault]]:
-    """The images of the first field that has some; another field may hold the same ones, by their names."""
-    fields = image_fields(row)
-    lists = [row[key] if isinstance(row[key], list) else [row[key]] for key in fields]
+def _given_media(row: Mapping[str, Any], fields: list[str], kind: str) -> tuple[list[Any], list[Fault]]:
+    """The media of the first field that has some; another field may hold the same ones, by their names."""
+    lists = [
+        row[key]
+        if isinstance(row[key], list) and not (kind == "video" and is_a_list_of_frames(row[key]))
+        else [row[key]]
+        for key in fields
+    ]
     faults = [
-        Fault("row", f"{fields[0]!r} and {key!r} hold different images. Take one of them out.")
+        Fault("row", f"{fields[0]!r} and {key!r} hold different {NOUNS[kind]}s. Take one of them out.")
         for key, other in zip(fields[1:], lists[1:], strict=True)
         if not are_alike(lists[0], other)
     ]
     return (lists[0] if lists else []), faults
 
 
-def _image(image: Any, folders: ImageFolders) -> Any:
-    if isinstance(image, Mapping) and (sources := [image[key] for key in SOURCES if not is_nothing(image.get(key))]):
-        found = _image(sources[0], folders)
-        return found | {"path": image.get("path")} if isinstance(found, dict) else found
-    if isinstance(image, str) and image:
+def _medium(given: Any, kind: str, folders: ImageFolders) -> Any:
+    """A file as rows keep it, or what is wrong with it."""
+    noun = NOUNS[kind]
+    if isinstance(given, Mapping) and (sources := [given[key] for key in SOURCES if not is_nothing(given.get(key))]):
+        found = _medium(sources[0], kind, folders)
+        return found | {"path": given.get("path")} if isinstance(found, dict) else found
+    if isinstance(given, str) and given:
         try:
-            data = embedded_image(image)
+            data = embedded_image(given)
         except ValueError as error:
-            return Fault("unreadable", f"the image {short(image)} cannot be read: {error}.")
-        return folders.find(image) if data is None else {"bytes": data, "path": None}
-    if isinstance(image, bytes) and image:
-        return {"bytes": image, "path": None}
-    if hasattr(image, "convert") and hasattr(image, "size"):  # PIL's
-        return image
-    return Fault("path", f"the image {short(str(image))} is none; expected a path, a list of paths, or bytes.")
+            return Fault("unreadable", f"the {noun} {short(given)} cannot be read: {error}.")
+        return folders.find(given, noun) if data is None else {"bytes": data, "path": None}
+    if isinstance(given, bytes) and given:
+        return {"bytes": given, "path": None}
+    if kind == "video" and isinstance(given, list) and given:
+        frames = [_medium(frame, "image", folders) for frame in given]
+        return next((frame for frame in frames if isinstance(frame, Fault)), {"frames": frames})
+    if kind == "image" and hasattr(given, "convert") and hasattr(given, "size"):  # PIL's
+        return given
+    return Fault("path", f"the {noun} {short(str(given))} is none; expected a path, a list of paths, or bytes.")
 
 
-def _place_images(messages: list[dict[str, Any]], given: int) -> list[Fault]:
-    """Put images without a placeholder before the first user's turn (LAMM); refuse other numbers."""
-    if given and not any(map(_shown, messages)):
+def _place(messages: list[dict[str, Any]], kind: str, given: int) -> list[Fault]:
+    """Put media without a placeholder before the first user's turn (LAMM); refuse other numbers."""
+    if kind == "image" and given and not any(_shown(message, kind) for message in messages):
         place_by_others(messages, given)
-    placed = sum(map(_shown, messages))
+    placed = sum(_shown(message, kind) for message in messages)
     if placed == given:
         return []
+    mark, noun = MARKS[kind], NOUNS[kind]
     if placed:
-        wrong = f"{placed} {PLACEHOLDER} and {given} images. Write one {PLACEHOLDER} per image."
-        return [Fault("placeholder", wrong)]
+        return [Fault("placeholder", f"{placed} {mark} and {given} {noun}s. Write one {mark} per {noun}.")]
     first = next((message for message in messages if message["role"] == "user"), None)
     if first is None:
-        return [Fault("placeholder", f"no turn is from 'human', so there is no place for its {given} images.")]
-    first["content"][:0] = [{"type": "image"}] * given
+        return [Fault("placeholder", f"no turn is from 'human', so there is no place for its {given} {noun}s.")]
+    first["content"][:0] = [{"type": kind} for _ in range(given)]
     return []
 
 
-def _shown(message: dict[str, Any]) -> int:
-    """How many images a message has."""
-    return [part["type"] for part in message["content"]].count("image")
+def _shown(message: dict[str, Any], kind: str) -> int:
+    """How many media of a kind a message has."""
+    return [part["type"] for part in message["content"]].count(kind)
 
 
 def _says(content: list[dict[str, Any]]) -> bool:
     for part in content:  # noqa: SIM110  # any() takes twice as long, and every turn of every row comes here
-        if part["type"] == "image" or (part["text"] and not part["text"].isspace()):
+        if part["type"] != "text" or (part["text"] and not part["text"].isspace()):
             return True
     return False
 

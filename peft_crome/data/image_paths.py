@@ -1,4 +1,4 @@
-"""Where image files are: a folder, or a folder per sub-folder that rows name."""
+"""Where files of images, videos and sounds are: a folder, or a folder per sub-folder that rows name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LONGEST = 4096  # characters of a path
 
 
 class ImageFolders:
-    """Turn the image paths of rows into paths of files.
+    """Turn the paths of rows' images, videos and sounds into paths of files.
 
     A path is refused by its words, without looking at the disk: a link inside a folder may lead wherever its owner
     wants, a row of a data set may not.
@@ -36,15 +36,15 @@ class ImageFolders:
         at = [] if home is None else [os.path.abspath(home), os.path.realpath(home)]
         self.homes = tuple(os.path.join(folder, "") for folder in at)
 
-    def find(self, path: str) -> str | Fault:
-        """The absolute path of a row's image, or why there is none."""
+    def find(self, path: str, noun: str = "image") -> str | Fault:
+        """The absolute path of a row's image, video or sound, or why there is none."""
         path = local_path(path)
         if "://" in path:
-            return Fault("path", f"the image {short(path)} is an address. Download it, and name its file.")
+            return Fault("path", f"the {noun} {short(path)} is an address. Download it, and name its file.")
         if len(path) > LONGEST:
-            return Fault("path", f"the image {short(path)} is neither a path nor an image in base64.")
+            return Fault("path", f"the {noun} {short(path)} is neither a path nor a file in base64.")
         if "\0" in path or not is_unicode(path):
-            return Fault("path", f"the image path {short(path)} is none: it holds a zero byte or half a character.")
+            return Fault("path", f"the {noun} path {short(path)} is none: it holds a zero byte or half a character.")
         if self.homes and (full := os.path.normpath(path)).startswith(self.homes):
             return full
         for begin, folder in self.folders:
@@ -55,8 +55,8 @@ class ImageFolders:
                     return full
                 return Fault(
                     "path",
-                    f"the image path {short(path)} leaves {folder}. Name the folder that holds all images.",
+                    f"the {noun} path {short(path)} leaves {folder}. Name the folder that holds all {noun}s.",
                 )
         known = ", ".join(repr(begin) for begin, _ in self.folders)
-        wrong = f"the image path {short(path)} begins with none of {known}. Name a folder for it in `images`."
+        wrong = f"the {noun} path {short(path)} begins with none of {known}. Name a folder for it in `images`."
         return Fault("path", wrong)

@@ -1,4 +1,4 @@
-"""How long rows are, roughly, without a tokenizer and without opening an image."""
+"""How long rows are, roughly, without a tokenizer and without opening a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHARACTERS_PER_TOKEN = 4  # of English; what matters is which row is longer than
 
 
 def row_lengths(rows: Any, image_seq_length: int) -> list[int]:
-    """Tokens of each row, reckoned from its characters and its images.
+    """Tokens of each row, reckoned from its characters and its images; a video or a sound counts as an image.
 
     Args:
         rows: `datasets.Dataset` of `load_rows`; images that are in the table itself are not read. Or a list of such
@@ -26,7 +26,7 @@ def row_lengths(rows: Any, image_seq_length: int) -> list[int]:
     for batch in rows.select_columns(["messages"]).with_format("arrow").iter(batch_size=1000):
         parts, row_of_part = parts_of(batch)
         characters = np.asarray(pc.fill_null(pc.utf8_length(pc.struct_field(parts, "text")), 0))
-        images = np.asarray(pc.equal(pc.struct_field(parts, "type"), "image")).astype(np.int64)
+        images = np.asarray(pc.not_equal(pc.struct_field(parts, "type"), "text")).astype(np.int64)
         tokens = characters / CHARACTERS_PER_TOKEN + images * image_seq_length
         lengths += np.bincount(row_of_part, weights=tokens, minlength=len(batch)).astype(int).tolist()
     return lengths
@@ -43,5 +43,5 @@ def parts_of(batch: pa.Table) -> tuple[pa.Array, np.ndarray]:
 def _length(row: dict[str, Any], image_seq_length: int) -> int:
     parts = [part for message in row["messages"] for part in message["content"]]
     characters = sum(len(part.get("text") or "") for part in parts)
-    images = sum(part["type"] == "image" for part in parts)
+    images = sum(part["type"] != "text" for part in parts)
     return int(characters / CHARACTERS_PER_TOKEN + images * image_seq_length)

@@ -1,18 +1,23 @@
-"""What stands for an image in the text of a turn."""
+"""What stands for an image, a video or a sound in the text of a turn."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..utils.turn_text import IMAGE_KEYS
 from .fields import is_nothing
+from .media import FIELDS
 from .rows import Fault
 
-PLACEHOLDER = "<image>"
-ANY_CASE = re.compile(PLACEHOLDER, re.IGNORECASE)
-WITH_PATH = re.compile(r"<image>|<img>\s*([^<>]*?)\s*</img>", re.IGNORECASE)  # Qwen-VL's
+Place = tuple[str, Any]  # the kind of what a turn shows, and itself; None: the next one of the row
+MARKS = {kind: f"<{kind}>" for kind in FIELDS}
+PLACEHOLDER = MARKS["image"]
+ANY_CASE = {kind: re.compile(mark, re.IGNORECASE) for kind, mark in MARKS.items()}
+SHOWN = re.compile(
+    r"<(?P<kind>image|video|audio)>|<(?i:img)>\s*(?P<path>[^<>]*?)\s*</(?i:img)>"
+)  # the latter Qwen-VL's
 NUMBERED = re.compile(r"<(?:image|img)[ _-]?(\d+)>|<\|image_(\d+)\|>", re.IGNORECASE)  # MMMU's, Phi-3's
 MEDIA = re.compile(
     # not HTML, and not words about it
@@ -32,29 +37,42 @@ OF_ONE_IMAGE = re.compile(
 )  # each stands for an image where there are as many
 
 
-def shown_in(text: str, before: int | None = None) -> tuple[str, list[Any]]:
-    """A text with `<image>` where it shows an image, and for each the path that stands there, or None.
+def shown_in(text: str, kinds: Collection[str] = (), before: int = 0) -> tuple[str, list[Place]]:
+    """A text with `<image>`, `<video>` or `<audio>` where it shows one, and what stands at each of these places.
 
     Args:
         text: of a turn, or of a part of one.
-        before: images shown before it; None: the row has none, or the turn shows none. Numbered places that go on
-            from it are images, and `<image>` is read in any case.
+        kinds: that the row has in fields of its own. Numbered places that go on from `before` are images then, and
+            placeholders are read in any case. In a row of videos without an image `<image>` is a video, as in
+            LLaVA-Video's data. Other text in brackets stays text.
+        before: images shown before it.
     """
-    if before is not None and "<" in text:
-        text = ANY_CASE.sub(PLACEHOLDER, text)
-    if before is not None and "<" in text and PLACEHOLDER not in text:
+    if "<" not in text:
+        return text, []
+    for kind in kinds:
+        text = ANY_CASE[kind].sub(MARKS[kind], text)
+    if "image" not in kinds and "video" in kinds:
+        text = text.replace(PLACEHOLDER, MARKS["video"])
+    elif "image" in kinds and PLACEHOLDER not in text:
         numbers = [int(found.group(1) or found.group(2)) for found in NUMBERED.finditer(text)]
         if numbers == list(range(before + 1, before + 1 + len(numbers))):
             text = NUMBERED.sub(PLACEHOLDER, text)
-    if "</img>" not in text.lower():
-        return text, [None] * text.count(PLACEHOLDER)
-    images = [found.group(1) for found in WITH_PATH.finditer(text)]
-    return WITH_PATH.sub(PLACEHOLDER, text), images
+    places: list[Place] = []
+
+    def mark(found: re.Match[str]) -> str:
+        kind = found["kind"] or "image"
+        if kind != "image" and kind not in kinds:
+            return found.group()
+        places.append((kind, found["path"]))
+        return MARKS[kind]
+
+    return SHOWN.sub(mark, text), places
 
 
-def own_image(part: Mapping[str, Any]) -> Any:
-    """The image that a part of a turn holds itself; None: it stands for the next one of the row."""
-    return next((part[key] for key in IMAGE_KEYS if not is_nothing(part.get(key))), None)
+def own_medium(part: Mapping[str, Any], kind: str) -> Any:
+    """What a part of a turn holds itself; None: it stands for the next one of the row."""
+    keys = (kind, *(key for key in IMAGE_KEYS if "image" not in key), f"{kind}_url")
+    return next((part[key] for key in keys if not is_nothing(part.get(key))), None)
 
 
 def foreign_placeholder(message: Mapping[str, Any], has_images: bool) -> Fault | None:
@@ -67,6 +85,7 @@ def foreign_placeholder(message: Mapping[str, Any], has_images: bool) -> Fault |
             continue
         found = MEDIA.search(text) or (OF_OTHERS.search(text) if has_images else None)
         if found:
-            wrong = f"{found.group()} in a turn of the user is not read. Write {PLACEHOLDER} where an image stands"
-            return Fault("placeholder", f"{wrong}; videos and sound cannot be read.")
+            marks = " or ".join(MARKS.values())
+            wrong = f"{found.group()} in a turn of the user is not read. Write {marks} where one of the row's stands."
+            return Fault("placeholder", wrong)
     return None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 
 from .answer_spans import Messages
 
@@ -18,7 +17,7 @@ AS_RENDERED = f"{{{{- messages[0]['{RENDERED}'] -}}}}"
 
 
 class UnknownPlaceholder(ValueError):
-    """A processor's text cannot be told apart from what stands for its images."""
+    """A processor's text cannot be told apart from what stands for its images, videos and sounds."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Tokens:
     """The tokens of one conversation.
 
     Attributes:
-        text: as the tokenizer was given it, with an image's placeholder expanded to all of its tokens.
+        text: as the tokenizer was given it, with each placeholder expanded to all of its tokens.
         ids: without padding.
         offsets: the first character of each token in `text`, and the one after its last.
     """
@@ -86,7 +85,8 @@ class Processed:
         """A padded batch, and the tokens of each conversation.
 
         Args:
-            conversations: with their images in them, as PIL images; all of them have images, or none has.
+            conversations: with their media in them, as `MediaReader.read` gives them; all of them have some, or none
+                has.
             texts: as the chat template renders them.
         Returns:
             What `processor.apply_chat_template(..., tokenize=True, return_dict=True)` returns, padded on the right.
@@ -104,7 +104,7 @@ class Processed:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "right"},
+            processor_kwargs={"padding": True, "padding_side": "right", **video_arguments(conversations)},
         )
         by_ids: dict[tuple[int, ...], list[Tokens]] = {}
         for tokens in self._tokenizer.calls:
@@ -138,26 +138,21 @@ def with_template(processor: Any) -> Any:
     return processor
 
 
-def with_images(messages: Messages, images: Iterable[Image.Image]) -> Messages:
-    """A conversation whose image parts hold their images, which come in the order of the parts."""
-    images = iter(images)
-    return [
-        {
-            **message,
-            "content": [
-                {**part, "image": next(images)} if part["type"] == "image" else part for part in message["content"]
-            ],
-        }
+def video_arguments(conversations: Sequence[Messages]) -> dict[str, Any]:
+    """What a processor is told of videos whose frames are chosen already; empty where there are none."""
+    found = [
+        part["metadata"]
+        for messages in conversations
         for message in messages
+        for part in message["content"]
+        if "metadata" in part
     ]
+    return {"video_metadata": found, "do_sample_frames": False} if found else {}
 
 
-def user_turn(parts: Sequence[str | Image.Image]) -> dict[str, Any]:
-    """A user's message of texts and images."""
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
-    ]
-    return {"role": "user", "content": content}
+def user_turn(parts: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
+    """A user's message of texts and other parts."""
+    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
 
 
 def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:

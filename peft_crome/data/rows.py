@@ -12,16 +12,17 @@ FAULTS = {
     "empty": "an empty turn",
     "answer": "no answer to learn from",
     "template": "a conversation that the chat template does not take",
-    "placeholder": "wrong number of <image>",
-    "path": "an image path that is none, or leaves the image folder",
-    "missing": "a missing image",
-    "unreadable": "an unreadable image",
+    "placeholder": "wrong number of <image>, <video> or <audio>",
+    "path": "a path that is none, or leaves the folder of images",
+    "missing": "a missing image, video or sound",
+    "unreadable": "an unreadable image, video or sound",
+    "host": "an image, video or sound that the model does not take",
     "duplicate": "the same conversation about the same images once more",
     "long": "longer than the model takes, so that no image or no answer is whole",
     "cut": "an answer that is cut off at the end",
 }
 
-FORM = 3  # of the rows that are kept; another number where `parse` changes, so that `datasets` serves no older ones
+FORM = 4  # of the rows that are kept; another number where `parse` changes, so that `datasets` serves no older ones
 
 # What `draws` adds to a row.
 DRAW = "draw"  # its number among all that a run draws: what its crops and mirror images depend on

@@ -21,14 +21,18 @@ from ..version import __version__
 from .files import stream
 from .formats import COLUMNS, parse, row_name
 from .image_paths import ImageFolders
+from .media import FIELDS, NOUNS, media_of
 from .rows import FORM, RowError
 
 logger = logging.getLogger(__name__)
 
+FILE = {"path": Value("string"), "bytes": Value("binary")}
 FEATURES = Features(
     {
         "id": Value("string"),
-        "images": List({"path": Value("string"), "bytes": Value("binary")}),
+        "images": List(FILE),
+        "videos": List({**FILE, "frames": List(FILE)}),  # a file, or its frames
+        "audio": List(FILE),
         "messages": List(
             {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
         ),
@@ -54,17 +58,20 @@ def read_rows(
 
     Args:
         path: JSON list, JSONL or parquet of {"id", "image": path or list of paths, "conversations": [{"from",
-            "value"}]} (LLaVA), {"images", "messages": [{"role", "content"}]}, or records that `columns` describes. A
-            row without an image is text alone; images that no `<image>` stands for come before the first question.
-        images: folder that image paths start from, or a folder per beginning of them, {"coco": "/data/coco"}; None:
-            the folder of `path`.
-        columns: {"question", "answer", "image", "id", "options", "rejected"} -> names of a table's columns.
+            "value"}]} (LLaVA), {"images", "messages": [{"role", "content"}]}, or records that `columns` describes;
+            with "video" and "audio" as with "image". A row without any is text alone; images that no `<image>` stands
+            for come before the first question.
+        images: folder that paths of images, videos and sounds start from, or a folder per beginning of them, {"coco":
+            "/data/coco"}; None: the folder of `path`.
+        columns: {"question", "answer", "image", "video", "audio", "id", "options", "rejected"} -> names of a table's
+            columns.
         prompt: the question, where a table has none.
         name, split: as in `load_rows`.
         faulty: "stop" raises at the first row that cannot be read, "drop" leaves such rows out and logs how many.
     Yields:
-        id: text; images: list of absolute paths, or {"bytes", "path"} where a file holds the images; messages:
-        [{"role", "content"}], where content is a list of {"type": "image"} and {"type": "text", "text"}, of which
+        id: text; images, videos, audio: lists of absolute paths, or {"bytes", "path"} where a file holds them, a video
+        also {"frames": images}; messages: [{"role", "content"}], where content is a list of {"type": "image", "video"
+        or "audio"} and {"type": "text", "text"}, of which
         `processor.apply_chat_template` makes the text of the row again; an image within a line has "text": "". Rows
         that say them: answers, of several people, and options, of a multiple choice; lists of text. Rows of a
         preference: rejected, the text of the answer that was not chosen.
@@ -130,7 +137,8 @@ def load_rows(
         split: of a folder or a data set of the Hub.
         streaming: read while training, and keep nothing on disk.
     Returns:
-        Rows with `id`, `images` ({"path", "bytes"} each) and `messages`.
+        Rows with `id`, `images` and `audio` ({"path", "bytes"} each), `videos` ({"path", "bytes", "frames"} each) and
+        `messages`.
     Raises:
         FileNotFoundError, ValueError: as `read_rows`, or there is no such data set, or no row in it.
     """
@@ -193,17 +201,25 @@ def file_digest(path: Path) -> str:
 
 def _generate(path: str, version: str, **arguments: Any) -> Iterator[dict[str, Any]]:
     for row in read_rows(path, **arguments):
-        # What a row is scored by is not kept for training.
-        yield {"id": row["id"], "images": [_stored(image) for image in row["images"]], "messages": row["messages"]}
+        yield _stored_row(row)
 
 
-def _stored(image: Any) -> dict[str, Any]:
-    if isinstance(image, str):
-        return {"path": image, "bytes": None}
-    if isinstance(image, dict):
-        return image
+def _stored_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as it is kept; what it is scored by is not kept for training."""
+    files = {field: [_stored(medium) for medium in row[field]] for field in FIELDS.values()}
+    files["videos"] = [{"path": None, "bytes": None, "frames": [], **video} for video in files["videos"]]
+    return {"id": row["id"], **files, "messages": row["messages"]}
+
+
+def _stored(medium: Any) -> dict[str, Any]:
+    if isinstance(medium, str):
+        return {"path": medium, "bytes": None}
+    if isinstance(medium, dict) and "frames" in medium:
+        return {"frames": [_stored(frame) for frame in medium["frames"]]}
+    if isinstance(medium, dict):
+        return medium
     file = io.BytesIO()
-    read_image(image).save(file, "PNG")
+    read_image(medium).save(file, "PNG")
     return {"path": None, "bytes": file.getvalue()}
 
 
@@ -215,7 +231,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _open_table(path: str, name: str | None, split: str, streaming: bool) -> tuple[Any, dict[str, list[str]]]:
-    """A data set as it is, with its images undecoded, and the names of its classes by column."""
+    """A data set as it is, with its files undecoded, and the names of its classes by column."""
     folder = Path(path)
     saved = folder.is_dir() and any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
@@ -241,9 +257,10 @@ def _open_table(path: str, name: str | None, split: str, streaming: bool) -> tup
 
 
 def _undecoded(feature: Any) -> Any:
-    """A column's type with its images as they are stored, wherever they are: decoded JPEG would be encoded again."""
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
+    """A column's type with its files as they are stored, wherever they are: decoded JPEG would be encoded again."""
+    for kind in (datasets.Image, datasets.Video, datasets.Audio):
+        if isinstance(feature, kind):
+            return kind(decode=False)
     if isinstance(feature, dict):
         return {key: _undecoded(inner) for key, inner in feature.items()}
     if isinstance(feature, List):
@@ -296,14 +313,14 @@ def _convert(
     faulty: Faulty,
 ) -> dict[str, list[Any]]:
     folders = ImageFolders(images, home)
-    made: dict[str, list[Any]] = {"id": [], "images": [], "messages": []}
+    made: dict[str, list[Any]] = {name: [] for name in FEATURES}
     for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
         given = _with_names(dict(zip(batch, values, strict=True)), labels)
         row, faults = parse(given, number, folders, columns, prompt)
         if row is not None:
-            row["images"] = [_stored(image) for image in row["images"]]
+            stored = _stored_row(row)
             for key, kept in made.items():
-                kept.append(row[key])
+                kept.append(stored[key])
         elif faulty == "stop":
             raise RowError(f"{source}, row {short(row_name(given, number))}", faults)
         else:
@@ -311,34 +328,53 @@ def _convert(
     return made
 
 
-def check_images(rows: Iterable[dict[str, Any]]) -> None:
-    """See that every image file is there, before a run begins; none is opened.
+def check_files(rows: Iterable[dict[str, Any]]) -> None:
+    """See that the files of all images, videos and sounds are there, before a run begins; none is opened.
 
     Raises:
         ValueError: names the first row whose file is missing, and how many there are.
     """
-    missing = [(name, path) for name, path in _image_files(rows) if not os.path.isfile(path)]
+    missing = [(name, kind, path) for name, kind, path in _files(rows) if not os.path.isfile(path)]
     if missing:
+        name, kind, path = missing[0]
         raise ValueError(
-            f"Row {short(missing[0][0])}: the image {cut(missing[0][1])} is missing ({len(missing)} such files in "
-            "all). Name the folder that image paths start from, or take these rows out: peft-crome doctor shows them "
-            "all."
+            f"Row {short(name)}: the {NOUNS[kind]} {cut(path)} is missing ({len(missing)} such files in all). Name "
+            "the folder that image paths start from, or take these rows out: peft-crome doctor shows them all."
         )
 
 
-def _image_files(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    if isinstance(rows, Dataset):  # by column: images that are in the table itself are not read
-        for batch in rows.select_columns(["id", "images"]).with_format("arrow").iter(batch_size=1000):
-            images, ids = batch["images"].combine_chunks(), batch["id"]
-            flat = pc.list_flatten(images)
-            paths = pc.if_else(pc.is_null(pc.struct_field(flat, "bytes")), pc.struct_field(flat, "path"), None)
-            for row, path in zip(pc.list_parent_indices(images).to_pylist(), paths.to_pylist(), strict=True):
-                if path is not None:
-                    yield ids[row].as_py(), path
+def files_in(medium: Any) -> Iterator[str]:
+    """The paths of files that a medium of a row is read from; none where the row holds their bytes."""
+    if isinstance(medium, str):
+        yield medium
+    elif isinstance(medium, dict) and medium.get("frames"):
+        for frame in medium["frames"]:
+            yield from files_in(frame)
+    elif isinstance(medium, dict) and medium.get("bytes") is None and medium.get("path") is not None:
+        yield medium["path"]
+
+
+def _files(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """The id of a row, the kind of a medium, and its path."""
+    if not isinstance(rows, Dataset):
+        for row in rows:
+            for kind, media in media_of(row).items():
+                yield from ((row["id"], kind, path) for medium in media for path in files_in(medium))
         return
-    for row in rows:
-        for image in row["images"]:
-            if isinstance(image, str):
-                yield row["id"], image
-            elif image.get("bytes") is None:
-                yield row["id"], image["path"]
+    for batch in rows.select_columns(["id", *FIELDS.values()]).with_format("arrow").iter(batch_size=1000):
+        for kind, field in FIELDS.items():  # by column: files that are in the table itself are not read
+            media = batch[field].combine_chunks()
+            row, files = pc.list_parent_indices(media), pc.list_flatten(media)
+            for owner, path in _paths(row, files):
+                yield batch["id"][owner].as_py(), kind, path
+            if kind == "video":
+                frames = pc.struct_field(files, "frames")
+                for owner, path in _paths(row.take(pc.list_parent_indices(frames)), pc.list_flatten(frames)):
+                    yield batch["id"][owner].as_py(), kind, path
+
+
+def _paths(row: Any, files: Any) -> Iterator[tuple[int, str]]:
+    paths = pc.if_else(pc.is_null(pc.struct_field(files, "bytes")), pc.struct_field(files, "path"), None)
+    for owner, path in zip(row.to_pylist(), paths.to_pylist(), strict=True):
+        if path is not None:
+            yield owner, path

@@ -31,7 +31,8 @@ def to_trl(rows: Iterable[dict[str, Any]]) -> Dataset | IterableDataset:
         `completion`, messages; and `answers`, texts for a reward to compare with: those of several people, or the one
         of the completion. Rows with a rejected answer have `chosen` and `rejected` instead of `completion`.
     Raises:
-        ValueError: there are no rows, some have a rejected answer and some have none, or as `read_rows`.
+        ValueError: there are no rows, one has a video or a sound, some have a rejected answer and some have none, or
+            as `read_rows`.
     """
     rows = rows if isinstance(rows, Dataset | IterableDataset) else iter(rows)
     first = next(iter(rows), None)
@@ -69,6 +70,11 @@ def _rows(rows: Iterable[dict[str, Any]], features: Features) -> Iterator[dict[s
 
 
 def _row(row: dict[str, Any], features: Features) -> dict[str, Any]:
+    if row.get("videos") or row.get("audio"):
+        raise ValueError(
+            f"Row {short(row['id'])} has a video or a sound, and TRL's trainers take images alone. Take the row out, "
+            "or train with peft-crome finetune."
+        )
     *prompt, answer = row["messages"]
     answers = row.get("answers") or ["".join(part["text"] for part in answer["content"])]
     made = {"id": row["id"], "images": row["images"], "prompt": prompt, "answers": answers}

@@ -1,14 +1,16 @@
-"""A turn of a conversation as a message: who says it, its text, and the images that it shows."""
+"""A turn of a conversation as a message: who says it, its text, and the images, videos and sounds that it shows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..utils.shorten import short
 from ..utils.turn_text import turn_text
 from .fields import unread_of_turn
-from .placeholders import OF_ONE_IMAGE, PLACEHOLDER, own_image, shown_in
+from .media import FIELDS, NOUNS
+from .placeholders import MARKS, OF_ONE_IMAGE, PLACEHOLDER, Place, own_medium, shown_in
 from .rows import Fault, is_unicode
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -24,9 +26,9 @@ def value_of(turn: Mapping[str, Any]) -> Any:
     return first_of(turn, "value", "content")
 
 
-def own_images(turn: Any) -> int:
-    """How many images a turn holds itself, which are none of the row's."""
-    return sum(image is not None for image in read_turn(turn)[1])
+def own_media(turn: Any, kind: str) -> int:
+    """How many media of a kind a turn holds itself, which are none of the row's."""
+    return sum(shown == kind and own is not None for shown, own in read_turn(turn)[1])
 
 
 def first_of(given: Mapping[str, Any], *keys: str) -> Any:
@@ -45,33 +47,37 @@ def said_by(turn: Any) -> tuple[Any, Any]:
     return (ROLES.get(role) if isinstance(role, str) else None), value_of(turn)
 
 
-def read_turn(turn: Any, before: Sequence[Any] | None = None) -> tuple[dict[str, Any] | None, list[Any], list[Fault]]:
-    """A turn as a message, the image that each of its places holds itself or None, and what is wrong with it.
+def read_turn(
+    turn: Any, kinds: Collection[str] = (), before: Sequence[Place] = ()
+) -> tuple[dict[str, Any] | None, list[Place], list[Fault]]:
+    """A turn as a message, what stands at each of its places, and what is wrong with it.
 
     Args:
         turn: of a row.
-        before: the same of the places in earlier turns; None: the row has no images, or they are not asked for.
+        kinds: that the row has in fields of its own.
+        before: what stands at the places in earlier turns.
     """
     role, value = said_by(turn)
     if role is None or not isinstance(value, str | list):
         expected = "{'from': 'human' or 'gpt', 'value': text} or {'role': 'user' or 'assistant', 'content': ...}"
         return None, [], [Fault("turn", f"{short(turn)} is no turn; expected {expected}.")]
-    wrong = unread_of_turn(turn)
-    if wrong is not None:
-        return None, [], [wrong]
+    unread = unread_of_turn(turn)
+    if unread is not None:
+        return None, [], [unread]
     if isinstance(value, str):
-        value, images = shown_in(value, None if before is None else len(before))
+        value, places = shown_in(value, kinds, _count(before, "image"))
     else:
-        found = _parts(value, before)
+        found = _parts(value, kinds, before)
         if isinstance(found, Fault):
             return None, [], [found]
-        value, images = found
+        value, places = found
     if not is_unicode(value):
         return None, [], [_half_a_character(turn)]
-    if images and role != "user":
-        message = f"an image stands in a turn from {role_of(turn)!r}. Only the user's turns ('human') show images."
-        return None, [], [Fault("placeholder", message)]
-    return {"role": role, "content": _split(value)}, images, []
+    if places and role != "user":
+        noun = NOUNS[places[0][0]]
+        wrong = f"{'an' if noun == 'image' else 'a'} {noun} stands in a turn from {role_of(turn)!r}."
+        return None, [], [Fault("placeholder", f"{wrong} Only the user's turns ('human') show {noun}s.")]
+    return {"role": role, "content": _split(value, {kind for kind, _ in places} if places else ())}, places, []
 
 
 def answer_text(given: Any) -> str | None:
@@ -80,64 +86,75 @@ def answer_text(given: Any) -> str | None:
     message, _, faults = read_turn({"role": "assistant", "content": given} if isinstance(given, str) else turn)
     if faults or message is None or message["role"] != "assistant":
         return None
-    return turn_text(message["content"], PLACEHOLDER)
+    return turn_text(message["content"], MARKS)
 
 
-def _parts(value: list[Any], before: Sequence[Any] | None) -> tuple[str, list[Any]] | Fault:
-    """The text of a turn that comes in parts, and the image that each place for one holds itself or None."""
+def _count(places: Sequence[Place], kind: str) -> int:
+    return sum(shown == kind for shown, _ in places)
+
+
+def _parts(value: list[Any], kinds: Collection[str], before: Sequence[Place]) -> tuple[str, list[Place]] | Fault:
+    """The text of a turn that comes in parts, and what stands at each of its places."""
     parts: list[dict[str, Any]] = []
-    images: list[Any] = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        own = own_image(part) if kind is not None else None
-        if kind == "text" and isinstance(part.get("text"), str) and own is None:
-            text, shown = shown_in(part["text"], None if before is None else len(before) + len(images))
+    places: list[Place] = []
+    types = [part.get("type") if isinstance(part, dict) else None for part in value]
+    marked = {*kinds, *(kind for kind in types if kind in ("video", "audio"))}
+    for part, named in zip(value, types, strict=True):
+        kind = "image" if named == "image_url" else named
+        if kind == "text" and isinstance(part.get("text"), str) and own_medium(part, "image") is None:
+            text, shown = shown_in(part["text"], marked, _count([*before, *places], "image"))
             parts.append({"type": "text", "text": text})
-            images += shown
-        elif kind in ("image", "image_url") and not part.get("text"):
-            given = part.get("index")
-            following = None if before is None else [*before, *images].count(None)
-            if own is None and given is not None and given != following is not None:
+            places += shown
+        elif kind in FIELDS and not part.get("text"):
+            own = own_medium(part, kind)
+            given, following = part.get("index"), [*before, *places].count((kind, None))
+            if own is None and given is not None and kind in kinds and given != following:
                 wrong = f"an image has 'index': {short(given)}, and is number {following} of those that turns show"
                 return Fault("placeholder", f"{wrong}. Order the row's images as its turns show them.")
-            parts.append({"type": "image", "text": part.get("text")})
-            images.append(own)
+            parts.append({"type": kind, "text": part.get("text")})
+            places.append((kind, own))
         else:
-            expected = "{'type': 'text', 'text': ...} or {'type': 'image'}"
+            expected = "{'type': 'text', 'text': ...}, or 'image', 'video' or 'audio' as the type"
             return Fault("turn", f"{short(part)} is no part of a turn; expected {expected}.")
-    return turn_text(parts, PLACEHOLDER), images
+    return turn_text(parts, MARKS), places
 
 
 def place_by_others(messages: list[dict[str, Any]], given: int) -> None:
     """Read another model's placeholder as `<image>`, where no image has a place and there are as many as images."""
     users = [message for message in messages if message["role"] == "user"]
-    texts = [turn_text(message["content"], PLACEHOLDER) for message in users]
+    texts = [turn_text(message["content"], MARKS) for message in users]
     found = [mark.group() for text in texts for mark in OF_ONE_IMAGE.finditer(text)]
     if len(found) == given and len(set(found)) == 1:
         for message, text in zip(users, texts, strict=True):
-            message["content"] = _split(OF_ONE_IMAGE.sub(PLACEHOLDER, text))
+            kinds = {"image", *(part["type"] for part in message["content"] if part["type"] != "text")}
+            message["content"] = _split(OF_ONE_IMAGE.sub(PLACEHOLDER, text), kinds)
 
 
 def _half_a_character(turn: Any) -> Fault:
     return Fault("turn", f"{short(turn)} holds half a character (a lone surrogate). Mend the text.")
 
 
-def _split(text: str) -> list[dict[str, Any]]:
-    """A turn's text in parts, of which `turn_text` makes the same text again."""
-    if PLACEHOLDER not in text:
+def _split(text: str, kinds: Collection[str]) -> list[dict[str, Any]]:
+    """A turn's text in parts, of which `turn_text` makes the same text again.
+
+    Args:
+        kinds: whose marks stand for what the turn shows.
+    """
+    if not kinds:
         return [{"type": "text", "text": text}] if text else []
-    pieces = text.split(PLACEHOLDER)
+    pieces = re.split("|".join(MARKS[kind] for kind in kinds), text)
+    shown = [mark[1:-1] for mark in re.findall("|".join(MARKS[kind] for kind in kinds), text)]
     lines = [piece.removeprefix("\n") if number else piece for number, piece in enumerate(pieces)]
     lines = [piece.removesuffix("\n") for piece in lines[:-1]] + lines[-1:]
-    parts = _between({"type": "image"}, lines)
-    if turn_text(parts, PLACEHOLDER) == text:
+    parts = _between([{"type": kind} for kind in shown], lines)
+    if turn_text(parts, MARKS) == text:
         return parts
-    return _between({"type": "image", "text": ""}, pieces)  # an image within a line
+    return _between([{"type": kind, "text": ""} for kind in shown], pieces)  # an image within a line
 
 
-def _between(image: dict[str, Any], pieces: list[str]) -> list[dict[str, Any]]:
+def _between(shown: list[dict[str, Any]], pieces: list[str]) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for number, piece in enumerate(pieces):
-        parts += [{**image}] if number else []
+        parts += [shown[number - 1]] if number else []
         parts += [{"type": "text", "text": piece}] if piece else []
     return parts

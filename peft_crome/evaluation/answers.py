@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ..backbone.model import unwrapped
-from ..data import open_image
 from ..data.instructions import check_instructions
-from ..data.processed import with_images, with_template
-from ..utils.shorten import short
+from ..data.media import media_of, with_media
+from ..data.media_reader import MediaReader
+from ..data.processed import video_arguments, with_template
+from ..data.taken import check_rows, naming_batch
 
 # Of a language model's generation configuration, what makes another answer of the likeliest tokens, turned off: BART's
 # has beams and a least length, chat models' a penalty. Tokens that a model is made to begin with, or never to say,
@@ -48,12 +49,15 @@ def generate_answers(
     Returns:
         One text per row, in their order. The model is left in the mode it was in, module by module.
     Raises:
-        RowError: an instruction is longer than the Q-Former reads; no row is answered then.
-        ValueError: an image cannot be read; the message names the row.
+        RowError: an instruction is longer than the Q-Former reads, or the model takes no video or no sound; no row is
+            answered then.
+        ValueError: an image, a video or a sound cannot be read; the message names the row.
+        ImportError: a package that reads videos or sound is missing.
     """
     host = unwrapped(model)
     processor = with_template(processor)
     check_instructions(processor, host.config, rows)
+    check_rows(rows, processor)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -77,21 +81,25 @@ def _generate(
     greedy: dict[str, Any] = {**GREEDY}
     if getattr(host.generation_config, "min_new_tokens", None):
         greedy["min_new_tokens"] = 0  # not otherwise: transformers warns of it beside min_length
+    reader = MediaReader(processor)
     answers: dict[int, str] = {}
     for first in tqdm(range(0, len(rows), batch_size), desc="answering", leave=False, disable=not progress):
         chosen = range(first, min(first + batch_size, len(rows)))
-        # Processors of several models take no batch in which some rows have images.
-        for group in filter(
-            None, ([n for n in chosen if bool(rows[n]["images"]) is shown] for shown in (True, False))
-        ):
-            batch = processor.apply_chat_template(
-                [_prompt(rows[n], processor, system) for n in group],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "right" if is_encoder_decoder else "left"},
-            )
+        for group in _groups(rows, chosen):
+            prompts = [_prompt(rows[n], reader, system) for n in group]
+            with naming_batch([rows[n] for n in group], processor, "--batch-size 1"):
+                batch = processor.apply_chat_template(
+                    prompts,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    return_tensors="pt",
+                    processor_kwargs={
+                        "padding": True,
+                        "padding_side": "right" if is_encoder_decoder else "left",
+                        **video_arguments(prompts),
+                    },
+                )
             batch = batch.to(host.device, dtype=host.dtype)
             output = model.generate(**batch, max_new_tokens=max_new_tokens, **greedy)
             read = 0 if is_encoder_decoder else batch["input_ids"].shape[1]
@@ -100,12 +108,18 @@ def _generate(
     return [answers[n] for n in range(len(rows))]
 
 
-def _prompt(row: dict[str, Any], processor: Any, system: str | None) -> list[dict[str, Any]]:
-    """What is asked in a row, with its images."""
+def _groups(rows: Sequence[dict[str, Any]], chosen: Sequence[int]) -> Iterator[list[int]]:
+    """Rows that are answered together, since not every processor takes all media in one batch."""
+    kinds = [tuple(media_of(rows[n])) for n in chosen]
+    for kind in dict.fromkeys(kinds):
+        yield [n for n, other in zip(chosen, kinds, strict=True) if other == kind]
+
+
+def _prompt(row: dict[str, Any], reader: MediaReader, system: str | None) -> list[dict[str, Any]]:
+    """What is asked in a row, with its images, videos and sounds."""
     messages = list(row["messages"])
     if messages[-1]["role"] == "assistant":
         messages.pop()
     if system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": [{"type": "text", "text": system}]}, *messages]
-    images = (open_image(path, f"Row {short(row['id'])}", processor) for path in row["images"])
-    return with_images(messages, images)
+    return with_media(messages, reader.read(row))

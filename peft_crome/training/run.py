@@ -12,11 +12,12 @@ from typing import Any
 
 import transformers
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from ..data import Augmentation, ConversationCollator
+from ..data.taken import check_rows, shows_more_than_images
 from ..features.cache import cache_features
-from ..vlm import CromeVLMForConditionalGeneration
+from ..vlm import CromeVLMForConditionalGeneration, CromeVLMProcessor
 from .directory.card import stage_card
 from .directory.run_folder import clear, only_run, open_run
 from .directory.stage import check_free, is_finished, read_record, save_adapter, save_stage
@@ -28,6 +29,7 @@ from .loop.sharding import check_storage, gather_trained, is_sharded, put_traine
 from .loop.trainer import CromeTrainer, training_arguments
 from .loop.validation import EvaluationCallback, load_questions, scores_of
 from .model.build import build
+from .model.host import host_of, read_processor
 from .planning.preflight import Preflight, preflight
 from .recipe.schema import Recipe
 from .stages import count_trained, learns_from_text
@@ -57,6 +59,7 @@ def train(
     sources = load_sources(recipe)
     counts = [len(source) if isinstance(source, Dataset) else None for source in sources]
     questions = load_questions(recipe.evaluation) if recipe.evaluation is not None else []
+    _check_media(recipe, [*sources, *(asked.rows for asked in questions)])
     arguments = training_arguments(recipe, str(checkpoints), int(os.environ.get("WORLD_SIZE", "1")))
     transformers.set_seed(recipe.training.seed)  # before the projections are drawn
     model, processor, previous = build(recipe)
@@ -152,6 +155,17 @@ def _finish(output: Path, checkpoints: Path) -> dict[str, Any]:
     if processes.is_main_process:
         clear(checkpoints)
     return read_record(output)
+
+
+def _check_media(recipe: Recipe, data: list[Any]) -> None:
+    """See that the model takes videos and sounds where rows have them, before its weights are loaded."""
+    data = [rows for rows in data if not isinstance(rows, IterableDataset) and shows_more_than_images(rows)]
+    if not data:
+        return
+    host = host_of(recipe)
+    processor = read_processor(host, recipe.previous) if host is not None else CromeVLMProcessor
+    for rows in data:
+        check_rows(rows, processor)
 
 
 def _check_reach(recipe: Recipe, trained: dict[str, int], is_encoder_decoder: bool) -> None:

@@ -379,7 +379,7 @@ class CromeVLMProcessor(ProcessorMixin):
                 raise ValueError(f"Content part of type {short(kind)} is not supported; expected 'text' or 'image'.")
             sources = [part[key] for key in IMAGE_KEYS if kind != "text" and part.get(key) is not None]
             images.extend(sources[:1])
-        text = turn_text(content, self.image_token)
+        text = turn_text(content, {"image": self.image_token, "image_url": self.image_token})
         if reorder and (count := text.count(self.image_token)):
             words = " ".join(piece.strip() for piece in text.split(self.image_token) if piece.strip())
             text = f"{words}\n{self.image_token * count}" if words else self.image_token * count

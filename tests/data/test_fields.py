@@ -251,15 +251,15 @@ OF_TURNS: list[tuple[dict[str, Any], str]] = [
         ({"image": "a.png", "left_image": URI}, r"\['left_image'\] hold images, which are read from 'image'"),
         ({"screenshot": "a.png"}, r"\['screenshot'\] hold images"),
         ({"frames": ["1.jpg", "2.jpg"]}, r"\['frames'\] hold images"),
-        ({"video_path": "a.mp4"}, r"\['video_path'\] cannot be read; rows have text"),
-        ({"audio": {"path": "a.wav"}}, r"\['audio'\] cannot be read"),
+        ({"video": "a.mp4", "video_path": "b.mp4"}, r"'video' and 'video_path' hold different videos"),
+        ({"audio": {"array": [0.0], "sampling_rate": 8000}}, "the sound .* is none; expected a path"),
         ({"tools": [{"name": "f"}]}, r"\['tools'\] cannot be read; write what the model is to read"),
         ({"system": {"text": "x"}}, r"the system message is \{'system': \{'text': 'x'\}\}; expected text"),
         ({"system": "a", "system_prompt": "b"}, r"\['system', 'system_prompt'\] are different system messages"),
         ({"system": "a", "conversations": [{"from": "system", "value": "b"}, *SAID]}, "is not that of its turns"),
         ({"messages": [CHAT[0], {"role": "assistant", "content": "w3"}]}, "'conversations' and 'messages' hold diff"),
         ({"image": "data:image/png;base64,!", "conversations": SHOWN}, "the base64 of the data URI is damaged"),
-        ({"image": "A" * 5000, "conversations": SHOWN}, "is neither a path nor an image in base64"),
+        ({"image": "A" * 5000, "conversations": SHOWN}, "is neither a path nor a file in base64"),
         *((row, "in a turn of the user is not read") for row in FOREIGN),
         *(
             ({"messages": [{**CHAT[0], **more}, CHAT[1]], "conversations": None}, message)

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from peft_crome.data import check_images, load_rows, open_image, read_rows, sources
+from peft_crome.data import check_files, load_rows, open_image, read_rows, sources
 
 
 def llava(number: int) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def test_parquet_by_file_and_by_folder(table: Dataset, tmp_path: Path) -> None:
     assert answers(by_folder) == ["zero", "one", "one"]
     for rows in (by_file, by_folder):
         assert open_image(rows[2]["images"][0], "x").getpixel((0, 0)) == (200, 200, 200)
-    check_images(by_folder)
+    check_files(by_folder)
 
 
 def test_table_with_faulty_rows(tmp_path: Path) -> None:
@@ -161,14 +161,14 @@ def test_images_in_a_table_are_not_looked_for(table: Dataset, tmp_path: Path) ->
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     mixed = datasets.concatenate_datasets([stored, load_rows(tmp_path / "rows.json")])
     with pytest.raises(ValueError, match=r"Row 'two': the image .*y.png is missing \(1 such"):
-        check_images(mixed)
+        check_files(mixed)
 
 
 def test_missing_images_are_counted(path: Path) -> None:
     Image.new("L", (2, 2)).save(path.parent / "0.png")
     for rows in (list(read_rows(path)), load_rows(path)):
         with pytest.raises(ValueError, match=r"Row '1': the image .*1.png is missing \(4 such files in all\)"):
-            check_images(rows)
+            check_files(rows)
 
 
 def test_table_whose_rows_are_all_dropped_is_named(tmp_path: Path) -> None:

@@ -142,3 +142,11 @@ def test_a_faulty_row_whose_answer_is_chosen_is_left_out_of_a_mended_copy(tmp_pa
     path = write(tmp_path, sound, {"conversations": [A, MORE], "chosen": LAST, "rejected": A})
     assert write_fixed(path, tmp_path / "fixed.json", examine(path)) == (1, 0)
     assert json.loads((tmp_path / "fixed.json").read_text()) == [sound]
+
+
+@pytest.mark.parametrize("kind", ["video", "audio"])
+def test_rows_with_a_video_or_a_sound_are_refused(kind: str, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": f"<{kind}>\nWhat?"}, A]
+    path = write(tmp_path, {"id": "moving", kind: "a.mp4", "conversations": turns})
+    with pytest.raises(ValueError, match="Row 'moving' has a video or a sound, and TRL's trainers take images alone"):
+        to_trl(read_rows(path))

@@ -17,11 +17,12 @@ BEGIN, END = "<!-- begin: written by python -m tests.families.table -->", "<!-- 
 
 def table() -> str:
     """Markdown, a row for each family."""
-    lines = ["| family | trains by one command | several images | what is special |", "| --- | --- | --- | --- |"]
+    heads = ("family", "trains by one command", "several images", "videos", "sound", "what is special")
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for name, family in sorted(FAMILIES.items()):
-        several = "yes" if family.several_images else "no"
-        lines.append(f"| `{name}` | {family.trains} | {several} | {special(family)} |")
-    lines += [f"| `{name}` | no: {why} | | |" for name, why in sorted(ABSENT.items())]
+        taken = ("yes" if kind else "no" for kind in (family.several_images, family.video, family.audio))
+        lines.append(f"| `{name}` | {family.trains} | {' | '.join(taken)} | {special(family)} |")
+    lines += [f"| `{name}` | no: {why} | | | | |" for name, why in sorted(ABSENT.items())]
     return "\n".join(lines)
 
 

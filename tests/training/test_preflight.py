@@ -79,7 +79,7 @@ def test_share_of_rows_that_are_cut_is_counted(values: dict[str, Any], tmp_path:
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     collator.max_length = 12
     sample = sample_rows(load_rows(tmp_path / "rows.json"), collator)
-    assert (sample.cut, len(sample.lengths), sample.longest, sample.images) == (1, 4, 12, 0)
+    assert (sample.cut, len(sample.lengths), sample.longest, sample.media) == (1, 4, 12, 0)
     assert max(sample.lengths) > 30
     streamed = sample_rows(load_rows(tmp_path / "rows.json", streaming=True), collator)
     assert streamed.lengths == sample.lengths
@@ -90,7 +90,7 @@ def test_share_of_rows_that_are_cut_is_counted(values: dict[str, Any], tmp_path:
 
 def test_row_with_an_image_is_preferred(values: dict[str, Any], dataset: Path) -> None:
     collator = prepared(load_recipe(values))[3]
-    assert sample_rows(load_rows(dataset).select([11, 3]), collator).with_image["id"] == "3"
+    assert sample_rows(load_rows(dataset).select([11, 3]), collator).examples[0]["id"] == "3"
 
 
 def test_stage_in_which_nothing_trains_is_refused(values: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ def test_adapter_that_is_not_reached_is_refused(branch: str, values: dict[str, A
     site = next(name for name, module in base.named_modules() if branch in getattr(module, "branches", {}))
     base.set_submodule(site, base.get_submodule(site).base_layer)
     with pytest.raises(RecipeError, match=branch):
-        check_gradients(trainer.model, collator([sample_rows(rows, collator).with_image]))
+        check_gradients(trainer.model, collator(sample_rows(rows, collator).examples))
 
 
 def test_more_memory_than_there_is_names_the_keys_to_change(

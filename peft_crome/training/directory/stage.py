@@ -85,6 +85,9 @@ def save_adapter(model: PeftModel, processor: Any, directory: str | Path, record
     name = model.active_adapter
     data = [item["path"] for stage in record["stages"] for item in stage["data"]]
     with new_directory(directory) as target:
+        # A saved state of padding comes back as max_length=None, with which Gemma's processors refuse sound.
+        processor.tokenizer.backend_tokenizer.no_padding()
+        processor.tokenizer.backend_tokenizer.no_truncation()
         processor.save_pretrained(target)
         describe_adapter(model, name, datasets=list(dict.fromkeys(data)), record=record)
         model.save_pretrained(target)

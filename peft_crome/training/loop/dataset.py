@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ...data import check_images, load_rows, mix, mixture_probabilities, split_turns
+from ...data import check_files, load_rows, mix, mixture_probabilities, split_turns
 from ...data.media_rows import rows_with_media
 from ...data.mixture import normalized
 from ...data.sources import FEATURES, file_digest
@@ -24,12 +24,12 @@ def load_sources(recipe: Recipe) -> list[Any]:
     """Each data set of a recipe, in its order; every image file is there.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_rows` and `check_images`.
+        FileNotFoundError, ValueError: as `load_rows` and `check_files`.
     """
     sources = [load_rows(**said.model_dump(exclude={"weight"})) for said in recipe.data]
     for source in sources:
         if isinstance(source, Dataset):
-            check_images(source)
+            check_files(source)
     return sources
 
 

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
-from ...data import check_images, read_rows
+from ...data import check_files, read_rows
 from ...data.instructions import check_instructions
 from ...evaluation.answers import generate_answers
 from ...evaluation.metrics import check_metrics, plain, score
@@ -56,7 +56,7 @@ def load_questions(said: Evaluation) -> list[QuestionSet]:
             rows = list(islice(read_rows(**source), said.max_rows))
             if not rows:
                 raise ValueError(f"{questions.path} holds no rows.")
-            check_images(rows)
+            check_files(rows)
             check_metrics(rows, questions.metrics)
         except (ValueError, ImportError) as error:
             raise RecipeError(f"evaluation.data.{number}: {error}") from error

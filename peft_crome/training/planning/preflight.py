@@ -14,8 +14,10 @@ from datasets import Dataset
 from torch import nn
 
 from ...data import ConversationCollator
+from ...data.media import media_of
 from ...tuner import CromeConfig, guard
 from ...tuner.weights import DOWN, GATE
+from ...utils.shorten import short
 from ...vlm import CromeVLMForConditionalGeneration
 from ..errors import RecipeError
 from ..loop.trainer import CromeTrainer
@@ -35,22 +37,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RowSample:
-    """Rows spread evenly over the data, measured without opening an image.
+    """Rows spread evenly over the data, measured by the headers of their files.
 
     Attributes:
         lengths: tokens of each, image tokens among them, before a cut.
         max_length: where rows are cut; None: nowhere.
-        images: the most images in one of them.
+        media: the most images, videos and sounds in one of them.
         instruction_tokens, target_tokens: the longest that a Q-Former or a decoder reads.
-        with_image: one of them, if any has one; else the first.
+        examples: the first of them with each set of kinds of media; of text alone, where none shows anything.
     """
 
     lengths: list[int]
     max_length: int | None
-    images: int
+    media: int
     instruction_tokens: int
     target_tokens: int
-    with_image: dict[str, Any]
+    examples: list[dict[str, Any]]
 
     @property
     def cut(self) -> int:
@@ -98,8 +100,8 @@ def preflight(
         rows: what the trainer draws from.
         count: of the rows as the data hold them, without those that are left out; None: streamed.
     Raises:
-        RecipeError: nothing trains, the adapter is not reached by the forward pass, or something that trains would
-            get no gradient.
+        RecipeError: nothing trains, the adapter is not reached by the forward pass, something that trains would get
+            no gradient, or the model takes no batch of all media of the data.
         RowError: a row of the sample cannot be learned from.
     """
     model, arguments = trainer.model, trainer.args
@@ -107,16 +109,18 @@ def preflight(
     if not trained:
         raise RecipeError(f"stage: nothing of this model trains in {recipe.stage!r}. Write another stage.")
     sample = sample_rows(rows, collator)
-    warnings = [] if sample.images else _no_images(trained)
+    warnings = [] if sample.media else _no_images(trained)
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # there, one process may not hold the model
         plain = copy.copy(collator)
         plain.augmentation = None  # it would draw random numbers
-        check_gradients(model, trainer._prepare_inputs(plain([sample.with_image])))
+        together = arguments.per_device_train_batch_size > 1
+        for examples in [sample.examples] if together else [[row] for row in sample.examples]:
+            _check_batch(model, trainer._prepare_inputs(plain(examples)), examples)
     config, dtype = model.get_base_model().config, frozen_dtype(model)
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     device = this_device(arguments.device, mixed or dtype)
     each = arguments.per_device_train_batch_size
-    size = StepSize(each, sample.longest, each * sample.images, sample.instruction_tokens, sample.target_tokens)
+    size = StepSize(each, sample.longest, each * sample.media, sample.instruction_tokens, sample.target_tokens)
     settings = {
         "gradient_checkpointing": bool(arguments.activation_checkpointing),
         "accumulate": arguments.gradient_accumulation_steps > 1,
@@ -167,21 +171,37 @@ def sample_rows(rows: Any, collator: ConversationCollator) -> RowSample:
         chosen = (rows[number] for number in range(0, len(rows), max(1, len(rows) // SAMPLE)))
     else:
         chosen = rows.take(STREAMED)
-    lengths, images, instruction, target, picked = [], 0, 1, 1, None
+    lengths, most, instruction, target = [], 0, 1, 1
+    examples: dict[frozenset[str], dict[str, Any]] = {}
     for row in islice(chosen, SAMPLE):
         encoded = collator.encode(row)
         lengths.append(encoded["length"])
         target = max(target, len(encoded["labels"]))
         reader = getattr(collator.processor, "qformer_tokenizer", None)
-        if reader is not None and row["images"]:
+        media = media_of(row)
+        if reader is not None and media:
             read = reader(encoded["instruction"])["input_ids"]
             instruction = max(instruction, len(read))
-        images = max(images, len(row["images"]))
-        if picked is None or (row["images"] and not picked["images"]):
-            picked = row
-    if picked is None:
+        most = max(most, sum(map(len, media.values())))
+        examples.setdefault(frozenset(media), row)
+    if not examples:
         raise ValueError("The data hold no rows. Name other data, or leave `faulty: drop` out to see why.")
-    return RowSample(lengths, collator.max_length, images, instruction, target, picked)
+    shown = [row for kinds, row in examples.items() if kinds or len(examples) == 1]
+    return RowSample(lengths, collator.max_length, most, instruction, target, shown)
+
+
+def _check_batch(model: nn.Module, batch: dict[str, torch.Tensor], rows: list[dict[str, Any]]) -> None:
+    """Check gradients by rows that show different media; some models take no images beside videos."""
+    try:
+        check_gradients(model, batch)
+    except ValueError as error:
+        if isinstance(error, RecipeError) or len(rows) == 1:
+            raise
+        names = ", ".join(short(row["id"]) for row in rows)
+        raise RecipeError(
+            f"training.rows_per_device: the model takes no batch of rows {names}, which show different media "
+            f"({error}). Write 1."
+        ) from error
 
 
 def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
@@ -209,7 +229,7 @@ def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
             loss = model(**batch).loss
             if loss.requires_grad:  # behind a Q-Former, text alone meets nothing that trains
                 loss.backward()
-        # A model that hears has a branch for sound, which a row with an image does not meet.
+        # A model that hears has a branch for sound, which a batch without sound does not meet.
         idle = tuple(f"{which}{branch}." for branch in silent for which in (GATE, DOWN))
         without = [
             name
@@ -222,7 +242,7 @@ def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
         for module, training in modes:
             module.training = training
         model.zero_grad()
-    if without and "pixel_values" in batch:
+    if without and any("pixel_values" in name for name in batch):
         raise RecipeError(
             f"stage: {len(without)} weights are to train and get no gradient from a row with an image: "
             f"{without[:4]}. The loss does not depend on them; write another stage, or leave their part out."

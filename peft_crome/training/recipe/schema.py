@@ -190,7 +190,7 @@ class Source(_Section):
     images: str | dict[str, str] | None = Field(
         default=None, description="Folder that image paths start from, or a folder per beginning of them."
     )
-    columns: dict[Literal["question", "answer", "image", "id", "options"], str] | None = Field(
+    columns: dict[Literal["question", "answer", "image", "video", "audio", "id", "options"], str] | None = Field(
         default=None, description="Of a table instead of conversations: what its columns are called."
     )
     prompt: str | None = Field(default=None, description="The question, for a table without questions (captions).")

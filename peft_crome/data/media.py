@@ -1,0 +1,72 @@
+"""What a row shows beside its text: images, videos and sounds, by their kind."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ..utils.shorten import cut, short
+
+FIELDS = {"image": "images", "video": "videos", "audio": "audio"}  # the type of a message's part -> the row's field
+NOUNS = {"image": "image", "video": "video", "audio": "sound"}
+
+
+def media_of(row: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The media of a row by their kind; kinds that it has none of are left out."""
+    return {kind: list(row[field]) for kind, field in FIELDS.items() if row.get(field)}
+
+
+def kinds_of(messages: list[dict[str, Any]]) -> list[str]:
+    """The kind of each medium that messages show, in the order of their parts."""
+    contents = (message["content"] for message in messages if not isinstance(message["content"], str))
+    return [part["type"] for content in contents for part in content if part["type"] in FIELDS]
+
+
+def with_media(messages: list[dict[str, Any]], media: Mapping[str, Iterator[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A conversation whose parts hold what they show.
+
+    Args:
+        media: kind -> what is entered into its parts, in their order, as of `MediaReader.read`.
+    """
+    return [
+        {
+            **message,
+            "content": [
+                {**part, **next(media[part["type"]])} if part["type"] in FIELDS else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def file_of(given: Any) -> str | io.BytesIO:
+    """A path or an open file of a row's video or sound.
+
+    Args:
+        given: a path, or {"path", "bytes"} as `datasets` keeps files.
+    """
+    if not isinstance(given, Mapping):
+        return str(given)
+    return io.BytesIO(given["bytes"]) if given.get("bytes") is not None else str(given["path"])
+
+
+@contextmanager
+def naming(name: str, kind: str, given: Any) -> Iterator[None]:
+    """Turn what a decoder raises into a `ValueError` with the names of the row and the file.
+
+    Packages that are not installed stay an `ImportError`.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # each decoder has errors of its own
+        path = given.get("path") if isinstance(given, Mapping) else given
+        described = cut(str(path)) if path else short(given)
+        cause = cut(str(error) or type(error).__name__, 200)
+        raise ValueError(
+            f"{name}: cannot read the {NOUNS[kind]} {described} ({cause}). Replace the file or drop the row."
+        ) from error

@@ -1,0 +1,120 @@
+"""Read a row's images, videos and sounds as the model's own processor would, or their headers alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn
+
+from ..utils.shorten import short
+from .images import image_size, open_image
+from .media import media_of
+from .processed import AS_RENDERED, RENDERED
+from .sounds import read_sound, resampled, sound_header
+from .taken import sound_processor
+from .videos import Sampler, read_video, video_header
+
+Header = tuple[str, tuple[Any, ...]]  # the kind of a medium, and what its number of tokens depends on
+EXAMPLES: dict[str, Header] = {
+    "image": ("image", (64, 64)),  # width and height
+    "video": ("video", (64, 64, 16, 8.0, 2.0)),  # width, height, frames, frames a second, seconds
+    "audio": ("audio", (16_000,)),  # samples
+}
+
+
+class _Stopped(Exception):
+    """A processor has asked for the frames of a file."""
+
+
+class MediaReader:
+    """Read what rows show, for one processor.
+
+    Args:
+        processor: of the model; it is not changed.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def read(
+        self, row: Mapping[str, Any], augmentation: Callable[[Image.Image], Image.Image] | None = None
+    ) -> dict[str, Iterator[dict[str, Any]]]:
+        """What is entered into the parts of a row's messages, by kind; each medium is decoded when it is asked for.
+
+        Args:
+            augmentation: of images.
+        """
+        name = f"Row {short(row['id'])}"
+        return {kind: self._read(kind, given, name, augmentation) for kind, given in media_of(row).items()}
+
+    def header(self, kind: str, given: Any, name: str) -> Header:
+        """What a medium's number of tokens depends on; nothing is decoded.
+
+        Raises:
+            ValueError: it cannot be read; the message begins with `name`.
+        """
+        if kind == "image":
+            return kind, image_size(given, name)
+        if kind == "audio":
+            return kind, (resampled(*sound_header(given, name), self._sampling_rate),)
+        found = video_header(given, name)
+        return kind, (found.width, found.height, found.total_num_frames, found.fps, found.duration)
+
+    def blank(self, header: Header) -> dict[str, Any]:
+        """A part with a medium of this header, whose tokens are as many as those of any other."""
+        kind, numbers = header
+        if kind == "image":
+            return {"type": kind, kind: Image.new("RGB", numbers)}
+        if kind == "audio":
+            return {"type": kind, kind: np.linspace(-1, 1, *numbers, dtype=np.float32)}
+        width, height, frames, rate, seconds = numbers
+        metadata = VideoMetadata(total_num_frames=frames, fps=rate, width=width, height=height, duration=seconds)
+        chosen = np.arange(frames) if rate is None else np.asarray(self._sampler(metadata))
+        metadata.frames_indices = chosen  # type: ignore[assignment]
+        return {"type": kind, kind: np.zeros((len(chosen), height, width, 3), np.uint8), "metadata": metadata}
+
+    def _read(
+        self, kind: str, media: list[Any], name: str, augmentation: Callable[[Image.Image], Image.Image] | None
+    ) -> Iterator[dict[str, Any]]:
+        for given in media:
+            if kind == "image":
+                image = open_image(given, name, self.processor)
+                yield {kind: augmentation(image) if augmentation is not None else image}
+            elif kind == "audio":
+                yield {kind: read_sound(given, name, self._sampling_rate)}
+            else:
+                frames, metadata = read_video(given, name, self._sampler, self.processor)
+                yield {kind: frames, "metadata": metadata}
+
+    @cached_property
+    def _sampling_rate(self) -> int:
+        return int(sound_processor(self.processor).sampling_rate)
+
+    @cached_property
+    def _sampler(self) -> Sampler:
+        """How the processor chooses frames of a file, found by giving it one: settings stand in several places."""
+        asked: list[Sampler | None] = []
+
+        def fetch_videos(videos: Any, sample_indices_fn: Sampler | None = None) -> None:
+            asked.append(sample_indices_fn)
+            raise _Stopped
+
+        processor = copy.copy(self.processor)
+        processor.video_processor = copy.copy(processor.video_processor)
+        processor.video_processor.fetch_videos = fetch_videos
+        shown = {"type": "video", "video": "video.mp4"}
+        message = {"role": "user", "content": [shown], RENDERED: getattr(processor, "video_token", "")}
+        with suppress(_Stopped):
+            processor.apply_chat_template([[message]], chat_template=AS_RENDERED, tokenize=True, return_dict=True)
+        sampler = asked[0]
+        return _by_keyword(sampler if sampler is not None else default_sample_indices_fn)
+
+
+def _by_keyword(sampler: Callable[..., Any]) -> Sampler:
+    return lambda metadata: sampler(metadata=metadata)

@@ -1,0 +1,73 @@
+"""Sounds of rows: decoded as transformers decodes them, at the sampling rate of the model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from typing import Any
+
+import numpy as np
+from transformers.audio_utils import load_audio
+
+from ..utils.extras import missing
+from .media import file_of, naming
+
+
+def read_sound(sound: Any, name: str, sampling_rate: int) -> np.ndarray:
+    """Decode a sound as one channel.
+
+    Args:
+        sound: a path, or {"path", "bytes"}.
+        name: what the message of an error begins with.
+        sampling_rate: samples a second, to which it is resampled.
+    Returns:
+        (samples,), float32.
+    Raises:
+        ValueError: the file is missing, is not a sound, or has no samples.
+        ImportError: no package that decodes sound is installed.
+    """
+    with naming(name, "audio", sound):
+        file = _file(sound)
+        source = base64.b64encode(file.getvalue()).decode() if isinstance(file, io.BytesIO) else file
+        try:
+            samples = load_audio(source, sampling_rate=sampling_rate)
+        except ImportError as error:
+            raise missing("media", "soundfile", "Reading a sound") from error
+        if not len(samples):
+            raise ValueError("it has no samples")
+        return samples  # type: ignore[no-any-return]
+
+
+def sound_header(sound: Any, name: str) -> tuple[int, int]:
+    """Samples of a sound and its own sampling rate, from its header alone where soundfile reads the file.
+
+    Raises:
+        ValueError, ImportError: as `read_sound`.
+    """
+    try:
+        import soundfile
+    except ImportError as error:
+        raise missing("media", "soundfile", "Reading a sound") from error
+    try:
+        with naming(name, "audio", sound):
+            found = soundfile.info(_file(sound))
+    except ValueError:
+        rate = 16_000  # of a format that torchcodec alone reads
+        return len(read_sound(sound, name, rate)), rate
+    if not found.frames:
+        return len(read_sound(sound, name, found.samplerate)), found.samplerate
+    return found.frames, found.samplerate
+
+
+def resampled(samples: int, rate: int, sampling_rate: int) -> int:
+    """How many samples `read_sound` gives of a sound with this header."""
+    return math.ceil(samples * sampling_rate / rate)
+
+
+def _file(sound: Any) -> str | io.BytesIO:
+    file = file_of(sound)
+    if isinstance(file, str) and not os.path.isfile(file):
+        raise ValueError("there is no such file")
+    return file

@@ -1,0 +1,126 @@
+"""Videos of rows: a file is decoded as transformers decodes it, and frames in files are read as images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers.utils import import_utils
+from transformers.video_utils import VIDEO_DECODERS, VideoMetadata
+
+from ..utils.extras import missing
+from .images import image_size, open_image
+from .media import file_of, naming
+
+Sampler = Callable[[VideoMetadata], Any]
+
+
+class _Header(Exception):
+    """Ends the reading of a file once its header is known."""
+
+
+def frames_of(video: Any) -> Sequence[Any] | None:
+    """The image files that a video is given by; None: it is one file."""
+    return (video.get("frames") or None) if isinstance(video, Mapping) else None
+
+
+def read_video(video: Any, name: str, sampler: Sampler, processor: Any = None) -> tuple[Any, VideoMetadata]:
+    """Decode the frames of a video that a processor chooses.
+
+    Args:
+        video: a path, {"path", "bytes"}, or {"frames": images}, all of which are read.
+        name: what the message of an error begins with.
+        sampler: what is known of a file -> the numbers of the frames to decode.
+        processor: of the model, as in `open_image`.
+    Returns:
+        RGB frames, (frames, height, width, 3) or as torchcodec gives them (frames, 3, height, width), uint8; and what
+        is known of the video.
+    Raises:
+        ValueError: the file is missing, is not a video, has no frames, is cut off, or its frames differ in size.
+        ImportError: no package that decodes videos is installed.
+    """
+    files = frames_of(video)
+    if files is not None:
+        images = [np.asarray(open_image(file, name, processor)) for file in files]
+        if len({image.shape for image in images}) > 1:
+            sizes = sorted({f"{image.shape[1]} x {image.shape[0]}" for image in images})
+            raise ValueError(f"{name}: the frames of a video are {', '.join(sizes)} pixels large. Write one size.")
+        return np.stack(images), _of_frames(len(images), images[0].shape[1], images[0].shape[0])
+    wanted: list[np.ndarray] = []
+
+    def choose(metadata: VideoMetadata, **_: Any) -> np.ndarray:
+        wanted.append(np.asarray(sampler(_counted(metadata, video))))
+        return np.unique(wanted[0])
+
+    with naming(name, "video", video):
+        frames, metadata = _decoder()(_file(video), choose)
+        distinct, places = np.unique(wanted[0], return_inverse=True)
+        if len(frames) < len(distinct):
+            raise ValueError(
+                f"{len(frames)} of the {len(distinct)} frames that are read can be decoded; it is cut off"
+            )
+        metadata.frames_indices = wanted[0]
+        return frames[places], metadata
+
+
+def video_header(video: Any, name: str) -> VideoMetadata:
+    """Size, number of frames and frames a second of a video; no frame is decoded.
+
+    Raises:
+        ValueError, ImportError: as `read_video`; a file that is cut off is not noticed.
+    """
+    files = frames_of(video)
+    if files is not None:
+        return _of_frames(len(files), *image_size(files[0], name))
+    found = []
+
+    def stop(metadata: VideoMetadata, **_: Any) -> None:
+        found.append(_counted(metadata, video))
+        raise _Header
+
+    with naming(name, "video", video):
+        try:
+            _decoder()(_file(video), stop)
+        except _Header:
+            return found[0]
+    raise AssertionError  # a decoder asks for the frames before it decodes one
+
+
+def first_frame(metadata: VideoMetadata) -> list[int]:
+    """A sampler that chooses the first frame alone."""
+    return [0]
+
+
+def _of_frames(count: int, width: int, height: int) -> VideoMetadata:
+    return VideoMetadata(total_num_frames=count, width=width, height=height, frames_indices=np.arange(count))  # type: ignore[arg-type]
+
+
+def _file(video: Any) -> Any:
+    file = file_of(video)
+    if isinstance(file, str) and not os.path.isfile(file):
+        raise ValueError("there is no such file")
+    return file
+
+
+def _decoder() -> Callable[..., Any]:
+    usable = getattr(import_utils, "is_torchcodec_usable", None)
+    if usable is not None and usable(decode="video"):
+        return VIDEO_DECODERS["torchcodec"]  # type: ignore[no-any-return]
+    if import_utils.is_av_available():
+        return VIDEO_DECODERS["pyav"]  # type: ignore[no-any-return]
+    raise missing("media", "av", "Reading a video")
+
+
+def _counted(metadata: VideoMetadata, video: Any) -> VideoMetadata:
+    """The header with the number of frames, which WebM and Matroska do not have: their packets are counted."""
+    if not metadata.total_num_frames and metadata.video_backend == "pyav":
+        import av
+
+        with av.open(file_of(video)) as container:
+            metadata.total_num_frames = sum(packet.size > 0 for packet in container.demux(video=0))
+        metadata.duration = metadata.total_num_frames / metadata.fps if metadata.fps else None
+    if not metadata.total_num_frames:
+        raise ValueError("it has no frames")
+    return metadata
