@@ -70,7 +70,7 @@ class AnswerSpans:
         ends = [end for end, message in enumerate(messages[:-1]) if message["role"] == "assistant" and earlier]
         if ends and self._beside is not None and OPEN not in text and CLOSE not in text:
             prompt = self._render(_marked(messages[:-1]), True)
-            spans = _between_marks(prompt, text, [_said(messages[end]) for end in ends], self._beside)
+            spans = _between_marks(prompt, text, [_text_of(messages[end]) for end in ends], self._beside)
             if spans is not None:
                 return [*spans, (len(prompt) - 2 * len(ends), len(text.rstrip()))]
         spans = self._in_exchanges(messages, ends, text) if len(ends) > FEW else None
@@ -93,13 +93,13 @@ class AnswerSpans:
             before = "".join(written[n] for n in known)
             window = [message for n in known for message in exchanges[n]] + exchange
             try:
-                prompt, said = self._render(window[:-1], True), self._render(window, False)
+                prompt, rendered = self._render(window[:-1], True), self._render(window, False)
             except TemplateError:
                 return None
-            for made in (prompt, said):
+            for made in (prompt, rendered):
                 if not (made.startswith(before) and text.startswith(made[len(before) :], place)):
                     return None
-            written.append(said[len(before) :])
+            written.append(rendered[len(before) :])
             if not written[-1].strip():
                 return None
             spans.append((place + len(prompt) - len(before), place + len(written[-1].rstrip())))
@@ -111,10 +111,10 @@ class AnswerSpans:
     def by_prefix(self, messages: Messages, end: int, text: str) -> Span:
         """One answer, by rendering what comes before it and what ends with it."""
         prompt = self._render(messages[:end], True)
-        said = self._render(messages[: end + 1], False).rstrip()
-        if not (text.startswith(prompt) and text.startswith(said)):
+        rendered = self._render(messages[: end + 1], False).rstrip()
+        if not (text.startswith(prompt) and text.startswith(rendered)):
             raise PromptRewritten(prompt)
-        return len(prompt), len(said)
+        return len(prompt), len(rendered)
 
     def _last(self, messages: Messages, text: str) -> Span:
         prompt = self._render(messages[:-1], True)
@@ -126,10 +126,10 @@ class AnswerSpans:
         """The end of a prompt, what comes between it and an answer, and what ends an answer; None: not the same."""
         asked = [*before, turn("user", QUESTION)]
         try:
-            prompt, said = self._render(asked, True), self._render([*asked, turn("assistant", ANSWER)], False)
-            if not said.startswith(prompt) or said.count(ANSWER) != 1 or prompt.count(QUESTION) != 1:
+            prompt, rendered = self._render(asked, True), self._render([*asked, turn("assistant", ANSWER)], False)
+            if not rendered.startswith(prompt) or rendered.count(ANSWER) != 1 or prompt.count(QUESTION) != 1:
                 return None
-            gap, _, ending = said[len(prompt) :].partition(ANSWER)
+            gap, _, ending = rendered[len(prompt) :].partition(ANSWER)
             beside = prompt.partition(QUESTION)[2], gap, ending.rstrip()
             for system in ([], [turn("system", "s")]) if not before else (before,):
                 if not self._holds_for(beside, system):
@@ -147,11 +147,11 @@ class AnswerSpans:
             return bool(before)  # it takes no system message, so no row with one comes that far
         ends = [number for number, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
         prompt = self._render(_marked(messages[:-1]), True)
-        spans = _between_marks(prompt, text, [_said(messages[end]) for end in ends], beside)
+        spans = _between_marks(prompt, text, [_text_of(messages[end]) for end in ends], beside)
         return spans == [self.by_prefix(messages, end, text) for end in ends]
 
 
-def _said(message: dict[str, Any]) -> str:
+def _text_of(message: dict[str, Any]) -> str:
     content = message["content"]
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
@@ -161,7 +161,7 @@ def _marked(messages: Messages) -> Messages:
     marked = []
     for message in messages:
         if message["role"] == "assistant":
-            text = _said(message)
+            text = _text_of(message)
             core = text.strip()
             message = turn("assistant", text.replace(core, f"{OPEN}{core}{CLOSE}", 1) if core else text)
         marked.append(message)

@@ -38,9 +38,9 @@ class ChatTemplate:
         self.system = system
         self.before = self._turns_before_probes()
         self._asked = [*self.before, turn("user", QUESTION)]
-        self._said = [*self._asked, turn("assistant", ANSWER)]
-        said = self.render(self._said)
-        self.writes_prompts_apart = ANSWER in said and not said.startswith(self.render(self._asked, True))
+        self._exchange = [*self._asked, turn("assistant", ANSWER)]
+        rendered = self.render(self._exchange)
+        self.writes_prompts_apart = ANSWER in rendered and not rendered.startswith(self.render(self._asked, True))
         self.keeps_earlier_turns = self._keeps_earlier_turns()
         self._end, self._of_last_alone = self._missing_end() if ends_answers else ("", False)
         self._spans = AnswerSpans(self.render, self.processor.chat_template, self.before)
@@ -124,31 +124,31 @@ class ChatTemplate:
         ) from errors[0]
 
     def _keeps_earlier_turns(self) -> bool:
-        said = [*self.before, *(turn(role, role) for role in ("user", "assistant") * 2)]
+        messages = [*self.before, *(turn(role, role) for role in ("user", "assistant") * 2)]
         try:
-            return self.render(said).startswith(self.render(said[:-2]).rstrip())
+            return self.render(messages).startswith(self.render(messages[:-2]).rstrip())
         except TemplateError:  # it takes one question alone
             return False
 
     def _missing_end(self) -> tuple[str, bool]:
         """The token to put behind answers, empty where the template ends them; and whether only the last lacks it."""
         end = self.processor.tokenizer.eos_token or ""
-        if self.render(self._said).rpartition(ANSWER)[2].strip():
+        if self.render(self._exchange).rpartition(ANSWER)[2].strip():
             return "", False
         try:
-            return end, end in self.render([*self._said, *self._said[-2:]])  # as DeepSeek-VL's
+            return end, end in self.render([*self._exchange, *self._exchange[-2:]])  # as DeepSeek-VL's
         except TemplateError:  # it takes one question alone
             return end, True
 
     def _answer(self, messages: Messages, name: str) -> str:
         """The last answer as the template writes it, with what ends it."""
         before, _, ending = self.render([*messages[:-1], turn("assistant", ANSWER)]).rpartition(ANSWER)
-        said = self.render(messages)
-        if not (said.startswith(before) and said.endswith(ending)):
+        rendered = self.render(messages)
+        if not (rendered.startswith(before) and rendered.endswith(ending)):
             raise row_error(
                 name, "answer", "the chat template writes what comes before an answer by its words. " + REMEDY
             )
-        return said[len(before) :].rstrip()
+        return rendered[len(before) :].rstrip()
 
 
 def refused(name: str, error: TemplateError) -> RowError:

@@ -193,15 +193,15 @@ class ConversationCollator:
             if token and any(token in piece for piece in pieces):
                 raise row_error(name, "placeholder", f"{token!r} in the text. Take {token!r} out of the text.")
         instruction = getattr(self.processor, "instruction", None)
-        said = instruction(messages) if instruction is not None else ""
+        instruction_text = instruction(messages) if instruction is not None else ""
         if media_of(row) and instruction is not None:
-            check_instruction(self.processor, name, said, self.max_instruction_length)
+            check_instruction(self.processor, name, instruction_text, self.max_instruction_length)
         target = self._target(messages, name) if self.is_encoder_decoder else None
-        return _Read(messages, text, pieces, order, spans, target, said)
+        return _Read(messages, text, pieces, order, spans, target, instruction_text)
 
     def _headers(self, row: dict[str, Any]) -> list[Header]:
         """What the number of tokens of each medium depends on, in the order of the row's parts."""
-        media = {kind: iter(given) for kind, given in media_of(row).items()}
+        media = {kind: iter(values) for kind, values in media_of(row).items()}
         name = f"Row {short(row['id'])}"
         return [
             PROBES[0]
@@ -212,8 +212,8 @@ class ConversationCollator:
 
     def _target(self, messages: Messages, name: str) -> list[int]:
         """What a decoder learns."""
-        said = "".join(part["text"] for part in messages[-1]["content"])
-        target: list[int] = self.processor.tokenizer(text_target=said)["input_ids"]
+        answer = "".join(part["text"] for part in messages[-1]["content"])
+        target: list[int] = self.processor.tokenizer(text_target=answer)["input_ids"]
         if self.max_target_length is not None and len(target) > self.max_target_length:
             raise row_error(
                 name,
@@ -339,8 +339,8 @@ def _merge(parts: list[dict[str, Any]], groups: list[list[int]], pad_token: int)
         for part, group in zip(parts, groups, strict=True):
             # What a processor gives for media alone is zero for a row of text.
             like = part["labels" if is_label else "input_ids"]
-            given = part[key] if key in part else value.new_zeros((*like.shape, *value.shape[2:]))
-            rows.update(zip(group, given, strict=True))
+            tensor = part[key] if key in part else value.new_zeros((*like.shape, *value.shape[2:]))
+            rows.update(zip(group, tensor, strict=True))
         merged[key] = padded([rows[number] for number in sorted(rows)], fill)
     return merged
 

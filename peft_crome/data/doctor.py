@@ -123,19 +123,19 @@ def examine(
     numbered = enumerate(stream(path))
     with _with_rare_collections(), ThreadPoolExecutor(os.cpu_count()) as pool:
         while chunk := list(islice(numbered, CHUNK)):
-            parsed = [(number, given, *parse(given, number, folders, columns, prompt)) for number, given in chunk]
+            parsed = [(number, record, *parse(record, number, folders, columns, prompt)) for number, record in chunk]
             files = {medium for *_, row, _ in parsed if row for medium in _media(row) if isinstance(medium[1], str)}
             new = sorted(files - seen_files.keys())
             seen_files.update(zip(new, pool.map(look, new) if open_images else map(look, new), strict=True))
-            for number, given, row, faults in parsed:
+            for number, record, row, faults in parsed:
                 if row is not None:
-                    findings.ignored.update(ignored_fields(given, columns))
+                    findings.ignored.update(ignored_fields(record, columns))
                     wrong = list(_of_media(row, seen_files, look, findings))
                     faults = [*faults, *wrong, *_twice(row, seen)]
                     unread = any(fault.kind in ("missing", "unreadable") for fault in wrong)
                     faults += _measure(row, encode if not unread else None, findings)
                 if faults:
-                    patient = Patient(number, row_name(given, number), tuple(faults))
+                    patient = Patient(number, row_name(record, number), tuple(faults))
                     findings.patients.append(patient)
                     if on_fault is not None:
                         on_fault(patient)
@@ -164,28 +164,28 @@ def _media(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _find(medium: tuple[str, Any]) -> Fault | Numbers:
-    kind, given = medium
-    gone = next((path for path in files_in(given) if not os.path.isfile(path)), None)
+    kind, source = medium
+    gone = next((path for path in files_in(source) if not os.path.isfile(path)), None)
     return Fault("missing", f"the {NOUNS[kind]} {cut(gone)} is missing.") if gone is not None else {}
 
 
 def _look(medium: tuple[str, Any]) -> Fault | Numbers:
     """What a file that can be decoded adds to histograms."""
-    kind, given = medium
+    kind, source = medium
     missing = _find(medium)
     if isinstance(missing, Fault):
         return missing
     try:
         if kind == "image":
-            return {"longer side of images": max(open_image(given, "").size)}
+            return {"longer side of images": max(open_image(source, "").size)}
         if kind == "audio":
-            samples, rate = sound_header(given, "")
-            read_sound(given, "", rate)
+            samples, rate = sound_header(source, "")
+            read_sound(source, "", rate)
             return {"seconds of sounds": math.ceil(samples / rate), "samples a second of sounds": rate}
-        read_video(given, "", first_frame)
-        header = video_header(given, "")
-        found = {"frames in a video": header.total_num_frames}
-        return found if frames_of(given) else found | {"seconds of videos": math.ceil(header.duration or 0)}
+        read_video(source, "", first_frame)
+        header = video_header(source, "")
+        numbers = {"frames in a video": header.total_num_frames}
+        return numbers if frames_of(source) else numbers | {"seconds of videos": math.ceil(header.duration or 0)}
     except ValueError as error:
         return Fault("unreadable", str(error).removeprefix(": "))
 
@@ -202,11 +202,11 @@ def _of_media(
         if kind in media or kind == "image":
             findings.count(f"{NOUNS[kind]}s in a row", len(row.get(of_kind) or []))
     for medium in _media(row):
-        found = seen[medium] if isinstance(medium[1], str) else look(medium)
-        if isinstance(found, Fault):
-            yield found
+        result = seen[medium] if isinstance(medium[1], str) else look(medium)
+        if isinstance(result, Fault):
+            yield result
         else:
-            for name, value in found.items():
+            for name, value in result.items():
                 findings.count(name, value)
 
 

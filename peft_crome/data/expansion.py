@@ -75,7 +75,7 @@ class Expansion:
                 raise UnknownPlaceholder(f"{wrong}. Write another chat_template, or take the row out.")
         places = {kind: [number for number, other in enumerate(kinds) if other == kind] for kind in self.kinds}
         pieces, order, seen, rest = [], [], Counter[str](), text
-        while found := min(
+        while next_mark := min(
             (
                 (place, seen[kind] == len(places[kind]), kind)
                 for kind in self.kinds
@@ -83,7 +83,7 @@ class Expansion:
             ),
             default=None,
         ):
-            place, is_too_many, kind = found
+            place, is_too_many, kind = next_mark
             if is_too_many:
                 raise self._other_number(kind, seen[kind] + rest.count(self._written(kind, seen[kind] + 1)), kinds)
             pieces.append(rest[:place])
@@ -101,20 +101,20 @@ class Expansion:
         Raises:
             UnknownPlaceholder: the text does not hold the pieces in their order.
         """
-        found, place = [], 0
+        starts, place = [], 0
         for piece in pieces[:-1]:
             start = expanded.find(piece, place)
             if start < 0:
                 break
-            found.append(start)
+            starts.append(start)
             place = start + len(piece)
         last = expanded.rfind(pieces[-1])
-        if len(found) < len(pieces) - 1 or last < place:
+        if len(starts) < len(pieces) - 1 or last < place:
             raise UnknownPlaceholder(
                 f"{type(self._processed.processor).__name__} changes the words of a conversation, so the tokens of an "
                 "answer cannot be found"
             )
-        return [*found, last]
+        return [*starts, last]
 
     def spans(
         self, spans: Sequence[tuple[int, int]], pieces: Sequence[str], text: str, expanded: str
@@ -153,10 +153,10 @@ class Expansion:
         between = [*(each[number] for number in order), ""]
         return first + "".join(part for pair in zip(pieces, between, strict=True) for part in pair) + last
 
-    def _other_number(self, kind: str, found: int, kinds: Sequence[str]) -> UnknownPlaceholder:
+    def _other_number(self, kind: str, mark_count: int, kinds: Sequence[str]) -> UnknownPlaceholder:
         mark, count = repr(self.placeholder(kind)), list(kinds).count(kind)
         return UnknownPlaceholder(
-            f"{found} {mark} in the text for {count} {NOUNS[kind]}s. Take {mark} out of the text."
+            f"{mark_count} {mark} in the text for {count} {NOUNS[kind]}s. Take {mark} out of the text."
         )
 
     def _written(self, kind: str, number: int) -> str:
@@ -217,10 +217,10 @@ class Expansion:
 
 def tokens_in(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> list[int]:
     """The numbers of the tokens that hold a character of one of the spans, which are in order."""
-    found, number = [], 0
+    indices, number = [], 0
     for index, (first, last) in enumerate(tokens.offsets):
         while number < len(spans) and spans[number][1] <= first:
             number += 1
         if number < len(spans) and spans[number][0] < last:
-            found.append(index)
-    return found
+            indices.append(index)
+    return indices

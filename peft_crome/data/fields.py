@@ -26,14 +26,14 @@ MEDIA = {
 }
 ADDRESSES = re.compile(r".*_(url|uri)s?", re.IGNORECASE)
 WRITTEN = ("tools", "functions", "chat_template_kwargs")  # a chat template would write them
-SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+CALLS_AND_REASONING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 WEIGHTS = ("weight", "loss", "train")  # of a turn: whether it is learned
 IMAGE_FILE = re.compile(r"[^\n]+\.(png|jpe?g|gif|webp|bmp|tiff?|avif)", re.IGNORECASE)
 
 
-def is_nothing(given: Any) -> bool:
+def is_nothing(value: Any) -> bool:
     """Whether a field is empty."""
-    return given is None or (isinstance(given, str | bytes | list | dict) and not given)
+    return value is None or (isinstance(value, str | bytes | list | dict) and not value)
 
 
 def media_fields(row: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -41,15 +41,15 @@ def media_fields(row: Mapping[str, Any]) -> dict[str, list[str]]:
 
     `image` and `images` come first, and so for other kinds. An address counts where nothing else holds one.
     """
-    found: dict[str, list[str]] = {}
+    fields: dict[str, list[str]] = {}
     for key, value in row.items():
         kind = _kind(key) if isinstance(key, str) else None
         if kind is not None and not is_nothing(value) and (key in (kind, f"{kind}s") or _holds_files(value)):
-            found.setdefault(kind, []).append(key)
-    for kind, named in found.items():
+            fields.setdefault(kind, []).append(key)
+    for kind, named in fields.items():
         named.sort(key=lambda key: (key != kind, key != f"{kind}s"))
-        found[kind] = [key for key in named if not ADDRESSES.fullmatch(key)] or named
-    return found
+        fields[kind] = [key for key in named if not ADDRESSES.fullmatch(key)] or named
+    return fields
 
 
 @lru_cache(1024)
@@ -80,12 +80,12 @@ def _is_an_image_file(value: Any) -> bool:
 
 def system_of(row: Mapping[str, Any]) -> tuple[str | None, list[Fault]]:
     """The system message that stands beside the turns of a row."""
-    given = {key: row[key] for key in SYSTEM if row.get(key)}
-    texts = [text for text in given.values() if isinstance(text, str)]
-    if len(texts) < len(given):
-        return None, [Fault("row", f"the system message is {short(given)}; expected text.")]
+    fields = {key: row[key] for key in SYSTEM if row.get(key)}
+    texts = [text for text in fields.values() if isinstance(text, str)]
+    if len(texts) < len(fields):
+        return None, [Fault("row", f"the system message is {short(fields)}; expected text.")]
     if len(set(texts)) > 1:
-        return None, [Fault("row", f"{list(given)} are different system messages. Take one of them out.")]
+        return None, [Fault("row", f"{list(fields)} are different system messages. Take one of them out.")]
     return (texts[0] if texts and not texts[0].isspace() else None), []
 
 
@@ -116,17 +116,17 @@ def unread_of_turn(turn: Mapping[str, Any]) -> Fault | None:
     """What a turn holds beside its text and nothing reads."""
     if len(turn) <= 2:
         return None
-    given = {key: value for key, value in turn.items() if isinstance(key, str) and not is_nothing(value)}
-    unread = [key for key in given if key in SAID or _kind(key)]
+    fields = {key: value for key, value in turn.items() if isinstance(key, str) and not is_nothing(value)}
+    unread = [key for key in fields if key in CALLS_AND_REASONING or _kind(key)]
     if unread:
         remedy = "List files in the row's 'images', 'videos' or 'audio', and write the rest into the text."
         return Fault("turn", f"a turn has {unread} of its own, which are not read. {remedy}")
-    if "value" in given and given.get("content", given["value"]) != given["value"]:
+    if "value" in fields and fields.get("content", fields["value"]) != fields["value"]:
         return Fault("turn", "a turn has 'value' and 'content', which differ. Take one of them out.")
-    weights = [key for key in WEIGHTS if key in given and given[key] != 1]
+    weights = [key for key in WEIGHTS if key in fields and fields[key] != 1]
     if weights:
         return Fault(
-            "turn", f"a turn has {weights[0]!r}: {short(given[weights[0]])}. All answers of a row are learned."
+            "turn", f"a turn has {weights[0]!r}: {short(fields[weights[0]])}. All answers of a row are learned."
         )
     return None
 

@@ -41,8 +41,8 @@ def stream(path: Path) -> Iterator[Any]:
         elif first == b"{":
             yield from _lines(file, path)
         else:
-            given = repr(first.decode(errors="replace")) if first else "nothing"
-            raise ValueError(f"{path} begins with {given}; expected a JSON list, JSONL or parquet.")
+            beginning = repr(first.decode(errors="replace")) if first else "nothing"
+            raise ValueError(f"{path} begins with {beginning}; expected a JSON list, JSONL or parquet.")
 
 
 def _first_character(file: BinaryIO) -> bytes:

@@ -57,14 +57,14 @@ def parse(
     fields = media_fields(row)
     places: list[Place] = []
     for turn in row["turns"]:
-        message, own, wrong = read_turn(turn, fields, places)
+        message, turn_places, wrong = read_turn(turn, fields, places)
         faults += wrong
-        places += own
+        places += turn_places
         messages += [message] if message is not None else []
     media: dict[str, list[Any]] = {}
     for kind in dict.fromkeys([*fields, *(kind for kind, _ in places)]):
-        owned = [own for shown, own in places if shown == kind]
-        media[kind], wrong = _media(row, fields.get(kind, []), kind, owned, folders)
+        turn_media = [medium for shown, medium in places if shown == kind]
+        media[kind], wrong = _media(row, fields.get(kind, []), kind, turn_media, folders)
         faults = wrong + faults
     if columns is None:
         faults += unread_content(row, any(media.values()))
@@ -85,7 +85,7 @@ def parse(
         "rejected": answer_text(row.get("rejected")),
     }
     if wrong:  # turns are left out, with what they show
-        media = {kind: given[: sum(_shown(message, kind) for message in messages)] for kind, given in media.items()}
+        media = {kind: values[: sum(_shown(message, kind) for message in messages)] for kind, values in media.items()}
     shown = {field: media.get(kind, []) for kind, field in FIELDS.items()}
     parsed = {"id": row_name(row, number), **shown, "messages": messages}
     return parsed | {key: value for key, value in texts.items() if value}, faults
@@ -99,26 +99,26 @@ def row_name(row: Any, number: int) -> str:
 
 def turns_key(row: Mapping[str, Any]) -> str | None:
     """Where a row's turns are; None: it has none."""
-    given = [key for key in TURNS if row.get(key) is not None]
-    return next((key for key in given if row[key]), given[0] if given else None)
+    keys = [key for key in TURNS if row.get(key) is not None]
+    return next((key for key in keys if row[key]), keys[0] if keys else None)
 
 
 def _turns(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
     key = turns_key(row)
     turns = _turns_of(row, key) if key is not None else None
     if not isinstance(turns, list) or not turns:
-        given = f"{key or 'conversations'!r} is {short(turns)}"
+        actual = f"{key or 'conversations'!r} is {short(turns)}"
         expected = "[{'from': 'human', 'value': '...'}, ...]; a table needs its columns named"
-        return {}, [Fault("row", f"{given}; expected {expected}; the row has {short(sorted(map(str, row)), 150)}.")]
+        return {}, [Fault("row", f"{actual}; expected {expected}; the row has {short(sorted(map(str, row)), 150)}.")]
     others = [other for other in TURNS if other != key and isinstance(row.get(other), list) and row[other]]
     for other in others:
         if list(map(said_by, _turns_of(row, other))) != list(map(said_by, turns)):
             return {}, [Fault("row", f"{key!r} and {other!r} hold different turns. Take one of them out.")]
     system, faults = system_of(row)
     if system is not None:
-        said = [what for role, what in map(said_by, turns) if role == "system"]
-        turns = turns if said else [{"role": "system", "content": system}, *turns]
-        if said not in ([], [system]):
+        system_messages = [what for role, what in map(said_by, turns) if role == "system"]
+        turns = turns if system_messages else [{"role": "system", "content": system}, *turns]
+        if system_messages not in ([], [system]):
             wrong = f"the row's system message {short(system)} is not that of its turns. Take one out."
             faults.append(Fault("row", wrong))
     return {**row, "turns": turns}, faults
@@ -144,9 +144,9 @@ def _from_columns(
         return {}, [Fault("row", f"no column {absent}; there are {short(sorted(map(str, row)), 150)}.")]
     question = row[columns["question"]] if "question" in columns else prompt
     answer = row[columns["answer"]]
-    said: dict[str, Any] = {}
+    optional_fields: dict[str, Any] = {}
     if isinstance(answer, list) and answer:  # VQA's ten people, captions' five
-        said["answers"] = answer
+        optional_fields["answers"] = answer
         answer = _most_frequent(answer)
     if "options" in columns:
         options = as_texts(row[columns["options"]])
@@ -157,14 +157,14 @@ def _from_columns(
         if letter is None or not isinstance(question, str):
             wrong = f"the answer {short(answer)} is none of the options {short(row[columns['options']])}"
             return {}, [Fault("answer", f"{wrong}; expected its number from 0, its letter, or its text.")]
-        said["options"] = options
+        optional_fields["options"] = options
         question, answer = with_options(question, options), letter
     if isinstance(answer, Number) and not isinstance(answer, bool):
         answer = str(answer)
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     if "rejected" in columns:
-        said["rejected"] = row[columns["rejected"]]
-    made = {"turns": turns, **{kind: row[columns[kind]] for kind in FIELDS if kind in columns}, **said}
+        optional_fields["rejected"] = row[columns["rejected"]]
+    made = {"turns": turns, **{kind: row[columns[kind]] for kind in FIELDS if kind in columns}, **optional_fields}
     return made | ({"id": row[columns["id"]]} if "id" in columns else {}), []
 
 
@@ -177,15 +177,15 @@ def _media(
     row: Mapping[str, Any], fields: list[str], kind: str, places: list[Any], folders: ImageFolders
 ) -> tuple[list[Any], list[Fault]]:
     """The media of a kind in the order in which the turns show them; the row's own that none shows come last."""
-    given, faults = _given_media(row, fields, kind)
-    rest = iter([_medium(medium, kind, folders) for medium in given])
-    shown = [_medium(own, kind, folders) if own is not None else next(rest, None) for own in places]
-    found = [medium for medium in [*shown, *rest] if medium is not None]  # `_place` counts them
-    faults += [medium for medium in found if isinstance(medium, Fault)]
-    return [medium for medium in found if not isinstance(medium, Fault)], faults
+    row_media, faults = _row_media(row, fields, kind)
+    rest = iter([_medium(medium, kind, folders) for medium in row_media])
+    shown = [_medium(medium, kind, folders) if medium is not None else next(rest, None) for medium in places]
+    media = [medium for medium in [*shown, *rest] if medium is not None]  # `_place` counts them
+    faults += [medium for medium in media if isinstance(medium, Fault)]
+    return [medium for medium in media if not isinstance(medium, Fault)], faults
 
 
-def _given_media(row: Mapping[str, Any], fields: list[str], kind: str) -> tuple[list[Any], list[Fault]]:
+def _row_media(row: Mapping[str, Any], fields: list[str], kind: str) -> tuple[list[Any], list[Fault]]:
     """The media of the first field that has some; another field may hold the same ones, by their names."""
     lists = [
         row[key]
@@ -201,42 +201,42 @@ def _given_media(row: Mapping[str, Any], fields: list[str], kind: str) -> tuple[
     return (lists[0] if lists else []), faults
 
 
-def _medium(given: Any, kind: str, folders: ImageFolders) -> Any:
+def _medium(value: Any, kind: str, folders: ImageFolders) -> Any:
     """A file as rows keep it, or what is wrong with it."""
     noun = NOUNS[kind]
-    if isinstance(given, Mapping) and (sources := [given[key] for key in SOURCES if not is_nothing(given.get(key))]):
-        found = _medium(sources[0], kind, folders)
-        return found | {"path": given.get("path")} if isinstance(found, dict) else found
-    if isinstance(given, str) and given:
+    if isinstance(value, Mapping) and (sources := [value[key] for key in SOURCES if not is_nothing(value.get(key))]):
+        file = _medium(sources[0], kind, folders)
+        return file | {"path": value.get("path")} if isinstance(file, dict) else file
+    if isinstance(value, str) and value:
         try:
-            data = embedded_image(given)
+            data = embedded_image(value)
         except ValueError as error:
-            return Fault("unreadable", f"the {noun} {short(given)} cannot be read: {error}.")
-        return folders.find(given, noun) if data is None else {"bytes": data, "path": None}
-    if isinstance(given, bytes) and given:
-        return {"bytes": given, "path": None}
-    if kind == "video" and isinstance(given, list) and given:
-        frames = [_medium(frame, "image", folders) for frame in given]
+            return Fault("unreadable", f"the {noun} {short(value)} cannot be read: {error}.")
+        return folders.find(value, noun) if data is None else {"bytes": data, "path": None}
+    if isinstance(value, bytes) and value:
+        return {"bytes": value, "path": None}
+    if kind == "video" and isinstance(value, list) and value:
+        frames = [_medium(frame, "image", folders) for frame in value]
         return next((frame for frame in frames if isinstance(frame, Fault)), {"frames": frames})
-    if kind == "image" and hasattr(given, "convert") and hasattr(given, "size"):  # PIL's
-        return given
-    return Fault("path", f"the {noun} {short(str(given))} is none; expected a path, a list of paths, or bytes.")
+    if kind == "image" and hasattr(value, "convert") and hasattr(value, "size"):  # PIL's
+        return value
+    return Fault("path", f"the {noun} {short(str(value))} is none; expected a path, a list of paths, or bytes.")
 
 
-def _place(messages: list[dict[str, Any]], kind: str, given: int) -> list[Fault]:
+def _place(messages: list[dict[str, Any]], kind: str, count: int) -> list[Fault]:
     """Put media without a placeholder before the first user's turn (LAMM); refuse other numbers."""
-    if kind == "image" and given and not any(_shown(message, kind) for message in messages):
-        place_by_others(messages, given)
+    if kind == "image" and count and not any(_shown(message, kind) for message in messages):
+        place_by_others(messages, count)
     placed = sum(_shown(message, kind) for message in messages)
-    if placed == given:
+    if placed == count:
         return []
     mark, noun = MARKS[kind], NOUNS[kind]
     if placed:
-        return [Fault("placeholder", f"{placed} {mark} and {given} {noun}s. Write one {mark} per {noun}.")]
+        return [Fault("placeholder", f"{placed} {mark} and {count} {noun}s. Write one {mark} per {noun}.")]
     first = next((message for message in messages if message["role"] == "user"), None)
     if first is None:
-        return [Fault("placeholder", f"no turn is from 'human', so there is no place for its {given} {noun}s.")]
-    first["content"][:0] = [{"type": kind} for _ in range(given)]
+        return [Fault("placeholder", f"no turn is from 'human', so there is no place for its {count} {noun}s.")]
+    first["content"][:0] = [{"type": kind} for _ in range(count)]
     return []
 
 
@@ -266,8 +266,8 @@ def kept_turns(roles: list[str]) -> list[int]:
 
 def _ordered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Fault]]:
     roles = [message["role"] for message in messages]
-    said = roles[1:] if roles[:1] == ["system"] else roles
-    if said and said == ["user", "assistant"] * (len(said) // 2):
+    dialogue_roles = roles[1:] if roles[:1] == ["system"] else roles
+    if dialogue_roles and dialogue_roles == ["user", "assistant"] * (len(dialogue_roles) // 2):
         return messages, []
     kept = kept_turns(roles)
     if not kept:
@@ -280,8 +280,8 @@ def _ordered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list
     if kept[-1] + 1 < len(roles):
         wrong = "the last turn is no answer; what follows the last one is left out."
         faults.append(Fault("order", wrong, mended=True))
-    said = [roles[number] for number in kept if roles[number] != "system" or number > 0]
-    if said != ["user", "assistant"] * (len(said) // 2):
-        wrong = f"roles out of order: {', '.join(said[:12])}. Expected user, assistant, in turn."
+    dialogue_roles = [roles[number] for number in kept if roles[number] != "system" or number > 0]
+    if dialogue_roles != ["user", "assistant"] * (len(dialogue_roles) // 2):
+        wrong = f"roles out of order: {', '.join(dialogue_roles[:12])}. Expected user, assistant, in turn."
         faults.append(Fault("order", wrong))
     return [messages[number] for number in kept], faults

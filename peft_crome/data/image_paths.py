@@ -27,9 +27,9 @@ class ImageFolders:
     """
 
     def __init__(self, folders: str | Path | Mapping[str, str | Path], home: str | Path | None = None) -> None:
-        given = folders if isinstance(folders, Mapping) else {"": folders}
+        by_beginning = folders if isinstance(folders, Mapping) else {"": folders}
         self.folders = sorted(
-            ((begin.strip("/"), os.path.join(os.path.abspath(folder), "")) for begin, folder in given.items()),
+            ((begin.strip("/"), os.path.join(os.path.abspath(folder), "")) for begin, folder in by_beginning.items()),
             key=lambda item: -len(item[0]),
         )
         # `datasets` follows links.

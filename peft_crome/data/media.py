@@ -42,19 +42,19 @@ def with_media(messages: list[dict[str, Any]], media: Mapping[str, Iterator[dict
     ]
 
 
-def file_of(given: Any) -> str | io.BytesIO:
+def file_of(medium: Any) -> str | io.BytesIO:
     """A path or an open file of a row's video or sound.
 
     Args:
-        given: a path, or {"path", "bytes"} as `datasets` keeps files.
+        medium: a path, or {"path", "bytes"} as `datasets` keeps files.
     """
-    if not isinstance(given, Mapping):
-        return str(given)
-    return io.BytesIO(given["bytes"]) if given.get("bytes") is not None else str(given["path"])
+    if not isinstance(medium, Mapping):
+        return str(medium)
+    return io.BytesIO(medium["bytes"]) if medium.get("bytes") is not None else str(medium["path"])
 
 
 @contextmanager
-def naming(name: str, kind: str, given: Any) -> Iterator[None]:
+def naming(name: str, kind: str, medium: Any) -> Iterator[None]:
     """Turn what a decoder raises into a `ValueError` with the names of the row and the file.
 
     Packages that are not installed stay an `ImportError`.
@@ -64,8 +64,8 @@ def naming(name: str, kind: str, given: Any) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:  # each decoder has errors of its own
-        path = given.get("path") if isinstance(given, Mapping) else given
-        described = cut(str(path)) if path else short(given)
+        path = medium.get("path") if isinstance(medium, Mapping) else medium
+        described = cut(str(path)) if path else short(medium)
         cause = cut(str(error) or type(error).__name__, 200)
         raise ValueError(
             f"{name}: cannot read the {NOUNS[kind]} {described} ({cause}). Replace the file or drop the row."

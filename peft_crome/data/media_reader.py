@@ -51,20 +51,20 @@ class MediaReader:
             augmentation: of images.
         """
         name = f"Row {short(row['id'])}"
-        return {kind: self._read(kind, given, name, augmentation) for kind, given in media_of(row).items()}
+        return {kind: self._read(kind, media, name, augmentation) for kind, media in media_of(row).items()}
 
-    def header(self, kind: str, given: Any, name: str) -> Header:
+    def header(self, kind: str, medium: Any, name: str) -> Header:
         """What a medium's number of tokens depends on; nothing is decoded.
 
         Raises:
             ValueError: it cannot be read; the message begins with `name`.
         """
         if kind == "image":
-            return kind, image_size(given, name)
+            return kind, image_size(medium, name)
         if kind == "audio":
-            return kind, (resampled(*sound_header(given, name), self._sampling_rate),)
-        found = video_header(given, name)
-        return kind, (found.width, found.height, found.total_num_frames, found.fps, found.duration)
+            return kind, (resampled(*sound_header(medium, name), self._sampling_rate),)
+        metadata = video_header(medium, name)
+        return kind, (metadata.width, metadata.height, metadata.total_num_frames, metadata.fps, metadata.duration)
 
     def blank(self, header: Header) -> dict[str, Any]:
         """A part with a medium of this header, whose tokens are as many as those of any other."""
@@ -82,14 +82,14 @@ class MediaReader:
     def _read(
         self, kind: str, media: list[Any], name: str, augmentation: Callable[[Image.Image], Image.Image] | None
     ) -> Iterator[dict[str, Any]]:
-        for given in media:
+        for medium in media:
             if kind == "image":
-                image = open_image(given, name, self.processor)
+                image = open_image(medium, name, self.processor)
                 yield {kind: augmentation(image) if augmentation is not None else image}
             elif kind == "audio":
-                yield {kind: read_sound(given, name, self._sampling_rate)}
+                yield {kind: read_sound(medium, name, self._sampling_rate)}
             else:
-                frames, metadata = read_video(given, name, self._sampler, self.processor)
+                frames, metadata = read_video(medium, name, self._sampler, self.processor)
                 yield {kind: frames, "metadata": metadata}
 
     @cached_property

@@ -54,16 +54,16 @@ def shown_in(text: str, kinds: Collection[str] = (), before: int = 0) -> tuple[s
     if "image" not in kinds and "video" in kinds:
         text = text.replace(PLACEHOLDER, MARKS["video"])
     elif "image" in kinds and PLACEHOLDER not in text:
-        numbers = [int(found.group(1) or found.group(2)) for found in NUMBERED.finditer(text)]
+        numbers = [int(match.group(1) or match.group(2)) for match in NUMBERED.finditer(text)]
         if numbers == list(range(before + 1, before + 1 + len(numbers))):
             text = NUMBERED.sub(PLACEHOLDER, text)
     places: list[Place] = []
 
-    def mark(found: re.Match[str]) -> str:
-        kind = found["kind"] or "image"
+    def mark(match: re.Match[str]) -> str:
+        kind = match["kind"] or "image"
         if kind != "image" and kind not in kinds:
-            return found.group()
-        places.append((kind, found["path"]))
+            return match.group()
+        places.append((kind, match["path"]))
         return MARKS[kind]
 
     return SHOWN.sub(mark, text), places
@@ -83,9 +83,9 @@ def foreign_placeholder(message: Mapping[str, Any], has_images: bool) -> Fault |
         text = part["text"] if part["type"] == "text" else ""
         if "<" not in text:
             continue
-        found = MEDIA.search(text) or (OF_OTHERS.search(text) if has_images else None)
-        if found:
+        match = MEDIA.search(text) or (OF_OTHERS.search(text) if has_images else None)
+        if match:
             marks = " or ".join(MARKS.values())
-            wrong = f"{found.group()} in a turn of the user is not read. Write {marks} where one of the row's stands."
+            wrong = f"{match.group()} in a turn of the user is not read. Write {marks} where one of the row's stands."
             return Fault("placeholder", wrong)
     return None

@@ -109,7 +109,7 @@ class Processed:
         by_ids: dict[tuple[int, ...], list[Tokens]] = {}
         for tokens in self._tokenizer.calls:
             by_ids.setdefault(tuple(tokens.ids), []).append(tokens)
-        found = []
+        row_tokens = []
         for ids, mask in zip(made["input_ids"].tolist(), made["attention_mask"].tolist(), strict=True):
             row = tuple(token for token, real in zip(ids, mask, strict=True) if real)
             if not by_ids.get(row):
@@ -117,8 +117,8 @@ class Processed:
                     f"{type(self.processor).__name__} changes the tokens that its tokenizer returns, so the tokens of "
                     "an answer cannot be found."
                 )
-            found.append(by_ids[row].pop(0))
-        return made, found
+            row_tokens.append(by_ids[row].pop(0))
+        return made, row_tokens
 
     def tokens(self, text: str) -> Tokens:
         """The tokens of an expanded text, as the processor's last call asked for them."""
@@ -140,14 +140,14 @@ def with_template(processor: Any) -> Any:
 
 def video_arguments(conversations: Sequence[Messages]) -> dict[str, Any]:
     """What a processor is told of videos whose frames are chosen already; empty where there are none."""
-    found = [
+    metadata = [
         part["metadata"]
         for messages in conversations
         for message in messages
         for part in message["content"]
         if "metadata" in part
     ]
-    return {"video_metadata": found, "do_sample_frames": False} if found else {}
+    return {"video_metadata": metadata, "do_sample_frames": False} if metadata else {}
 
 
 def user_turn(parts: Sequence[str | dict[str, Any]]) -> dict[str, Any]:

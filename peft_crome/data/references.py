@@ -11,22 +11,22 @@ MOST_OPTIONS = len(ascii_uppercase)  # each has a letter
 INSTRUCTION = "Answer with the option's letter from the given choices directly."  # LLaVA-1.5's words
 
 
-def as_texts(given: Any) -> list[str]:
+def as_texts(value: Any) -> list[str]:
     """A list of text, from text, numbers, VQA's {"answer": text}, or {"A": text}; empty where it is something else.
 
     Example:
         >>> as_texts([{"answer": "red", "answer_id": 1}, "dark red", 2])
         ['red', 'dark red', '2']
     """
-    if given is None:
+    if value is None:
         return []
-    items = list(given.values()) if isinstance(given, Mapping) else given
+    items = list(value.values()) if isinstance(value, Mapping) else value
     if not isinstance(items, Sequence) or isinstance(items, str | bytes):
         return []
-    given = [item.get("answer") if isinstance(item, Mapping) else item for item in items]
-    if not all(isinstance(item, str | Number) and not isinstance(item, bool) for item in given):
+    items = [item.get("answer") if isinstance(item, Mapping) else item for item in items]
+    if not all(isinstance(item, str | Number) and not isinstance(item, bool) for item in items):
         return []  # a field of another meaning
-    return [str(item) for item in given]
+    return [str(item) for item in items]
 
 
 def as_choice(answer: Any, options: Sequence[str]) -> str | None:

@@ -52,13 +52,13 @@ def sound_header(sound: Any, name: str) -> tuple[int, int]:
         raise missing("media", "soundfile", "Reading a sound") from error
     try:
         with naming(name, "audio", sound):
-            found = soundfile.info(_file(sound))
+            info = soundfile.info(_file(sound))
     except ValueError:
         rate = 16_000  # of a format that torchcodec alone reads
         return len(read_sound(sound, name, rate)), rate
-    if not found.frames:
-        return len(read_sound(sound, name, found.samplerate)), found.samplerate
-    return found.frames, found.samplerate
+    if not info.frames:
+        return len(read_sound(sound, name, info.samplerate)), info.samplerate
+    return info.frames, info.samplerate
 
 
 def resampled(samples: int, rate: int, sampling_rate: int) -> int:

@@ -84,12 +84,12 @@ def read_rows(
     table = _is_table(local)
     folders = ImageFolders(images if images is not None else "." if table else local.parent, _home(local))
     dropped = []
-    for number, given in enumerate(_records(str(path), name, split) if table else stream(Path(path))):
-        row, faults = parse(given, number, folders, columns, prompt)
+    for number, record in enumerate(_records(str(path), name, split) if table else stream(Path(path))):
+        row, faults = parse(record, number, folders, columns, prompt)
         if row is not None:
             yield row
             continue
-        error = RowError(f"{path}, row {short(row_name(given, number))}", faults)
+        error = RowError(f"{path}, row {short(row_name(record, number))}", faults)
         if faulty == "stop":
             raise error
         dropped.append(str(error))
@@ -272,21 +272,21 @@ def _undecoded(feature: Any) -> Any:
 
 def _records(path: str, name: str | None, split: str) -> Iterator[dict[str, Any]]:
     table, labels = _open_table(path, name, split, streaming=False)
-    for given in table:
-        yield _with_names(given, labels)
+    for record in table:
+        yield _with_names(record, labels)
 
 
-def _with_names(given: dict[str, Any], labels: Mapping[str, list[str]]) -> dict[str, Any]:
-    known = {column: names[given[column]] for column, names in labels.items() if given[column] is not None}
-    return given | known
+def _with_names(record: dict[str, Any], labels: Mapping[str, list[str]]) -> dict[str, Any]:
+    known = {column: names[record[column]] for column, names in labels.items() if record[column] is not None}
+    return record | known
 
 
 def _load_table(
     path: str, name: str | None, split: str, streaming: bool, settings: dict[str, Any]
 ) -> Dataset | IterableDataset:
     table, labels = _open_table(path, name, split, streaming)
-    said = {"source": path, "home": _home(Path(path)), "labels": labels, "version": f"{__version__} {FORM}"}
-    arguments = said | settings
+    table_arguments = {"source": path, "home": _home(Path(path)), "labels": labels, "version": f"{__version__} {FORM}"}
+    arguments = table_arguments | settings
     rows = table.map(
         _convert,
         batched=True,
@@ -315,16 +315,16 @@ def _convert(
     folders = ImageFolders(images, home)
     made: dict[str, list[Any]] = {name: [] for name in FEATURES}
     for number, values in zip(numbers, zip(*batch.values(), strict=True), strict=True):
-        given = _with_names(dict(zip(batch, values, strict=True)), labels)
-        row, faults = parse(given, number, folders, columns, prompt)
+        record = _with_names(dict(zip(batch, values, strict=True)), labels)
+        row, faults = parse(record, number, folders, columns, prompt)
         if row is not None:
             stored = _stored_row(row)
             for key, kept in made.items():
                 kept.append(stored[key])
         elif faulty == "stop":
-            raise RowError(f"{source}, row {short(row_name(given, number))}", faults)
+            raise RowError(f"{source}, row {short(row_name(record, number))}", faults)
         else:
-            logger.warning("%s, row %s was left out: %s", source, short(row_name(given, number)), faults[0].message)
+            logger.warning("%s, row %s was left out: %s", source, short(row_name(record, number)), faults[0].message)
     return made
 
 

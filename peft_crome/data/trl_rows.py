@@ -58,8 +58,8 @@ def to_trl(rows: Iterable[dict[str, Any]]) -> Dataset | IterableDataset:
         raise error.__cause__ or error from None
 
 
-def _features(*said: str) -> Features:
-    messages = dict.fromkeys(("prompt", *said), FEATURES["messages"])
+def _features(*answer_fields: str) -> Features:
+    messages = dict.fromkeys(("prompt", *answer_fields), FEATURES["messages"])
     images = List(Image(mode="RGB"))
     return Features({"id": Value("string"), "images": images, **messages, "answers": List(Value("string"))})
 

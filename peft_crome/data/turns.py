@@ -28,14 +28,14 @@ def value_of(turn: Mapping[str, Any]) -> Any:
 
 def own_media(turn: Any, kind: str) -> int:
     """How many media of a kind a turn holds itself, which are none of the row's."""
-    return sum(shown == kind and own is not None for shown, own in read_turn(turn)[1])
+    return sum(shown == kind and medium is not None for shown, medium in read_turn(turn)[1])
 
 
-def first_of(given: Mapping[str, Any], *keys: str) -> Any:
+def first_of(fields: Mapping[str, Any], *keys: str) -> Any:
     """The first of these that is not null: a table of two forms has columns for both, and nulls in the others."""
     for key in keys:  # every turn comes here, and next() takes twice as long
-        if given.get(key) is not None:
-            return given[key]
+        if fields.get(key) is not None:
+            return fields[key]
     return None
 
 
@@ -67,10 +67,10 @@ def read_turn(
     if isinstance(value, str):
         value, places = shown_in(value, kinds, _count(before, "image"))
     else:
-        found = _parts(value, kinds, before)
-        if isinstance(found, Fault):
-            return None, [], [found]
-        value, places = found
+        result = _parts(value, kinds, before)
+        if isinstance(result, Fault):
+            return None, [], [result]
+        value, places = result
     if not is_unicode(value):
         return None, [], [_half_a_character(turn)]
     if places and role != "user":
@@ -80,10 +80,10 @@ def read_turn(
     return {"role": role, "content": _split(value, {kind for kind, _ in places} if places else ())}, places, []
 
 
-def answer_text(given: Any) -> str | None:
+def answer_text(answer: Any) -> str | None:
     """The text of an answer, given as text, as a turn, or as turns that end with it; None: it is nothing of these."""
-    turn = given[-1] if isinstance(given, list) and given else given
-    message, _, faults = read_turn({"role": "assistant", "content": given} if isinstance(given, str) else turn)
+    turn = answer[-1] if isinstance(answer, list) and answer else answer
+    message, _, faults = read_turn({"role": "assistant", "content": answer} if isinstance(answer, str) else turn)
     if faults or message is None or message["role"] != "assistant":
         return None
     return turn_text(message["content"], MARKS)
@@ -106,25 +106,25 @@ def _parts(value: list[Any], kinds: Collection[str], before: Sequence[Place]) ->
             parts.append({"type": "text", "text": text})
             places += shown
         elif kind in FIELDS and not part.get("text"):
-            own = own_medium(part, kind)
-            given, following = part.get("index"), [*before, *places].count((kind, None))
-            if own is None and given is not None and kind in kinds and given != following:
-                wrong = f"an image has 'index': {short(given)}, and is number {following} of those that turns show"
+            medium = own_medium(part, kind)
+            index, following = part.get("index"), [*before, *places].count((kind, None))
+            if medium is None and index is not None and kind in kinds and index != following:
+                wrong = f"an image has 'index': {short(index)}, and is number {following} of those that turns show"
                 return Fault("placeholder", f"{wrong}. Order the row's images as its turns show them.")
             parts.append({"type": kind, "text": part.get("text")})
-            places.append((kind, own))
+            places.append((kind, medium))
         else:
             expected = "{'type': 'text', 'text': ...}, or 'image', 'video' or 'audio' as the type"
             return Fault("turn", f"{short(part)} is no part of a turn; expected {expected}.")
     return turn_text(parts, MARKS), places
 
 
-def place_by_others(messages: list[dict[str, Any]], given: int) -> None:
+def place_by_others(messages: list[dict[str, Any]], count: int) -> None:
     """Read another model's placeholder as `<image>`, where no image has a place and there are as many as images."""
     users = [message for message in messages if message["role"] == "user"]
     texts = [turn_text(message["content"], MARKS) for message in users]
-    found = [mark.group() for text in texts for mark in OF_ONE_IMAGE.finditer(text)]
-    if len(found) == given and len(set(found)) == 1:
+    marks = [mark.group() for text in texts for mark in OF_ONE_IMAGE.finditer(text)]
+    if len(marks) == count and len(set(marks)) == 1:
         for message, text in zip(users, texts, strict=True):
             kinds = {"image", *(part["type"] for part in message["content"] if part["type"] != "text")}
             message["content"] = _split(OF_ONE_IMAGE.sub(PLACEHOLDER, text), kinds)

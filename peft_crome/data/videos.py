@@ -74,17 +74,17 @@ def video_header(video: Any, name: str) -> VideoMetadata:
     files = frames_of(video)
     if files is not None:
         return _of_frames(len(files), *image_size(files[0], name))
-    found = []
+    headers = []
 
     def stop(metadata: VideoMetadata, **_: Any) -> None:
-        found.append(_counted(metadata, video))
+        headers.append(_counted(metadata, video))
         raise _Header
 
     with naming(name, "video", video):
         try:
             _decoder()(_file(video), stop)
         except _Header:
-            return found[0]
+            return headers[0]
     raise AssertionError  # a decoder asks for the frames before it decodes one
 
 

@@ -43,7 +43,7 @@ def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: 
     check_free(directory)
     name = model.active_adapter
     adapter = {key: value for key, value in get_peft_model_state_dict(model).items() if ".crome_" in key}
-    own = [key for key, _ in model.named_parameters() if ".crome_" in key and f".{name}." in key]
+    parameter_names = [key for key, _ in model.named_parameters() if ".crome_" in key and f".{name}." in key]
     config = model.peft_config[name]
     composite = model.unload()
     with new_directory(directory) as target:
@@ -55,7 +55,7 @@ def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: 
         processor.save_pretrained(target)
         adapter = {key: value.detach().contiguous() for key, value in adapter.items()}
         save_file(adapter, target / SAFETENSORS_WEIGHTS_NAME)
-        check_files(target, [key.replace(f".{name}.", ".") for key in own], SAFETENSORS_WEIGHTS_NAME)
+        check_files(target, [key.replace(f".{name}.", ".") for key in parameter_names], SAFETENSORS_WEIGHTS_NAME)
         values = config.to_dict() | {
             "modules_to_save": None,  # the composite beside it holds them
             "base_model_name_or_path": None,
@@ -125,9 +125,9 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     directory = Path(directory)
     path = directory / RECORD
     if not path.is_file():
-        found = sorted(file.name for file in directory.iterdir())[:8] if directory.is_dir() else "no such directory"
+        contents = sorted(file.name for file in directory.iterdir())[:8] if directory.is_dir() else "no such directory"
         raise StageError(
-            f"{directory} is no complete stage's directory: it has no {RECORD} ({found}). Point `previous` at a "
+            f"{directory} is no complete stage's directory: it has no {RECORD} ({contents}). Point `previous` at a "
             "directory that `peft-crome train` has finished, or run that stage again."
         )
     try:

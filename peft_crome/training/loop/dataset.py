@@ -26,14 +26,14 @@ def load_sources(recipe: Recipe) -> list[Any]:
     Raises:
         FileNotFoundError, ValueError: as `load_rows` and `check_files`.
     """
-    sources = [load_rows(**said.model_dump(exclude={"weight"})) for said in recipe.data]
+    sources = [load_rows(**data.model_dump(exclude={"weight"})) for data in recipe.data]
     for source in sources:
         if isinstance(source, Dataset):
             check_files(source)
     return sources
 
 
-def content_of(said: Data, source: Any) -> str | None:
+def content_of(data: Data, source: Any) -> str | None:
     """What tells whether a data set is still the one that a run began with.
 
     Returns:
@@ -41,9 +41,9 @@ def content_of(said: Data, source: Any) -> str | None:
     """
     if isinstance(source, Dataset):
         return source._fingerprint
-    if Path(said.path).is_file():
-        return file_digest(Path(said.path))
-    files = sorted(path for path in Path(said.path).rglob("*") if path.is_file())  # none, of a name of the Hub
+    if Path(data.path).is_file():
+        return file_digest(Path(data.path))
+    files = sorted(path for path in Path(data.path).rglob("*") if path.is_file())  # none, of a name of the Hub
     return "".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns} " for path in files) or None
 
 

@@ -118,9 +118,9 @@ class EvaluationCallback(TrainerCallback):
         with same_draws():
             for questions in self.sets:
                 answers = self._answers(questions.rows)
-                for metric, found in score(answers, questions.rows, questions.metrics).items():
-                    scores[questions.key(metric)] = found["score"]
-                    scores[f"{questions.key(metric)}_stderr"] = found["stderr"]
+                for metric, result in score(answers, questions.rows, questions.metrics).items():
+                    scores[questions.key(metric)] = result["score"]
+                    scores[f"{questions.key(metric)}_stderr"] = result["stderr"]
         due = control.should_log  # of the loss, which is logged after this; writing a log takes it back
         self.trainer.log(scores)
         control.should_log = due

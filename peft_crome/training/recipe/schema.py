@@ -316,9 +316,9 @@ class Training(_Section):
                 "arguments.label_smoothing_factor: transformers' Trainer smooths labels that it does not shift for "
                 "vision-language models, so each token would be learned from itself; take it out"
             )
-        own = [key for key in self.arguments if key in OWNED]
-        if own:
-            raise ValueError(f"arguments: {own} are said by keys of `training` itself, or fixed; take them out")
+        reserved = [key for key in self.arguments if key in OWNED]
+        if reserved:
+            raise ValueError(f"arguments: {reserved} are said by keys of `training` itself, or fixed; take them out")
         return self
 
 
