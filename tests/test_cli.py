@@ -34,7 +34,7 @@ def test_train_then_evaluate(values: dict[str, Any], dataset: Path, tmp_path: Pa
     recipe.write_text(yaml.safe_dump(values))
     result = runner.invoke(app, ["train", str(recipe), "--set", "training.max_steps=3"])
     assert result.exit_code == 0, result.output
-    assert "pretrain: what trains, on 12 rows" in result.stdout
+    assert "pretrain: what trains, on 11 rows" in result.stdout
     assert "3 steps in" in result.stdout
     assert "image_projection" in result.stdout
     assert "GB predicted for 4 rows of" in result.stdout

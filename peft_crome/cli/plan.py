@@ -62,11 +62,13 @@ def plan(
         device = devices.find_gpu(gpu)
         if recipe is not None:
             if backbone or vision or qformer or quantization or image_size or stage != "pretrain":
+                section = "backbones" if is_recipe(recipe) else "model"
                 raise RecipeError(
-                    "A recipe says what its model is. Change its keys: --set backbones.quantization=4bit."
+                    f"A recipe says what its model is. Change its keys: --set {section}.quantization=4bit."
                 )
-            source: Any = recipe if is_recipe(recipe) else start_of(recipe)
-            parsed = load_recipe(source, parse_overrides(settings or []) | UNREAD)
+            overrides = parse_overrides(settings or [])
+            source: Any = recipe if is_recipe(recipe) else start_of(recipe, overrides)
+            parsed = load_recipe(source, overrides | UNREAD)
             gradient_checkpointing = gradient_checkpointing or parsed.training.gradient_checkpointing
             length = length or parsed.training.max_length
             model = costs.recipe_skeleton(parsed)

@@ -71,10 +71,9 @@ def finetune(
     source = {"images": folders, "columns": columns, "prompt": prompt, "name": name}
     source |= {"split": split} if split != "train" else {}
     recipe = {
-        **start_of(model),
+        **start_of(model, overrides),
         "data": [{"path": data, **{key: value for key, value in source.items() if value is not None}}],
         "output": output,
-        "training": FINETUNE | ({"epochs": None} if "training.max_steps" in overrides else {}),
     }
     if not print_recipe:
         return _run(recipe, overrides)
@@ -85,12 +84,17 @@ def finetune(
     print(yaml.safe_dump(parsed.model_dump(mode="json", exclude_unset=True), sort_keys=False), end="")
 
 
-def start_of(model: str) -> dict[str, Any]:
-    """The keys of a recipe that teaches a task to a model, or goes on from an adapter or a stage."""
+def start_of(model: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe that teaches a task to a model, or goes on from an adapter or a stage.
+
+    Args:
+        overrides: of `--set`; epochs make room for a number of steps.
+    """
     from ..training.model.host import has_been_trained
 
     start: dict[str, Any] = {"previous": model} if has_been_trained(model) else {"model": {"name": model}}
-    return {**start, "stage": "finetune", "training": FINETUNE}
+    training = FINETUNE | ({"epochs": None} if "training.max_steps" in overrides else {})
+    return {**start, "stage": "finetune", "training": training}
 
 
 def _overrides(settings: list[str] | None) -> dict[str, Any]:
@@ -106,7 +110,7 @@ def _run(recipe: Any, overrides: dict[str, Any], accept_changed_data: bool = Fal
     try:
         parsed = recipes.load_recipe(recipe, overrides)
         record = run(parsed, lambda report: announce(parsed, report), accept_changed_data=accept_changed_data)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         fail(error)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)

@@ -231,7 +231,7 @@ class ConversationCollator:
             for row, one in zip(rows, read, strict=True)
         ]
         try:
-            with naming_batch(rows, self.processor, "training.rows_per_device: 1"):
+            with naming_batch(rows, self.processor, "Write training.rows_per_device: 1"):
                 batch, tokens = self._processed.batch(shown, [one.text for one in read])
         except UnknownPlaceholder as error:
             raise row_error(rows[0]["id"], "placeholder", str(error)) from error

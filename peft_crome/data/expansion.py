@@ -16,7 +16,7 @@ from .processed import Processed, Tokens, UnknownPlaceholder, user_turn
 from .taken import kinds_taken
 
 PROBES: tuple[Header, ...] = (("image", (64, 64)), ("image", (448, 224)), ("image", (350, 1000)))
-KEPT = 4096  # media of different sizes, whose expansions have up to 20 kB
+KEPT = 4096  # images of different sizes, whose expansions have up to 20 kB
 
 
 class Expansion:
@@ -149,7 +149,9 @@ class Expansion:
             pieces, order: of `pieces`.
             media: the conversation's, in the order of its parts.
         """
-        first, each, last = self._expansions(tuple(media))
+        # Two videos are hardly ever alike, and their texts are long.
+        images = all(kind == "image" for kind, _ in media)
+        first, each, last = (self._expansions if images else self._expand_media)(tuple(media))
         between = [*(each[number] for number in order), ""]
         return first + "".join(part for pair in zip(pieces, between, strict=True) for part in pair) + last
 

@@ -28,6 +28,8 @@ ADDRESSES = re.compile(r".*_(url|uri)s?", re.IGNORECASE)
 WRITTEN = ("tools", "functions", "chat_template_kwargs")  # a chat template would write them
 CALLS_AND_REASONING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 WEIGHTS = ("weight", "loss", "train")  # of a turn: whether it is learned
+STILL_FILE = re.compile(r"[^\n]+\.(png|jpe?g|webp|bmp|tiff?|avif)", re.IGNORECASE)
+STILL_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\x00", b"MM\x00*")  # JPEG, PNG, BMP, TIFF
 IMAGE_FILE = re.compile(r"[^\n]+\.(png|jpe?g|gif|webp|bmp|tiff?|avif)", re.IGNORECASE)
 
 
@@ -74,8 +76,11 @@ def is_a_list_of_frames(value: Any) -> bool:
 
 
 def _is_an_image_file(value: Any) -> bool:
-    path = value.get("path") if isinstance(value, Mapping) else value
-    return isinstance(path, Image.Image) or (isinstance(path, str) and IMAGE_FILE.fullmatch(path) is not None)
+    """Whether a file is a still image, by its name, or where it has none by its first bytes."""
+    path, content = (value.get("path"), value.get("bytes")) if isinstance(value, Mapping) else (value, None)
+    if isinstance(path, str) and PurePosixPath(path).suffix:
+        return STILL_FILE.fullmatch(path) is not None
+    return isinstance(path, Image.Image) or (isinstance(content, bytes) and content.startswith(STILL_BYTES))
 
 
 def system_of(row: Mapping[str, Any]) -> tuple[str | None, list[Fault]]:
@@ -102,7 +107,12 @@ def unread_content(row: Mapping[str, Any], has_images: bool) -> list[Fault]:
         for key in keys
         if key not in READ and key != "turns" and _kind(key) is None and _is_an_image(row[key], has_images)
     ]
+    read = {key for named in media_fields(row).values() for key in named}
+    addresses = {key for key in keys if ADDRESSES.fullmatch(key)}
+    empty = [key for key in keys if _kind(key) in ("video", "audio") and key not in read | addresses]
     faults = []
+    if empty:
+        faults.append(f"{empty} hold no files. Write paths or bytes into 'videos' or 'audio', or take the field out.")
     if written:
         faults.append(f"{written} cannot be read; write what the model is to read of it into the turns.")
     if unnamed:

@@ -77,6 +77,8 @@ def parse(
     faults += [_empty(message["role"]) for message in messages if not _says(message["content"])]
     messages, wrong = _ordered(messages)
     faults += wrong
+    if wrong and messages[-1]["role"] != "user" and said_by(row["turns"][-1])[0] == "user" and row.get("rejected"):
+        faults.append(Fault("answer", "'rejected' answers the last turn, which has no 'chosen' answer. Add that one."))
     if any(not fault.mended for fault in faults):
         return None, faults
     texts: dict[str, Any] = {
@@ -131,8 +133,10 @@ def _turns_of(row: Mapping[str, Any], key: str) -> Any:
     if key == "prompt" and isinstance(row.get("completion"), list):
         return [*turns, *row["completion"]]
     chosen = row.get("chosen")
-    if said_by(turns[-1])[0] != "user" or not isinstance(chosen, Mapping | list):
+    if said_by(turns[-1])[0] != "user" or not isinstance(chosen, Mapping | list | str) or not chosen:
         return turns
+    if isinstance(chosen, str):
+        chosen = {"role": "assistant", "content": chosen}
     return [*turns, *(chosen if isinstance(chosen, list) else [chosen])]
 
 
@@ -204,6 +208,8 @@ def _row_media(row: Mapping[str, Any], fields: list[str], kind: str) -> tuple[li
 def _medium(value: Any, kind: str, folders: ImageFolders) -> Any:
     """A file as rows keep it, or what is wrong with it."""
     noun = NOUNS[kind]
+    if kind == "video" and isinstance(value, Mapping) and value.get("frames"):  # as rows keep them
+        value = value["frames"]
     if isinstance(value, Mapping) and (sources := [value[key] for key in SOURCES if not is_nothing(value.get(key))]):
         file = _medium(sources[0], kind, folders)
         return file | {"path": value.get("path")} if isinstance(file, dict) else file

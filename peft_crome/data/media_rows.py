@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -13,22 +14,24 @@ from .lengths import parts_of
 from .mixture import selected
 
 
-def rows_with_media(rows: Any) -> Any:
-    """The rows that are not text alone, in their order; no image is opened.
+def rows_with_media(rows: Any, kinds: Set[str]) -> Any:
+    """The rows that show a medium of one of the kinds, in their order; no file is opened.
 
     Args:
         rows: of `load_rows`, streamed or not.
+        kinds: of "image", "video" and "audio".
     """
     if not isinstance(rows, Dataset):
-        return rows.filter(_has_media)
+        return rows.filter(_shows, fn_kwargs={"kinds": kinds})
+    wanted = pa.array(sorted(kinds))
     kept: list[np.ndarray] = []
     start = 0
     for batch in rows.select_columns(["messages"]).with_format("arrow").iter(batch_size=1000):
         parts, row_of_part = parts_of(batch)
-        kept.append(start + np.unique(row_of_part[np.asarray(pc.not_equal(pc.struct_field(parts, "type"), "text"))]))
+        kept.append(start + np.unique(row_of_part[np.asarray(pc.is_in(pc.struct_field(parts, "type"), wanted))]))
         start += len(batch)
     return selected(rows, pa.array(np.concatenate([*kept, np.empty(0, np.int64)]), type=pa.uint64()))
 
 
-def _has_media(row: dict[str, Any]) -> bool:
-    return any(part["type"] != "text" for message in row["messages"] for part in message["content"])
+def _shows(row: dict[str, Any], kinds: Set[str]) -> bool:
+    return any(part["type"] in kinds for message in row["messages"] for part in message["content"])

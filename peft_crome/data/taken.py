@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from ..utils.shorten import cut, short
 from .media import FIELDS, NOUNS, media_of
+from .processed import UnknownPlaceholder
 from .rows import Fault, RowError
 
 
@@ -111,11 +112,11 @@ def naming_batch(rows: Sequence[Mapping[str, Any]], processor: Any, remedy: str)
     """Name the rows of which a processor makes no batch: some take no videos of different lengths.
 
     Args:
-        remedy: how to take one row at a time.
+        remedy: a sentence that says how to take one row at a time.
     """
     try:
         yield
-    except RowError:
+    except (RowError, UnknownPlaceholder):
         raise
     except ValueError as error:
         if len(rows) == 1 or not shows_more_than_images(rows):
@@ -123,7 +124,7 @@ def naming_batch(rows: Sequence[Mapping[str, Any]], processor: Any, remedy: str)
         names, cause = ", ".join(short(row["id"]) for row in rows), " ".join(str(error).split())
         raise ValueError(
             f"Rows {names}: {type(processor).__name__} makes no batch of their videos or sounds ({cut(cause, 200)}). "
-            f"Write {remedy}, or let the processor choose as many frames of each video."
+            f"{remedy}, or let the processor choose as many frames of each video."
         ) from error
 
 

@@ -87,7 +87,7 @@ def _generate(
         chosen = range(first, min(first + batch_size, len(rows)))
         for group in _groups(rows, chosen):
             prompts = [_prompt(rows[n], reader, system) for n in group]
-            with naming_batch([rows[n] for n in group], processor, "--batch-size 1"):
+            with naming_batch([rows[n] for n in group], processor, "Answer one row at a time (batch_size 1)"):
                 batch = processor.apply_chat_template(
                     prompts,
                     add_generation_prompt=True,

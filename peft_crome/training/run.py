@@ -22,7 +22,7 @@ from .directory.card import stage_card
 from .directory.run_folder import clear, only_run, open_run
 from .directory.stage import check_free, is_finished, read_record, save_adapter, save_stage
 from .errors import RecipeError
-from .loop.dataset import content_of, load_sources, training_rows, without_text
+from .loop.dataset import content_of, load_sources, teaching_sets, training_rows
 from .loop.finite import NamedRows, NotFiniteError, paths_of
 from .loop.reports import keep_reports
 from .loop.sharding import check_storage, gather_trained, is_sharded, put_trained
@@ -32,7 +32,7 @@ from .model.build import build
 from .model.host import host_of, read_processor
 from .planning.preflight import Preflight, preflight
 from .recipe.schema import Recipe
-from .stages import count_trained, learns_from_text
+from .stages import count_trained, media_that_teach
 
 
 def train(
@@ -78,8 +78,8 @@ def train(
     if recipe.feature_cache is not None:
         cache_features(model, recipe.feature_cache.directory, recipe.feature_cache.max_gigabytes)
     sets = list(zip(recipe.data, sources, strict=True))
-    if not learns_from_text(model):
-        sets = without_text(sets)
+    if (kinds := media_that_teach(model)) is not None:
+        sets = teaching_sets(sets, kinds)
     rows = training_rows(recipe, sets, collator.needs_split)
     try:
         trainer = CromeTrainer(
@@ -122,7 +122,10 @@ def train(
         record = {
             "stage": recipe.stage,
             "trained": trained,
-            "data": [{"path": data.path, "rows": rows} for data, rows in zip(recipe.data, counts, strict=True)],
+            "data": [
+                {"path": data.path, "rows": len(source) if isinstance(source, Dataset) else None}
+                for data, source in sets
+            ],
             "steps": trainer.state.global_step,
             "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
             "scores": scores_of(trainer.state.log_history, questions),

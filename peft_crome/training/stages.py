@@ -83,9 +83,15 @@ def count_trained(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def learns_from_text(model: nn.Module) -> bool:
-    """Whether a row without an image meets weights that train: a text branch, or a module that makes no images."""
-    sites = tuple(f"{path}." for path, layer in crome_layers(model) if "text" not in layer.branches)
+def media_that_teach(model: nn.Module) -> set[str] | None:
+    """The kinds of media that reach weights which train; None: words reach some, so every row teaches something."""
+    sites = {f"{path}.": layer.branches for path, layer in crome_layers(model) if "text" not in layer.branches}
     of_images = {part for stage in STAGES.values() for part in stage.parts}  # the adapter's are the guard's to tell
-    others = [name for part, name, _ in trained_parameters(model) if part not in of_images]
-    return guard.learns_from_text(model) or not all(name.startswith(sites) for name in others)
+    reached = guard.learns_from(model)
+    for part, name, _ in trained_parameters(model):
+        if part not in of_images:
+            inside = [branches for path, branches in sites.items() if name.startswith(path)]
+            reached |= {branch if branch == "audio" else "vision" for branch in inside[0]} if inside else {"text"}
+    if "text" in reached:
+        return None
+    return ({"audio"} & reached) | ({"image", "video"} if "vision" in reached else set())

@@ -195,11 +195,13 @@ def training_pairs(weights: CromeWeights, layers: Iterable[tuple[str, CromeLayer
     return {pair for pair in acting(layers) if _requires_grad(weights, *pair)}
 
 
-def learns_from_text(model: nn.Module) -> bool:
-    """Whether a prompt without an image or a sound meets weights of an adapter that train."""
+def learns_from(model: nn.Module) -> set[str]:
+    """What reaches weights of an adapter that train: "text", "audio", and "vision" for what reads images."""
     weights = next(module for module in model.modules() if isinstance(module, CromeWeights))
     layers = list(crome_layers(model))
-    return "text" in {branch for _, branch in training_pairs(weights, layers)} - from_images(layers)
+    branches = {branch for _, branch in training_pairs(weights, layers)}
+    words = branches & {"text"} - from_images(layers)
+    return words | branches & {"audio"} | ({"vision"} if branches - words - {"audio"} else set())
 
 
 def _requires_grad(weights: CromeWeights, name: str, branch: str) -> bool:

@@ -226,11 +226,13 @@ def test_adapter_that_is_missing_or_damaged_is_no_silence(values: dict[str, Any]
 
 
 @pytest.mark.parametrize("how", ["mixture", "weights", "streaming", "without a Q-Former"])
-def test_mixtures_train(how: str, values: dict[str, Any], tmp_path: Path) -> None:
-    """Two sets, one of them a table without images."""
-    (tmp_path / "table.jsonl").write_text("\n".join(json.dumps({"q": f"w{i}", "a": "w9"}) for i in range(40)))
-    columns = {"question": "q", "answer": "a"}
-    values["data"] = [*values["data"], {"path": str(tmp_path / "table.jsonl"), "columns": columns}]
+def test_mixtures_train(how: str, values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
+    """Two sets, one of them a table."""
+    shown = {"a": "w9", "shown": "images/red.png"}
+    (tmp_path / "table.jsonl").write_text("\n".join(json.dumps({"q": f"w{i}", **shown}) for i in range(40)))
+    columns = {"question": "q", "answer": "a", "image": "shown"}
+    table = {"path": str(tmp_path / "table.jsonl"), "columns": columns, "images": str(dataset.parent)}
+    values["data"] = [*values["data"], table]
     if how == "mixture":
         values["mixture"] = {"temperature": 2}
     elif how in ("weights", "streaming"):
@@ -241,7 +243,7 @@ def test_mixtures_train(how: str, values: dict[str, Any], tmp_path: Path) -> Non
             del values["backbones"][key]
     record = train(load_recipe(values))["stages"][0]
     assert record["steps"] == 6
-    assert [item["rows"] for item in record["data"]] == ([None, None] if how == "streaming" else [12, 40])
+    assert [item["rows"] for item in record["data"]] == ([None, None] if how == "streaming" else [11, 40])
     assert "(streamed)" in (Path(values["output"]) / "README.md").read_text() or how != "streaming"
 
 
@@ -308,7 +310,7 @@ def test_two_image_roots_for_one_file(values: dict[str, Any]) -> None:
     values["data"] = values["data"] * 2
     values["training"]["max_steps"] = 2
     record = train(load_recipe(values))["stages"][0]
-    assert [item["rows"] for item in record["data"]] == [12, 12]
+    assert [item["rows"] for item in record["data"]] == [11, 11]
 
 
 def test_missing_images_are_found_before_anything_is_loaded(values: dict[str, Any], tmp_path: Path) -> None:

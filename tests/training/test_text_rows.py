@@ -15,7 +15,7 @@ from peft_crome.data import load_rows
 from peft_crome.data.media_rows import rows_with_media
 from peft_crome.training import RecipeError, load_recipe, train
 from peft_crome.training.loop.trainer import CromeTrainer
-from peft_crome.training.stages import learns_from_text
+from peft_crome.training.stages import media_that_teach
 from tests.zoo import ZOO
 
 
@@ -60,7 +60,7 @@ def test_a_run_is_that_of_the_rows_with_images(
         found = trained(values, tmp_path / "together", mixed["together"], streaming=streaming)
     assert set(texts) == {0}
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert ("9 of 20 rows" in caplog.text) != streaming
+    assert ("are left out as they are read" if streaming else "9 of 20 rows") in caplog.text
 
 
 def test_a_data_set_of_text_leaves_the_mixture(values: dict[str, Any], mixed: dict[str, Path], tmp_path: Path) -> None:
@@ -71,12 +71,14 @@ def test_a_data_set_of_text_leaves_the_mixture(values: dict[str, Any], mixed: di
 
 
 def test_text_alone_is_refused(values: dict[str, Any], mixed: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no row has an image"):
+    with pytest.raises(RecipeError, match="no row has any image or video"):
         trained(values, tmp_path / "text", mixed["text"])
+    with pytest.raises(RecipeError, match=r"none of the first 1000 rows of .*text.json has any image or video"):
+        trained(values, tmp_path / "text", mixed["shown"], mixed["text"], streaming=True)
     assert not (tmp_path / "text").exists()
 
 
-def test_a_text_branch_learns_from_text(values: dict[str, Any], mixed: dict[str, Path], tmp_path: Path) -> None:
+def test_a_text_branch_media_that_teach(values: dict[str, Any], mixed: dict[str, Path], tmp_path: Path) -> None:
     del values["backbones"]["qformer"], values["backbones"]["qformer_tokenizer"]
     del values["backbones"]["num_query_tokens"]
     values["adapter"] = {"branches": ["text", "vision"], "bottleneck_dim": 4}
@@ -86,9 +88,9 @@ def test_a_text_branch_learns_from_text(values: dict[str, Any], mixed: dict[str,
 
 def test_the_numbers_are_those_of_a_selection(mixed: dict[str, Path]) -> None:
     rows = load_rows(mixed["together"])
-    kept = rows_with_media(rows.select(range(5, 15)))
+    kept = rows_with_media(rows.select(range(5, 15)), {"image"})
     assert kept["id"] == [row["id"] for row in rows.select(range(5, 15)) if row["images"]]
-    assert len(rows_with_media(rows.filter(lambda row: not row["images"]))) == 0
+    assert len(rows_with_media(rows.filter(lambda row: not row["images"]), {"image"})) == 0
 
 
 @pytest.mark.parametrize(
@@ -96,9 +98,13 @@ def test_the_numbers_are_those_of_a_selection(mixed: dict[str, Path]) -> None:
 )
 def test_what_trains_beside_an_adapter_of_a_host(also: list[str] | None, learns: bool) -> None:
     model = get_peft_model(ZOO["llava"]().model, CromeConfig(modules_to_save=also))
-    assert learns_from_text(model) == learns
+    assert (media_that_teach(model) is None) == learns
 
 
 def test_which_text_branches_read_words() -> None:
-    assert learns_from_text(get_peft_model(ZOO["llava"]().model, CromeConfig(branches=["text"])))
-    assert not learns_from_text(get_peft_model(ZOO["blip-2"]().model, CromeConfig()))  # behind a Q-Former
+    assert media_that_teach(get_peft_model(ZOO["llava"]().model, CromeConfig(branches=["text"]))) is None
+    of_images = {"image", "video"}
+    assert media_that_teach(get_peft_model(ZOO["blip-2"]().model, CromeConfig())) == of_images  # behind a Q-Former
+    hears = ZOO["gemma3n"]().model
+    assert media_that_teach(get_peft_model(hears, CromeConfig(branches=["vision"]))) == of_images
+    assert media_that_teach(get_peft_model(ZOO["gemma3n"]().model, CromeConfig())) == {*of_images, "audio"}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from ...data import check_files, load_rows, mix, mixture_probabilities, split_turns
+from ...data.media import FIELDS, NOUNS
 from ...data.media_rows import rows_with_media
 from ...data.mixture import normalized
 from ...data.sources import FEATURES, file_digest
 from ..errors import RecipeError
 from ..recipe.schema import Data, Recipe
 
+FIRST = 1000  # rows of a stream, one of which must teach something
 Sets = list[tuple[Data, Any]]  # a data set of a recipe, and its rows
 
 logger = logging.getLogger(__name__)
@@ -47,27 +50,41 @@ def content_of(data: Data, source: Any) -> str | None:
     return "".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns} " for path in files) or None
 
 
-def without_text(sets: Sets) -> Sets:
-    """The data sets that have rows with an image, with these rows alone; a warning says how many are left out.
+def teaching_sets(sets: Sets, kinds: Set[str]) -> Sets:
+    """The data sets that have rows of which something that trains learns, with these rows alone.
 
+    A warning says how many are left out; of a stream, that some are.
+
+    Args:
+        kinds: of media that reach what trains, as of `media_that_teach`.
     Raises:
-        RecipeError: nothing is left.
+        RecipeError: nothing is left, or the first rows of a stream have none of these media.
     """
+    nouns = " or ".join(NOUNS[kind] for kind in FIELDS if kind in kinds) or "medium"
+    remedy = (
+        "To train on words as well, write adapter: {branches: [text, vision]}, which changes prompts without an image."
+    )
     kept = []
     for data, source in sets:
-        rows = rows_with_media(source)
-        if isinstance(source, Dataset) and len(rows) < len(source):
+        rows = rows_with_media(source, kinds)
+        if not isinstance(source, Dataset):
+            if not any(True for _ in rows_with_media(source.take(FIRST), kinds)):
+                raise RecipeError(
+                    f"data: none of the first {FIRST} rows of {data.path} has any {nouns}, and nothing else teaches "
+                    f"what trains here. Take the set out. {remedy}"
+                )
+            logger.warning(f"data: rows of {data.path} without any {nouns} are left out as they are read. {remedy}")
+        elif len(rows) < len(source):
             logger.warning(
-                f"data: {len(source) - len(rows):,} of {len(source):,} rows in {data.path} are text alone. Nothing "
-                "that trains here learns from text, so they are left out. To train on them, write adapter: {branches: "
-                "[text, vision]}, which changes prompts without an image."
+                f"data: {len(source) - len(rows):,} of {len(source):,} rows in {data.path} have no {nouns}. Nothing "
+                f"that trains here learns from them, so they are left out. {remedy}"
             )
         if not isinstance(rows, Dataset) or len(rows):
             kept.append((data, rows))
     if not kept:
         raise RecipeError(
-            "data: no row has an image, and nothing that trains here learns from text. Name data with images (see "
-            "peft-crome doctor), or write adapter: {branches: [text, vision]}."
+            f"data: no row has any {nouns}, and nothing else teaches what trains here. Name other data: peft-crome "
+            f"doctor counts rows without an image. {remedy}"
         )
     return kept
 

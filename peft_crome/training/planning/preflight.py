@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 from typing import Any
 
 import torch
@@ -113,9 +113,9 @@ def preflight(
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # there, one process may not hold the model
         plain = copy.copy(collator)
         plain.augmentation = None  # it would draw random numbers
-        together = arguments.per_device_train_batch_size > 1
-        for examples in [sample.examples] if together else [[row] for row in sample.examples]:
-            _check_batch(model, trainer._prepare_inputs(plain(examples)), examples)
+        alone = arguments.per_device_train_batch_size == 1 or len(sample.examples) == 1
+        for examples in combinations(sample.examples, 1 if alone else 2):  # a training batch is no smaller
+            _check_batch(model, trainer._prepare_inputs(plain(list(examples))), examples)
     config, dtype = model.get_base_model().config, frozen_dtype(model)
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     device = this_device(arguments.device, mixed or dtype)
@@ -190,7 +190,7 @@ def sample_rows(rows: Any, collator: ConversationCollator) -> RowSample:
     return RowSample(lengths, collator.max_length, most, instruction, target, shown)
 
 
-def _check_batch(model: nn.Module, batch: dict[str, torch.Tensor], rows: list[dict[str, Any]]) -> None:
+def _check_batch(model: nn.Module, batch: dict[str, torch.Tensor], rows: Sequence[dict[str, Any]]) -> None:
     """Check gradients by rows that show different media; some models take no images beside videos."""
     try:
         check_gradients(model, batch)
