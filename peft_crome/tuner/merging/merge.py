@@ -163,7 +163,7 @@ def check_allowed(model: nn.Module, sites: list[Any], names: list[str] | None, u
 def _why_not_mergeable(module: nn.Module) -> str | None:
     """Return why a folded table would change what else `module` computes, or None if it would not."""
     config = getattr(module, "config", None)
-    # T5 and its relatives; which of them, depends on the release of transformers.
+    # Which of T5's relatives do so depends on the release of transformers.
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     if getattr(config, TIE, False) and TIE in getattr(code, "co_names", ()):
         return f"scales its output where config.{TIE} is set, and a merge unties the head"
