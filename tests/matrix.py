@@ -115,12 +115,13 @@ def page_of(results: dict[str, dict[str, Any]]) -> str:
     for name, result in results.items():
         reasons = sorted({why for part in result["parts"].values() for why in part["upstream"].values()})
         said = [f"    - `{_short(reason)}`" for reason in reasons] or ["    - nothing"]
-        lines += [f"- {name}", *said]
+        lines += [f"- {name} (transformers {result['versions']['transformers']})", *said]
     return "\n".join(lines)
 
 
 def _short(reason: str) -> str:
-    line = " ".join(reason.replace("`", "'").split())
+    own_words, _, _ = reason.partition("\nassert ")  # pytest adds the values
+    line = " ".join(own_words.replace("`", "'").split())
     return line if len(line) < 180 else line[:177] + "..."
 
 

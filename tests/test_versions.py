@@ -78,6 +78,7 @@ def test_only_a_newer_minor_release_warns(release: str, monkeypatch: pytest.Monk
 def test_composite_says_what_it_needs() -> None:
     code = """
 import importlib.metadata, sys
+import tests.torchvision_on_cpu
 real = importlib.metadata.version
 importlib.metadata.version = lambda name: "5.11.0" if name == "transformers" else real(name)
 import peft_crome

@@ -52,6 +52,20 @@ def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
         return model(**batch).logits
 
 
+def untying_changes(model: nn.Module, batch: Batch) -> bool:
+    """Whether a host's logits depend on its configuration's word on a tied head, as T5's do in transformers 4."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
+    before = logits(model, batch)
+    try:
+        for config in tied:
+            config.tie_word_embeddings = False
+        return not torch.equal(logits(model, batch), before)
+    finally:
+        for config in tied:
+            config.tie_word_embeddings = True
+
+
 def frozen_logits(case: Case) -> torch.Tensor:
     """Of the backbone alone, frozen first: kernels that record a gradient may round differently."""
     case.model.requires_grad_(False)

@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
-from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
+from peft_crome import CromeConfig
+from peft_crome.backbone.compat import has_composite
 from tests.tuner.helpers import (
     BOTH,
     KEYS,
@@ -26,7 +27,6 @@ from tests.tuner.helpers import (
     train_steps,
     trainable,
 )
-from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO, Case
 from tests.zoo.llava import internvl, llava
 
@@ -129,7 +129,15 @@ def test_a_table_that_trains_folds_when_it_is_unloaded(config: dict) -> None:
     assert not [path for path, _ in merged.named_modules() if "token_adapter" in path or "modules_to_save" in path]
 
 
-@pytest.mark.parametrize("name", ["gemma3", "paligemma", "florence2", "composite"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3",
+        "paligemma",
+        "florence2",
+        pytest.param("composite", marks=pytest.mark.skipif(not has_composite(), reason="needs transformers 5.12")),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*no longer tied")  # true, and test_peft_contract.py expects it
 def test_trained_tokens_are_trained_in_a_tied_head_as_well(name: str, tmp_path: Path) -> None:
     """PEFT's rule, which a site around the table must not hide: the merged model is then the attached one."""
@@ -152,6 +160,9 @@ def test_trained_tokens_are_trained_in_a_tied_head_as_well(name: str, tmp_path: 
 
 
 def tied_composite() -> Case:
+    from peft_crome import CromeVLMForConditionalGeneration
+    from tests.vlm.tiny import build, make_batch
+
     torch.manual_seed(0)
     language = LlamaConfig(
         vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import modeling_rope_utils
 
 VOCABULARY, IMAGE_TOKEN, WIDTH, VISION_WIDTH, IMAGE_SIZE, PATCH = 64, 60, 32, 16, 8, 4
 AUDIO_TOKEN = 61
@@ -57,6 +59,11 @@ class Case:
     not_applicable: dict[str, str] = field(default_factory=dict)
     known: Callable[[], Any] | None = None
 
+    def __post_init__(self) -> None:
+        # Where no `forward` takes the types of tokens (transformers 4), `generate` refuses them.
+        if not any("mm_token_type_ids" in inspect.signature(m.forward).parameters for m in self.model.modules()):
+            self.batch.pop("mm_token_type_ids", None)
+
     def generate_inputs(self) -> Batch:
         return {key: value for key, value in self.batch.items() if key not in self.exclude_from_generate}
 
@@ -104,6 +111,11 @@ def token_rows(
 def words() -> Batch:
     ids = torch.tensor([[1, 9, 10, 11]])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A language model's rotary positions, under the release's name for them; transformers 4 has another than 5."""
+    return {"rope_parameters" if hasattr(modeling_rope_utils, "RopeParameters") else "rope_scaling": parameters}
 
 
 def pixels(*shape: int) -> torch.Tensor:

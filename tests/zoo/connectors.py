@@ -21,6 +21,7 @@ from .case import (
     architecture,
     finish,
     pixels,
+    rope,
     token_rows,
     words,
 )
@@ -127,7 +128,7 @@ def hyperclovax_vision_v2() -> Case:
 def aria() -> Case:
     """Its queries attend to the patches inside the projector."""
     config = tf.AriaConfig(
-        text_config=TEXT | {"moe_num_experts": 4, "moe_num_shared_experts": 1},
+        text_config=TEXT | {"model_type": "aria_text", "moe_num_experts": 4, "moe_num_shared_experts": 1},
         vision_config=tf.Idefics3VisionConfig(**VISION),
         image_token_index=IMAGE_TOKEN,
         projector_patch_to_query_dict={4: 3},
@@ -291,7 +292,7 @@ def mistral_large4() -> Case:
 def mllama() -> Case:
     """Cross-attention layers read what the projector gives; an image token has a row behind the vocabulary."""
     config = tf.MllamaConfig(
-        text_config=TEXT | {"cross_attention_layers": [1]},
+        text_config=TEXT | {"cross_attention_layers": [1]} | rope({"rope_type": "default", "rope_theta": 1e4}),
         vision_config=VISION
         | {
             "num_global_layers": 1, "intermediate_layers_indices": [0, 1], "vision_output_dim": 3 * VISION_WIDTH,

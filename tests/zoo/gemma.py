@@ -231,8 +231,9 @@ def gemma3n() -> Case:
 @architecture("diffusion_gemma")
 def diffusion_gemma() -> Case:
     """Denoises a canvas of tokens that its decoder embeds; the encoder embeds the prompt with the same table."""
+    experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
     config = tf.DiffusionGemmaConfig(
-        text_config=GEMMA4_TEXT | {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+        text_config=GEMMA4_TEXT | {"num_global_key_value_heads": 2} | experts,
         vision_config=GEMMA4_VISION | {"model_type": "gemma4_vision"},
         image_token_id=IMAGE_TOKEN, boi_token_id=57, eoi_token_id=58, canvas_length=4,
     )  # fmt: skip

@@ -83,7 +83,8 @@ def _kin(
 def vipllava() -> Case:
     """Reads several layers of its tower."""
     vision = tf.CLIPVisionConfig(**VISION)
-    return _kin("VipLlava", 4, vision, image_token_index=IMAGE_TOKEN, vision_feature_layer=[-1, -2])
+    layers = {"vision_feature_layer": [-1, -2], "vision_feature_layers": [-1, -2]}  # older transformers name several
+    return _kin("VipLlava", 4, vision, image_token_index=IMAGE_TOKEN, **layers)
 
 
 @architecture("llava_next_video")

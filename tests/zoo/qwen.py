@@ -21,14 +21,19 @@ from .case import (
     architecture,
     finish,
     pixels,
+    rope,
     token_rows,
     words,
 )
 
 TOKENS = {"image_token_id": IMAGE_TOKEN, "video_token_id": 59, "vision_start_token_id": 57, "vision_end_token_id": 58}
-ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+ROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
 INTERLEAVED = ROPE | {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
-HALF_OF_A_HEAD = ROPE | {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5}
+HALF_OF_A_HEAD: dict[str, Any] = ROPE | {
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+    "partial_rotary_factor": 0.5,
+}
 MERGED: dict[str, Any] = {
     "depth": 2,
     "num_heads": 2,
@@ -110,15 +115,15 @@ def _qwen(
 @architecture("qwen2_vl")
 def qwen2_vl() -> Case:
     tower = MERGED | {"embed_dim": VISION_WIDTH, "hidden_size": WIDTH, "mlp_ratio": 2}
-    case = _qwen(tf.Qwen2VLConfig, tf.Qwen2VLForConditionalGeneration, tower, rope_parameters=ROPE)
+    case = _qwen(tf.Qwen2VLConfig, tf.Qwen2VLForConditionalGeneration, tower, **rope(ROPE))
     case.known = lambda: tf.Qwen2VLConfig(text_config=QWEN2_7B)
     return case
 
 
 @architecture("qwen2_5_vl")
 def qwen2_5_vl() -> Case:
-    config = tf.Qwen2_5_VLConfig(text_config=TEXT | {"rope_parameters": ROPE}, vision_config=WINDOWED, **TOKENS)
-    case = Case(finish(tf.Qwen2_5_VLForConditionalGeneration, config), image_rows(), SITES, words())
+    config = tf.Qwen2_5_VLConfig(text_config=TEXT | rope(ROPE), vision_config=WINDOWED, **TOKENS)
+    case = Case(build(tf.Qwen2_5_VLForConditionalGeneration, config), image_rows(), SITES, words())
     case.known = lambda: tf.Qwen2_5_VLConfig(text_config=QWEN2_7B)
     return case
 
@@ -131,7 +136,7 @@ def qwen3_vl() -> Case:
         DEEPSTACK,
         {"hidden_size": 2560},
         head_dim=16,
-        rope_parameters=INTERLEAVED,
+        **rope(INTERLEAVED),
     )
 
 
@@ -142,7 +147,7 @@ def qwen3_vl_moe() -> Case:
         tf.Qwen3VLMoeForConditionalGeneration,
         DEEPSTACK,
         head_dim=16,
-        rope_parameters=INTERLEAVED,
+        **rope(INTERLEAVED),
         tie_word_embeddings=False,
         **EXPERTS,
     )
@@ -156,7 +161,7 @@ def qwen3_5() -> Case:
         RESAMPLED,
         {"hidden_size": 5120},
         head_dim=16,
-        rope_parameters=HALF_OF_A_HEAD,
+        **rope(HALF_OF_A_HEAD),
         **LINEAR,
     )
 
@@ -168,7 +173,7 @@ def qwen3_5_moe() -> Case:
         tf.Qwen3_5MoeForConditionalGeneration,
         RESAMPLED,
         head_dim=16,
-        rope_parameters=HALF_OF_A_HEAD,
+        **rope(HALF_OF_A_HEAD),
         **LINEAR,
         **EXPERTS,
     )
@@ -191,7 +196,7 @@ def qwen4_exp() -> Case:
         tf.Qwen4ExpForConditionalGeneration,
         RESAMPLED,
         head_dim=16,
-        rope_parameters=HALF_OF_A_HEAD,
+        **rope(HALF_OF_A_HEAD),
         hc_count=2,
         hc_lowrank=8,
         ple_layer_ids=[1],
@@ -249,22 +254,24 @@ def _omni(
         input_features=pixels(2, 8, frames),
         feature_attention_mask=torch.ones(2, frames, dtype=torch.long),
     )
-    return Case(build(model_class, config), batch, dict(SITES), words())
+    model = build(model_class, config)
+    flat = hasattr(model, "visual")  # transformers 4 has the towers beside the language model
+    sites = {"text": ["model.embed_tokens"], "vision": ["visual.merger"]} if flat else dict(SITES)
+    sites["audio"] = ["audio_tower.proj" if flat else "model.audio_tower.proj"]
+    return Case(model, batch, sites, words())
 
 
 @architecture("qwen2_5_omni_thinker")
 def qwen2_5_omni_thinker() -> Case:
-    case = _omni(
+    return _omni(
         Qwen2_5OmniThinkerConfig,
         tf.Qwen2_5OmniThinkerForConditionalGeneration,
         WINDOWED,
         {},
         frames=8,
-        rope_parameters=ROPE,
+        **rope(ROPE),
         tie_word_embeddings=False,
     )
-    case.sites["audio"] = ["model.audio_tower.proj"]
-    return case
 
 
 @architecture("qwen3_omni_moe_thinker")
@@ -273,12 +280,12 @@ def qwen3_omni_moe_thinker() -> Case:
         Qwen3OmniMoeThinkerConfig,
         tf.Qwen3OmniMoeThinkerForConditionalGeneration,
         DEEPSTACK,
-        {"n_window_infer": 100, "downsample_hidden_size": 4},
+        {"n_window_infer": 200, "downsample_hidden_size": 4},
         frames=12,
-        rope_parameters=INTERLEAVED,
+        **rope(INTERLEAVED),
         **EXPERTS,
     )
-    case.sites["audio"] = ["model.audio_tower.proj2"]
+    case.sites["audio"] = [site + "2" for site in case.sites["audio"]]
     case.known = _known_qwen3_omni
     return case
 

@@ -199,7 +199,8 @@ def granite4_vision() -> Case:
         vision_config=VISION | {"model_type": "siglip_vision_model", "hidden_size": 64},
         qformer_config={
             "model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 32,
-            "cross_attention_frequency": 1, "use_qformer_text_input": False,
+            "cross_attention_frequency": 1, "use_qformer_text_input": False, "hidden_size": 64,
+            "encoder_hidden_size": 64, "num_attention_heads": 4,
         },
         image_token_index=IMAGE_TOKEN, image_grid_pinpoints=[[IMAGE_SIZE, IMAGE_SIZE]],
         vision_feature_select_strategy="full", downsample_rate="1/2",

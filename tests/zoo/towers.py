@@ -20,6 +20,7 @@ from .case import (
     Case,
     architecture,
     pixels,
+    rope,
     token_rows,
     words,
 )
@@ -67,7 +68,7 @@ def sites(vision: str, audio: str | None = None) -> dict[str, list[str]]:
 
 def _glm(config_class: type, model_class: type, *, known_text: dict[str, Any] | None = None, **text: Any) -> Case:
     tower = TOWER | {"image_size": 4 * PATCH, "projection_intermediate_size": 24}
-    config = config_class(text_config=TEXT | {"rope_parameters": ROPE} | text, vision_config=tower, **GLM_TOKENS)
+    config = config_class(text_config=TEXT | rope(ROPE) | text, vision_config=tower, **GLM_TOKENS)
     model = build(model_class, config)
     return Case(model, image_rows(), SITES, words(), known=lambda: known(config_class, **known_text or {}))
 
@@ -79,7 +80,7 @@ def glm4v() -> Case:
 
 @architecture("glm4v_moe")
 def glm4v_moe() -> Case:
-    return _glm(tf.Glm4vMoeConfig, tf.Glm4vMoeForConditionalGeneration, rope_parameters=HALF, **EXPERTS)
+    return _glm(tf.Glm4vMoeConfig, tf.Glm4vMoeForConditionalGeneration, **rope(HALF), **EXPERTS)
 
 
 @architecture("glm46v")
@@ -122,16 +123,16 @@ def cohere_compass() -> Case:
     config = tf.CohereCompassConfig(text_config=text, vision_config=DEEPSTACK, tie_word_embeddings=True, **TOKENS)
     model = build(tf.CohereCompassForConditionalGeneration, config)
     # The class's defaults have no rope parameters for the only kind of layer that they name.
-    rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    full = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     case = Case(model, image_rows(), SITES, words())
-    case.known = lambda: known(tf.CohereCompassConfig, rope_parameters=rope)
+    case.known = lambda: known(tf.CohereCompassConfig, rope_parameters=full)
     return case
 
 
 @architecture("cosmos3_omni")
 def cosmos3_omni() -> Case:
     """Its reasoner, which is what the class holds: a Qwen3-VL without sound."""
-    text = TEXT | {"model_type": "qwen3_vl_text", "head_dim": 16, "rope_parameters": INTERLEAVED}
+    text = TEXT | {"model_type": "qwen3_vl_text", "head_dim": 16} | rope(INTERLEAVED)
     config = tf.Cosmos3OmniConfig(text_config=text, vision_config=dict(DEEPSTACK), **TOKENS)
     model = build(tf.Cosmos3OmniForConditionalGeneration, config)
     return Case(model, image_rows(), SITES, words(), known=lambda: known(tf.Cosmos3OmniConfig))
@@ -140,7 +141,7 @@ def cosmos3_omni() -> Case:
 @architecture("cosmos3_edge")
 def cosmos3_edge() -> Case:
     config = tf.Cosmos3EdgeConfig(
-        text_config=TEXT | {"head_dim": 16, "rope_parameters": ROPE},
+        text_config=TEXT | {"head_dim": 16} | rope(ROPE),
         vision_config=VISION | {"num_patches": 16, "spatial_merge_size": 2},
         projector_hidden_size=24,
         **TOKENS,
@@ -189,7 +190,7 @@ def ernie4_5_vl_moe() -> Case:
 @architecture("paddleocr_vl")
 def paddleocr_vl() -> Case:
     config = tf.PaddleOCRVLConfig(
-        text_config=TEXT | {"head_dim": 16, "rope_parameters": ROPE},
+        text_config=TEXT | {"head_dim": 16} | rope(ROPE),
         vision_config=VISION | {"image_size": 4 * PATCH},
         **TOKENS,
     )

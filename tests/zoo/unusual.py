@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import transformers as tf
 
@@ -69,10 +71,12 @@ def fuyu() -> Case:
     """No tower: a linear map of raw patches."""
     text = tf.PersimmonConfig(**TEXT, hidden_act="gelu")
     sizes = {"image_size": 8, "patch_size": 4, "num_channels": 3, "hidden_size": WIDTH}
-    config = tf.FuyuConfig(text_config=text, image_token_id=IMAGE_TOKEN, **sizes)
-    batch = token_rows(1, 4) | {"pixel_values": pixels(2, 4, 4 * 4 * 3)}
+    config = tf.FuyuConfig(text_config=text.to_dict(), image_token_id=IMAGE_TOKEN, **sizes)
+    model = finish(tf.FuyuForCausalLM, config)
+    patches = "image_patches" if "image_patches" in inspect.signature(model.forward).parameters else "pixel_values"
+    batch = token_rows(1, 4) | {patches: pixels(2, 4, 4 * 4 * 3)}
     sites = {"text": ["model.language_model.embed_tokens"], "vision": ["model.vision_embed_tokens"]}
-    return Case(finish(tf.FuyuForCausalLM, config), batch, sites, words())
+    return Case(model, batch, sites, words())
 
 
 @architecture("git")

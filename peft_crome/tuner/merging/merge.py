@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -15,12 +16,9 @@ from .fold import folded_table, install_table, why_not_foldable
 
 logger = logging.getLogger(__name__)
 
+TIE = "tie_word_embeddings"
 # model_type -> why a folded table would not give the adapted model's output
-SCALES = "scales its output where config.tie_word_embeddings is set, and a merge unties the head"
 NOT_MERGEABLE = {
-    "switch_transformers": SCALES,
-    "udop": SCALES,
-    "umt5": SCALES,
     "diffusion_gemma": "also averages its table's rows, for self-conditioning, which the adapter leaves as they are",
 }
 
@@ -121,12 +119,11 @@ def check_allowed(model: nn.Module, sites: list[Any], names: list[str] | None, u
     Raises:
         ValueError: nothing can be folded, or a folded table would mean something else; says why.
     """
-    parts = [m for m in model.modules() if getattr(getattr(m, "config", None), "model_type", "") in NOT_MERGEABLE]
-    if parts:
-        because = NOT_MERGEABLE[parts[0].config.model_type]  # type: ignore[union-attr]
-        raise ValueError(
-            f"Nothing can be merged: {type(parts[0]).__name__} {because}. Keep the adapter attached, or unload() it."
-        )
+    for part in model.modules():
+        if because := _why_not_mergeable(part):
+            raise ValueError(
+                f"Nothing can be merged: {type(part).__name__} {because}. Keep the adapter attached, or unload() it."
+            )
     layers = {name: m for name, m in model.named_modules() if any(m is site for site in sites)}
     layers = {name: m for name, m in layers.items() if m._attached(m.active_adapters if names is None else names)}
     tables = {name: layer.table for name, layer in layers.items()}
@@ -161,6 +158,16 @@ def check_allowed(model: nn.Module, sites: list[Any], names: list[str] | None, u
     logger.warning(
         message + (" Not linear, and still attached: %s." if kept else ""), folded, *([kept] if kept else [])
     )
+
+
+def _why_not_mergeable(module: nn.Module) -> str | None:
+    """Return why a folded table would change what else `module` computes, or None if it would not."""
+    config = getattr(module, "config", None)
+    # Which of T5's relatives do so depends on the release of transformers.
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if getattr(config, TIE, False) and TIE in getattr(code, "co_names", ()):
+        return f"scales its output where config.{TIE} is set, and a merge unties the head"
+    return NOT_MERGEABLE.get(getattr(config, "model_type", ""))
 
 
 def merge_for_good(model: nn.Module, sites: list[Any], safe_merge: bool, names: list[str] | None) -> None:
