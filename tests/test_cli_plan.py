@@ -55,7 +55,10 @@ def test_plan_from_what_finetune_takes(tmp_path: Path) -> None:
     assert [result.exit_code for result in plans] == [0, 0], [result.output for result in plans]
     assert plans[0].stdout == plans[1].stdout
     assert "rows of 128 tokens" in plans[0].stdout
-    quantized = plan(str(tmp_path / "llava"), "--set", "model.quantization=4bit", "--gpu", "t4")
+    refused = plan(str(tmp_path / "llava"), "--quantization", "4bit")
+    assert "--set model.quantization=4bit" in refused.stderr
+    settings = ("--set", "model.quantization=4bit", "--set", "training.max_steps=9")
+    quantized = plan(str(tmp_path / "llava"), *settings, "--gpu", "t4")
     assert quantized.exit_code == 0, quantized.output
     assert quantized.stdout != plans[0].stdout
 

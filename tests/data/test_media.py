@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Audio, Dataset, Video
+from PIL import Image
 from typer.testing import CliRunner
 
 from peft_crome.cli import app
@@ -280,3 +282,30 @@ def test_a_missing_package_is_named(kind: str, package: str, tmp_path: Path, mon
     result = CliRunner().invoke(app, ["doctor", str(tmp_path / "rows.json")])
     assert result.exit_code == 1
     assert "peft-crome[media]" in result.output
+
+
+@pytest.mark.parametrize(
+    "field", [{"speech": {"array": [0.0, 0.1], "sampling_rate": 16000}}, {"audio_data": [0.0]}, {"video_data": [[1]]}]
+)
+def test_a_field_of_sound_or_video_without_files_is_refused(field: Row, tmp_path: Path) -> None:
+    with pytest.raises(RowError, match=r"hold no files. Write paths or bytes into 'videos' or 'audio'"):
+        read(tmp_path, {**field, "conversations": asked("What?")})
+
+
+def test_a_moving_gif_is_a_video_and_no_frame(tmp_path: Path) -> None:
+    [row] = read(tmp_path, {"videos": ["a.gif", "b.gif"], "conversations": asked("<video> <video>\nWhat?")})
+    assert row["videos"] == [str(tmp_path / "a.gif"), str(tmp_path / "b.gif")]
+
+
+def test_frames_given_by_their_content_are_one_video(tmp_path: Path) -> None:
+    buffers = [io.BytesIO() for _ in range(3)]
+    for number, buffer in enumerate(buffers):
+        Image.new("RGB", (8, 8), (50 * number, 0, 0)).save(buffer, "JPEG")
+    frames = [{"bytes": buffer.getvalue(), "path": None} for buffer in buffers]
+    turns = [{"from": "human", "value": "What?"}, ANSWER]
+    Dataset.from_list([{"video": frames, "conversations": turns}]).to_parquet(tmp_path / "rows.parquet")
+    [row] = read_rows(tmp_path / "rows.parquet")
+    assert row["videos"] == [{"frames": frames}]
+    load_rows(tmp_path / "rows.parquet").save_to_disk(tmp_path / "saved")
+    [again] = load_rows(tmp_path / "saved")
+    assert [frame["bytes"] for frame in again["videos"][0]["frames"]] == [frame["bytes"] for frame in frames]

@@ -150,3 +150,13 @@ def test_rows_with_a_video_or_a_sound_are_refused(kind: str, tmp_path: Path) -> 
     path = write(tmp_path, {"id": "moving", kind: "a.mp4", "conversations": turns})
     with pytest.raises(ValueError, match="Row 'moving' has a video or a sound, and TRL's trainers take images alone"):
         to_trl(read_rows(path))
+
+
+def test_a_preference_in_texts_is_about_the_last_question(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}, {"from": "human", "value": "3+3?"}]
+    [row] = to_trl(read_rows(write(tmp_path, {"id": "s", "conversations": turns, "chosen": "6", "rejected": "7"})))
+    assert said(row["prompt"])[-1] == ("user", ["3+3?"])
+    assert (said(row["chosen"]), said(row["rejected"])) == ([("assistant", ["6"])], [("assistant", ["7"])])
+    path = write(tmp_path, {"id": "s", "conversations": turns, "rejected": "7"})
+    with pytest.raises(RowError, match="'rejected' answers the last turn, which has no 'chosen' answer"):
+        list(read_rows(path))
