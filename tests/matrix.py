@@ -114,7 +114,7 @@ def page_of(results: dict[str, dict[str, Any]]) -> str:
     lines += ["", "What fails upstream:", ""]
     for name, result in results.items():
         reasons = sorted({why for part in result["parts"].values() for why in part["upstream"].values()})
-        said = [f"    - `{_short(reason)}`" for reason in reasons] or ["    - nothing"]
+        said = [f"    - `{_short(reason)}`" for reason in reasons] or ["    - nothing in what was run"]
         lines += [f"- {name} (transformers {result['versions']['transformers']})", *said]
     return "\n".join(lines)
 
@@ -130,12 +130,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; all by default")
     parser.add_argument("--ci", action="store_true", help="the rows of CI and a part of the tests; writes no page")
+    parser.add_argument("--page", action="store_true", help="run nothing; write the page from the last results")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="of the tests; all by default")
     parser.add_argument("--workers", default="1", help="processes of pytest-xdist; 0: none")
     arguments = parser.parse_args()
     rows = arguments.rows or [name for name, row in ROWS.items() if row.get("ci") or not arguments.ci]
     parts = arguments.parts or [part for part in PARTS if part != ("zoo" if arguments.ci else "zoo's first eight")]
-    results = {name: run(name, parts, arguments.workers) for name in rows}
+    results = {} if arguments.page else {name: run(name, parts, arguments.workers) for name in rows}
     if not arguments.ci:
         known = {name: BUILD / f"{name}.json" for name in ROWS}
         text = page_of({name: json.loads(path.read_text()) for name, path in known.items() if path.is_file()})

@@ -292,7 +292,7 @@ def check_merge_refused(case: Case, because: str) -> None:
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=because) as error:
             merge()
-        part = "T5" if "language_model" in case.sites["text"][0] else type(case.model).__name__
+        part = type(case.model.language_model if "Blip" in type(case.model).__name__ else case.model).__name__
         assert_message(error.value, part.removesuffix("ForConditionalGeneration"), "unload()")
     assert_equal(logits(model, case.batch), expected)
 
