@@ -154,33 +154,40 @@ def test_conversation_that_the_template_does_not_take_names_the_row(processor: A
         ConversationCollator(processor, system="w3").encode(row(("w1", "w2")))
 
 
-def test_template_that_cannot_be_read_is_refused_by_name(processor: Any) -> None:
-    for template, message in (
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
         ("{{ messages", r"chat_template: .*unexpected end of template.*Write chat_template: vicuna, plain or t5"),
         ("{{ raise_exception('nothing goes') }}", r"chat_template: .*answer \(nothing goes\)\. Write chat_template"),
-    ):
-        processor.chat_template = template
-        with pytest.raises(ValueError, match=message):
-            ConversationCollator(processor)
+    ],
+    ids=["unfinished", "raises"],
+)
+def test_template_that_cannot_be_read_is_refused_by_name(template: str, message: str, processor: Any) -> None:
+    processor.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        ConversationCollator(processor)
 
 
+@pytest.mark.parametrize("system", [None, "color"], ids=["of the row", "of the recipe"])
 @pytest.mark.parametrize("rewrites", [False, True])
-def test_template_that_demands_a_system_message(rewrites: bool, composite: Any) -> None:
+def test_template_that_demands_a_system_message(rewrites: bool, system: str | None, composite: Any) -> None:
     """Rows may have one, or the recipe; what the template does with turns is seen with one."""
     demands = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('give a system message') }}{% endif %}"
     filled = with_template(composite, demands + (FORGETS if rewrites else CHATML))
     plain = with_template(composite, FORGETS if rewrites else CHATML)
-    system = {"role": "system", "content": [{"type": "text", "text": "color"}]}
     asked = row(("what", "blue"), ("is it", "red"))
-    said = {**asked, "messages": [system, *asked["messages"]]}
+    own = {"role": "system", "content": [{"type": "text", "text": "color"}]}
+    said = {**asked, "messages": [own, *asked["messages"]]}
     expected = ConversationCollator(plain)
     assert expected.needs_split == rewrites
-    for collator in (ConversationCollator(filled), ConversationCollator(filled, system="color")):
-        assert collator.needs_split == rewrites
-        assert collator.encode(said) == expected.encode(said)
-    assert ConversationCollator(filled, system="color").encode(asked) == expected.encode(said)
-    with pytest.raises(RowError, match=r"Row 'r': .*give a system message"):
-        ConversationCollator(filled).encode(asked)
+    collator = ConversationCollator(filled, system=system)
+    assert collator.needs_split == rewrites
+    assert collator.encode(said) == expected.encode(said)
+    if system:
+        assert collator.encode(asked) == expected.encode(said)
+    else:
+        with pytest.raises(RowError, match=r"Row 'r': .*give a system message"):
+            collator.encode(asked)
 
 
 def test_template_of_one_question_alone_splits_rows(processor: Any) -> None:
@@ -276,11 +283,11 @@ def test_image_tokens_of_the_text_itself_are_refused(processor: Any, image_file:
         ConversationCollator(processor).encode(sly)
 
 
-def test_unreadable_images_name_the_row(processor: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["text.jpg", "missing.png"])
+def test_unreadable_images_name_the_row(name: str, processor: Any, tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no image")
-    for path in (tmp_path / "text.jpg", tmp_path / "missing.png"):
-        with pytest.raises(ValueError, match=r"Row 'bad': cannot read the image .*\. Replace the file or drop"):
-            ConversationCollator(processor)([row(("w1", "w2"), images=[str(path)], name="bad")])
+    with pytest.raises(ValueError, match=r"Row 'bad': cannot read the image .*\. Replace the file or drop"):
+        ConversationCollator(processor)([row(("w1", "w2"), images=[str(tmp_path / name)], name="bad")])
 
 
 def test_what_the_collator_needs(processor: Any) -> None:

@@ -88,21 +88,24 @@ def test_command_names_rows_counts_and_fails(path: Path, tmp_path: Path) -> None
     assert len(load_rows(fixed, tmp_path / "images")) == 4
 
 
-def test_nothing_is_overwritten(path: Path) -> None:
-    for target in (path, path.parent / "images" / "a.png"):
-        before = target.read_bytes()
-        result = runner.invoke(app, ["doctor", str(path), "--fix", str(target)])
-        assert result.exit_code == 1
-        assert "is there already, and nothing is overwritten" in result.stderr
-        assert target.read_bytes() == before
+@pytest.mark.parametrize("name", ["rows.json", "images/a.png"])
+def test_nothing_is_overwritten(name: str, path: Path) -> None:
+    target = path.parent / name
+    before = target.read_bytes()
+    result = runner.invoke(app, ["doctor", str(path), "--fix", str(target)])
+    assert result.exit_code == 1
+    assert "is there already, and nothing is overwritten" in result.stderr
+    assert target.read_bytes() == before
 
 
-def test_copy_that_cannot_be_is_refused_before_the_look(path: Path) -> None:
-    for target, message in (("no/such/a.json", "there is no folder"), ("a.txt", "only JSON and JSONL are written")):
-        result = runner.invoke(app, ["doctor", str(path), "--fix", str(path.parent / target)])
-        assert result.exit_code == 1
-        assert message in result.stderr
-        assert "rows" not in result.stdout
+@pytest.mark.parametrize(
+    ("target", "message"), [("no/such/a.json", "there is no folder"), ("a.txt", "only JSON and JSONL are written")]
+)
+def test_copy_that_cannot_be_is_refused_before_the_look(target: str, message: str, path: Path) -> None:
+    result = runner.invoke(app, ["doctor", str(path), "--fix", str(path.parent / target)])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "rows" not in result.stdout
 
 
 def test_copy_keeps_what_utf8_cannot_hold(tmp_path: Path) -> None:
@@ -137,17 +140,24 @@ def test_copy_leaves_out_images_of_turns_that_it_leaves_out(tmp_path: Path) -> N
     assert [row["messages"] for row in fixed] == [row["messages"] for row in read_rows(tmp_path / "rows.json")]
 
 
-def test_copy_writes_null_for_what_json_has_no_words_for(tmp_path: Path) -> None:
-    sound = json.dumps([QUESTION, ANSWER])
-    line = f'{{"conversations": {sound}, "score": [NaN, {{"x": -Infinity}}, 0.5]}}'
-    (tmp_path / "a.jsonl").write_text(line)
-    (tmp_path / "b.json").write_text(f'[{{"conversations": {sound}, "score": [1e400, {{"x": -1e400}}, 0.5]}}]')
-    for name in ("a.jsonl", "b.json"):
-        write_fixed(tmp_path / name, tmp_path / f"fixed-{name}.json", examine(tmp_path / name))
-        findings = examine(tmp_path / f"fixed-{name}.json")
-        assert (findings.rows, findings.patients) == (1, [])
-        [row] = json.loads((tmp_path / f"fixed-{name}.json").read_text())
-        assert row == {"conversations": [QUESTION, ANSWER], "score": [None, {"x": None}, 0.5]}
+SOUND_TURNS = json.dumps([QUESTION, ANSWER])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", f'{{"conversations": {SOUND_TURNS}, "score": [NaN, {{"x": -Infinity}}, 0.5]}}'),
+        ("b.json", f'[{{"conversations": {SOUND_TURNS}, "score": [1e400, {{"x": -1e400}}, 0.5]}}]'),
+    ],
+    ids=["a.jsonl", "b.json"],
+)
+def test_copy_writes_null_for_what_json_has_no_words_for(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    write_fixed(tmp_path / name, tmp_path / f"fixed-{name}.json", examine(tmp_path / name))
+    findings = examine(tmp_path / f"fixed-{name}.json")
+    assert (findings.rows, findings.patients) == (1, [])
+    [row] = json.loads((tmp_path / f"fixed-{name}.json").read_text())
+    assert row == {"conversations": [QUESTION, ANSWER], "score": [None, {"x": None}, 0.5]}
 
 
 def test_copy_leaves_other_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

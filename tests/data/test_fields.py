@@ -62,15 +62,16 @@ def write(tmp_path: Path, *rows: Any) -> Path:
         {"conversations": [{"from": "human", "value": f"<img>{URI}</img>\nw1"}, SAID[1]]},
     ],
 )
-def test_images_as_text_are_read(row: dict[str, Any], processor: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [read_rows, load_rows], ids=["read", "loaded"])
+def test_images_as_text_are_read(read: Any, row: dict[str, Any], processor: Any, tmp_path: Path) -> None:
     path = write(tmp_path, row)
     expected = processor(images=DATA, text="<image>", return_tensors="pt")["pixel_values"]
-    for found in (next(read_rows(path)), load_rows(path)[0]):
-        assert found["images"][0]["bytes"] == DATA
-        batch = ConversationCollator(processor)([found])
-        assert torch.equal(batch["pixel_values"], expected)
-        text = processor.tokenizer.decode(batch["input_ids"][0])
-        assert text.split() == ["user:", *["<image>"] * 9, "w1", "assistant:", "w2"]
+    [found] = read(path)
+    assert found["images"][0]["bytes"] == DATA
+    batch = ConversationCollator(processor)([found])
+    assert torch.equal(batch["pixel_values"], expected)
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert text.split() == ["user:", *["<image>"] * 9, "w1", "assistant:", "w2"]
     assert not examine(path).patients
 
 
@@ -369,12 +370,16 @@ def test_no_message_repeats_a_large_value(
     assert len(caplog.text) < 2500
 
 
-def test_no_message_of_a_table_repeats_a_large_value(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "columns",
+    [{"question": "q", "answer": "a", "options": "q"}, {"question": "q", "answer": "none"}],
+    ids=["options", "answer"],
+)
+def test_no_message_of_a_table_repeats_a_large_value(columns: dict[str, str], tmp_path: Path) -> None:
     path = write(tmp_path, {"q": "w1", "a": LARGE, "o": [LARGE, "x"]})
-    for columns in ({"question": "q", "answer": "a", "options": "q"}, {"question": "q", "answer": "none"}):
-        with pytest.raises(RowError) as error:
-            list(read_rows(path, columns=columns))
-        assert len(str(error.value)) < 1500
+    with pytest.raises(RowError) as error:
+        list(read_rows(path, columns=columns))
+    assert len(str(error.value)) < 1500
 
 
 def test_missing_images_are_named_shortly(processor: Any, tmp_path: Path) -> None:

@@ -56,36 +56,46 @@ def test_llava_as_published(suffix: str, tmp_path: Path) -> None:
     assert read[6]["messages"][0]["content"] == [IMAGE, text("Hi")]
 
 
-def test_messages_as_trl_and_chat_templates_have_them(tmp_path: Path) -> None:
-    user = {"role": "user", "content": [IMAGE, text("What?")]}
-    answer = {"role": "assistant", "content": "red"}
-    rows = [
-        {"messages": [user, answer], "images": ["a.png"]},
-        {"messages": [{"role": "user", "content": "What?"}, answer], "images": ["a.png"]},
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, text("What?")]}, answer]},
-        {"prompt": [user], "completion": [{"role": "assistant", "content": [text("red")]}], "images": ["a.png"]},
-    ]
-    read = list(read_rows(write(tmp_path / "rows.json", rows)))
-    for row in read:
-        assert row["images"] == [str(tmp_path / "a.png")]
-        assert row["messages"] == [user, {"role": "assistant", "content": [text("red")]}]
+ASKED = {"role": "user", "content": [IMAGE, text("What?")]}
+RED = {"role": "assistant", "content": "red"}
+RED_IN_PARTS = {"role": "assistant", "content": [text("red")]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASKED, RED], "images": ["a.png"]},
+        {"messages": [{"role": "user", "content": "What?"}, RED], "images": ["a.png"]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, text("What?")]}, RED]},
+        {"prompt": [ASKED], "completion": [RED_IN_PARTS], "images": ["a.png"]},
+    ],
+    ids=["shown in parts", "shown nowhere", "named in parts", "prompt and completion"],
+)
+def test_messages_as_trl_and_chat_templates_have_them(row: dict[str, Any], tmp_path: Path) -> None:
+    [found] = read_rows(write(tmp_path / "rows.json", [row]))
+    assert found["images"] == [str(tmp_path / "a.png")]
+    assert found["messages"] == [ASKED, RED_IN_PARTS]
+
+
+OWN = {"role": "user", "content": [{"type": "image", "image": "own.png"}, text("What?")]}
+BARE = {"role": "user", "content": [IMAGE, text("And this <image>?")]}
 
 
 def test_images_of_turns_and_of_the_row_stand_where_they_are_shown(tmp_path: Path) -> None:
-    answer = {"role": "assistant", "content": "red"}
-    own = {"role": "user", "content": [{"type": "image", "image": "own.png"}, text("What?")]}
-    bare = {"role": "user", "content": [IMAGE, text("And this <image>?")]}
     rows = [
-        {"messages": [own, answer, bare, answer], "images": ["0.png", "1.png"]},
-        {"messages": [bare, answer, own, answer], "images": ["0.png", "1.png"]},
+        {"messages": [OWN, RED, BARE, RED], "images": ["0.png", "1.png"]},
+        {"messages": [BARE, RED, OWN, RED], "images": ["0.png", "1.png"]},
     ]
     orders = [["own.png", "0.png", "1.png"], ["0.png", "1.png", "own.png"]]
     read = list(read_rows(write(tmp_path / "rows.json", rows)))
     assert [row["images"] for row in read] == [[str(tmp_path / name) for name in names] for names in orders]
-    for images in ([], ["0.png"], ["0.png", "1.png", "2.png"]):
-        path = write(tmp_path / "rows.json", [{"messages": [own, answer, bare, answer], "images": images}])
-        with pytest.raises(RowError, match=rf"3 <image> and {len(images) + 1} images"):
-            list(read_rows(path))
+
+
+@pytest.mark.parametrize("images", [[], ["0.png"], ["0.png", "1.png", "2.png"]], ids=["none", "one", "three"])
+def test_images_of_turns_and_of_the_row_are_counted_together(images: list[str], tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.json", [{"messages": [OWN, RED, BARE, RED], "images": images}])
+    with pytest.raises(RowError, match=rf"3 <image> and {len(images) + 1} images"):
+        list(read_rows(path))
 
 
 @pytest.mark.parametrize("nothing", [None, "", []])

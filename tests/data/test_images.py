@@ -20,10 +20,13 @@ def save(image: Image.Image, path: Path, **arguments: Any) -> str:
     return str(path)
 
 
-def test_modes_become_rgb(tmp_path: Path) -> None:
-    for mode, suffix in (("CMYK", "jpg"), ("L", "png"), ("LA", "png"), ("P", "gif"), ("1", "png"), ("RGBA", "webp")):
-        image = open_image(save(Image.new(mode, (5, 4)), tmp_path / f"{mode}.{suffix}"), "x")
-        assert (image.mode, image.size) == ("RGB", (5, 4)), mode
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("CMYK", "jpg"), ("L", "png"), ("LA", "png"), ("P", "gif"), ("1", "png"), ("RGBA", "webp")],
+)
+def test_modes_become_rgb(mode: str, suffix: str, tmp_path: Path) -> None:
+    image = open_image(save(Image.new(mode, (5, 4)), tmp_path / f"{mode}.{suffix}"), "x")
+    assert (image.mode, image.size) == ("RGB", (5, 4))
 
 
 def test_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
@@ -33,14 +36,19 @@ def test_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
     assert np.asarray(image)[..., 0].flatten().tolist() == [17 * i for i in range(16)]
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["in memory", "in a file"])
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
-def test_dark_images_of_sixteen_bits_stay_dark(mode: str, tmp_path: Path) -> None:
+def test_dark_images_of_sixteen_bits_stay_dark(mode: str, stored: bool, tmp_path: Path) -> None:
     """Their highest shade says nothing about how many bits they have."""
     shades = np.full((4, 4), 200, dtype="<u2" if mode == "I;16" else ">u2")
     dark = Image.frombytes(mode, (4, 4), shades.tobytes())
-    for image in (dark, save(dark, tmp_path / "dark.tif")):
-        assert open_image(image, "x").getextrema() == ((0, 0),) * 3
-    assert open_image(Image.new("I", (4, 4), 200), "x").getextrema() == ((200, 200),) * 3, "nobody knows"
+    image = save(dark, tmp_path / "dark.tif") if stored else dark
+    assert open_image(image, "x").getextrema() == ((0, 0),) * 3
+
+
+def test_dark_images_of_thirty_two_bits_keep_their_shades() -> None:
+    """Nobody knows how many of their bits they use."""
+    assert open_image(Image.new("I", (4, 4), 200), "x").getextrema() == ((200, 200),) * 3
 
 
 def test_animations_give_their_first_frame_and_cameras_their_turn(tmp_path: Path) -> None:
@@ -82,12 +90,20 @@ def floats() -> bytes:
     return stored.getvalue()
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", bomb(), truncated(), floats()])
-def test_damaged_images_name_the_row(data: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", [False, True], ids=["in memory", "in a file"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no image", bomb(), truncated(), floats()],
+    ids=["empty", "words", "bomb", "truncated", "floats"],
+)
+def test_damaged_images_name_the_row(data: bytes, stored: bool, tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(data)
-    for image in (str(tmp_path / "bad.jpg"), {"bytes": data, "path": "bad.jpg"}):
-        with pytest.raises(ValueError, match=r"^Row 'r': cannot read the image .*bad.jpg \(.+\). Replace the file or"):
-            open_image(image, "Row 'r'")
+    image = str(tmp_path / "bad.jpg") if stored else {"bytes": data, "path": "bad.jpg"}
+    with pytest.raises(ValueError, match=r"^Row 'r': cannot read the image .*bad.jpg \(.+\). Replace the file or"):
+        open_image(image, "Row 'r'")
+
+
+def test_missing_images_name_the_row(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^Row 'r': cannot read the image .*missing.jpg"):
         open_image(str(tmp_path / "missing.jpg"), "Row 'r'")
 

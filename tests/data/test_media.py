@@ -121,7 +121,9 @@ def test_faulty_rows_are_named(row: Row, message: str, tmp_path: Path) -> None:
         read(tmp_path, {"id": "r", **row})
 
 
-def test_rows_are_kept_and_their_files_looked_for(tmp_path: Path) -> None:
+@pytest.fixture
+def with_files(tmp_path: Path) -> Path:
+    """Rows whose files are all there."""
     read(
         tmp_path,
         {"id": "file", "video": "a.mp4", "conversations": asked("What?")},
@@ -129,16 +131,27 @@ def test_rows_are_kept_and_their_files_looked_for(tmp_path: Path) -> None:
     )
     for name in ("a.mp4", "1.jpg", "2.jpg", "a.wav"):
         (tmp_path / name).touch()
-    rows = load_rows(tmp_path / "rows.json")
+    return tmp_path / "rows.json"
+
+
+def test_rows_are_kept_and_their_files_looked_for(with_files: Path, tmp_path: Path) -> None:
+    rows = load_rows(with_files)
     assert rows[0]["videos"] == [{"path": str(tmp_path / "a.mp4"), "bytes": None, "frames": []}]
     assert [frame["path"] for frame in rows[1]["videos"][0]["frames"]] == [str(tmp_path / f"{n}.jpg") for n in (1, 2)]
     check_files(rows)
-    for name, kind in (("a.mp4", "video"), ("2.jpg", "video"), ("a.wav", "sound")):
-        (tmp_path / name).rename(tmp_path / "away")
-        for given in (rows, list(rows), list(read_rows(tmp_path / "rows.json"))):
-            with pytest.raises(ValueError, match=f"the {kind} .*{name} is missing"):
-                check_files(given)
-        (tmp_path / "away").rename(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "rows_of",
+    [load_rows, lambda path: list(load_rows(path)), lambda path: list(read_rows(path))],
+    ids=["loaded", "loaded, as a list", "read"],
+)
+@pytest.mark.parametrize(("name", "kind"), [("a.mp4", "video"), ("2.jpg", "video"), ("a.wav", "sound")])
+def test_a_file_that_is_missing_is_named(name: str, kind: str, rows_of: Any, with_files: Path) -> None:
+    rows = rows_of(with_files)
+    with_files.with_name(name).unlink()
+    with pytest.raises(ValueError, match=f"the {kind} .*{name} is missing"):
+        check_files(rows)
 
 
 def test_columns_of_data_sets(tmp_path: Path) -> None:
@@ -176,19 +189,22 @@ def _decoders() -> None:
     pytest.importorskip("soundfile", reason="sound needs soundfile")
 
 
+GIVEN_AS: dict[str, Any] = {"path": str, "bytes": lambda path: {"path": None, "bytes": path.read_bytes()}}
+
+
 @pytest.mark.usefixtures("_decoders")
+@pytest.mark.parametrize("given_as", GIVEN_AS)
 @pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.mkv"])
-def test_a_header_tells_what_a_video_is(name: str, tmp_path: Path) -> None:
+def test_a_header_tells_what_a_video_is(name: str, given_as: str, tmp_path: Path) -> None:
     """WebM and Matroska do not say how many frames they have."""
-    path = write_video(tmp_path / name, frames=9, width=96, height=64, rate=3)
-    for given in (str(path), {"path": None, "bytes": path.read_bytes()}):
-        found = video_header(given, "x")
-        assert (found.total_num_frames, found.fps, found.width, found.height, found.duration) == (9, 3.0, 96, 64, 3.0)
-        frames, metadata = read_video(given, "x", lambda metadata: [0, 4, 4, 8])
-        assert frames.shape == (4, 64, 96, 3)
-        assert (frames[1] == frames[2]).all()
-        assert (frames[0] != frames[3]).any()
-        assert list(metadata.frames_indices) == [0, 4, 4, 8]
+    given = GIVEN_AS[given_as](write_video(tmp_path / name, frames=9, width=96, height=64, rate=3))
+    found = video_header(given, "x")
+    assert (found.total_num_frames, found.fps, found.width, found.height, found.duration) == (9, 3.0, 96, 64, 3.0)
+    frames, metadata = read_video(given, "x", lambda metadata: [0, 4, 4, 8])
+    assert frames.shape == (4, 64, 96, 3)
+    assert (frames[1] == frames[2]).all()
+    assert (frames[0] != frames[3]).any()
+    assert list(metadata.frames_indices) == [0, 4, 4, 8]
 
 
 @pytest.mark.usefixtures("_decoders")
@@ -203,38 +219,53 @@ def test_frames_in_files_are_all_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_decoders")
-def test_a_sound_is_one_channel_at_the_models_rate(tmp_path: Path) -> None:
-    path = write_sound(tmp_path / "a.wav", 0.5, 44_100, channels=2)
-    for given in (str(path), {"path": None, "bytes": path.read_bytes()}):
-        assert sound_header(given, "x") == (22_050, 44_100)
-        samples = read_sound(given, "x", 16_000)
-        assert samples.shape == (resampled(22_050, 44_100, 16_000),) == (8_000,)
-        assert samples.dtype == np.float32
+@pytest.mark.parametrize("given_as", GIVEN_AS)
+def test_a_sound_is_one_channel_at_the_models_rate(given_as: str, tmp_path: Path) -> None:
+    given = GIVEN_AS[given_as](write_sound(tmp_path / "a.wav", 0.5, 44_100, channels=2))
+    assert sound_header(given, "x") == (22_050, 44_100)
+    samples = read_sound(given, "x", 16_000)
+    assert samples.shape == (resampled(22_050, 44_100, 16_000),) == (8_000,)
+    assert samples.dtype == np.float32
 
 
 @pytest.mark.usefixtures("_decoders")
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "cut.mp4", frames=40)
-    whole = path.read_bytes()
-    faults = {"words.mp4": b"not a video", "empty.mp4": b"", "sound.mp4": write_sound(tmp_path / "a.wav").read_bytes()}
-    for name, content in faults.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(
-            ValueError, match=rf"x: cannot read the video .*{name} \(.+\). Replace the file or drop the"
-        ):
-            video_header(str(tmp_path / name), "x")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("words.mp4", b"not a video"), ("empty.mp4", b""), ("sound.mp4", None)],
+    ids=["words", "empty", "sound"],
+)
+def test_videos_that_cannot_be_read_are_named(name: str, content: bytes | None, tmp_path: Path) -> None:
+    if content is None:
+        content = write_sound(tmp_path / "a.wav").read_bytes()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"x: cannot read the video .*{name} \(.+\). Replace the file or drop the"):
+        video_header(str(tmp_path / name), "x")
+
+
+@pytest.mark.usefixtures("_decoders")
+def test_a_video_that_is_not_there_or_damaged_in_the_middle_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no such file"):
         video_header(str(tmp_path / "none.mp4"), "x")
+    path = write_video(tmp_path / "cut.mp4", frames=40)
+    whole = path.read_bytes()
     start = whole.index(b"mdat") + 2000
     path.write_bytes(whole[:start] + bytes(len(whole) - start - 1500) + whole[-1500:])  # the index at the end stays
     with pytest.raises(ValueError, match=r"cut.mp4 \("):
         read_video(str(path), "x", lambda metadata: range(metadata.total_num_frames))
-    for name, content in {"words.wav": b"not a sound", "none.wav": b""}.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(
-            ValueError, match=rf"x: cannot read the sound .*{name} \(.+\). Replace the file or drop the"
-        ):
-            sound_header(str(tmp_path / name), "x")
+
+
+@pytest.mark.usefixtures("_decoders")
+@pytest.mark.parametrize(
+    ("name", "content"), [("words.wav", b"not a sound"), ("none.wav", b"")], ids=["words", "empty"]
+)
+def test_sounds_that_cannot_be_read_are_named(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"x: cannot read the sound .*{name} \(.+\). Replace the file or drop the"):
+        sound_header(str(tmp_path / name), "x")
+
+
+@pytest.mark.usefixtures("_decoders")
+def test_a_sound_without_samples_is_named(tmp_path: Path) -> None:
     write_sound(tmp_path / "silent.wav", seconds=0)
     with pytest.raises(ValueError, match=r"silent.wav \(it has no samples\)"):
         read_sound(str(tmp_path / "silent.wav"), "x", 16_000)

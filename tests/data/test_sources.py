@@ -57,8 +57,19 @@ def test_changed_file_is_converted_again(path: Path) -> None:
     assert before._fingerprint != after._fingerprint
 
 
+@pytest.mark.parametrize(
+    "rows_of",
+    [
+        lambda root: load_rows(root / "one"),
+        lambda root: list(load_rows(root / "one", streaming=True)),
+        lambda root: load_rows(root / "two"),
+        lambda root: list(read_rows(root / "two")),
+        lambda root: load_rows(root / "one" / "train.parquet"),
+    ],
+    ids=["parquet folder", "parquet folder, streamed", "saved", "saved, read", "parquet file"],
+)
 @pytest.mark.parametrize("many", [datasets.List, datasets.LargeList])
-def test_images_inside_of_turns_are_kept_as_they_are_stored(many: Any, tmp_path: Path) -> None:
+def test_images_inside_of_turns_are_kept_as_they_are_stored(many: Any, rows_of: Any, tmp_path: Path) -> None:
     """Decoded, a JPEG would be encoded once more, and lose its orientation and some of its pixels."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -74,13 +85,9 @@ def test_images_inside_of_turns_are_kept_as_they_are_stored(many: Any, tmp_path:
     (tmp_path / "one").mkdir()
     table.to_parquet(tmp_path / "one" / "train.parquet")
     table.save_to_disk(tmp_path / "two")
-    for rows in (
-        load_rows(tmp_path / "one"), list(load_rows(tmp_path / "one", streaming=True)), load_rows(tmp_path / "two"),
-        list(read_rows(tmp_path / "two")), load_rows(tmp_path / "one" / "train.parquet"),
-    ):  # fmt: skip
-        [image] = rows[0]["images"]
-        assert image["bytes"] == stored
-        assert open_image(image, "x") == open_image(str(tmp_path / "a.jpg"), "x")
+    [image] = rows_of(tmp_path)[0]["images"]
+    assert image["bytes"] == stored
+    assert open_image(image, "x") == open_image(str(tmp_path / "a.jpg"), "x")
 
 
 def test_streaming_gives_the_same_rows(path: Path) -> None:
@@ -164,11 +171,12 @@ def test_images_in_a_table_are_not_looked_for(table: Dataset, tmp_path: Path) ->
         check_files(mixed)
 
 
-def test_missing_images_are_counted(path: Path) -> None:
+@pytest.mark.parametrize("rows_of", [lambda path: list(read_rows(path)), load_rows], ids=["read", "loaded"])
+def test_missing_images_are_counted(rows_of: Any, path: Path) -> None:
     Image.new("L", (2, 2)).save(path.parent / "0.png")
-    for rows in (list(read_rows(path)), load_rows(path)):
-        with pytest.raises(ValueError, match=r"Row '1': the image .*1.png is missing \(4 such files in all\)"):
-            check_files(rows)
+    rows = rows_of(path)
+    with pytest.raises(ValueError, match=r"Row '1': the image .*1.png is missing \(4 such files in all\)"):
+        check_files(rows)
 
 
 def test_table_whose_rows_are_all_dropped_is_named(tmp_path: Path) -> None:
@@ -191,9 +199,10 @@ def test_image_folder_of_a_table_is_the_one_of_where_it_is_read(
         assert found == str(tmp_path / name / ("pics" if images else "") / "a.png")
 
 
+@pytest.mark.parametrize("folder", ["flags", "link"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_folder_of_images(streaming: bool, tmp_path: Path) -> None:
-    """`datasets` makes absolute paths of them, and follows links; others' absolute paths are refused."""
+def test_folder_of_images(streaming: bool, folder: str, tmp_path: Path) -> None:
+    """`datasets` makes absolute paths of them, and follows links."""
     (tmp_path / "flags" / "train").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "flags")
     table = [{"file_name": f"{number}.png", "text": f"a{number}"} for number in range(2)]
@@ -202,18 +211,20 @@ def test_folder_of_images(streaming: bool, tmp_path: Path) -> None:
         Image.new("L", (2, 2), number).save(tmp_path / "flags" / "train" / f"{number}.png")
     said: dict[str, Any] = {"columns": {"image": "image", "answer": "text"}, "prompt": "What?"}
     paths = [str(tmp_path / "flags" / "train" / f"{number}.png") for number in range(2)]
-    for folder in ("flags", "link"):
-        rows = list(load_rows(tmp_path / folder, streaming=streaming, **said))
-        assert answers(rows) == ["a0", "a1"]
-        assert [row["images"][0]["path"] for row in rows] == paths
-        assert [row["images"] for row in read_rows(tmp_path / folder, {"coco": "/data"}, **said)] == [
-            [p] for p in paths
-        ]
+    rows = list(load_rows(tmp_path / folder, streaming=streaming, **said))
+    assert answers(rows) == ["a0", "a1"]
+    assert [row["images"][0]["path"] for row in rows] == paths
+    assert [row["images"] for row in read_rows(tmp_path / folder, {"coco": "/data"}, **said)] == [[p] for p in paths]
+
+
+@pytest.mark.parametrize("outside", ["/etc/passwd", "{}/saved/../secret.png"], ids=["elsewhere", "one folder up"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_absolute_paths_of_others_are_refused(streaming: bool, outside: str, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
-    for outside in ("/etc/passwd", f"{tmp_path}/saved/../secret.png"):
-        Dataset.from_list([{"image": outside, "conversations": turns}]).save_to_disk(tmp_path / "saved")
-        with pytest.raises(ValueError, match=r"leaves .* Name the folder that holds all images"):
-            list(load_rows(tmp_path / "saved", streaming=streaming))
+    rows = [{"image": outside.format(tmp_path), "conversations": turns}]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"leaves .* Name the folder that holds all images"):
+        list(load_rows(tmp_path / "saved", streaming=streaming))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

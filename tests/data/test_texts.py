@@ -135,18 +135,19 @@ def test_tables_keep_their_white_space(
         ([text("What is "), text("<image>?")], "What is \n<image>?"),
     ],
 )
-def test_text_of_a_turn(content: Any, expected: str, byte_processor: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [read_rows, load_rows], ids=["read", "loaded"])
+def test_text_of_a_turn(read: Any, content: Any, expected: str, byte_processor: Any, tmp_path: Path) -> None:
     """What is read, kept by `datasets`, trained on and answered is the text of the row."""
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": " yes\n"}]
     shown = expected.count("<image>")
     (tmp_path / "rows.json").write_text(json.dumps([{"images": ["a.png"] * shown, "messages": messages}]))
-    for row in (*read_rows(tmp_path / "rows.json"), *load_rows(tmp_path / "rows.json")):
-        said = byte_processor.apply_chat_template(row["messages"])
-        assert said == f"<|im_start|>user\n{expected}<|im_end|>\n<|im_start|>assistant\n yes\n<|im_end|>\n"
-        assert byte_processor.apply_chat_template(messages) == said
-        shown_parts = [part["type"] for part in row["messages"][0]["content"]].count("image")
-        assert shown_parts == shown == len(row["images"])
+    [row] = read(tmp_path / "rows.json")
+    said = byte_processor.apply_chat_template(row["messages"])
+    assert said == f"<|im_start|>user\n{expected}<|im_end|>\n<|im_start|>assistant\n yes\n<|im_end|>\n"
+    assert byte_processor.apply_chat_template(messages) == said
+    shown_parts = [part["type"] for part in row["messages"][0]["content"]].count("image")
+    assert shown_parts == shown == len(row["images"])
 
 
 def test_evaluation_asks_with_the_text_of_the_row(
