@@ -235,30 +235,52 @@ ARRAYS: dict[str, tuple[Any, np.ndarray]] = {
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_arrays_and_tensors_are_read_as_the_image_they_hold(name: str, processor: Any) -> None:
+def test_arrays_and_tensors_are_read_as_the_image_they_hold(name: str) -> None:
     array, pixels = ARRAYS[name]
     assert np.array_equal(read_image(array), pixels)
-    expected = processor.image_processor(Image.fromarray(pixels.astype(np.uint8)), return_tensors="pt")["pixel_values"]
-    for images in (array, [array], [[array]]):
-        found = processor(images=images, text="<image> w1", return_tensors="pt")["pixel_values"]
-        assert torch.equal(found, expected)
-
-
-def test_prepared_arrays_and_named_channels_are_left_to_the_caller(processor: Any) -> None:
-    floats = torch.from_numpy(COLORS).permute(2, 0, 1) / 255
-    expected = processor.image_processor(floats, do_rescale=False, return_tensors="pt")["pixel_values"]
-    for settings in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}):
-        found = processor(images=floats, text="<image>", return_tensors="pt", **settings)["pixel_values"]
-        assert torch.equal(found, expected)
-    tall = np.arange(3 * 8 * 3, dtype=np.uint8).reshape(3, 8, 3) * 3  # its channels cannot be found by their number
-    for channels, image in (("channels_last", tall), ("channels_first", tall.transpose(1, 2, 0))):
-        expected = processor.image_processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
-        for settings in ({"input_data_format": channels}, {"images_kwargs": {"input_data_format": channels}}):
-            found = processor(images=tall, text="<image>", return_tensors="pt", **settings)["pixel_values"]
-            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(
+    "listed",
+    [lambda array: array, lambda array: [array], lambda array: [[array]]],
+    ids=["alone", "in a list", "in a list of lists"],
+)
+@pytest.mark.parametrize("name", ARRAYS)
+def test_processors_read_arrays_and_tensors_alone_and_in_lists(name: str, listed: Any, processor: Any) -> None:
+    array, pixels = ARRAYS[name]
+    expected = processor.image_processor(Image.fromarray(pixels.astype(np.uint8)), return_tensors="pt")["pixel_values"]
+    found = processor(images=listed(array), text="<image> w1", return_tensors="pt")["pixel_values"]
+    assert torch.equal(found, expected)
+
+
+AS_SETTINGS = pytest.mark.parametrize(
+    "as_settings",
+    [lambda settings: settings, lambda settings: {"images_kwargs": settings}],
+    ids=["by itself", "in images_kwargs"],
+)
+
+
+@AS_SETTINGS
+def test_prepared_arrays_are_left_to_the_caller(as_settings: Any, processor: Any) -> None:
+    floats = torch.from_numpy(COLORS).permute(2, 0, 1) / 255
+    expected = processor.image_processor(floats, do_rescale=False, return_tensors="pt")["pixel_values"]
+    settings = as_settings({"do_rescale": False})
+    found = processor(images=floats, text="<image>", return_tensors="pt", **settings)["pixel_values"]
+    assert torch.equal(found, expected)
+
+
+@AS_SETTINGS
+@pytest.mark.parametrize("channels", ["channels_last", "channels_first"])
+def test_named_channels_are_left_to_the_caller(channels: str, as_settings: Any, processor: Any) -> None:
+    tall = np.arange(3 * 8 * 3, dtype=np.uint8).reshape(3, 8, 3) * 3  # its channels cannot be found by their number
+    image = tall if channels == "channels_last" else tall.transpose(1, 2, 0)
+    expected = processor.image_processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
+    settings = as_settings({"input_data_format": channels})
+    found = processor(images=tall, text="<image>", return_tensors="pt", **settings)["pixel_values"]
+    assert torch.equal(found, expected)
+
+
+UNREADABLE = pytest.mark.parametrize(
     ("image", "message"),
     [
         (np.full((4, 4), -1.0), "values go from -1 to -1, so nobody knows which is white"),
@@ -274,30 +296,59 @@ def test_prepared_arrays_and_named_channels_are_left_to_the_caller(processor: An
         (3, "expected a path, an address, bytes, base64 text"),
     ],
 )
-def test_what_cannot_be_read_is_named(image: Any, message: str, processor: Any) -> None:
-    for read in (read_image, lambda image: processor(images=[image], text="<image>")):
-        with pytest.raises(ValueError, match=message):
-            read(image)
 
 
-def test_large_values_are_shortened_in_messages() -> None:
-    large = base64.b64encode(bytes(100_000)).decode()
-    for image in (large, "data:image/png;base64," + large, large.encode(), {"path": large + ".", "bytes": None}):
-        with pytest.raises(ValueError, match="cannot read the image") as error:
-            read_image(image)
-        assert len(str(error.value)) < 400
+@UNREADABLE
+def test_what_cannot_be_read_is_named(image: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_image(image)
 
 
-def test_images_that_a_text_holds() -> None:
-    data = FILES["RGB"][0]
-    text = base64.b64encode(data).decode()
-    wrapped = base64.encodebytes(data).decode()
-    safe = base64.urlsafe_b64encode(data).decode().rstrip("=")
-    percent = "data:image/png," + "".join(f"%{byte:02x}" for byte in data)
-    for embedded in (text, wrapped, safe, f"data:image/png;base64,{text}", f"DATA:;base64,{wrapped}", percent):
-        assert embedded_image(embedded) == data
-    for other in ("a.png", "folder/" * 20, "http://x/a.png", "/" + "a" * 64, "Qk" + "a" * 62, ""):
-        assert embedded_image(other) is None
+@UNREADABLE
+def test_processors_name_what_cannot_be_read(image: Any, message: str, processor: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor(images=[image], text="<image>")
+
+
+LARGE = base64.b64encode(bytes(100_000)).decode()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [LARGE, "data:image/png;base64," + LARGE, LARGE.encode(), {"path": LARGE + ".", "bytes": None}],
+    ids=["base64", "data URI", "bytes", "path"],
+)
+def test_large_values_are_shortened_in_messages(image: Any) -> None:
+    with pytest.raises(ValueError, match="cannot read the image") as error:
+        read_image(image)
+    assert len(str(error.value)) < 400
+
+
+IN_TEXT = FILES["RGB"][0]
+BASE64 = base64.b64encode(IN_TEXT).decode()
+WRAPPED = base64.encodebytes(IN_TEXT).decode()
+EMBEDDED = {
+    "base64": BASE64,
+    "base64 in lines": WRAPPED,
+    "base64 for addresses": base64.urlsafe_b64encode(IN_TEXT).decode().rstrip("="),
+    "data URI": f"data:image/png;base64,{BASE64}",
+    "data URI in lines": f"DATA:;base64,{WRAPPED}",
+    "data URI in percents": "data:image/png," + "".join(f"%{byte:02x}" for byte in IN_TEXT),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_images_that_a_text_holds(name: str) -> None:
+    assert embedded_image(EMBEDDED[name]) == IN_TEXT
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a.png", "folder/" * 20, "http://x/a.png", "/" + "a" * 64, "Qk" + "a" * 62, ""],
+    ids=["file", "folders", "address", "absolute path", "letters", "nothing"],
+)
+def test_text_that_holds_no_image(text: str) -> None:
+    assert embedded_image(text) is None
 
 
 def test_pipelines_of_other_models_are_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
