@@ -35,10 +35,10 @@ def test_bottleneck_of_the_ablation_is_the_packages_adapter() -> None:
         torch.testing.assert_close(hooked(**batch).logits, adapted(**batch).logits)
 
 
-def test_sizes_are_equal_where_they_can_be() -> None:
+@pytest.mark.parametrize("count", [3 * 576 * EQUAL, 6 * 576 * OWN_UP], ids=["EQUAL", "OWN_UP"])
+def test_sizes_are_equal_where_they_can_be(count: int) -> None:
     default = 5 * 576 * 256
-    for count in (3 * 576 * EQUAL, 6 * 576 * OWN_UP):
-        assert count == pytest.approx(default, rel=0.002)
+    assert count == pytest.approx(default, rel=0.002)
 
 
 @pytest.mark.parametrize("name", INITIALIZATIONS)
@@ -58,11 +58,15 @@ def test_every_run_has_a_file_of_its_own() -> None:
     assert len(set(files)) == len(files) == 10 * 3 + 9
 
 
-def test_a_second_call_goes_on_in_the_dtype_of_the_records(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_second_call_goes_on_in_the_dtype_of_the_records(dtype: str, tmp_path: Path) -> None:
     assert ablation.dtype_of_all(tmp_path) == frozen_dtype()
-    for dtype in ("float32", "bfloat16"):
-        (tmp_path / "crome-seed0.json").write_text(json.dumps({"dtype": dtype}))
-        assert ablation.dtype_of_all(tmp_path) == getattr(torch, dtype)
+    (tmp_path / "crome-seed0.json").write_text(json.dumps({"dtype": dtype}))
+    assert ablation.dtype_of_all(tmp_path) == getattr(torch, dtype)
+
+
+def test_records_in_two_dtypes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "crome-seed0.json").write_text(json.dumps({"dtype": "bfloat16"}))
     (tmp_path / "ia3-seed1.json").write_text(json.dumps({"dtype": "float32"}))
     with pytest.raises(ValueError, match="bfloat16 and float32, whose rows do not compare"):
         ablation.dtype_of_all(tmp_path)

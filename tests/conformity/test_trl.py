@@ -446,20 +446,24 @@ def test_vllm_is_refused_before_it_is_started(
         by_rewards(trainer_name, model, processor, tmp_path, use_vllm=True)
 
 
-def test_vllm_is_refused_for_a_new_adapter_and_an_integrated_one(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("integrated", [False, True], ids=["new", "integrated"])
+def test_vllm_is_refused_for_a_new_adapter_and_an_integrated_one(
+    integrated: bool, folder: Path, tmp_path: Path
+) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     arguments = {"output_dir": str(tmp_path), "activation_checkpointing": False, "use_vllm": True, **COMMON}
     processor = AutoProcessor.from_pretrained(folder)
-    host = AutoModelForImageTextToText.from_pretrained(folder)
-    integrated = AutoModelForImageTextToText.from_pretrained(folder)
-    integrated.add_adapter(CromeConfig(bottleneck_dim=4))
-    for model, config in ((host, CromeConfig(bottleneck_dim=4)), (integrated, None)):
-        with pytest.raises(ValueError, match="would generate without the CROME adapter"):
-            GRPOTrainer(
-                model=model, args=GRPOConfig(**arguments), train_dataset=rows_of("prompt"), peft_config=config,
-                processing_class=processor, reward_funcs=lambda completion_ids, **kwargs: [0.0] * len(completion_ids),
-            )  # fmt: skip
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    config: CromeConfig | None = CromeConfig(bottleneck_dim=4)
+    if integrated:
+        model.add_adapter(config)
+        config = None
+    with pytest.raises(ValueError, match="would generate without the CROME adapter"):
+        GRPOTrainer(
+            model=model, args=GRPOConfig(**arguments), train_dataset=rows_of("prompt"), peft_config=config,
+            processing_class=processor, reward_funcs=lambda completion_ids, **kwargs: [0.0] * len(completion_ids),
+        )  # fmt: skip
 
 
 def test_trainers_that_are_not_trl_s_are_left_alone() -> None:

@@ -128,30 +128,50 @@ def test_a_text_that_is_too_short(text: str) -> None:
         text_loss(llama(), make_tokenizer(), text)
 
 
-def test_command_line_on_an_adapter_of_a_host(tmp_path: Path) -> None:
+PROSE = "What color is the circle? red " * 40
+TO_A_FILE = ["{}/adapter", "--text", "{}/prose.txt", "--text", "{}/more.txt", "--output", "{}/loss.json"]
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> Any:
+    """An adapter of a host, which is written, as two texts are."""
     save_tokenizer_and_model(tmp_path / "host")
     host = AutoModelForImageTextToText.from_pretrained(tmp_path / "host")
     model = with_values(get_peft_model(host, CromeConfig(bottleneck_dim=8)))
     model.save_pretrained(tmp_path / "adapter")
-    text = "What color is the circle? red " * 40
-    (tmp_path / "prose.txt").write_text(text)
+    (tmp_path / "prose.txt").write_text(PROSE)
     (tmp_path / "more.txt").write_text("USER: yes no " * 9)
-    arguments = ["evaluate", str(tmp_path / "adapter"), "--text", str(tmp_path / "prose.txt")]
-    arguments += ["--text", str(tmp_path / "more.txt"), "--output", str(tmp_path / "loss.json")]
-    result = CliRunner().invoke(app, arguments)
+    return model
+
+
+def evaluate(arguments: list[str], tmp_path: Path) -> Any:
+    return CliRunner().invoke(app, ["evaluate", *(argument.format(tmp_path) for argument in arguments)])
+
+
+def test_command_line_on_an_adapter_of_a_host(on_disk: Any, tmp_path: Path) -> None:
+    result = evaluate(TO_A_FILE, tmp_path)
     assert result.exit_code == 0, result.output
-    expected = text_loss(model, AutoTokenizer.from_pretrained(tmp_path / "host"), text, progress=False)
+    expected = text_loss(on_disk, AutoTokenizer.from_pretrained(tmp_path / "host"), PROSE, progress=False)
     written = json.loads((tmp_path / "loss.json").read_text())["text_loss"][str(tmp_path / "prose.txt")]
     assert written["adapted"] == written["base"] == pytest.approx(expected.base, rel=1e-5)
     assert written["tokens"] == expected.tokens
     assert f"{expected.base:.4f}" in result.stdout
     assert "0.0000" in result.stdout
-    for wrong, message in (
-        (arguments, "loss.json is there already"),
-        ([*arguments[:2], "rows.json", *arguments[2:4]], "expected one of them"),
-        (["evaluate", str(tmp_path / "adapter")], "DATA is missing"),
-        (["evaluate", str(tmp_path / "adapter"), "--text", str(tmp_path / "none.txt")], "none.txt"),
-    ):
-        result = CliRunner().invoke(app, wrong)
-        assert result.exit_code == 1
-        assert message in result.stderr
+
+
+@pytest.mark.usefixtures("on_disk")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (TO_A_FILE, "loss.json is there already"),
+        (["{}/adapter", "rows.json", "--text", "{}/prose.txt"], "expected one of them"),
+        (["{}/adapter"], "DATA is missing"),
+        (["{}/adapter", "--text", "{}/none.txt"], "none.txt"),
+    ],
+    ids=["file that is there", "data set and text", "neither", "no text"],
+)
+def test_command_line_says_what_is_wrong(arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "loss.json").write_text("{}")
+    result = evaluate(arguments, tmp_path)
+    assert result.exit_code == 1
+    assert message in result.stderr

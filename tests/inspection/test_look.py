@@ -69,31 +69,33 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.parametrize("kind", ["composite", "host"])
 def test_images_are_read_as_the_models_own_processor_reads_them(
-    adapters: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, adapters: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A composite shows transparency on white; transformers' processors of other models leave it out."""
-    save_tokenizer_and_model(tmp_path / "host")
-    host = save(tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "host"), tmp_path / "on a host")
+    adapter, model, prompt = adapters[0], None, "w1 w2"
+    if kind == "host":
+        model, prompt = str(tmp_path / "host"), "What color?"
+        save_tokenizer_and_model(tmp_path / "host")
+        adapter = save(tf.AutoModelForImageTextToText.from_pretrained(model), tmp_path / "on a host")
     path = tmp_path / "transparent.png"
     Image.new("RGBA", (60, 40), (200, 0, 0, 0)).save(path)
-    for adapter, model, prompt in ((adapters[0], None, "w1 w2"), (host, str(tmp_path / "host"), "What color?")):
-        processor = tf.AutoProcessor.from_pretrained(model or str(tmp_path / "base"))
-        text = f"{processor.image_token} {prompt}"
-        expected = processor(images=[str(path)], text=text, return_tensors="pt")["pixel_values"]
-        seen: list[torch.Tensor] = []
-        encode = look_module.encode
+    processor = tf.AutoProcessor.from_pretrained(model or str(tmp_path / "base"))
+    text = f"{processor.image_token} {prompt}"
+    expected = processor(images=[str(path)], text=text, return_tensors="pt")["pixel_values"]
+    seen: list[torch.Tensor] = []
+    encode = look_module.encode
 
-        def spy(*given: Any, encode: Any = encode, seen: list[torch.Tensor] = seen) -> Any:
-            batch = encode(*given)
-            seen.append(batch["pixel_values"])
-            return batch
+    def spy(*given: Any) -> Any:
+        batch = encode(*given)
+        seen.append(batch["pixel_values"])
+        return batch
 
-        monkeypatch.setattr(look_module, "encode", spy)
-        look(adapter, prompt=prompt, images=[str(path)], model=model)
-        monkeypatch.setattr(look_module, "encode", encode)
-        assert torch.equal(seen[0], expected)
-        assert (seen[0].amin() > 0) == (model is None)
+    monkeypatch.setattr(look_module, "encode", spy)
+    look(adapter, prompt=prompt, images=[str(path)], model=model)
+    assert torch.equal(seen[0], expected)
+    assert (seen[0].amin() > 0) == (kind == "composite")
 
 
 def test_composite_with_its_backbone(adapters: list[str], image: Path) -> None:
@@ -218,15 +220,20 @@ def test_command(adapters: list[str], image: Path, tmp_path: Path) -> None:
     assert "on this input" not in result.stdout
 
 
-def test_command_says_what_is_wrong(adapters: list[str], image: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("adapters", "image")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}/nowhere"], "is no folder, and cannot be had from the Hub"),
+        (["{}/first", "--image", "{}/image.png"], "need --prompt"),
+        (["{}/first", "--prompt", "w1", "--image", "{}/no.png"], "cannot read the image"),
+        (["{}/first", "--output", "{}/there"], "there.html is there already"),
+        (["{}/first", "--prompt", "w1", "--device", "cuda"], "this PyTorch sees no accelerator"),
+    ],
+    ids=["no adapter", "no prompt", "no image", "file that is there", "no accelerator"],
+)
+def test_command_says_what_is_wrong(arguments: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "there.html").write_text("")
-    for arguments, message in (
-        ([str(tmp_path / "nowhere")], "is no folder, and cannot be had from the Hub"),
-        ([adapters[0], "--image", str(image)], "need --prompt"),
-        ([adapters[0], "--prompt", "w1", "--image", str(tmp_path / "no.png")], "cannot read the image"),
-        ([adapters[0], "--output", str(tmp_path / "there")], "there.html is there already"),
-        ([adapters[0], "--prompt", "w1", "--device", "cuda"], "this PyTorch sees no accelerator"),
-    ):
-        result = runner.invoke(app, ["inspect", *arguments])
-        assert result.exit_code == 1, arguments
-        assert message in result.stderr, result.stderr
+    result = runner.invoke(app, ["inspect", *(argument.format(tmp_path) for argument in arguments)])
+    assert result.exit_code == 1
+    assert message in result.stderr

@@ -241,18 +241,18 @@ def test_each_named_adapter_has_its_card(tmp_path: Path) -> None:
     assert "import peft_crome" in (tmp_path / "gauges" / "README.md").read_text()
 
 
-def test_a_repository_of_named_adapters_has_a_page(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["", "gauges"], ids=["of the repository", "of the adapter"])
+def test_a_repository_of_named_adapters_has_a_page(folder: str, tmp_path: Path) -> None:
     model = attach(llava().model, "gauges")
     model.save_pretrained(tmp_path)
     template = ModelCard.from_template(ModelCardData(), model_description=PUSHED).text
     (tmp_path / "README.md").write_text(f"---\ntags: []\n---\n{template}")
     assert correct_card(tmp_path, "user/gauges")
     assert correct_card(tmp_path / "gauges", "user/gauges", "gauges")
-    for folder in (tmp_path, tmp_path / "gauges"):
-        text = card_of(folder).text
-        assert 'PeftModel.from_pretrained(model, "user/gauges", subfolder="gauges")' in text
-        assert "| size | 640 weights" in text
-        assert "More Information Needed" not in text
+    text = card_of(tmp_path / folder).text
+    assert 'PeftModel.from_pretrained(model, "user/gauges", subfolder="gauges")' in text
+    assert "| size | 640 weights" in text
+    assert "More Information Needed" not in text
 
 
 def test_cards_of_others_are_not_even_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
