@@ -85,16 +85,18 @@ def test_plan_from_a_recipe_and_a_stage(
     assert "adapter" in result.stdout
 
 
-def test_plan_of_a_model_that_sees_and_of_a_language_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "quantization"), [("llava", []), ("qwen2", ["--quantization", "8bit"])], ids=["llava", "qwen2"]
+)
+def test_plan_of_a_model_that_sees_and_of_a_language_model(name: str, quantization: list[str], tmp_path: Path) -> None:
     language = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     language |= {"vocab_size": 100, "pad_token_id": 0}
     llava = LlavaConfig(vision_config=vision_config(), text_config=LlamaConfig(**language), image_token_index=99)
     llava.save_pretrained(tmp_path / "llava")
     text_config("qwen2").save_pretrained(tmp_path / "qwen2")
-    for name, quantization in (("llava", []), ("qwen2", ["--quantization", "8bit"])):
-        result = plan("--backbone", str(tmp_path / name), *quantization, "--length", "40", "--gpu", "24gb")
-        assert result.exit_code == 0, result.output
-        assert "rows of 40 tokens." in result.stdout
+    result = plan("--backbone", str(tmp_path / name), *quantization, "--length", "40", "--gpu", "24gb")
+    assert result.exit_code == 0, result.output
+    assert "rows of 40 tokens." in result.stdout
 
 
 def test_batches_stop_at_the_first_that_does_not_fit(tmp_path: Path) -> None:

@@ -167,7 +167,8 @@ def test_switching_while_merged_switches_every_branch(tmp_path):
         torch.testing.assert_close(adapted(**batch, labels=labels).logits, expected["a"], rtol=0, atol=0)
 
 
-def test_merge_is_refused_inside_a_composite_too():
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+def test_merge_is_refused_inside_a_composite_too(method):
     """UMT5 scales its output by whether its head is tied, which a merge ends."""
     config = UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     LANGUAGE_MODELS["umt5"] = lambda: UMT5ForConditionalGeneration(config)
@@ -178,24 +179,33 @@ def test_merge_is_refused_inside_a_composite_too():
     adapted = get_peft_model(model, CromeConfig(branches=BOTH, bottleneck_dim=4)).eval()
     with torch.no_grad():
         before = adapted(**batch, labels=labels).logits
-        for merge in (adapted.merge_adapter, adapted.merge_and_unload):
-            with pytest.raises(ValueError, match=r"UMT5.* scales its output where config.tie_word_embeddings is set"):
-                merge()
+        with pytest.raises(ValueError, match=r"UMT5.* scales its output where config.tie_word_embeddings is set"):
+            getattr(adapted, method)()
         torch.testing.assert_close(adapted(**batch, labels=labels).logits, before, rtol=0, atol=0)
 
 
-def test_adapter_by_automatic_classes(tmp_path):
-    """AutoPeftModel finds the composite; the composite's own class, and transformers', take an adapter's directory."""
-    build("llama")[0].save_pretrained(tmp_path / "composite")
-    composite = CromeVLMForConditionalGeneration.from_pretrained(tmp_path / "composite")
+def save_adapter(folder):
+    """The model, whose adapter names the composite that lies beside it."""
+    build("llama")[0].save_pretrained(folder / "composite")
+    composite = CromeVLMForConditionalGeneration.from_pretrained(folder / "composite")
     adapted = get_peft_model(composite, CromeConfig(branches=BOTH, bottleneck_dim=4, init_weights=False)).eval()
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(folder / "adapter")
+    return adapted
+
+
+@pytest.mark.parametrize("auto", [AutoPeftModel, CromeVLMForConditionalGeneration, AutoModelForImageTextToText])
+def test_adapter_by_automatic_classes(auto, tmp_path):
+    """AutoPeftModel finds the composite; the composite's own class, and transformers', take an adapter's directory."""
+    adapted = save_adapter(tmp_path)
     _, batch, _ = build("llama")
     with torch.no_grad():
         expected = adapted(**batch).logits
-        for auto in (AutoPeftModel, CromeVLMForConditionalGeneration, AutoModelForImageTextToText):
-            loaded = auto.from_pretrained(tmp_path / "adapter").eval()
-            torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=0)
+        loaded = auto.from_pretrained(tmp_path / "adapter").eval()
+        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=0, atol=0)
+
+
+def test_adapter_that_names_no_composite(tmp_path):
+    save_adapter(tmp_path)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="names no composite to put it on"):

@@ -112,14 +112,12 @@ def test_each_include_is_on_a_page() -> None:
     assert included == {path.name for path in INCLUDES.iterdir()}
 
 
-def test_make_targets_in_the_pages_exist() -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_make_targets_in_the_pages_exist(page: str) -> None:
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
-        named = set(re.findall(r"^(?:\$ )?make ([a-z][a-z-]*)", text, re.M)) | set(
-            re.findall(r"`make ([a-z-]+)", text)
-        )
-        assert named <= targets, f"{page}: no such target: {sorted(named - targets)}"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"^(?:\$ )?make ([a-z][a-z-]*)", text, re.M)) | set(re.findall(r"`make ([a-z-]+)", text))
+    assert named <= targets, f"{page}: no such target: {sorted(named - targets)}"
 
 
 def test_versions_are_rows_of_the_matrix_without_a_failure_of_ours() -> None:

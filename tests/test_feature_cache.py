@@ -242,19 +242,18 @@ def test_write_that_fails_leaves_nothing_and_stops_nothing(
     assert caplog.text.count("cannot be written to") == 1
 
 
-def test_files_have_the_permissions_of_any_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077], ids="{:03o}".format)
+def test_files_have_the_permissions_of_any_other(umask: int, tmp_path: Path) -> None:
     """Whoever may read a shared folder may read what is in it."""
     store = FeatureStore(tmp_path / "features", 10**9)
-    for umask in (0o022, 0o007, 0o077):
-        before = os.umask(umask)
-        try:
-            store.put(f"ab{umask}", {"x": torch.zeros(2)})
-            (tmp_path / "plain").unlink(missing_ok=True)
-            (tmp_path / "plain").touch()
-        finally:
-            os.umask(before)
-        (file,) = tmp_path.rglob(f"ab{umask}.safetensors")
-        assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    before = os.umask(umask)
+    try:
+        store.put("abkey", {"x": torch.zeros(2)})
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.rglob("abkey.safetensors")
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -96,7 +96,8 @@ COMPOSITES = {
 
 @pytest.mark.parametrize("kind", COMPOSITES)
 @pytest.mark.parametrize("images", [(1, 0, 2), (1, 1, 1), (0, 0, 3), (0, 0, 0)], ids=str)
-def test_composite(kind: str, images: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("names", [["first", "second", "__base__"], ["second", "first", "first"]], ids="-".join)
+def test_composite(kind: str, images: tuple[int, ...], names: list[str]) -> None:
     model = COMPOSITES[kind]()
     batch = make_batch(model, images_per_row=images)
     if kind == "t5":
@@ -104,10 +105,8 @@ def test_composite(kind: str, images: tuple[int, ...]) -> None:
     if kind == "qformer" and sum(images):
         batch["qformer_input_ids"] = torch.tensor([[5, 6, 7]] * sum(images))
         batch["qformer_attention_mask"] = torch.ones_like(batch["qformer_input_ids"])
-    peft_model = with_adapters(model)
-    for names in (["first", "second", "__base__"], ["second", "first", "first"]):
-        # With a Q-Former the text branch reads its tokens, and instructions stay as they are.
-        assert_rows(peft_model, batch, names, differs=kind != "qformer" or sum(images) > 0)
+    # With a Q-Former the text branch reads its tokens, and instructions stay as they are.
+    assert_rows(with_adapters(model), batch, names, differs=kind != "qformer" or sum(images) > 0)
 
 
 GENERATE = {
@@ -184,18 +183,26 @@ def test_half_precision(dtype: torch.dtype) -> None:
         torch.testing.assert_close(mixed[row], single[name][row], rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("method", ["forward", "generate"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["default"], r"Length of `adapter_names` should be the same .* got 1 and 2"),
+        (["default", "other"], r"non-existing adapter\(s\): other\. There are \['default'\]"),
+    ],
+    ids=["too few", "unknown"],
+)
+def test_names_that_are_refused(names: list[str], message: str, method: str) -> None:
+    case = ZOO["llava"]()
+    model = adapted(case)
+    call, batch = (model, case.batch) if method == "forward" else (model.generate, case.generate_inputs())
+    with pytest.raises(ValueError, match=message):
+        call(**batch, adapter_names=names)
+
+
 def test_what_is_refused() -> None:
     case = ZOO["llava"]()
     model = adapted(case)
-    refused = {
-        r"Length of `adapter_names` should be the same .* got 1 and 2": ["default"],
-        r"non-existing adapter\(s\): other\. There are \['default'\]": ["default", "other"],
-    }
-    for message, names in refused.items():
-        with pytest.raises(ValueError, match=message):
-            model(**case.batch, adapter_names=names)
-        with pytest.raises(ValueError, match=message):
-            model.generate(**case.generate_inputs(), adapter_names=names)
     names = ["default", "__base__"]
     with pytest.raises(ValueError, match=r"when the model is in training mode\. Write model\.eval\(\)"):
         model.train()(**case.batch, adapter_names=names)
@@ -302,17 +309,28 @@ def test_tiles_in_the_number_of_rows_are_no_image_per_row() -> None:
         model(**batch, adapter_names=["first", "second"] * 3)
 
 
+def embedded(model: PeftModel, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        return model.get_base_model().get_input_embeddings()(batch["input_ids"]).detach()
+
+
+@pytest.mark.parametrize("names", [["first"], ["first", "second", "first", "second"]], ids=["too few", "too many"])
+@pytest.mark.parametrize("given", ["ids", "embeddings"])
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-def test_rows_are_counted_whatever_stands_for_them(task_type: str | None) -> None:
+def test_rows_are_counted_whatever_stands_for_them(task_type: str | None, given: str, names: list[str]) -> None:
     """PEFT's class for causal models hands no ids to a tuner's hooks, and embeddings are rows as well."""
     case = ZOO["llava"]()
     model = with_adapters(case.model, task_type=task_type)
-    with torch.no_grad():
-        embeddings = model.get_base_model().get_input_embeddings()(case.batch["input_ids"]).detach()
-    for batch in (case.batch, {"inputs_embeds": embeddings}):
-        for names in (["first"], ["first", "second", "first", "second"]):
-            with pytest.raises(ValueError, match=rf"Length of `adapter_names` .* got {len(names)} and 2"):
-                model(**batch, adapter_names=names)
+    batch = case.batch if given == "ids" else {"inputs_embeds": embedded(model, case.batch)}
+    with pytest.raises(ValueError, match=rf"Length of `adapter_names` .* got {len(names)} and 2"):
+        model(**batch, adapter_names=names)
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_embeddings_are_counted_before_generation(task_type: str | None) -> None:
+    case = ZOO["llava"]()
+    model = with_adapters(case.model, task_type=task_type)
+    embeddings = embedded(model, case.batch)
     with pytest.raises(ValueError, match=r"Length of `adapter_names` .* got 1 and 2"):
         model.generate(inputs_embeds=embeddings, adapter_names=["first"], max_new_tokens=2)
 

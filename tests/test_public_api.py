@@ -39,11 +39,11 @@ def test_public_names_are_these() -> None:
     assert peft_crome.__all__ == PUBLIC_NAMES
 
 
-def test_public_names_exist_and_have_docstrings() -> None:
-    for name in set(PUBLIC_NAMES) - {"__version__"}:
-        public = getattr(peft_crome, name)
-        assert public.__module__.startswith("peft_crome."), name
-        assert public.__doc__, f"{name} has no docstring of its own"
+@pytest.mark.parametrize("name", [name for name in PUBLIC_NAMES if name != "__version__"])
+def test_public_names_exist_and_have_docstrings(name: str) -> None:
+    public = getattr(peft_crome, name)
+    assert public.__module__.startswith("peft_crome."), name
+    assert public.__doc__, f"{name} has no docstring of its own"
 
 
 def test_public_names_are_in_the_reference() -> None:

@@ -11,6 +11,8 @@ import transformers as tf
 from . import Family
 from .conversations import CONVERSATIONS, picture, render, turn, with_template
 
+ASKED = [turn("user", "before", picture(64, 64), " after "), turn("assistant", " said "), turn("user", "more")]
+
 
 @with_template
 def test_the_end_of_a_turn(family: Family, family_checkpoint: Callable[[Family], Path]) -> None:
@@ -36,17 +38,22 @@ def test_what_a_template_does_with_words_and_images(
     family: Family, family_checkpoint: Callable[[Family], Path]
 ) -> None:
     processor = tf.AutoProcessor.from_pretrained(family_checkpoint(family))
-    asked = [turn("user", "before", picture(64, 64), " after "), turn("assistant", " said "), turn("user", "more")]
-    text = render(processor, asked)
+    text = render(processor, ASKED)
     between = text.partition("before")[2].partition("after")[0]
     assert (not between.strip()) == family.images_first
     assert (" said " not in text) == family.strips
-    for refused in ([turn("user", "one"), *asked], [turn("assistant", "one"), *asked]):
-        if family.alternates:
-            with pytest.raises(Exception, match="alternate"):
-                render(processor, refused)
-        else:
-            assert render(processor, refused)
+
+
+@pytest.mark.parametrize("first", ["user", "assistant"])
+@with_template
+def test_turns_that_do_not_alternate(family: Family, first: str, family_checkpoint: Callable[[Family], Path]) -> None:
+    processor = tf.AutoProcessor.from_pretrained(family_checkpoint(family))
+    refused = [turn(first, "one"), *ASKED]
+    if family.alternates:
+        with pytest.raises(Exception, match="alternate"):
+            render(processor, refused)
+    else:
+        assert render(processor, refused)
 
 
 @with_template

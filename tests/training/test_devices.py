@@ -6,9 +6,12 @@ import torch
 from peft_crome.training.planning.devices import GIB, GPUS, DeviceError, find_gpu, matmul_rate, this_device
 
 
-def test_known_gpus_and_any_size_are_found() -> None:
-    for name in ("h100", "a100-80", "a100-40", "l40s", "rtx4090", "rtx3090", "t4"):
-        assert find_gpu(name.upper()) is GPUS[name]
+@pytest.mark.parametrize("name", ["h100", "a100-80", "a100-40", "l40s", "rtx4090", "rtx3090", "t4"])
+def test_known_gpus_are_found(name: str) -> None:
+    assert find_gpu(name.upper()) is GPUS[name]
+
+
+def test_any_size_is_found_and_known_gpus_have_a_speed() -> None:
     assert 46 * GIB > find_gpu("48gb").memory > 43 * GIB
     assert find_gpu("48gb").seconds(10**12, torch.bfloat16) is None
     slow, fast = find_gpu("h100").seconds(10**15, torch.bfloat16), find_gpu("t4").seconds(10**15, torch.bfloat16)

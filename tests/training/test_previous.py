@@ -111,11 +111,11 @@ def test_half_written_directory_is_refused(damage: str, values: dict[str, Any], 
     assert not (tmp_path / "instruct").exists()
 
 
-def test_previous_that_is_nowhere_is_said_so(values: dict[str, Any], tmp_path: Path) -> None:
-    for previous in ("runs/pretrain", str(tmp_path / "nowhere")):
-        later = {**following(values, "instruct", tmp_path / "instruct"), "previous": previous}
-        with pytest.raises(StageError, match=r"is neither a directory nor a Hub repository|is no complete stage's"):
-            train(load_recipe(later))
+@pytest.mark.parametrize("previous", ["runs/pretrain", "{}/nowhere"], ids=["a name", "a path"])
+def test_previous_that_is_nowhere_is_said_so(previous: str, values: dict[str, Any], tmp_path: Path) -> None:
+    later = {**following(values, "instruct", tmp_path / "instruct"), "previous": previous.format(tmp_path)}
+    with pytest.raises(StageError, match=r"is neither a directory nor a Hub repository|is no complete stage's"):
+        train(load_recipe(later))
     assert not (tmp_path / "instruct").exists()
 
 

@@ -11,6 +11,7 @@ from peft_crome.training import RecipeError, load_recipe
 from peft_crome.training.recipe.file import PRESETS, parse_overrides, preset_text
 
 COMPLETE = {"output": "out", "data": [{"path": "rows.json"}]}
+SAID = {"instructblip": "blip", "language": "llm"}
 
 
 @pytest.mark.parametrize(
@@ -128,21 +129,26 @@ def test_wrong_recipe_names_the_key(changes: dict[str, Any], message: str) -> No
         load_recipe({"preset": "pretrain", **COMPLETE, **changes})
 
 
-def test_a_tower_takes_the_place_of_the_presets_instructblip() -> None:
-    values = {"preset": "pretrain", **COMPLETE, "backbones": {"vision": "tower"}}
-    said = {"instructblip": "blip", "language": "llm"}
-    for recipe in (
-        load_recipe(values),
-        load_recipe({**values, "backbones": {}}, {"backbones.vision": "tower"}),
-        load_recipe({**values, "backbones": said}, {"backbones.vision": "tower"}),
-        load_recipe({**values, "preset": "instruct", "backbones": said}, {"backbones.vision": "tower"}),
-    ):
-        assert recipe.backbones is not None
-        assert (recipe.backbones.vision, recipe.backbones.instructblip) == ("tower", None)
+@pytest.mark.parametrize(
+    ("changes", "overrides"),
+    [
+        pytest.param({"backbones": {"vision": "tower"}}, None, id="in the recipe"),
+        pytest.param({"backbones": {}}, {"backbones.vision": "tower"}, id="on the command line"),
+        pytest.param({"backbones": SAID}, {"backbones.vision": "tower"}, id="over the recipe's own"),
+        pytest.param(
+            {"preset": "instruct", "backbones": SAID}, {"backbones.vision": "tower"}, id="over that of another preset"
+        ),
+    ],
+)
+def test_a_tower_takes_the_place_of_the_presets_instructblip(
+    changes: dict[str, Any], overrides: dict[str, Any] | None
+) -> None:
+    recipe = load_recipe({"preset": "pretrain", **COMPLETE, **changes}, overrides)
+    assert recipe.backbones is not None
+    assert (recipe.backbones.vision, recipe.backbones.instructblip) == ("tower", None)
 
 
 def test_image_settings_of_a_preset_are_for_its_own_tower() -> None:
-    """Another tower has its own size, mean and deviation; what the recipe says itself stays."""
     values = {"preset": "pretrain", **COMPLETE}
     own = load_recipe(values)
     assert own.backbones is not None
@@ -150,16 +156,27 @@ def test_image_settings_of_a_preset_are_for_its_own_tower() -> None:
     assert same.images == own.images
     assert same.backbones is not None
     assert same.backbones.image_size == 224
-    said = {"backbones.image_size": 384, "images.mean": [0.5] * 3}
-    for tower in ("vision", "instructblip"):
-        named = {"backbones": {tower: "another"}}
-        for recipe in (load_recipe({**values, **named}), load_recipe(values, {f"backbones.{tower}": "another"})):
-            assert recipe.backbones is not None
-            assert (recipe.backbones.image_size, recipe.images.mean, recipe.images.std) == (None, None, None)
-            assert (recipe.images.resample, recipe.images.random_crop) == ("bicubic", True)
-        recipe = load_recipe({**values, **named}, said)
-        assert recipe.backbones is not None
-        assert (recipe.backbones.image_size, recipe.images.mean, recipe.images.std) == (384, (0.5,) * 3, None)
+
+
+@pytest.mark.parametrize("place", ["in the recipe", "on the command line"])
+@pytest.mark.parametrize("tower", ["vision", "instructblip"])
+def test_another_tower_has_its_own_size_mean_and_deviation(tower: str, place: str) -> None:
+    values = {"preset": "pretrain", **COMPLETE}
+    if place == "in the recipe":
+        recipe = load_recipe({**values, "backbones": {tower: "another"}})
+    else:
+        recipe = load_recipe(values, {f"backbones.{tower}": "another"})
+    assert recipe.backbones is not None
+    assert (recipe.backbones.image_size, recipe.images.mean, recipe.images.std) == (None, None, None)
+    assert (recipe.images.resample, recipe.images.random_crop) == ("bicubic", True)
+
+
+@pytest.mark.parametrize("tower", ["vision", "instructblip"])
+def test_image_settings_that_are_said_beside_another_tower_stay(tower: str) -> None:
+    values = {"preset": "pretrain", **COMPLETE, "backbones": {tower: "another"}}
+    recipe = load_recipe(values, {"backbones.image_size": 384, "images.mean": [0.5] * 3})
+    assert recipe.backbones is not None
+    assert (recipe.backbones.image_size, recipe.images.mean, recipe.images.std) == (384, (0.5,) * 3, None)
 
 
 def test_what_is_given_stays_as_it_is() -> None:
@@ -213,18 +230,16 @@ def test_key_that_stands_twice_is_named(tmp_path: Path) -> None:
     assert [(data.path, data.split) for data in load_recipe(file).data] == [("a", "test"), ("b", "test")]
 
 
-def test_vicunas_template_is_for_vicuna() -> None:
+@pytest.mark.parametrize(
+    ("language", "template"), [("lmsys/vicuna-13b-v1.5", "vicuna"), ("google/flan-t5-xxl", None), ("Qwen/Qwen3", None)]
+)
+def test_vicunas_template_is_for_vicuna(language: str, template: str | None) -> None:
     """Another language model brings its own, or the collator asks for one; what the recipe says itself stays."""
-    for language, template in (
-        ("lmsys/vicuna-13b-v1.5", "vicuna"),
-        ("google/flan-t5-xxl", None),
-        ("Qwen/Qwen3", None),
-    ):
-        values = {"preset": "pretrain", **COMPLETE, "backbones": {"language": language}}
-        assert load_recipe(values).chat_template == template
-        assert load_recipe({**values, "backbones": {}}, {"backbones.language": language}).chat_template == template
-        assert load_recipe({**values, "chat_template": "plain"}).chat_template == "plain"
-        assert load_recipe(values, {"chat_template": "t5"}).chat_template == "t5"
+    values = {"preset": "pretrain", **COMPLETE, "backbones": {"language": language}}
+    assert load_recipe(values).chat_template == template
+    assert load_recipe({**values, "backbones": {}}, {"backbones.language": language}).chat_template == template
+    assert load_recipe({**values, "chat_template": "plain"}).chat_template == "plain"
+    assert load_recipe(values, {"chat_template": "t5"}).chat_template == "t5"
 
 
 def test_quoted_numbers_stay_text(tmp_path: Path) -> None:
@@ -247,9 +262,9 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         load_recipe({"preset": "pretrain", **COMPLETE}, {"output.name": 1})
 
 
-def test_all_presets_lack_only_what_the_user_knows() -> None:
-    for stage in PRESETS:
-        with pytest.raises(RecipeError) as error:
-            load_recipe(stage)
-        missing = [line.split(":")[0].strip() for line in str(error.value).splitlines() if line.endswith("missing")]
-        assert missing == ["output", "data"]
+@pytest.mark.parametrize("stage", PRESETS)
+def test_presets_lack_only_what_the_user_knows(stage: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(stage)
+    missing = [line.split(":")[0].strip() for line in str(error.value).splitlines() if line.endswith("missing")]
+    assert missing == ["output", "data"]

@@ -161,10 +161,10 @@ def test_adapter_names_may_be_any_other_word(name: str, tmp_path: Path) -> None:
     assert_equal(logits(loaded, host.batch), expected)
 
 
-def test_state_dict_of_an_adapter_has_exactly_five_keys() -> None:
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_state_dict_of_an_adapter_has_exactly_five_keys(name: str) -> None:
     model, _, _ = two_adapters()
-    for name in ("default", "other"):
-        assert sorted(get_peft_model_state_dict(model, adapter_name=name)) == FILE_KEYS
+    assert sorted(get_peft_model_state_dict(model, adapter_name=name)) == FILE_KEYS
 
 
 def w_u_sites(model: nn.Module) -> list[nn.Module]:

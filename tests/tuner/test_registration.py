@@ -85,16 +85,23 @@ def test_members_are_distinct_and_found_by_value() -> None:
         assert pickle.loads(pickle.dumps(member)) is member
 
 
-def test_config_round_trips_through_json(tmp_path) -> None:
-    config = CromeConfig(
-        bottleneck_dim=8, branches={"text": ["embed_tokens"], "vision": r".*\.projector"}, dropout=0.1
-    )
+def some_config() -> CromeConfig:
+    return CromeConfig(bottleneck_dim=8, branches={"text": ["embed_tokens"], "vision": r".*\.projector"}, dropout=0.1)
+
+
+@pytest.mark.parametrize("loader", [PeftConfig, CromeConfig])
+def test_config_round_trips_through_json(loader, tmp_path) -> None:
+    config = some_config()
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "CROME"
-    for loaded in (PeftConfig.from_pretrained(tmp_path), CromeConfig.from_pretrained(tmp_path)):
-        assert type(loaded) is CromeConfig
-        assert loaded.to_dict() == config.to_dict() | {"inference_mode": loaded.inference_mode}
+    loaded = loader.from_pretrained(tmp_path)
+    assert type(loaded) is CromeConfig
+    assert loaded.to_dict() == config.to_dict() | {"inference_mode": loaded.inference_mode}
+
+
+def test_config_from_a_dict_and_through_pickle() -> None:
     assert type(get_peft_config({"peft_type": "CROME", "bottleneck_dim": 8})) is CromeConfig
+    config = some_config()
     assert pickle.loads(pickle.dumps(config)) == config
 
 

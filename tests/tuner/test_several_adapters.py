@@ -66,15 +66,15 @@ def test_each_is_what_it_is_alone(order: tuple[str, ...], tmp_path: Path) -> Non
         assert sum("gate" in key for key in file_keys(tmp_path / kind)) == len(own)
 
 
-def test_rows_of_one_batch() -> None:
+@pytest.mark.parametrize("names", [["text", "vision"], ["both", "__base__"], ["vision", "both"]], ids="-".join)
+def test_rows_of_one_batch(names: list[str]) -> None:
     case = llava()
     model = together("text", "vision", "both")
     with torch.no_grad():
-        for names in (["text", "vision"], ["both", "__base__"], ["vision", "both"]):
-            mixed = model(**case.batch, adapter_names=names).logits
-            for row, name in enumerate(names):
-                expected = logits(llava().model, case.batch) if name == "__base__" else alone(name, case.batch)
-                torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-5)
+        mixed = model(**case.batch, adapter_names=names).logits
+        for row, name in enumerate(names):
+            expected = logits(llava().model, case.batch) if name == "__base__" else alone(name, case.batch)
+            torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-5)
 
 
 def test_several_are_active_at_once() -> None:

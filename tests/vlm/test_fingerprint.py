@@ -8,18 +8,27 @@ from peft_crome.vlm.fingerprint import changed, take_samples
 SMALL = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.bool, torch.float4_e2m1fn_x2]
 
 
-def test_each_row_and_each_column_is_looked_at() -> None:
-    weights = {"wide": torch.randn(3, 50), "tall": torch.randn(50, 3), "experts": torch.randn(2, 5, 7)}
+def matrices() -> dict[str, torch.Tensor]:
+    return {"wide": torch.randn(3, 50), "tall": torch.randn(50, 3), "experts": torch.randn(2, 5, 7)}
+
+
+def test_a_rounding_is_a_change_and_a_cast_is_none() -> None:
+    weights = matrices()
     samples = take_samples(weights)
     assert changed(weights, samples) == set()
     assert changed({key: value.clone().half().float() for key, value in weights.items()}, samples)
     assert changed({key: value.half() for key, value in weights.items()}, samples) == set(), "a cast is no change"
-    for key, weight in weights.items():
-        for dimension in (-2, -1):
-            for number in range(weight.shape[dimension]):
-                other = weight.clone()
-                other.select(dimension, number).add_(1.0)
-                assert changed({**weights, key: other}, samples) == {key}
+
+
+@pytest.mark.parametrize("dimension", [-2, -1], ids=["rows", "columns"])
+@pytest.mark.parametrize("key", ["wide", "tall", "experts"])
+def test_each_row_and_each_column_is_looked_at(key: str, dimension: int) -> None:
+    weights = matrices()
+    samples = take_samples(weights)
+    for number in range(weights[key].shape[dimension]):
+        other = weights[key].clone()
+        other.select(dimension, number).add_(1.0)
+        assert changed({**weights, key: other}, samples) == {key}
 
 
 def test_shapes_and_biases() -> None:

@@ -62,12 +62,18 @@ def test_caches_write_the_same(options):
     assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False, **options), expected)
 
 
-def test_guessing_ahead_is_refused():
+@pytest.mark.parametrize("option", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_guessing_ahead_is_refused(option):
     model = build()
     batch = make_batch(model, images_per_row=(1,))
-    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model.language_model}):
-        with pytest.raises(ValueError, match=f"{next(iter(options))} does not work here"):
-            model.generate(**batch, max_new_tokens=3, **options)
+    value = {"prompt_lookup_num_tokens": 3, "assistant_model": model.language_model}[option]
+    with pytest.raises(ValueError, match=f"{option} does not work here"):
+        model.generate(**batch, max_new_tokens=3, **{option: value})
+
+
+def test_guessing_ahead_by_a_generation_config_is_refused():
+    model = build()
+    batch = make_batch(model, images_per_row=(1,))
     settings = GenerationConfig(prompt_lookup_num_tokens=3, max_new_tokens=3)
     with pytest.raises(ValueError, match="prompt_lookup_num_tokens does not work here"):
         model.generate(**batch, generation_config=settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -104,23 +105,35 @@ def test_gradients_are_those_of_the_whole(with_adapter: str) -> None:
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-def test_it_has_the_composite_s_own_parts() -> None:
+@pytest.mark.parametrize("name", ["vision_tower", "image_projection", "vision_fusion", "language_model"])
+def test_it_has_the_composite_s_own_parts(name: str) -> None:
+    model = build()
+    assert getattr(model.model, name) is getattr(model, name)
+
+
+def test_it_adds_nothing_to_the_composite() -> None:
     model = build()
     inner = model.model
     assert type(inner).__name__ == "CromeVLMModel"
-    for name in ("vision_tower", "image_projection", "vision_fusion", "language_model"):
-        assert getattr(inner, name) is getattr(model, name)
     assert inner.base_model is inner
     assert not hasattr(inner, "model")
     assert model.get_decoder() is model.language_model
     assert not [key for key in model.state_dict() if key.startswith("model.")]
     inner.image_projection = torch.nn.Linear(24, 32)
     assert model.image_projection is inner.image_projection
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"]
+)
+def test_it_goes_with_a_copy_of_the_composite(again: Callable[[Any], Any]) -> None:
+    model = build()
+    model.model.image_projection = torch.nn.Linear(24, 32)
     batch = make_batch(model)
+    other = again(model)
     with torch.no_grad():
-        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            expected = model.model(**batch).last_hidden_state
-            assert torch.equal(again.model(**batch).last_hidden_state, expected)
+        expected = model.model(**batch).last_hidden_state
+        assert torch.equal(other.model(**batch).last_hidden_state, expected)
 
 
 def test_hooks_and_a_forward_around_the_whole_run_once() -> None:

@@ -10,15 +10,23 @@ from peft_crome import CromeConfig
 from peft_crome.serving import ImageEncoder
 from tests.language_zoo.test_language_zoo import PROMPT, composite, language_model
 
+LOOK_UP = ("gemma3n_text", "gemma4_text", "qwen4_exp_text")
 
-@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text", "qwen4_exp_text"])
-def test_embeddings_alone_lack_what_layers_look_up(name: str) -> None:
+
+@pytest.mark.parametrize("method", ["__call__", "generate"])
+@pytest.mark.parametrize("name", LOOK_UP)
+def test_embeddings_alone_lack_what_layers_look_up(name: str, method: str) -> None:
+    joined, batch = composite(language_model(name, False))
+    _, inputs_embeds, _ = joined.embed_inputs(batch["input_ids"], batch["pixel_values"])
+    with pytest.raises(ValueError, match=r"got inputs_embeds alone\. Pass input_ids and pixel_values, or p"):
+        getattr(joined, method)(inputs_embeds=inputs_embeds)
+
+
+@pytest.mark.parametrize("name", LOOK_UP)
+def test_embeddings_beside_what_layers_look_up(name: str) -> None:
     joined, batch = composite(language_model(name, False))
     expected = joined(**batch).logits
     ids, inputs_embeds, _ = joined.embed_inputs(batch["input_ids"], batch["pixel_values"])
-    for call in (joined, joined.generate):
-        with pytest.raises(ValueError, match=r"got inputs_embeds alone\. Pass input_ids and pixel_values, or p"):
-            call(inputs_embeds=inputs_embeds)
     given = {"ple_input_ids": ids}
     if name != "qwen4_exp_text":
         look_up = joined.language_model.get_decoder().get_per_layer_inputs

@@ -113,12 +113,20 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant):
     torch.testing.assert_close(*gradients)
 
 
-def test_copies_compile_and_half():
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copied", "pickled"]
+)
+def test_copies(again):
     model = build()
     batch = make_batch(model)
     expected = model(**batch).logits
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(twin(**batch).logits, expected, rtol=0, atol=0)
+    torch.testing.assert_close(again(model)(**batch).logits, expected, rtol=0, atol=0)
+
+
+def test_compile_and_half():
+    model = build()
+    batch = make_batch(model)
+    expected = model(**batch).logits
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(**batch).logits, expected)
     assert copy.deepcopy(model).half().dtype == torch.float16
@@ -142,20 +150,27 @@ def test_embeddings_that_hold_the_images():
     torch.testing.assert_close(found, model(**batch).logits, rtol=0, atol=0)
 
 
-def test_more_tokens_than_an_encoder_decoder_has_positions_for() -> None:
+@pytest.mark.parametrize("name", ["labels", "decoder_input_ids"])
+def test_more_tokens_than_a_decoder_has_positions_for(name: str) -> None:
     """PyTorch would name an index, or on a GPU stop the process."""
+    model = build(language="bart")
+    with pytest.raises(ValueError, match=r"A row has 1025 tokens, and the decoder takes 1024 \(labels or"):
+        model(**make_batch(model), **{name: torch.ones(3, 1025, dtype=torch.long)})
+
+
+def test_more_tokens_than_an_encoder_has_positions_for() -> None:
     model = build(language="bart")
     batch = make_batch(model)
     short = {"labels": torch.tensor([[5, 6]] * 3)}
     assert model(**batch, **short).loss.isfinite()
-    for name in ("labels", "decoder_input_ids"):
-        with pytest.raises(ValueError, match=r"A row has 1025 tokens, and the decoder takes 1024 \(labels or"):
-            model(**batch, **{name: torch.ones(3, 1025, dtype=torch.long)})
     ids = torch.cat([batch["input_ids"], torch.full((3, 1024), 5)], dim=1)
     with pytest.raises(ValueError, match=r"and the encoder takes 1024 \(text and image tokens; shorten"):
         model(**batch | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, **short)
     with pytest.raises(ValueError, match="and the encoder takes 1024"):
         model.generate(**batch | {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def test_relative_positions_have_no_end() -> None:
     model = build(language="t5")
     model(**make_batch(model), labels=torch.ones(3, 600, dtype=torch.long))
 

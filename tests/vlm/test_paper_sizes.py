@@ -58,8 +58,9 @@ def test_sizes_are_the_papers_and_the_docs(language: str) -> None:
     assert line in PAGE.read_text(encoding="utf-8"), line
 
 
-def test_stages_in_the_docs_are_those_of_the_package() -> None:
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_in_the_docs_are_those_of_the_package(name: str) -> None:
     page = (PAGE.parent / "stages.md").read_text(encoding="utf-8")
-    for stage in STAGES.values():
-        before = ", ".join(f"`{name}`" for name in stage.previous) or "the backbones"
-        assert f"| `{stage.name}` | {', '.join(stage.parts)} | {before} |" in page
+    stage = STAGES[name]
+    before = ", ".join(f"`{previous}`" for previous in stage.previous) or "the backbones"
+    assert f"| `{stage.name}` | {', '.join(stage.parts)} | {before} |" in page

@@ -13,21 +13,28 @@ from peft_crome.vlm import CromeVLMProcessor
 from tests.vlm.tiny import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
+MIXED = ["<image> w1", "w2 w3", "w4 <image> <image>"]
 
 
 def test_rows_of_any_mix(processor, composite, photos):
     a, b, c = photos
-    text = ["<image> w1", "w2 w3", "w4 <image> <image>"]
-    batch = processor(images=[[a], [], [b, c]], text=text, padding=True, return_tensors="pt")
+    batch = processor(images=[[a], [], [b, c]], text=MIXED, padding=True, return_tensors="pt")
     assert set(batch) == {"input_ids", "attention_mask", "pixel_values"}
     assert (batch["input_ids"] == composite.config.image_token_id).sum(1).tolist() == [9, 0, 18]
-    for images in ([a, b, c], [a, None, [b, c]]):
-        same = processor(images=images, text=text, padding=True, return_tensors="pt")
-        assert all(torch.equal(same[name], batch[name]) for name in batch)
     assert composite(**batch).logits.isfinite().all()
     assert "pixel_values" not in processor(text=["w1"], images=None)
     assert processor(images=a, text="<image> w1")["input_ids"][0].count(processor.image_token_id) == 9
     assert processor(images=[[]], text=["w1"])["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "form", [lambda a, b, c: [a, b, c], lambda a, b, c: [a, None, [b, c]]], ids=["one list", "a list where needed"]
+)
+def test_other_forms_of_the_same_images(processor, photos, form):
+    a, b, c = photos
+    batch = processor(images=[[a], [], [b, c]], text=MIXED, padding=True, return_tensors="pt")
+    same = processor(images=form(a, b, c), text=MIXED, padding=True, return_tensors="pt")
+    assert all(torch.equal(same[name], batch[name]) for name in batch)
 
 
 def test_pad_is_the_end_token_and_masked_by_length(processor):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,14 @@ def test_order_of_an_images_tokens(order: list[str]) -> None:
     torch.testing.assert_close(tokens, torch.cat([expected[kind] for kind in order], dim=1))
 
 
+GENERATE: dict[str, Any] = {
+    "max_new_tokens": 3,
+    "do_sample": False,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
+
+
 @pytest.mark.parametrize("language", ["llama", "t5"])
 def test_rows_of_any_number_of_images(language: str) -> None:
     """Padding, company and cached features make no difference; generation continues what forward computes."""
@@ -126,13 +135,17 @@ def test_rows_of_any_number_of_images(language: str) -> None:
         }
         alone = model(**row, **{name: value[2:] for name, value in target.items()}).logits
     torch.testing.assert_close(together[2:, -2:], alone[:, -2:], atol=1e-5, rtol=1e-5)
-    settings = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    for beams in ({}, {"num_beams": 2}):
-        generated = model.generate(**batch, **settings, **beams)
-        assert generated.sequences.shape[0] == 3
     if language == "llama":
-        first = model.generate(**batch, **settings).logits[0]
+        first = model.generate(**batch, **GENERATE).logits[0]
         torch.testing.assert_close(first, together[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beams", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_rows_of_any_number_of_images_generate(language: str, beams: dict[str, int]) -> None:
+    model = with_qformer(language)
+    batch = qformer_batch(model, images_per_row=(1, 0, 2))
+    assert model.generate(**batch, **GENERATE, **beams).sequences.shape[0] == 3
 
 
 def test_the_instruction_changes_what_is_read() -> None:
@@ -258,12 +271,12 @@ def test_adapter_of_a_qformer_composite_goes_to_a_file(tmp_path: Path) -> None:
         ({"qformer_input_ids": torch.zeros(3, 13, dtype=torch.long)}, "reads 12"),
     ],
 )
-def test_bad_instructions(change: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("method", ["forward", "generate"])
+def test_bad_instructions(method: str, change: dict[str, Any], message: str) -> None:
     model = with_qformer()
     batch = qformer_batch(model) | change
-    for method in (model.forward, model.generate):
-        with pytest.raises(ValueError, match=message):
-            method(**batch)
+    with pytest.raises(ValueError, match=message):
+        getattr(model, method)(**batch)
 
 
 def test_bad_configurations() -> None:
@@ -290,14 +303,21 @@ def qformer_processor(model: Any) -> CromeVLMProcessor:
     return processor
 
 
-def test_processor_reads_instructions(tmp_path: Path) -> None:
-    """One instruction per image, the template's marks left out; saved and loaded with the rest."""
+def reader() -> tuple[CromeVLMForConditionalGeneration, CromeVLMProcessor]:
+    """A composite that reads what its processor writes."""
     model = with_qformer()
     model.config.image_token_id = 95  # the first id that the tokenizer's words leave
-    processor = qformer_processor(model)
+    return model, qformer_processor(model)
+
+
+TEXTS = ["<image> w1 w2", "w3", "<image> w4 <image> w5 w6"]
+
+
+def test_processor_reads_instructions() -> None:
+    """One instruction per image, the template's marks left out."""
+    model, processor = reader()
     image = Image.new("RGB", (40, 30), "red")
-    texts = ["<image> w1 w2", "w3", "<image> w4 <image> w5 w6"]
-    inputs = processor([[image], [], [image, image]], texts, padding=True, return_tensors="pt")
+    inputs = processor([[image], [], [image, image]], TEXTS, padding=True, return_tensors="pt")
     assert inputs["qformer_input_ids"].tolist() == [[6, 7, 0], [9, 10, 11], [9, 10, 11]]
     assert inputs["qformer_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 1]]
     assert model(**inputs).logits.isfinite().all()
@@ -317,47 +337,74 @@ def test_processor_reads_instructions(tmp_path: Path) -> None:
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     in_two_steps = processor([[image]], prompt, return_tensors="pt", add_special_tokens=False)
     assert {k: v.tolist() for k, v in in_two_steps.items()} == {k: v.tolist() for k, v in templated.items()}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "w9"}]}
+    parts = [{"type": "image"}, {"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]
+    assert processor.instruction([{"role": "user", "content": parts}, answer, *chat]) == "w1 w2 w1 w2"
+
+
+@pytest.mark.parametrize(
+    "again",
+    [lambda prompts: prompts, lambda prompts: pickle.loads(pickle.dumps(prompts)), copy.deepcopy],
+    ids=["as they are", "pickled", "copied"],
+)
+def test_an_answer_is_not_for_the_qformer(again: Callable[[Any], Any]) -> None:
+    _, processor = reader()
+    image = Image.new("RGB", (40, 30), "red")
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "w1 w2"}]}]
     answered = [*chat, {"role": "assistant", "content": [{"type": "text", "text": "w9"}]}]
     prompts = processor.apply_chat_template([answered, chat])
     assert "w9" in prompts[0]
-    for same in (prompts, pickle.loads(pickle.dumps(prompts)), copy.deepcopy(prompts)):
-        both = processor([[image], [image]], same, padding=True, return_tensors="pt")
-        assert both["qformer_input_ids"].tolist() == [[6, 7]] * 2, "an answer is not for the Q-Former"
-    parts = [{"type": "image"}, {"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]
-    assert processor.instruction([{"role": "user", "content": parts}, *answered[1:], answered[0]]) == "w1 w2 w1 w2"
+    both = processor([[image], [image]], again(prompts), padding=True, return_tensors="pt")
+    assert both["qformer_input_ids"].tolist() == [[6, 7]] * 2
 
+
+@pytest.mark.parametrize("auto", [CromeVLMProcessor, tf.AutoProcessor])
+def test_processor_with_instructions_is_saved_and_loaded(auto: Any, tmp_path: Path) -> None:
+    model, processor = reader()
+    image = Image.new("RGB", (40, 30), "red")
+    inputs = processor([[image], [], [image, image]], TEXTS, padding=True, return_tensors="pt")
     processor.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
-    for loaded in (CromeVLMProcessor.from_pretrained(tmp_path), tf.AutoProcessor.from_pretrained(tmp_path)):
-        again = loaded([[image], [], [image, image]], texts, padding=True, return_tensors="pt")
-        assert {name: value.tolist() for name, value in again.items()} == {
-            name: value.tolist() for name, value in inputs.items()
-        }
+    again = auto.from_pretrained(tmp_path)([[image], [], [image, image]], TEXTS, padding=True, return_tensors="pt")
+    assert {name: value.tolist() for name, value in again.items()} == {
+        name: value.tolist() for name, value in inputs.items()
+    }
 
 
-def test_template_in_an_instruction_is_no_silence(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("text_of", "warned"),
+    [
+        pytest.param(lambda prompt, answered: prompt.strip(), True, id="a prompt that was changed"),
+        pytest.param(lambda prompt, answered: answered.strip(), True, id="an answer that was changed"),
+        pytest.param(lambda prompt, answered: "<s> <image> w1", True, id="a mark"),
+        pytest.param(lambda prompt, answered: prompt, False, id="a prompt"),
+        pytest.param(lambda prompt, answered: "<image> w1", False, id="words"),
+    ],
+)
+def test_template_in_an_instruction_is_no_silence(
+    text_of: Callable[[str, str], str], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """A prompt that was changed on its way has lost what is asked."""
-    model = with_qformer()
-    model.config.image_token_id = 95
-    processor = qformer_processor(model)
+    _, processor = reader()
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w1"}]}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     answered = processor.apply_chat_template([*chat, {"role": "assistant", "content": "w9"}])
     tf.utils.logging.enable_propagation()
-    for text, warned in (
-        (prompt.strip(), True),
-        (answered.strip(), True),
-        ("<s> <image> w1", True),
-        (prompt, False),
-        ("<image> w1", False),
-    ):
-        tf.utils.logging.get_logger("transformers").warning_once.cache_clear()
-        caplog.clear()
-        processor([[Image.new("RGB", (40, 30))]], [text], return_tensors="pt")
-        assert ("The Q-Former reads the chat template's marks" in caplog.text) == warned, text
-    for template in ("{{ raise_exception('a system turn first') }}", {"one": "{{ 1 }}", "two": "{{ 2 }}"}):
-        processor.chat_template = template  # what needs no template does not ask it
-        assert processor([[Image.new("RGB", (40, 30))]], ["<image> w1"])["qformer_input_ids"] == [[6]]
+    tf.utils.logging.get_logger("transformers").warning_once.cache_clear()
+    caplog.clear()
+    processor([[Image.new("RGB", (40, 30))]], [text_of(prompt, answered)], return_tensors="pt")
+    assert ("The Q-Former reads the chat template's marks" in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('a system turn first') }}", {"one": "{{ 1 }}", "two": "{{ 2 }}"}],
+    ids=["one that refuses", "several"],
+)
+def test_what_needs_no_template_does_not_ask_it(template: str | dict[str, str]) -> None:
+    _, processor = reader()
+    processor.chat_template = template
+    assert processor([[Image.new("RGB", (40, 30))]], ["<image> w1"])["qformer_input_ids"] == [[6]]
 
 
 def test_processor_takes_the_checkpoints_tokenizer(tmp_path: Path) -> None:
