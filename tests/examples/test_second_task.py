@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from examples import second_task
 from examples.mixture.experiment import WORDS
+from examples.second_task import experiment as second_task
 
 
 @pytest.mark.slow

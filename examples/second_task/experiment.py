@@ -119,7 +119,3 @@ def main(
     loss = results["text_loss"]
     table.add_row("loss on a book, nats a token", f"{loss['base']:.4f}", f"{loss['adapted']:.4f}")
     Console().print(table)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,0 +1,1 @@
+"""Two real data sets and rows without images in one recipe."""

@@ -1,0 +1,7 @@
+"""python -m examples.second_task"""
+
+import typer
+
+from .experiment import main
+
+typer.run(main)
