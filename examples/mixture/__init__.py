@@ -1,1 +1,1 @@
-"""Two real data sets and rows without images in one recipe."""
+"""Two real data sets in one recipe."""

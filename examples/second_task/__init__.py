@@ -1,1 +1,1 @@
-"""Two real data sets and rows without images in one recipe."""
+"""A second task for a model that sees, from the command line."""
