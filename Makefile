@@ -54,7 +54,7 @@ check: lint  ## a minute: format, lint, types, the import contract, and the test
 	@tests="$$($(RUN) -m tests.changed)"; test -z "$$tests" || $(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu" $$tests
 
 test: $(CONFORMITY_READY) lint test-families  ## everything that CI checks
-	$(RUN) -m pytest -n $(WORKERS)
+	$(RUN) -m pytest -n $(WORKERS) --ignore tests/families
 	$(RUN) -m tests.zoo.table --check
 	$(RUN) -m tests.layout --check
 	$(RUN) -m mkdocs build --strict --quiet
@@ -64,7 +64,7 @@ models-table: $(CONFORMITY_READY)  ## write the table of docs/models.md from a r
 	$(RUN) -m tests.zoo.table
 
 # Processors of video and of some images need torchvision, which stays out of the environment: see packages.txt there.
-test-families: $(FAMILIES_READY)  ## tiny checkpoints with the real processors of well-known families: two minutes
+test-families: $(FAMILIES_READY)  ## tiny checkpoints with the real processors of well-known families: ten minutes
 	PYTHONPATH="$(CURDIR):$(CURDIR)/tests/startup:$(abspath $(VENV))/families" $(RUN) -m pytest -n $(WORKERS) tests/families
 	$(RUN) -m tests.families.table --check
 
