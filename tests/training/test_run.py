@@ -138,7 +138,7 @@ def test_card_says_what_was_trained_on_what(
     card = (stages["finetune"] / "README.md").read_text()
     for text in (values["backbones"]["language"], "| pretrain |", "| instruct |", "| finetune |"):
         assert text in card
-    assert f"{values['data'][0]['path']} (12)" in card
+    assert f"{values['data'][0]['path']} (11)" in card
     assert "1e-08 to 0.01 in 1 steps, cosine to 0" in card
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

@@ -74,7 +74,7 @@ def test_text_alone_is_refused(values: dict[str, Any], mixed: dict[str, Path], t
     with pytest.raises(RecipeError, match="no row has any image or video"):
         trained(values, tmp_path / "text", mixed["text"])
     with pytest.raises(RecipeError, match=r"none of the first 1000 rows of .*text.json has any image or video"):
-        trained(values, tmp_path / "text", mixed["shown"], mixed["text"], streaming=True)
+        trained(values, tmp_path / "text", mixed["shown"], mixed["text"], streaming=True, weight=1.0)
     assert not (tmp_path / "text").exists()
 
 
