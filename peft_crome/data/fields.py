@@ -28,9 +28,10 @@ ADDRESSES = re.compile(r".*_(url|uri)s?", re.IGNORECASE)
 WRITTEN = ("tools", "functions", "chat_template_kwargs")  # a chat template would write them
 CALLS_AND_REASONING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 WEIGHTS = ("weight", "loss", "train")  # of a turn: whether it is learned
-STILL_FILE = re.compile(r"[^\n]+\.(png|jpe?g|webp|bmp|tiff?|avif)", re.IGNORECASE)
+STILL = "png|jpe?g|webp|bmp|tiff?|avif"
+STILL_FILE = re.compile(rf"[^\n]+\.({STILL})", re.IGNORECASE)
 STILL_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\x00", b"MM\x00*")  # JPEG, PNG, BMP, TIFF
-IMAGE_FILE = re.compile(r"[^\n]+\.(png|jpe?g|gif|webp|bmp|tiff?|avif)", re.IGNORECASE)
+IMAGE_FILE = re.compile(rf"[^\n]+\.({STILL}|gif)", re.IGNORECASE)
 
 
 def is_nothing(value: Any) -> bool:
@@ -94,10 +95,11 @@ def system_of(row: Mapping[str, Any]) -> tuple[str | None, list[Fault]]:
     return (texts[0] if texts and not texts[0].isspace() else None), []
 
 
-def unread_content(row: Mapping[str, Any], has_images: bool) -> list[Fault]:
+def unread_content(row: Mapping[str, Any], fields: Mapping[str, list[str]], has_images: bool) -> list[Fault]:
     """What a row is about and nothing reads; nothing is trained without it.
 
     Args:
+        fields: that hold its media, as of `media_fields`.
         has_images: whether the row has images in another place.
     """
     keys = [key for key, value in row.items() if isinstance(key, str) and not is_nothing(value)]
@@ -107,9 +109,8 @@ def unread_content(row: Mapping[str, Any], has_images: bool) -> list[Fault]:
         for key in keys
         if key not in READ and key != "turns" and _kind(key) is None and _is_an_image(row[key], has_images)
     ]
-    read = {key for named in media_fields(row).values() for key in named}
-    addresses = {key for key in keys if ADDRESSES.fullmatch(key)}
-    empty = [key for key in keys if _kind(key) in ("video", "audio") and key not in read | addresses]
+    of_media = [key for key in keys if _kind(key) in ("video", "audio") and not ADDRESSES.fullmatch(key)]
+    empty = [key for key in of_media if key not in fields.get(str(_kind(key)), ())]
     faults = []
     if empty:
         faults.append(f"{empty} hold no files. Write paths or bytes into 'videos' or 'audio', or take the field out.")

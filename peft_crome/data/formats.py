@@ -67,7 +67,7 @@ def parse(
         media[kind], wrong = _media(row, fields.get(kind, []), kind, turn_media, folders)
         faults = wrong + faults
     if columns is None:
-        faults += unread_content(row, any(media.values()))
+        faults += unread_content(row, fields, any(media.values()))
     if faults:
         return None, faults
     for kind in reversed(FIELDS):  # images come first
@@ -77,7 +77,7 @@ def parse(
     faults += [_empty(message["role"]) for message in messages if not _says(message["content"])]
     messages, wrong = _ordered(messages)
     faults += wrong
-    if wrong and messages[-1]["role"] != "user" and said_by(row["turns"][-1])[0] == "user" and row.get("rejected"):
+    if row.get("rejected") and said_by(row["turns"][-1])[0] == "user":
         faults.append(Fault("answer", "'rejected' answers the last turn, which has no 'chosen' answer. Add that one."))
     if any(not fault.mended for fault in faults):
         return None, faults

@@ -69,5 +69,5 @@ def resampled(samples: int, rate: int, sampling_rate: int) -> int:
 def _file(sound: Any) -> str | io.BytesIO:
     file = file_of(sound)
     if isinstance(file, str) and not os.path.isfile(file):
-        raise ValueError("there is no such file")
+        raise ValueError("the file does not exist")
     return file

@@ -100,7 +100,7 @@ def _of_frames(count: int, width: int, height: int) -> VideoMetadata:
 def _file(video: Any) -> Any:
     file = file_of(video)
     if isinstance(file, str) and not os.path.isfile(file):
-        raise ValueError("there is no such file")
+        raise ValueError("the file does not exist")
     return file
 
 
