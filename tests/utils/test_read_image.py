@@ -289,7 +289,7 @@ UNREADABLE = pytest.mark.parametrize(
         (Image.new("I", (4, 4), 70_000), "mode I .*values go from 70000 to 70000"),
         (Image.new("F", (4, 4), 1e6), r"mode F .*values go from 1e\+06 to 1e\+06"),
         (np.zeros((6, 6, 5), np.uint8), r"of shape \(6, 6, 5\), uint8 \(expected \(height, width\)"),
-        ("missing.png", r"cannot read the image missing.png \(the file does not exist"),
+        ("missing.png", r"cannot read the image missing.png \(there is no such file"),
         ("data:image/png;base64,!!!!", "the base64 of the data URI is damaged"),
         ("data:image/svg+xml,%3Csvg/%3E", "cannot identify image file"),
         ({"width": 3}, r"it has \['width'\]; expected one of"),
