@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,17 +31,21 @@ CONFIGS: dict[str, PeftConfig | None] = {
 }
 
 
-def backbone(in_nf4: bool = False) -> CromeVLMForConditionalGeneration:
-    """Frozen DINOv2-small and SmolLM2-135M, joined, in the dtype that this machine is fast in; 16 tokens per image.
+def backbone(
+    in_nf4: bool = False, language: Path | None = None, dtype: torch.dtype | None = None
+) -> CromeVLMForConditionalGeneration:
+    """Frozen DINOv2-small and a language model, joined; 16 tokens per image.
 
     Args:
         in_nf4: the language model.
+        language: directory of the language model; None: SmolLM2-135M.
+        dtype: None: the one that this machine is fast in.
     """
     composite = CromeVLMForConditionalGeneration.from_backbones(
         vision=str(dinov2_small()),
-        language=str(smollm2()),
+        language=str(language or smollm2()),
         quantization_config=nf4() if in_nf4 else None,
-        dtype=frozen_dtype(),
+        dtype=dtype or frozen_dtype(),
         vision_pool_size=POOL_SIZE,
     )
     composite.language_model.set_attn_implementation("eager")  # faster on a CPU, as in the quick start
@@ -74,14 +79,20 @@ def batch_of(composite: Any, rows: int, tokens: int, prompt: bool = False) -> di
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "pixel_values": pixel_values}
 
 
-def training_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """A function that does one step: forward, backward, and AdamW on what trains."""
+def training_step(
+    model: nn.Module, batch: dict[str, torch.Tensor], ask: Callable[[nn.Module, Any], Any] = lambda model, batch: batch
+) -> Callable[[], None]:
+    """A function that does one step: forward, backward, and AdamW on what trains.
+
+    Args:
+        ask: what is passed to the model for a batch, at each step.
+    """
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
 
     def step() -> None:
-        model(**batch).loss.backward()
+        model(**ask(model, batch)).loss.backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()

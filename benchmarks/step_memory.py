@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,19 +33,36 @@ ALLOWED = 1.05
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """The highest memory of two steps above what the process held before; to be called in a fresh process."""
+    """The highest memory of two steps of a method; to be called in a fresh process."""
+
+    def step(model: torch.nn.Module) -> Callable[[], None]:
+        batch = batch_of(base_of(model), case["rows"], case["tokens"], "prompt" in case["method"])
+        return training_step(model, batch)
+
+    return peak_of(lambda: attach(backbone(case["nf4"]), case["method"]), step)
+
+
+def peak_of(
+    make: Callable[[], torch.nn.Module], step_of: Callable[[torch.nn.Module], Callable[[], None]]
+) -> dict[str, Any]:
+    """The highest memory of two steps above what the process held before the model; in a fresh process.
+
+    Args:
+        make: makes the model.
+        step_of: makes a function that does one step with it.
+    """
     torch.manual_seed(0)
     warm_up()
     import bitsandbytes  # noqa: F401
 
     settle()
     before = status("VmRSS")
-    model = attach(backbone(case["nf4"]), case["method"])
+    model = make()
     for parameter in model.parameters():
         if type(parameter) is torch.nn.Parameter:  # out of the checkpoint's mapped file, as moving to a device does
             parameter.data = parameter.data.clone()
     settle()
-    step = training_step(model, batch_of(base_of(model), case["rows"], case["tokens"], "prompt" in case["method"]))
+    step = step_of(model)
     for _ in range(2):
         step()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

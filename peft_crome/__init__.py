@@ -11,6 +11,7 @@ from .version import __version__
 
 register()
 
+from .backbone.labelled import logits_at_labels
 from .features.cache import FeatureCache, cache_features
 from .sharing.card_details import describe_adapter
 from .tuner import CromeConfig, CromeLayer, CromeModel
@@ -34,6 +35,7 @@ __all__ = [
     "check",
     "describe_adapter",
     "hotswap_adapter",
+    "logits_at_labels",
 ]
 
 

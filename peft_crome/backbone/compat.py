@@ -80,6 +80,11 @@ def chat_arguments(processor_kwargs: dict[str, Any], others: dict[str, Any]) -> 
     return {**processor_kwargs, **others} if replaced else others
 
 
+def keeps_logits_by_token() -> bool:
+    """Whether `logits_to_keep` may be a mask of tokens, beside places that all rows share. Goes with transformers 5.21."""
+    return Version(version("transformers")) >= Version("5.21")
+
+
 def names_of_ties(model: Any) -> set[str]:
     """Names of the weights that a model's configurations tie together.
 

@@ -422,7 +422,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             labels: (batch, tokens) for decoder-only, (batch, target tokens) for encoder-decoder; -100 and image
                 placeholders are ignored.
             use_cache: whether the language model returns its cache.
-            logits_to_keep: as in the language model; 0 keeps all.
+            logits_to_keep: as in the language model, a number of tokens or which ones; 0 keeps all.
             vision_features: (images, tokens, vision_width) from `get_vision_features`, instead of pixel_values.
             qformer_input_ids: (images, instruction tokens), where a Q-Former reads the instruction.
             qformer_attention_mask: the same shape, 1 where a token counts.
@@ -430,7 +430,8 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             decoder_attention_mask: (batch, target tokens); encoder-decoder only.
             encoder_outputs: the encoder's output, instead of input_ids; encoder-decoder only.
             return_dict: False returns a tuple.
-            kwargs: handed to the language model, `num_items_in_batch` for its loss among them.
+            kwargs: handed to the language model, among them what its loss takes: `num_items_in_batch`, and
+                `shift_labels`, what each of the kept tokens predicts.
         Raises:
             ValueError: inputs that do not fit together.
         """
@@ -461,6 +462,8 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             check_positions(self.language_model, inputs_embeds, labels if labels is not None else decoder_input_ids)
         if labels is not None:
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+        if (shifted := kwargs.get("shift_labels")) is not None:
+            kwargs["shift_labels"] = shifted = shifted.masked_fill(shifted == self.config.image_token_id, -100)
         arguments = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -477,9 +480,8 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         num_items = kwargs.pop("num_items_in_batch", None) if self._averages_by_itself() else None
         outputs = self._run_language_model(**arguments, **kwargs)
         if num_items is not None and labels is not None:
-            shifted = {"shift_labels": labels} if self.config.is_encoder_decoder else {}
-            logits = outputs.logits
-            outputs["loss"] = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items, **shifted)
+            logits, shifted = outputs.logits, labels if self.config.is_encoder_decoder else shifted
+            outputs["loss"] = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items, shift_labels=shifted)
         result = as_output(outputs, image_features, self._is_headless)
         return_dict = return_dict if return_dict is not None else self.config.return_dict
         return result if return_dict else result.to_tuple()

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
+from ...backbone.labelled import logits_at_labels
 from ...backbone.model import unwrapped
 from ...data.draws import DrawOrder, Draws, DrawStream
 from ...data.lengths import row_lengths
@@ -147,6 +148,12 @@ class CromeTrainer(Trainer):
         self.finite.see(loss, inputs.get(ROW_IDS))
         self.progress.count(loss, inputs["attention_mask"].sum())
         return loss
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As in `Trainer`, of logits where there are labels; of all logits where somebody reads them beside the loss."""
+        if not (return_outputs or self.label_smoother or self.compute_loss_func):
+            inputs = logits_at_labels(model, inputs)
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
 
     def _prepare_input(self, data: Any) -> Any:
         """Pixels in the model's dtype: several towers take no other, and processors give float32."""

@@ -55,6 +55,7 @@ class StepSize:
         images: in all rows together.
         instruction_tokens: of the longest instruction that a Q-Former reads.
         target_tokens: of the longest answer, where the language model is an encoder-decoder.
+        label_tokens: of a row, those that have a label, where logits are computed for these alone; None: for all.
     """
 
     rows: int
@@ -62,6 +63,7 @@ class StepSize:
     images: int
     instruction_tokens: int = 32
     target_tokens: int = 32
+    label_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,9 @@ def _batch(model: nn.Module, size: StepSize) -> dict[str, torch.Tensor]:
     base = _base_model(model)
     target = (size.rows, size.target_tokens) if base.config.is_encoder_decoder else ids.shape
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(target, dtype=torch.long)}
+    if size.label_tokens is not None:
+        batch["logits_to_keep"] = torch.arange(size.label_tokens)
+        batch["shift_labels"] = torch.zeros(size.rows, size.label_tokens, dtype=torch.long)
     if isinstance(base, CromeVLMForConditionalGeneration) and size.images:
         channels = getattr(base.config.vision_config, "num_channels", 3)
         batch["pixel_values"] = torch.empty(size.images, channels, *base.config.image_height_width)

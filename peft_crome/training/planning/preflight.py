@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from ...backbone.labelled import logits_at_labels
 from ...data import ConversationCollator
+from ...data.collator import IGNORE
 from ...data.media import media_of
 from ...tuner import CromeConfig, guard
 from ...tuner.weights import DOWN, GATE
@@ -44,6 +46,7 @@ class RowSample:
         max_length: where rows are cut; None: nowhere.
         media: the most images, videos and sounds in one of them.
         instruction_tokens, target_tokens: the longest that a Q-Former or a decoder reads.
+        label_tokens: the most that have a label in one of them.
         examples: the first of them with each set of kinds of media; of text alone, where none shows anything.
     """
 
@@ -52,6 +55,7 @@ class RowSample:
     media: int
     instruction_tokens: int
     target_tokens: int
+    label_tokens: int
     examples: list[dict[str, Any]]
 
     @property
@@ -110,17 +114,23 @@ def preflight(
         raise RecipeError(f"stage: nothing of this model trains in {recipe.stage!r}. Write another stage.")
     sample = sample_rows(rows, collator)
     warnings = [] if sample.media else _no_images(trained)
+    label_tokens = None
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # there, one process may not hold the model
         plain = copy.copy(collator)
         plain.augmentation = None  # it would draw random numbers
         alone = arguments.per_device_train_batch_size == 1 or len(sample.examples) == 1
         for examples in combinations(sample.examples, 1 if alone else 2):  # a training batch is no smaller
-            _check_batch(model, trainer._prepare_inputs(plain(list(examples))), examples)
+            batch = trainer._prepare_inputs(plain(list(examples)))
+            asked = logits_at_labels(model, batch)
+            _check_batch(model, asked, examples)
+            if asked is not batch:
+                label_tokens = sample.label_tokens
     config, dtype = model.get_base_model().config, frozen_dtype(model)
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     device = this_device(arguments.device, mixed or dtype)
     each = arguments.per_device_train_batch_size
-    size = StepSize(each, sample.longest, each * sample.media, sample.instruction_tokens, sample.target_tokens)
+    read = (sample.instruction_tokens, sample.target_tokens, label_tokens)
+    size = StepSize(each, sample.longest, each * sample.media, *read)
     settings = {
         "gradient_checkpointing": bool(arguments.activation_checkpointing),
         "accumulate": arguments.gradient_accumulation_steps > 1,
@@ -171,12 +181,13 @@ def sample_rows(rows: Any, collator: ConversationCollator) -> RowSample:
         chosen = (rows[number] for number in range(0, len(rows), max(1, len(rows) // SAMPLE)))
     else:
         chosen = rows.take(STREAMED)
-    lengths, most, instruction, target = [], 0, 1, 1
+    lengths, most, instruction, target, labels = [], 0, 1, 1, 1
     examples: dict[frozenset[str], dict[str, Any]] = {}
     for row in islice(chosen, SAMPLE):
         encoded = collator.encode(row)
         lengths.append(encoded["length"])
         target = max(target, len(encoded["labels"]))
+        labels = max(labels, sum(label != IGNORE for label in encoded["labels"]))
         reader = getattr(collator.processor, "qformer_tokenizer", None)
         media = media_of(row)
         if reader is not None and media:
@@ -187,10 +198,10 @@ def sample_rows(rows: Any, collator: ConversationCollator) -> RowSample:
     if not examples:
         raise ValueError("The data hold no rows. Name other data, or leave `faulty: drop` out to see why.")
     shown = [row for kinds, row in examples.items() if kinds or len(examples) == 1]
-    return RowSample(lengths, collator.max_length, most, instruction, target, shown)
+    return RowSample(lengths, collator.max_length, most, instruction, target, labels, shown)
 
 
-def _check_batch(model: nn.Module, batch: dict[str, torch.Tensor], rows: Sequence[dict[str, Any]]) -> None:
+def _check_batch(model: nn.Module, batch: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Check gradients by rows that show different media; some models take no images beside videos."""
     try:
         check_gradients(model, batch)
@@ -204,7 +215,7 @@ def _check_batch(model: nn.Module, batch: dict[str, torch.Tensor], rows: Sequenc
         ) from error
 
 
-def check_gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+def check_gradients(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Run a batch forward and backward: each branch is reached, each weight that trains gets a gradient.
 
     Weights that have no part in a batch without images are not asked for then.

@@ -1,0 +1,128 @@
+"""A training step with logits where there are labels, against logits everywhere and TRL's fused output head.
+
+    python -m benchmarks.labelled_logits
+
+Two rows of 512 tokens, a tenth of which has labels, in bfloat16. The floor is what `benchmarks.step_time` divides by:
+the frozen model's own forward and backward pass, with all of its logits. Times are taken in one process, in turn, and
+memory in a fresh process each. Needs Linux.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+from trl.trainer.utils import add_fused_lm_head
+
+from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in_turn
+from benchmarks.memory import GIVE_BACK
+from benchmarks.methods import CROME, FLOOR, attach, backbone, base_of, batch_of, training_step
+from benchmarks.step_memory import peak_of
+from examples.easy_vqa.parts import gemma3_270m, smollm2
+from examples.easy_vqa.training import write_json
+from peft_crome import logits_at_labels
+
+RESULTS = Path(__file__).parent / "results" / "speed"
+ROWS, TOKENS, SHARE = 2, 512, 0.1
+LANGUAGES: dict[str, Callable[[], Path]] = {"SmolLM2-135M": smollm2, "Gemma 3 270M": gemma3_270m}
+EVERYWHERE, AT_LABELS, TRL = "CROME, all logits", "CROME, logits at labels", "CROME, TRL's fused head"
+GOALS = {"SmolLM2-135M": (0.84, 0.80), "Gemma 3 270M": (0.55, 0.60)}  # of the floor's time and memory
+
+
+def composite_of(language: str) -> nn.Module:
+    """Frozen DINOv2-small and the language model in bfloat16."""
+    return backbone(language=LANGUAGES[language](), dtype=torch.bfloat16)
+
+
+def model_of(composite: nn.Module, way: str) -> nn.Module:
+    """The composite as this way trains it."""
+    if way == TRL:
+        add_fused_lm_head(composite)
+    return attach(composite, FLOOR if way == FLOOR else CROME)
+
+
+def step_of(model: nn.Module, way: str, tokens: int = TOKENS) -> Callable[[], None]:
+    """A function that does one step; a tenth of each row's tokens, at its end, has labels."""
+    batch = batch_of(base_of(model), ROWS, tokens)
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][:, : -round(SHARE * tokens)] = -100
+    if way == AT_LABELS:
+        return training_step(model, batch, logits_at_labels)
+    return training_step(model, batch | ({"fused_lm_head": True} if way == TRL else {}))
+
+
+def measure(
+    language: str,
+    repeats: int,
+    clock: str = "perf_counter",
+    make: Callable[[str], nn.Module] = composite_of,
+    tokens: int = TOKENS,
+) -> dict[str, Any]:
+    """Seconds of each way's step, one value per repeat.
+
+    Args:
+        clock: of the module `time`.
+        make: builds the frozen composite; tests give a tiny one.
+    """
+    ways = {}
+    for way in (FLOOR, EVERYWHERE, AT_LABELS, TRL):
+        torch.manual_seed(0)
+        ways[way] = step_of(model_of(make(language), way), way, tokens)
+    seconds = seconds_in_turn(ways, repeats, getattr(time, clock))
+    return {"language": language, "clock": clock, "seconds": seconds, "machine": machine(), "load": os.getloadavg()}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A line per language model and way."""
+    rows = []
+    for record in records:
+        seconds, peaks = record["seconds"], record["peaks"]
+        for way, taken in seconds.items():
+            time, memory = ("1", "1") if way == FLOOR else (
+                middle(ratios(taken, seconds[FLOOR])), f"{peaks[way] / peaks[FLOOR]:.3f}"
+            )  # fmt: skip
+            rows.append([record["language"], way, middle(taken, 2), time, f"{peaks[way] / 1e6:,.0f}", memory])
+    header = ["frozen in bfloat16", "way", "a step, s", "to the floor", "peak, MB", "to the floor"]
+    return markdown(header, rows)
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Steps of each way.")] = 9,
+    cpu_time: Annotated[bool, typer.Option(help="Leave out what other processes take; with one thread.")] = False,
+    case: Annotated[str | None, typer.Option(help="Language model and way, as JSON: measure its memory here.")] = None,
+) -> None:
+    """Measure, write and print. Numbers are medians with the middle half."""
+    if case is not None:
+        language, way = json.loads(case)
+        print(json.dumps(peak_of(lambda: model_of(composite_of(language), way), lambda model: step_of(model, way))))
+        return
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    records = []
+    for language in LANGUAGES:
+        record = measure(language, repeats, "process_time" if cpu_time else "perf_counter")
+        record["peaks"] = {}
+        for way in record["seconds"]:
+            command = [sys.executable, "-m", "benchmarks.labelled_logits", "--case", json.dumps([language, way])]
+            done = subprocess.run(command, env=os.environ | GIVE_BACK, stdout=subprocess.PIPE, text=True, check=True)
+            record["peaks"][way] = json.loads(done.stdout.splitlines()[-1])["peak"]
+            Console(stderr=True).print(f"{language}, {way}: {record['peaks'][way] / 1e6:,.0f} MB", markup=False)
+        records.append(record)
+    write_json(RESULTS / "labelled_logits.json", records)
+    (RESULTS / "labelled_logits.md").write_text(table(records))
+    print(table(records))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,129 @@
+"""Logits where there are labels: the output head runs on the tokens that are learned, and on no others."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .compat import keeps_logits_by_token
+from .model import COMPILED, KNOWN_ROWS, input_embeddings, placeholder_ids, text_config, unwrapped
+
+IGNORED = -100
+TOLERANCE = 1e-2  # of two losses by different kernels in bfloat16; a loss at wrong places fails by its shape
+
+Choice = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+logger = logging.getLogger(__name__)
+_choices: WeakKeyDictionary[nn.Module, Choice | None] = WeakKeyDictionary()
+
+
+def logits_at_labels(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Ask for logits at the tokens that predict a label; the loss and its gradient stay what they are.
+
+    Write `loss = model(**logits_at_labels(model, batch)).loss` in your own loop. The model computes the loss as it
+    always does, so scales, caps, biases and auxiliary losses are its own. Images, questions and padding cost nothing
+    in the output head, in the loss and in their gradients.
+
+    The first call tries the model on two short rows of text, without a gradient and without drawing random numbers.
+    A model whose loss is another one then, or that has no such argument, is trained on all logits, and the log says
+    why. In a run of several processes, each of them must make this call.
+
+    Args:
+        model: what the loop calls, inside DDP, FSDP, DeepSpeed or `torch.compile` or not.
+        batch: what `model(**batch)` takes; "labels", (batch, tokens), are those of the tokens themselves, and -100
+            where there is none.
+    Returns:
+        The batch with `logits_to_keep` and `shift_labels`. The model's `logits` are (labels, vocabulary) then. With
+        `torch.compile` and before transformers 5.21 they are (batch, places with a label in any row, vocabulary).
+        The batch as it is where it has no labels, has one of these keys, or the model takes none.
+    """
+    labels = batch.get("labels")
+    if labels is None or not {"logits_to_keep", "shift_labels"}.isdisjoint(batch):
+        return batch
+    if model not in _choices:
+        _choices[model] = _choice_of(model)
+    choice = _choices[model]
+    return batch if choice is None else {**batch, **choice(labels)}
+
+
+def _by_token(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Each token before a label."""
+    targets, wanted = _targets(labels)
+    return {"logits_to_keep": wanted, "shift_labels": targets[wanted]}
+
+
+def _by_place(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Each place before a label of any row: a model compiled as one graph can have no number of tokens by value."""
+    targets, wanted = _targets(labels)
+    places = wanted.any(dim=0).nonzero().flatten()
+    return {"logits_to_keep": places, "shift_labels": targets[:, places]}
+
+
+def _targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each token predicts, (batch, tokens), and where that is a label.
+
+    Of a batch without labels the first token is taken, so that the loss depends on the model as it always does.
+    """
+    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    wanted = targets != IGNORED
+    wanted[0, 0] |= ~wanted.any()
+    return targets, wanted
+
+
+def _choice_of(model: nn.Module) -> Choice | None:
+    """The first way to choose tokens that a model takes; None, with a line in the log, where it takes none."""
+    host = unwrapped(model)
+    compiled = any(COMPILED in module._modules or module._compiled_call_impl for module in model.modules())
+    choices = (_by_token, _by_place) if keeps_logits_by_token() and not compiled else (_by_place,)
+    because = _no_argument(host)
+    for choice in choices if because is None else ():
+        because = _trial(model, host, choice)
+        if because is None:
+            return choice
+    logger.warning("%s computes the logits of all tokens in training: %s.", type(host).__name__, because)
+    return None
+
+
+def _no_argument(host: nn.Module) -> str | None:
+    """Why a model's logits cannot be chosen, as its class says it; None: perhaps they can."""
+    if getattr(getattr(host, "config", None), "is_encoder_decoder", False):
+        return "the labels of an encoder-decoder are all that its decoder reads"
+    if "logits_to_keep" not in inspect.signature(type(host).forward).parameters:
+        return "its forward has no argument logits_to_keep"
+    return None
+
+
+def _trial(model: nn.Module, host: nn.Module, choose: Choice) -> str | None:
+    """Compare both losses on two rows of text. Every process of a run does the same, whatever rows it has."""
+    size, taken = text_config(host).vocab_size, placeholder_ids(host)
+    words = [number % size for number in KNOWN_ROWS if number % size not in taken]
+    table = next(iter(input_embeddings(host).parameters()))  # type: ignore[union-attr]
+    ids = torch.tensor([words, words[::-1]], device=table.device)
+    labels = ids.clone()
+    labels[0, :-3] = labels[1, :-1] = IGNORED
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    chosen = choose(labels)
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            whole, kept = model(**batch), model(**batch, **chosen)
+        loss, again, logits = whole["loss"], kept["loss"], kept["logits"]
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        return f"it does not take them at chosen tokens ({error})"
+    finally:
+        for module, training in modes:
+            module.training = training
+    if logits.shape[:-1] != chosen["shift_labels"].shape:
+        return "it takes logits_to_keep and keeps all"
+    if not torch.isclose(again, loss, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
+        return f"its loss at chosen tokens is {again:.4f} instead of {loss:.4f}"
+    return None
