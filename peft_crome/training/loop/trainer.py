@@ -150,7 +150,7 @@ class CromeTrainer(Trainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """As in `Trainer`, of logits where there are labels; of all logits where somebody reads them beside the loss."""
+        """As in `Trainer`, of logits where there are labels; of all logits where more than their loss is asked for."""
         if not (return_outputs or self.label_smoother or self.compute_loss_func):
             inputs = logits_at_labels(model, inputs)
         return super().compute_loss(model, inputs, return_outputs, **kwargs)
