@@ -173,14 +173,16 @@ def sample_rows(rows: Any, collator: ConversationCollator) -> RowSample:
         chosen = rows.take(STREAMED)
     lengths, most, instruction, target = [], 0, 1, 1
     examples: dict[frozenset[str], dict[str, Any]] = {}
-    for row in islice(chosen, SAMPLE):
-        encoded = collator.encode(row)
-        lengths.append(encoded["length"])
-        target = max(target, len(encoded["labels"]))
+    sample = list(islice(chosen, SAMPLE))
+    for row, size in zip(sample, collator.measure(sample), strict=True):
+        if isinstance(size, ValueError):
+            raise size
+        lengths.append(size.length)
+        target = max(target, size.target)
         reader = getattr(collator.processor, "qformer_tokenizer", None)
         media = media_of(row)
         if reader is not None and media:
-            read = reader(encoded["instruction"])["input_ids"]
+            read = reader(size.instruction)["input_ids"]
             instruction = max(instruction, len(read))
         most = max(most, sum(map(len, media.values())))
         examples.setdefault(frozenset(media), row)
