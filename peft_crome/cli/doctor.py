@@ -69,7 +69,7 @@ def doctor(
                 columns=columns,
                 prompt=prompt,
                 open_images=open_images,
-                encode=collator.encode if collator is not None else None,
+                measure=collator.measure if collator is not None else None,
                 on_fault=print_faults,
                 on_row=lambda rows: progress.update(task, rows=rows),
             )

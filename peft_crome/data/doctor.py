@@ -26,6 +26,7 @@ from .formats import kept_turns, parse, row_name, turns_key
 from .image_paths import ImageFolders
 from .images import open_image
 from .media import FIELDS, NOUNS, media_of
+from .row_text import RowSize
 from .rows import Fault, RowError
 from .sounds import read_sound, sound_header
 from .sources import Images, check_columns, files_in
@@ -92,7 +93,7 @@ def examine(
     columns: Mapping[str, str] | None = None,
     prompt: str | None = None,
     open_images: bool = True,
-    encode: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    measure: Callable[[list[dict[str, Any]]], list[RowSize | ValueError]] | None = None,
     on_fault: Callable[[Patient], None] | None = None,
     on_row: Callable[[int], None] | None = None,
 ) -> Findings:
@@ -101,7 +102,7 @@ def examine(
     Args:
         path, images, columns, prompt: as in `read_rows`.
         open_images: decode every image and sound and the first frame of every video, not only look for its file.
-        encode: `ConversationCollator.encode`, by which rows are measured in tokens.
+        measure: `ConversationCollator.measure`, by which rows are measured in tokens.
         on_fault: told of each faulty row as it is found.
         on_row: told how many rows have been seen.
     Raises:
@@ -127,13 +128,19 @@ def examine(
             files = {medium for *_, row, _ in parsed if row for medium in _media(row) if isinstance(medium[1], str)}
             new = sorted(files - seen_files.keys())
             seen_files.update(zip(new, pool.map(look, new) if open_images else map(look, new), strict=True))
-            for number, record, row, faults in parsed:
+            readable = []
+            for _, record, row, faults in parsed:
                 if row is not None:
                     findings.ignored.update(ignored_fields(record, columns))
                     wrong = list(_of_media(row, seen_files, look, findings))
-                    faults = [*faults, *wrong, *_twice(row, seen)]
-                    unread = any(fault.kind in ("missing", "unreadable") for fault in wrong)
-                    faults += _measure(row, encode if not unread else None, findings)
+                    faults += [*wrong, *_twice(row, seen)]
+                    _count_text(row, findings)
+                    if not any(fault.kind in ("missing", "unreadable") for fault in wrong):
+                        readable.append((row, faults))
+            if measure is not None:
+                for size, (_, faults) in zip(measure([row for row, _ in readable]), readable, strict=True):
+                    faults += _of_size(size, findings)
+            for number, record, _, faults in parsed:
                 if faults:
                     patient = Patient(number, row_name(record, number), tuple(faults))
                     findings.patients.append(patient)
@@ -220,26 +227,20 @@ def _twice(row: dict[str, Any], seen: set[bytes]) -> Iterator[Fault]:
     seen.add(digest)
 
 
-def _measure(
-    row: dict[str, Any], encode: Callable[[dict[str, Any]], dict[str, Any]] | None, findings: Findings
-) -> Iterator[Fault]:
+def _count_text(row: dict[str, Any], findings: Findings) -> None:
     findings.count("turns in a row", len(row["messages"]))
     texts = [part["text"] for message in row["messages"] for part in message["content"] if part["type"] == "text"]
     findings.count("characters in a row", sum(map(len, texts)))
-    if encode is None:
-        return
-    try:
-        encoded = encode(row)
-    except RowError as error:
-        yield from error.faults
-        return
-    except ValueError as error:  # a header that was not looked at
-        yield Fault("unreadable", str(error))
-        return
-    findings.count("tokens in a row", encoded["length"])
-    cut = encoded["length"] - len(encoded["input_ids"])
-    if cut > 0:
-        yield Fault("cut", f"{encoded['length']} tokens, of which the last {cut} are cut off.")
+
+
+def _of_size(size: RowSize | ValueError, findings: Findings) -> list[Fault]:
+    if isinstance(size, RowError):
+        return size.faults
+    if isinstance(size, ValueError):  # a header that was not looked at
+        return [Fault("unreadable", str(size))]
+    findings.count("tokens in a row", size.length)
+    cut = size.length - size.kept
+    return [Fault("cut", f"{size.length} tokens, of which the last {cut} are cut off.")] if cut > 0 else []
 
 
 def check_copy(path: Path, output: Path) -> None:

@@ -217,7 +217,7 @@ def test_rows_are_measured_in_tokens(path: Path, processor: Any) -> None:
             {"from": "human", "value": "w1 " * 30}, {"from": "gpt", "value": "w2"}]},
     ]  # fmt: skip
     path.write_text(json.dumps(rows))
-    findings = examine(path, path.parent / "images", encode=collator.encode)
+    findings = examine(path, path.parent / "images", measure=collator.measure)
     assert {patient.name: patient.faults[0].kind for patient in findings.patients} == {
         "cut": "cut", "long": "long",
     }  # fmt: skip
