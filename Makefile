@@ -57,7 +57,7 @@ test: $(CONFORMITY_READY) lint test-families  ## everything that CI checks
 	$(RUN) -m pytest -n $(WORKERS) --ignore tests/families
 	$(RUN) -m tests.zoo.table --check
 	$(RUN) -m tests.layout --check
-	$(RUN) -m mkdocs build --strict --quiet
+	$(RUN) -m mkdocs build --strict
 
 models-table: $(CONFORMITY_READY)  ## write the table of docs/models.md from a run of the zoo
 	$(RUN) -m pytest -n $(WORKERS) tests/zoo

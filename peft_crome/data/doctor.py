@@ -99,7 +99,10 @@ def examine(
     """Look at every row of a file; nothing is changed. Folders and data sets of the Hub are not looked through.
 
     Args:
-        path, images, columns, prompt: as in `read_rows`.
+        path: a file as `read_rows` takes it.
+        images: as in `read_rows`.
+        columns: as in `read_rows`.
+        prompt: as in `read_rows`.
         open_images: decode every image and sound and the first frame of every video, not only look for its file.
         encode: `ConversationCollator.encode`, by which rows are measured in tokens.
         on_fault: told of each faulty row as it is found.

@@ -66,7 +66,8 @@ def read_rows(
         columns: {"question", "answer", "image", "video", "audio", "id", "options", "rejected"} -> names of a table's
             columns.
         prompt: the question, where a table has none.
-        name, split: as in `load_rows`.
+        name: as in `load_rows`.
+        split: as in `load_rows`.
         faulty: "stop" raises at the first row that cannot be read, "drop" leaves such rows out and logs how many.
     Yields:
         id: text; images, videos, audio: lists of absolute paths, or {"bytes", "path"} where a file holds them, a video
@@ -132,7 +133,10 @@ def load_rows(
 
     Args:
         path: a file as `read_rows` takes it, a folder that `datasets` saved or can load, or a data set of the Hub.
-        images, columns, prompt, faulty: as in `read_rows`.
+        images: as in `read_rows`.
+        columns: as in `read_rows`.
+        prompt: as in `read_rows`.
+        faulty: as in `read_rows`.
         name: configuration of a data set of the Hub.
         split: of a folder or a data set of the Hub.
         streaming: read while training, and keep nothing on disk.

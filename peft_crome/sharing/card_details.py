@@ -46,7 +46,8 @@ def describe_adapter(
         datasets: Hub names of the data it was trained on; other words are put into the text alone.
         results: measured values; the Hub shows them beside the card.
         image: stored with the adapter and shown in the card.
-        license, language: as the Hub knows them: "apache-2.0", "en".
+        license: the Hub's name of it, such as "apache-2.0".
+        language: the Hub's name of it, such as "en".
         record: what `peft_crome.training.train` or `read_record` returns, for the recipe.
     Raises:
         ValueError, TypeError, FileNotFoundError: no such adapter or image, or results of another type.

@@ -103,7 +103,8 @@ class CromeTrainer(Trainer):
     Args:
         settings: the recipe's section `training`.
         image_tokens: of an image of an ordinary size, by which rows are grouped by length.
-        args, kwargs: of `Trainer`.
+        *args: as `Trainer` takes them.
+        **kwargs: as `Trainer` takes them.
     """
 
     def __init__(self, *args: Any, settings: Training, image_tokens: int = 0, **kwargs: Any) -> None:
