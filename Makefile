@@ -75,6 +75,7 @@ test-fast: $(DEV_READY)  ## the quick tests of the method, the composite and the
 lint: $(DEV_READY)
 	$(RUN) -m ruff format --check
 	$(RUN) -m ruff check
+	$(RUN) -m codespell_lib
 	$(RUN) -m mypy
 	$(RUN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-logo
 

@@ -120,7 +120,7 @@ class ChatTemplate:
                 return before
         raise ValueError(
             f"chat_template: the language model's template does not take a question and its answer ({errors[0]}). "
-            "Write chat_template: vicuna, plain or t5 in the recipe, or mend processor.chat_template."
+            "Write chat_template: vicuna, plain or t5 in the recipe, or correct processor.chat_template."
         ) from errors[0]
 
     def _keeps_earlier_turns(self) -> bool:

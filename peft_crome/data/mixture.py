@@ -65,7 +65,7 @@ def mix(sets: Sequence[Any], probabilities: Sequence[float] | None, seed: int) -
         if isinstance(one, Dataset) and len(one) == 0:
             raise ValueError(
                 f"Data set {number} of {len(sets)} (counted from 0) has no rows, so nothing can be drawn from it. "
-                "Take it out, or mend its rows: `faulty: drop` leaves out those that cannot be read."
+                "Take it out, or correct its rows. `faulty: drop` leaves out those that cannot be read."
             )
     if len(sets) == 1:
         return sets[0]

@@ -131,7 +131,7 @@ def place_by_others(messages: list[dict[str, Any]], count: int) -> None:
 
 
 def _half_a_character(turn: Any) -> Fault:
-    return Fault("turn", f"{short(turn)} holds half a character (a lone surrogate). Mend the text.")
+    return Fault("turn", f"{short(turn)} holds half a character (a lone surrogate). Correct the text.")
 
 
 def _split(text: str, kinds: Collection[str]) -> list[dict[str, Any]]:

@@ -108,7 +108,7 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
             {"chat_template": "vicunna"},
             r"chat_template='vicunna' is neither one of \['vicuna', 'plain', 't5', 'words'\] nor",
         ),
-        ({"chat_template": "{{ messages"}, r"chat_template is no sound Jinja: .*\(its line 1\)\. Mend it, or write"),
+        ({"chat_template": "{{ messages"}, r"chat_template is not valid Jinja: .*\(its line 1\)\. Fix it, or write"),
         ({"training": {"seed": -1}}, r"training.seed: .*greater than or equal to 0 \(given: -1\)"),
         ({"training": {"betas": [2, 3]}}, r"training.betas.0: .*less than 1 \(given: 2\)"),
         ({"training": {"learning_rate": float("inf")}}, r"training.learning_rate: .*finite number"),

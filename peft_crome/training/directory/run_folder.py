@@ -130,7 +130,7 @@ def open_run(
             ways = "Remove that folder to begin anew, or put it back as it was to go on."
             if acceptable:
                 ways = (
-                    "Put it back as it was to go on; or, where this mends rows that stopped the run, go on with "
+                    "Put it back as it was to go on. If you corrected rows that stopped the run, go on with "
                     "peft-crome train ... --accept-changed-data, in Python train(..., accept_changed_data=True). Or "
                     "remove that folder to begin anew."
                 )

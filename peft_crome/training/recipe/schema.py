@@ -428,7 +428,7 @@ def _check_jinja(template: str) -> None:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(words)
     except TemplateSyntaxError as error:
         raise ValueError(
-            f"chat_template is no sound Jinja: {error.message} (its line {error.lineno}). Mend it, or write one of "
+            f"chat_template is not valid Jinja: {error.message} (its line {error.lineno}). Fix it, or write one of "
             f"{list(CHAT_TEMPLATES)}"
         ) from error
 
