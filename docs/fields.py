@@ -18,7 +18,8 @@ class FieldHelp(griffe.Extension):
         if attr.docstring is None and isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
             arguments = {keyword.arg: keyword.value for keyword in node.value.keywords}
             if isinstance(metadata := arguments.get("metadata"), ast.Dict):
-                arguments |= {ast.literal_eval(key): value for key, value in zip(metadata.keys, metadata.values) if key}
+                names = [key and ast.literal_eval(key) for key in metadata.keys]
+                arguments |= dict(zip(names, metadata.values, strict=True))
             text = arguments.get("help") or arguments.get("description")
             if text is not None:
                 attr.docstring = griffe.Docstring(ast.literal_eval(text), parent=attr)

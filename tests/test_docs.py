@@ -121,7 +121,9 @@ def test_each_include_is_on_a_page() -> None:
 def test_make_targets_in_the_pages_exist(page: str) -> None:
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     text = (ROOT / page).read_text(encoding="utf-8")
-    named = set(re.findall(r"^(?:\$ |.* run: )?make ([a-z][a-z-]*)", text, re.M)) | set(re.findall(r"`make ([a-z-]+)", text))
+    named = set(re.findall(r"^(?:\$ |.* run: )?make ([a-z][a-z-]*)", text, re.M)) | set(
+        re.findall(r"`make ([a-z-]+)", text)
+    )
     assert named <= targets, f"{page}: no such target: {sorted(named - targets)}"
 
 

@@ -176,7 +176,7 @@ class ConversationCollator:
         """What is said in a row, as the chat template writes it; no file is opened."""
         name = row["id"]
         if row["messages"][-1]["role"] != "assistant":
-            raise row_error(name, "order", "the last turn is no answer. Take that turn out.")
+            raise row_error(name, "order", "the last turn is not an answer. Take that turn out.")
         check_row(row, self.processor)
         messages = self.template.completed(row["messages"])
         spans: list[Span] = []

@@ -254,7 +254,7 @@ def check_copy(path: Path, output: Path) -> None:
         ValueError: the file is parquet, or the copy is to be something else than JSON.
     """
     if output.exists():
-        raise FileExistsError(f"{output} is there already, and nothing is overwritten. Name another file.")
+        raise FileExistsError(f"{output} exists already, and no file is overwritten. Name another file.")
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"{output}: there is no folder {output.absolute().parent}.")
     if path.suffix.lower() == ".parquet" or output.suffix not in (".json", ".jsonl"):

@@ -242,7 +242,7 @@ def _open_table(path: str, name: str | None, split: str, streaming: bool) -> tup
         table = load_from_disk(path) if saved else load_dataset(path, name, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path!r} is no file, and not to be had as a data set with name={name!r}, split={split!r}: {error}"
+            f"{path!r} is not a file, and cannot be loaded as a data set with name={name!r}, split={split!r}: {error}"
         ) from error
     if isinstance(table, datasets.DatasetDict):
         if split not in table:

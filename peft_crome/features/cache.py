@@ -32,7 +32,7 @@ class _States(tuple):
         if isinstance(state, torch.Tensor) and not state.numel():
             raise ValueError(
                 f"The model reads hidden state {index} of its tower, beside those that its vision_feature_layer "
-                "names, so what is to be kept cannot be told. Train without a feature cache."
+                "names, so it is unknown what to keep. Train without a feature cache."
             )
         return state
 
@@ -156,8 +156,8 @@ class FeatureCache:
         wrong = [name for name, value in kept.items() if not isinstance(value, torch.Tensor) or len(value) != count]
         if wrong or not set(fields) <= {"last_hidden_state", "pooler_output"} or not kept:
             raise ValueError(
-                f"{type(self.tower).__name__} gives {wrong or sorted(fields)}, which cannot be told apart by image, "
-                "or not put together again. Train without a feature cache."
+                f"{type(self.tower).__name__} gives {wrong or sorted(fields)}, which cannot be divided by image, "
+                "or not be joined again. Train without a feature cache."
             )
         numbers = {COUNT: torch.tensor(len(states)), LAST: torch.tensor(same[0] if same else -1)}
         return [{**{name: value[i] for name, value in kept.items()}, **numbers} for i in range(count)]

@@ -32,7 +32,7 @@ def check_output(output: str | Path, overwrite: bool = False) -> None:
         if file.is_dir():
             raise ValueError(f"{file} is a folder. Name another output.")
         if file.exists() and not overwrite:
-            raise ValueError(f"{file} is there already and is not overwritten. Name another output, or overwrite it.")
+            raise ValueError(f"{file} exists already and is not overwritten. Name another output, or overwrite it.")
 
 
 def write_inspection(views: Sequence[View], output: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:

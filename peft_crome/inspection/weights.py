@@ -169,7 +169,7 @@ def _read_config(adapter: str) -> Any:
         if not folder.is_dir():
             if folder.is_file():
                 raise ValueError(f"{adapter} is a file. Give the directory that it lies in.") from error
-            raise ValueError(f"{adapter} is no folder, and cannot be had from the Hub.") from error
+            raise ValueError(f"{adapter} is not a folder, and the Hub does not give it.") from error
         if (folder / "adapter_config.json").is_file():
             raise
         inside = sorted(str(file.parent) for file in folder.glob("*/adapter_config.json"))

@@ -40,7 +40,7 @@ def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwar
     """
     output = Path(output_dir)
     if output.exists():
-        raise FileExistsError(f"{output} is there already; nothing was written. Name a new directory.")
+        raise FileExistsError(f"{output} exists already, and nothing was written. Name a new directory.")
     model = unwrapped(model, PeftModel)
     host = unwrapped(model)
     _check(model)
@@ -84,7 +84,7 @@ def _check(model: PeftModel) -> None:
     others = [name for name, m in model.get_base_model().named_modules() if is_of_another_method(m, CROME_CLASSES)]
     if others:
         raise ValueError(
-            f"{others[:3]} ({len(others)} in all) carry adapters of another PEFT method, which are no part of an "
+            f"{others[:3]} ({len(others)} in all) carry adapters of another PEFT method, which are not part of an "
             "ordinary checkpoint. Merge these into the host before CROME is attached: merge_and_unload()."
         )
     tables = [site for site in sites if not why_not_foldable(site.table)]

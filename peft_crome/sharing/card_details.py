@@ -63,11 +63,11 @@ def describe_adapter(
     wrong = [result for result in results if not isinstance(result, EvalResult)]
     if wrong:
         raise TypeError(
-            f"results: {wrong[0]!r} is no huggingface_hub.EvalResult. Write EvalResult(task_type="
+            f"results: {wrong[0]!r} is not a huggingface_hub.EvalResult. Write EvalResult(task_type="
             "'visual-question-answering', dataset_type='user/data', dataset_name='Data', metric_type='accuracy', "
             "metric_value=0.9)."
         )
     path = Path(image) if image is not None else None
     if path is not None and (not path.is_file() or path.suffix.lower() not in IMAGE_SUFFIXES):
-        raise FileNotFoundError(f"image={str(path)!r} is no file with one of the endings {IMAGE_SUFFIXES}.")
+        raise FileNotFoundError(f"image={str(path)!r} is not a file with one of the endings {IMAGE_SUFFIXES}.")
     config._card = CardDetails(task, tuple(datasets), tuple(results), path, license, language, record)

@@ -137,7 +137,7 @@ def test_files_are_not_overwritten(adapters: list[str], tmp_path: Path) -> None:
     view = look(adapters[0])
     assert view.branches is None
     (tmp_path / "out.png").write_text("mine")
-    with pytest.raises(ValueError, match=r"out\.png is there already and is not overwritten"):
+    with pytest.raises(ValueError, match=r"out\.png exists already and is not overwritten"):
         write_inspection([view], tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
     assert (tmp_path / "out.png").read_text() == "mine"

@@ -103,10 +103,10 @@ def check_free(directory: str | Path) -> None:
     """
     directory = Path(directory)
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise StageError(f"{directory} is there already and is not overwritten. Name another output, or move it away.")
+        raise StageError(f"{directory} exists already and is not overwritten. Name another output, or move it away.")
     parent = next(folder for folder in directory.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise StageError(f"{directory} cannot be written: {parent} is no folder that you may write to.")
+        raise StageError(f"{directory} cannot be written: {parent} is not a folder that you may write to.")
 
 
 def is_finished(directory: Path, checkpoints: Path, recipe: dict[str, Any]) -> bool:
@@ -127,8 +127,8 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         contents = sorted(file.name for file in directory.iterdir())[:8] if directory.is_dir() else "no such directory"
         raise StageError(
-            f"{directory} is no complete stage's directory: it has no {RECORD} ({contents}). Point `previous` at a "
-            "directory that `peft-crome train` has finished, or run that stage again."
+            f"{directory} is not the directory of a complete stage: it has no {RECORD} ({contents}). Point "
+            "`previous` at a directory that `peft-crome train` has finished, or run that stage again."
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -67,7 +67,7 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
     known = TrainingArguments.__dataclass_fields__
     unknown = [key for key in settings.arguments if key not in known]
     if unknown:
-        raise RecipeError(f"training.arguments: {unknown} are no arguments of transformers' TrainingArguments.")
+        raise RecipeError(f"training.arguments: {unknown} are not arguments of transformers' TrainingArguments.")
     try:
         made = TrainingArguments(**(arguments | settings.arguments))
     except (TypeError, ValueError, AttributeError) as error:

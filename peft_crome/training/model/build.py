@@ -170,7 +170,9 @@ def prepare_processor(processor: Any, recipe: Recipe) -> None:
         processor.chat_template = CHAT_TEMPLATES.get(recipe.chat_template, recipe.chat_template)
     if recipe.images_after_text is not None:
         if not hasattr(processor, "images_after_text"):
-            raise StageError("images_after_text: the chat template of `model` says where images stand. Take it out.")
+            raise StageError(
+                "images_after_text: the chat template of `model` decides where images stand. Take it out."
+            )
         processor.images_after_text = recipe.images_after_text
     images = processor.image_processor
     for name, value in (("image_mean", recipe.images.mean), ("image_std", recipe.images.std)):

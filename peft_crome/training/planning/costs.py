@@ -45,7 +45,7 @@ def recipe_skeleton(recipe: Recipe) -> PeftModel:
         return skeleton(config, stage, adapter)
     if recipe.backbones is None:
         raise StageError(
-            f"previous: {recipe.previous} is not there yet, and the recipe does not say what it is made of. Add its "
+            f"previous: {recipe.previous} does not exist yet, and the recipe does not name its parts. Add its "
             "`backbones` to plan ahead."
         )
     return skeleton(composite_config(recipe.backbones), stage, adapter)

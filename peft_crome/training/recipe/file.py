@@ -100,7 +100,7 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(f"--set {setting!r} is no setting; write --set training.max_steps=100.")
+            raise RecipeError(f"--set {setting!r} is not a setting; write --set training.max_steps=100.")
         try:
             overrides[key.strip()] = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
@@ -124,7 +124,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise RecipeError(f"{name} is no text in UTF-8 ({error}); expected a recipe in YAML.") from error
+            raise RecipeError(f"{name} is not text in UTF-8 ({error}); expected a recipe in YAML.") from error
     else:
         raise FileNotFoundError(f"{source} is neither a file nor a preset; presets are {list(PRESETS)}.")
     try:
