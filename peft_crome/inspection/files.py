@@ -39,13 +39,13 @@ def write_inspection(views: Sequence[View], output: str | Path, *, overwrite: bo
     """Write one HTML page with everything in it, and one PNG figure of its panels.
 
     Args:
-        views: from `look`: one adapter, or two with the same prompt and images.
-        output: name of both files; ".html" and ".png" are put behind it.
-        overwrite: replace files of these names.
+        views: Results of `look`, for one adapter, or for two with the same prompt and images.
+        output: Name of both files, without ".html" and ".png".
+        overwrite: Whether to replace files of these names.
     Returns:
-        The page, and the figure.
+        The paths of the page and of the figure.
     Raises:
-        ValueError: see `check_output`.
+        ValueError: A file exists already, or its folder does not exist.
         ImportError: matplotlib or Jinja is not installed.
     """
     check_output(output, overwrite)

@@ -38,19 +38,19 @@ def describe_adapter(
     language: str | None = None,
     record: dict[str, Any] | None = None,
 ) -> None:
-    """Say what `save_pretrained` and `push_to_hub` are to write into the adapter's model card.
+    """Describe the adapter for the model card that `save_pretrained` and `push_to_hub` write.
 
     Args:
-        model: has the adapter.
-        task: a sentence or more of Markdown: what the adapter is for.
-        datasets: Hub names of the data it was trained on; other words are put into the text alone.
-        results: measured values; the Hub shows them beside the card.
-        image: stored with the adapter and shown in the card.
-        license: the Hub's name of it, such as "apache-2.0".
-        language: the Hub's name of it, such as "en".
-        record: what `peft_crome.training.train` or `read_record` returns, for the recipe.
+        model: A model with the adapter.
+        task: What the adapter is for, in a sentence or more of Markdown.
+        datasets: Hub names of the training data. Other words appear in the text alone.
+        results: Measured values, which the Hub shows beside the card.
+        image: An image to store with the adapter and show in the card.
+        license: The Hub's name of the license, such as "apache-2.0".
+        language: The Hub's name of the language, such as "en".
+        record: The result of `peft_crome.training.train` or `read_record`, from which the card takes the recipe.
     Raises:
-        ValueError, TypeError, FileNotFoundError: no such adapter or image, or results of another type.
+        ValueError, TypeError, FileNotFoundError: The adapter or the image is missing, or results have a wrong type.
 
     Example:
         >>> describe_adapter(model, task="Reads gauges.", datasets=["user/gauges"])  # doctest: +SKIP

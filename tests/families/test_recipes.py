@@ -219,7 +219,7 @@ def test_answers_are_those_of_each_row_alone(make: Make, data: Path) -> None:
         ({"stage": "pretrain"}, "write stage: finetune"),
         ({"previous": "somewhere"}, "give one of `model`"),
         ({"images_after_text": True}, "the chat template of `model` decides where images stand"),
-        ({"model": "nowhere/at-all"}, "is no folder with a model, and cannot be had from the Hub"),
+        ({"model": "nowhere/at-all"}, "is not a folder with a model, and the Hub does not give it"),
     ],
     ids=lambda value: str(value)[:30],
 )

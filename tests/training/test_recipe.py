@@ -99,7 +99,7 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
         ({"mixture": {"temprature": 2}}, r"mixture.temprature: no such key; did you mean 'temperature'\?"),
         (
             {"data": [{"path": "a", "streaming": True}]},
-            "how long an epoch of streamed data is; give training.max_steps",
+            "the length of an epoch of streamed data is unknown; give training.max_steps",
         ),
         ({"data": [{"path": "a", "columns": {"answer": "b"}}]}, r"data.0: .*expected the names of `answer` and"),
         ({"training": {"arguments": {"max_steps": 2}}}, r"arguments: \['max_steps'\] are set by keys"),

@@ -51,12 +51,12 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     """Read and validate a recipe.
 
     Args:
-        source: a YAML file, the name of a preset ("pretrain", "instruct", "finetune"), or a mapping. A `preset:` key
-            takes over everything that is not said otherwise.
-        overrides: dotted keys and their values: {"training.max_steps": 100}.
+        source: A YAML file, the name of a preset ("pretrain", "instruct", "finetune"), or a mapping. A key `preset:`
+            fills in everything that the recipe leaves out.
+        overrides: Dotted keys and their values, as in {"training.max_steps": 100}.
     Raises:
-        RecipeError: lists each key that is unknown, missing or has a wrong value.
-        FileNotFoundError: there is neither such a file nor such a preset.
+        RecipeError: Lists each key that is unknown, missing or has a wrong value.
+        FileNotFoundError: There is neither such a file nor such a preset.
     """
     values, name = _read(source)
     preset, explicit_values = values.pop("preset", None), copy.deepcopy(values)
