@@ -57,7 +57,7 @@ test: $(CONFORMITY_READY) lint test-families  ## everything that CI checks
 	$(RUN) -m pytest -n $(WORKERS) --ignore tests/families
 	$(RUN) -m tests.zoo.table --check
 	$(RUN) -m tests.layout --check
-	$(RUN) -m mkdocs build --strict --quiet
+	$(RUN) -m mkdocs build --strict
 
 models-table: $(CONFORMITY_READY)  ## write the table of docs/models.md from a run of the zoo
 	$(RUN) -m pytest -n $(WORKERS) tests/zoo
@@ -75,6 +75,7 @@ test-fast: $(DEV_READY)  ## the quick tests of the method, the composite and the
 lint: $(DEV_READY)
 	$(RUN) -m ruff format --check
 	$(RUN) -m ruff check
+	$(RUN) -m codespell_lib
 	$(RUN) -m mypy
 	$(RUN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-logo
 

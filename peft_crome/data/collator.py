@@ -31,30 +31,32 @@ ORDINARY: Header = ("image", (640, 480))  # where nothing else is known
 class ConversationCollator:
     """Make batches of conversations for training any model whose processor has a chat template.
 
-    A model gets what `processor.apply_chat_template(conversation, tokenize=True, return_dict=True)` gives, padded on
-    the right. The processor chooses the frames of a video file, and sound is read at its sampling rate. Only what the
-    assistant says counts in the loss, with the token that ends it; images, videos, sounds, instructions and padding do
-    not. `needs_split` says whether a row must hold one answer to learn, its last (see `split_turns`): for
-    an encoder-decoder; for a Q-Former, which reads what is asked up to an answer and nothing later; and for a chat
-    template that writes an answer in another way once more is said, or a prompt unlike generation's.
+    A batch holds what `processor.apply_chat_template(conversation, tokenize=True, return_dict=True)` gives, padded on
+    the right. The processor chooses the frames of a video file, and sound is read at its sampling rate. Only the
+    assistant's words count in the loss, with the token that ends them. Images, videos, sounds, instructions and
+    padding do not count.
+
+    `needs_split` is true if a row must have one answer to learn, its last (see `split_turns`). This holds for an
+    encoder-decoder, and for a Q-Former, which reads the question of one answer. It also holds for a chat template that
+    writes an answer in another way once more turns follow, or a prompt unlike the one for generation.
 
     Args:
-        processor: of the model, with a fast tokenizer.
-        is_encoder_decoder: as in the model's configuration.
-        augmentation: of training images; None: as they are.
-        max_length: tokens per row; longer ones are cut at the end, decoder-only models' alone. None: not at all.
-        max_positions: tokens that the language model, or an encoder-decoder's encoder, takes; a row that is longer,
-            once cut, is refused. None: any.
-        max_target_length: tokens that an encoder-decoder's decoder takes; None: it has no limit.
-        max_instruction_length: tokens that a Q-Former reads; None: it has no limit.
-        system: a system message for conversations without one.
-        ends_answers: put the tokenizer's end token behind answers where the chat template writes nothing, as LLaVA
-            1.5's, so that the model learns to stop.
-        seed: of the augmentation, which depends on it and on a row's "draw" alone (see `draws`), whatever was drawn
-            before and by whichever worker.
+        processor: The model's processor, with a fast tokenizer.
+        is_encoder_decoder: The same value as in the model's configuration.
+        augmentation: How training images are cropped and mirrored. None leaves them as they are.
+        max_length: Number of tokens at which a row of a decoder-only model is cut. None cuts nothing.
+        max_positions: Number of tokens that the language model, or the encoder of an encoder-decoder, takes. A longer
+            row raises an error, after the cut. None means no limit.
+        max_target_length: Number of tokens that the decoder of an encoder-decoder takes. None means no limit.
+        max_instruction_length: Number of tokens that a Q-Former reads. None means no limit.
+        system: A system message for conversations that have none.
+        ends_answers: Put the tokenizer's end token behind answers if the chat template writes none, as LLaVA 1.5's,
+            so that the model learns to stop.
+        seed: Seed of the augmentation. An image's crop depends on the seed and on the row's "draw" alone (see
+            `draws`), and not on the worker that makes it.
     Raises:
-        ValueError: the processor is a bare tokenizer, or has no fast one; there is no chat template, or one that takes
-            no question with its answer; or the processor's text cannot be told apart from its images.
+        ValueError: The processor is a bare tokenizer or has no fast one, has no chat template, or has one that does
+            not take a question with its answer. Or its text cannot be separated from its images.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class ConversationCollator:
 
     @staticmethod
     def limits(config: Any) -> dict[str, Any]:
-        """What a model's configuration tells of its kind and of how much its parts read, as arguments."""
+        """The arguments that follow from a model's configuration: its kind, and how many tokens its parts read."""
         text = config.get_text_config()
         is_encoder_decoder = bool(config.is_encoder_decoder)
         decoder = position_limit(text, "decoder")
@@ -150,10 +152,10 @@ class ConversationCollator:
         return batch
 
     def encode(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One row's input_ids, labels and the instruction for a Q-Former; of files, the headers alone are read.
+        """Give one row's input_ids, labels and instruction for a Q-Former, and read the headers of its files alone.
 
         Returns:
-            Also "length", the number of tokens before a cut.
+            The row, with "length", the number of tokens before a cut.
         Raises:
             RowError: the last turn is no answer, a decoder cannot hold it, a Q-Former cannot read the instruction, a
                 cut would leave no answer or part of an image, the text holds image tokens of its own, the model takes
@@ -225,7 +227,7 @@ class ConversationCollator:
         """What is said in a row, as the chat template writes it; no file is opened."""
         name = row["id"]
         if row["messages"][-1]["role"] != "assistant":
-            raise row_error(name, "order", "the last turn is no answer. Take that turn out.")
+            raise row_error(name, "order", "the last turn is not an answer. Take that turn out.")
         check_row(row, self.processor)
         messages = self.template.completed(row["messages"])
         spans: list[Span] = []

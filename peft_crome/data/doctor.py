@@ -55,16 +55,16 @@ class Patient:
 
 @dataclass
 class Findings:
-    """What `examine` saw.
+    """What `examine` found in a file.
 
     Args:
-        rows: of the file.
-        text_rows: rows of text alone, of those that can be read.
-        ignored: fields that are not read -> how many of the rows that can be read have them.
-        histograms: "images in a row", "turns in a row", "longer side of images", "characters in a row", where there
-            are such "frames in a video", "seconds of videos", "seconds of sounds" and "samples a second of sounds",
-            and where a model is known "tokens in a row": value -> how many. What is not in `EXACT` is rounded up to
-            powers of two.
+        rows: Number of rows in the file.
+        text_rows: Number of readable rows that are text alone.
+        ignored: Field that is not read -> number of readable rows that have it.
+        histograms: Name -> value -> count. The names are "images in a row", "turns in a row", "longer side of images"
+            (pixels) and "characters in a row". With videos or sounds there are "frames in a video", "seconds of
+            videos", "seconds of sounds" and "samples a second of sounds", and with a model "tokens in a row". Values
+            of names that are not in `EXACT` are rounded up to powers of two.
     """
 
     rows: int = 0
@@ -97,14 +97,18 @@ def examine(
     on_fault: Callable[[Patient], None] | None = None,
     on_row: Callable[[int], None] | None = None,
 ) -> Findings:
-    """Look at every row of a file; nothing is changed. Folders and data sets of the Hub are not looked through.
+    """Check every row of a file, and change nothing. Folders and Hub data sets are not read.
 
     Args:
-        path, images, columns, prompt: as in `read_rows`.
-        open_images: decode every image and sound and the first frame of every video, not only look for its file.
-        measure: `ConversationCollator.measure`, by which rows are measured in tokens.
-        on_fault: told of each faulty row as it is found.
-        on_row: told how many rows have been seen.
+        path: a file as `read_rows` takes it.
+        images: as in `read_rows`.
+        columns: as in `read_rows`.
+        prompt: as in `read_rows`.
+        open_images: Decode every image and sound and the first frame of every video. False only checks that the files
+            exist.
+        measure: `ConversationCollator.measure`, to measure rows in tokens.
+        on_fault: Called with each faulty row as it is found.
+        on_row: Called with the number of rows read so far.
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it is neither JSON nor parquet.
         ImportError: a package that reads videos or sound is missing.
@@ -252,7 +256,7 @@ def check_copy(path: Path, output: Path) -> None:
         ValueError: the file is parquet, or the copy is to be something else than JSON.
     """
     if output.exists():
-        raise FileExistsError(f"{output} is there already, and nothing is overwritten. Name another file.")
+        raise FileExistsError(f"{output} exists already, and no file is overwritten. Name another file.")
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"{output}: there is no folder {output.absolute().parent}.")
     if path.suffix.lower() == ".parquet" or output.suffix not in (".json", ".jsonl"):
@@ -265,18 +269,18 @@ def write_fixed(
     findings: Findings,
     images: Images = None,
 ) -> tuple[int, int]:
-    """Write a copy without the faulty rows; rows that can be mended are written mended, all others as they are.
+    """Write a copy without the faulty rows. Rows that can be corrected are corrected, and all others stay as they are.
 
     NaN and infinity become null: JSON has no words for them.
 
     Args:
-        path: the file that was examined, JSON or JSONL; faulty rows whose answer stands apart, in `completion` or
-            `chosen`, are left out, not mended.
-        output: the copy, a JSON list, or JSONL where it ends so. It must not exist.
-        findings: of `examine`.
-        images: as there.
+        path: The file that was examined, JSON or JSONL. Faulty rows with their answer in `completion` or `chosen` are
+            left out and not corrected.
+        output: The copy, a JSON list, or JSONL if it ends in .jsonl. It must not exist.
+        findings: The result of `examine`.
+        images: As in `examine`.
     Returns:
-        Rows written, and how many of them were mended.
+        The number of rows written, and the number of them that were corrected.
     Raises:
         FileExistsError, ValueError: as `check_copy`.
     """

@@ -17,7 +17,7 @@ def _first_turns(row: dict[str, Any], count: int) -> dict[str, Any]:
 
 
 def split_turns(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One row per answer, with all that was said before it: what an encoder-decoder learns from.
+    """Make one row for each answer, with the turns before it, as an encoder-decoder needs.
 
     Images, videos and sounds stay with the turns that show them.
     """

@@ -83,7 +83,7 @@ class CromeLayer(Mergeable):
         """Add the adapters to the embeddings in `output`, whatever container holds them.
 
         Args:
-            input_ids: what a table was called with; read where the branch depends on the token.
+            input_ids: The ids that a table was called with. They are read if the branch depends on the token.
         """
         return map_embeddings(output, self.out_features, lambda x: self._adapt(x, adapter_names, input_ids))
 

@@ -94,7 +94,7 @@ def test_nothing_is_overwritten(name: str, path: Path) -> None:
     before = target.read_bytes()
     result = runner.invoke(app, ["doctor", str(path), "--fix", str(target)])
     assert result.exit_code == 1
-    assert "is there already, and nothing is overwritten" in result.stderr
+    assert "exists already, and no file is overwritten" in result.stderr
     assert target.read_bytes() == before
 
 
