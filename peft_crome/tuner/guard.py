@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,7 @@ class Watch:
         return rows
 
 
-def check(model: nn.Module, batch: dict[str, Any]) -> list[SiteReport]:
+def check(model: nn.Module, batch: Mapping[str, Any]) -> list[SiteReport]:
     """Run one batch forward and see that each branch with input in it is reached and can learn; changes nothing.
 
     Args:
