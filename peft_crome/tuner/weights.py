@@ -9,8 +9,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .bottleneck import CromeLinear, gated_product
+from .bottleneck import gated_product
 from .config import CromeConfig
+from .maps import CromeLinear, CromeUp
 
 GATE = "crome_gate_"
 DOWN = "crome_down_"
@@ -69,7 +70,7 @@ class CromeWeights(nn.Module, BaseTunerLayer):
                 self.add_module(name, nn.ModuleDict())
                 self.adapter_layer_names += (name,)
             is_up = name == "crome_up"
-            linear = CromeLinear(m, hidden_size) if is_up else CromeLinear(hidden_size, m)
+            linear = CromeUp(m, hidden_size) if is_up else CromeLinear(hidden_size, m)
             getattr(self, name)[adapter_name] = linear
             if linear.weight.is_meta:
                 continue

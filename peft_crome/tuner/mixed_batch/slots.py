@@ -8,18 +8,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
-
-class StackedLinear(NamedTuple):
-    """A linear map for each slot: (slots, tokens, in) -> (slots, tokens, out).
-
-    Attributes:
-        weight: (slots, out, in).
-    """
-
-    weight: torch.Tensor
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight.mT
+from ..maps import StackedLinear
 
 
 class Slots(NamedTuple):
@@ -91,7 +80,8 @@ class Stacks:
         # Without gradients nothing would lead back to the weights from a stack.
         key = (linears, names, device, torch.is_grad_enabled())
         if key not in self._made:
-            self._made[key] = StackedLinear(_stack([_weight(linears[name], device) for name in names]))
+            weight = _stack([_weight(linears[name], device) for name in names])
+            self._made[key] = StackedLinear(linears[names[0]], weight)  # type: ignore[arg-type]
         return self._made[key]
 
 
