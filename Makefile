@@ -57,7 +57,7 @@ test: $(CONFORMITY_READY) lint test-families  ## everything that CI checks
 	$(RUN) -m pytest -n $(WORKERS) --ignore tests/families
 	$(RUN) -m tests.zoo.table --check
 	$(RUN) -m tests.layout --check
-	$(RUN) -m mkdocs build --strict --quiet
+	$(RUN) -m mkdocs build --strict
 
 models-table: $(CONFORMITY_READY)  ## write the table of docs/models.md from a run of the zoo
 	$(RUN) -m pytest -n $(WORKERS) tests/zoo
@@ -75,6 +75,7 @@ test-fast: $(DEV_READY)  ## the quick tests of the method, the composite and the
 lint: $(DEV_READY)
 	$(RUN) -m ruff format --check
 	$(RUN) -m ruff check
+	$(RUN) -m codespell_lib
 	$(RUN) -m mypy
 	$(RUN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-logo
 
@@ -85,6 +86,7 @@ bench: $(DEV_READY) bench-import  ## speed, memory, many adapters, operations: a
 	$(RUN) -m benchmarks.step_time
 	$(RUN) -m benchmarks.own_work
 	$(RUN) -m benchmarks.step_memory
+	$(RUN) -m benchmarks.labelled_logits
 	$(RUN) -m benchmarks.decoding
 	$(RUN) -m benchmarks.many_adapters
 	$(RUN) -m benchmarks.operations

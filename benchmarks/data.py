@@ -1,10 +1,12 @@
 """Rows a second and peak memory of reading LLaVA files, from 10,000 to 1,000,000 rows.
 
-    python -m benchmarks.data                  # everything that is not done yet; about ten minutes
+    python -m benchmarks.data                  # everything that is not done yet; about half an hour
     python -m benchmarks.data --rows 10000
 
-Rows as in the 665K mix: 1.4 KB, several turns, an image in nine of ten, which is looked for and not opened (what
-opening costs depends on the images). Each way of reading runs in a process of its own and counts what it yields;
+Rows as in the 665K mix: 1.4 KB, several turns, an image in nine of ten. The image is looked for and not decoded, as
+what decoding costs depends on the images. `doctor --model` counts tokens, for which it opens the header of each row's
+image. Its processor is Qwen2.5-VL's with the published sizes and the tokenizer of tests/families, and needs the
+packages of tests/families/packages.txt. Each way of reading runs in a process of its own and counts what it yields;
 memory is the largest of samples, 50 a second, of the process's own pages (RssAnon, Linux): the pages of mapped files,
 which `datasets` reads its tables through, are the kernel's to drop.
 """
@@ -25,6 +27,7 @@ from typing import Annotated, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one core
 
 import matplotlib
 import typer
@@ -33,17 +36,18 @@ from benchmarks.interleaved import markdown
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from PIL import Image
 
 RESULTS = Path(__file__).parent / "results" / "data"
-SIZES = (10_000, 100_000, 1_000_000)
 PICTURES = 1000  # files, which rows share
+PIXELS = ((640, 480), (480, 640), (640, 427), (427, 640), (500, 375), (612, 612), (1024, 768), (336, 336))
 SAID = "The image shows a street with some cars, a bicycle and two people who wait for the light to change. "
 
 
 def write_file(path: Path, rows: int) -> None:
     """A JSON list as published, written row by row, and the files that it names."""
     for number in range(PICTURES):
-        (path.parent / f"{number}.jpg").touch()
+        Image.new("RGB", PIXELS[number % len(PIXELS)]).save(path.parent / f"{number}.jpg")
     with path.open("w") as file:
         for number in range(rows):
             turns = []
@@ -66,6 +70,23 @@ def diagnose(path: Path) -> int:
     findings = examine(path, open_images=False)
     assert not findings.patients, findings.patients[0]
     return findings.rows
+
+
+def count_tokens(path: Path) -> int:
+    """`peft-crome doctor --no-open-images --model`."""
+    import tests.torchvision_on_cpu  # noqa: F401  # before transformers imports it
+
+    # isort: split
+
+    from transformers import AutoProcessor
+
+    from peft_crome.data import ConversationCollator
+    from peft_crome.data.doctor import examine
+
+    collator = ConversationCollator(AutoProcessor.from_pretrained(path.parent / "model"), ends_answers=True)
+    findings = examine(path, open_images=False, measure=collator.measure)
+    assert not findings.patients, findings.patients[0]
+    return sum(findings.histograms["tokens in a row"].values())
 
 
 def convert(path: Path) -> int:
@@ -96,9 +117,11 @@ def streaming(path: Path) -> int:
 WAYS: dict[str, Callable[[Path], int]] = {
     "doctor": diagnose,
     "first reading": convert,
-    "an epoch of a mixture": epoch,
+    "an epoch of a mixture": epoch,  # of what `first reading` has converted
     "streaming": streaming,
+    "doctor --model": count_tokens,
 }
+SIZES = dict.fromkeys(WAYS, (10_000, 100_000, 1_000_000)) | {"doctor --model": (10_000, 100_000, 665_000)}
 
 
 def measure(way: str, path: Path) -> dict[str, Any]:
@@ -114,12 +137,18 @@ def measure(way: str, path: Path) -> dict[str, Any]:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     rows = WAYS[way](path)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     done.set()
     sampler.join()
-    return {"rows": rows, "seconds": seconds, "peak_bytes": max(samples), "bytes_after_import": samples[0]}
+    return {
+        "rows": rows,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_bytes": max(samples),
+        "bytes_after_import": samples[0],
+    }
 
 
 def _own_bytes() -> int:
@@ -132,22 +161,29 @@ def run(sizes: list[int]) -> list[dict[str, Any]]:
     file = RESULTS / "records.json"
     records: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for size in sizes:
-        if all((record["size"], record["way"]) != (size, "streaming") for record in records):
-            records = [record for record in records if record["size"] != size] + _measure_size(size)
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(sorted(records, key=lambda record: record["size"]), indent=1) + "\n")
-            temporary.replace(file)
-    return sorted(records, key=lambda record: record["size"])
+    for size in sizes or sorted({size for of_way in SIZES.values() for size in of_way}):
+        done = {record["way"] for record in records if record["size"] == size}
+        ways = [way for way in WAYS if way not in done and (sizes or size in SIZES[way])]
+        records = sorted([*records, *_measure_size(size, ways)], key=lambda record: record["size"])
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(records, indent=1) + "\n")
+        temporary.replace(file)
+    return records
 
 
-def _measure_size(size: int) -> list[dict[str, Any]]:
+def _measure_size(size: int, ways: list[str]) -> list[dict[str, Any]]:
+    if not ways:
+        return []
     folder = Path(tempfile.mkdtemp(prefix="rows-"))
     records = []
     try:
         path = folder / "mix.json"
         write_file(path, size)
-        for way in WAYS:  # `an epoch` finds what `first reading` has converted
+        if "doctor --model" in ways:
+            from tests.families import FAMILIES
+
+            FAMILIES["qwen2_5_vl"].build(folder / "model")
+        for way in ways:
             result = subprocess.run(
                 [sys.executable, "-m", "benchmarks.data", "--way", way, "--file", str(path)],
                 env={**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")},
@@ -159,6 +195,7 @@ def _measure_size(size: int) -> list[dict[str, Any]]:
                     "size": size,
                     "way": way,
                     "file_bytes": path.stat().st_size,
+                    "load_average": os.getloadavg()[0],
                     **json.loads(result.stdout.splitlines()[-1]),
                 }
             )
@@ -169,11 +206,19 @@ def _measure_size(size: int) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Rows a second and peak memory, a row per way."""
-    sizes = sorted({record["size"] for record in records})
+    """Rows a second and peak memory, a row per way; a table for the ways that were measured with the same rows."""
+    sizes_of = {way: tuple(sorted(record["size"] for record in records if record["way"] == way)) for way in WAYS}
+    return "\n".join(
+        _table(records, [way for way in WAYS if sizes_of[way] == sizes], sizes)
+        for sizes in dict.fromkeys(sizes_of.values())
+        if sizes
+    )
+
+
+def _table(records: list[dict[str, Any]], ways: list[str], sizes: tuple[int, ...]) -> str:
     header = ["", *(f"{size:,}: rows/s" for size in sizes), *(f"{size:,}: peak, MB" for size in sizes)]
     lines = []
-    for way in WAYS:
+    for way in ways:
         of_way = {record["size"]: record for record in records if record["way"] == way}
         speeds = [f"{of_way[size]['rows'] / of_way[size]['seconds']:,.0f}" for size in sizes]
         peaks = [f"{of_way[size]['peak_bytes'] / 1e6:,.0f}" for size in sizes]
@@ -209,7 +254,7 @@ def main(
     if way is not None and file is not None:
         print(json.dumps(measure(way, file)))
         return
-    records = run(list(rows or SIZES))
+    records = run(list(rows or ()))
     (RESULTS / "table.md").write_text(table(records))
     plot(records, RESULTS / "rows_and_memory.png")
     print(table(records))

@@ -132,7 +132,7 @@ def main(
             record["peaks"][way] = json.loads(done.stdout.splitlines()[-1])["peak"]
             Console(stderr=True).print(f"{language}, {way}: {record['peaks'][way] / 1e6:,.0f} MB", markup=False)
         records.append(record)
-    write_json(results / "labelled_logits.json", records)
+        write_json(results / "labelled_logits.json", records)  # a shared machine may take hours
     (results / "labelled_logits.md").write_text(table(records))
     print(table(records))
 

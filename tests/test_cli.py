@@ -65,13 +65,13 @@ def test_train_then_evaluate(values: dict[str, Any], dataset: Path, tmp_path: Pa
     ("settings", "message"),
     [
         (["training.learning_rte=1"], "training.learning_rte: no such key; did you mean 'learning_rate'?"),
-        (["training"], "is no setting; write --set training.max_steps=100"),
+        (["training"], "is not a setting; write --set training.max_steps=100"),
         (["data.0.path=missing.json"], "missing.json is missing; expected a JSON list, JSONL or parquet"),
         (["backbones.language=not/there"], "not/there"),
         (["training.max_length=4"], "hold no whole image and answer"),
-        (["output=/proc/version/x"], "/proc/version/x cannot be written: /proc/version is no folder"),
+        (["output=/proc/version/x"], "/proc/version/x cannot be written: /proc/version is not a folder"),
         (["stage=finetune"], "`finetune` trains the adapter alone"),
-        (["stage=finetune", "previous=nowhere", "backbones=null"], "nowhere is no complete stage's directory"),
+        (["stage=finetune", "previous=nowhere", "backbones=null"], "nowhere is not the directory of a complete stage"),
     ],
 )
 def test_train_says_what_is_wrong(
@@ -110,11 +110,11 @@ def test_evaluate_says_what_is_wrong(
     for arguments, message in (
         ([trained, str(dataset), "--output", str(tmp_path / "no" / "a.jsonl")], "there is no folder"),
         ([trained, str(dataset), "--output", str(tmp_path)], "is a folder. Name a file: --output"),
-        ([trained, str(dataset), "--output", str(dataset)], "rows.json is there already, and nothing is overwritten"),
-        ([trained, str(dataset), "--output", str(tmp_path / "old.jsonl")], "old.scores.json is there already"),
+        ([trained, str(dataset), "--output", str(dataset)], "rows.json exists already, and no file is overwritten"),
+        ([trained, str(dataset), "--output", str(tmp_path / "old.jsonl")], "old.scores.json exists already"),
         ([trained, str(tmp_path / "empty.json")], "empty.json holds no rows"),
         ([trained, str(dataset), "--device", "cuda"], "--device cuda: this PyTorch sees no accelerator"),
-        (["runs/nix", str(dataset)], "'runs/nix' is no folder with a model, and cannot be had from the Hub"),
+        (["runs/nix", str(dataset)], "'runs/nix' is not a folder with a model, and the Hub does not give it"),
     ):
         result = runner.invoke(app, ["evaluate", *arguments])
         assert result.exit_code == 1
@@ -123,7 +123,7 @@ def test_evaluate_says_what_is_wrong(
     with monkeypatch.context() as patch:
         patch.setattr("os.access", lambda path, mode: False)
         result = runner.invoke(app, ["evaluate", trained, str(dataset), "--output", str(tmp_path / "a.jsonl")])
-        assert "is no folder that you may write to. Name another one" in result.stderr
+        assert "is not a folder that you may write to. Name another one" in result.stderr
     (Path(trained) / "adapter_model.safetensors").unlink()
     result = runner.invoke(app, ["evaluate", trained, str(dataset)])
     assert result.exit_code == 1
@@ -156,7 +156,7 @@ def test_evaluate_writes_over_nothing_and_strict_json(
     monkeypatch.setattr("peft_crome.evaluation.answers.generate_answers", meanwhile)
     result = runner.invoke(app, [*arguments, str(tmp_path / "b.jsonl")])
     assert result.exit_code == 1
-    assert "was not there before and is now. It stays" in result.stderr
+    assert "was made by another process meanwhile. It stays as it is" in result.stderr
     assert (tmp_path / "b.jsonl").read_text() == "mine"
     (kept,) = tmp_path.glob(".b.jsonl.*")
     assert len(kept.read_text().splitlines()) == 1
@@ -267,7 +267,7 @@ def test_doctor_goes_by_a_recipe_before_anything_is_trained(
     following = {**values, "stage": "instruct", "previous": values["output"], "output": str(tmp_path / "instruct")}
     recipe.write_text(yaml.safe_dump(following))
     result = runner.invoke(app, said)
-    assert "is not there yet, and it says how rows are written" in result.stderr
+    assert "does not exist yet, and it decides how rows are written" in result.stderr
     train(load_recipe({**values, "images_after_text": True}))
     assert recipe_collator(load_recipe(recipe)).processor.images_after_text
     assert "nowhere.yaml" in runner.invoke(app, [*said[:-1], "nowhere.yaml"]).stderr

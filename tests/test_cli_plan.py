@@ -75,7 +75,7 @@ def test_plan_from_a_recipe_and_a_stage(
     later = ["finetune", "--set", f"previous={values['output']}", "--gpu", "l40s"]
     result = plan(*later)
     assert result.exit_code == 1
-    assert "is not there yet" in result.stderr
+    assert "does not exist yet" in result.stderr
     train(load_recipe(values))
     monkeypatch.setenv("HOME", str(Path(values["output"]).parent))
     result = plan("finetune", "--set", f"previous=~/{Path(values['output']).name}")
@@ -113,7 +113,7 @@ def test_batches_stop_at_the_first_that_does_not_fit(tmp_path: Path) -> None:
     [
         (["--backbone", "LLM", "--gpu", "h10"], "known are h100, a100-80"),
         ([], "Name a recipe, a model, or two to join: peft-crome plan --backbone NAME --vision NAME"),
-        (["pretrain", "--backbone", "LLM"], "A recipe says what its model is. Change its keys: --set"),
+        (["pretrain", "--backbone", "LLM"], "A recipe names its own model. Change its keys: --set"),
         (["--backbone", "LLM", "--qformer"], "are for a tower. Name it: --vision NAME"),
         (["--backbone", "nobody/nothing"], "model: 'nobody/nothing' cannot be loaded"),
         (["nobody/nothing"], "model: 'nobody/nothing' cannot be loaded"),

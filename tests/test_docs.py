@@ -25,6 +25,11 @@ PAGES = sorted(
     for path in [*ROOT.glob("README.md"), *ROOT.glob("docs/**/*.md")]
     if path.parent != INCLUDES
 )
+OUTSIDE_THE_SITE = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", ".github/**/*.md", "benchmarks/*.md")
+    for path in ROOT.glob(pattern)
+)
 STAND_INS = {
     "README.md": {
         "HuggingFaceTB/SmolVLM-256M-Instruct": save_smolvlm,
@@ -34,7 +39,7 @@ STAND_INS = {
     "docs/finetune.md": {"HuggingFaceTB/SmolVLM-256M-Instruct": save_smolvlm},
     "docs/trl.md": {"HuggingFaceTB/SmolVLM-256M-Instruct": save_smolvlm},
 }
-NOT_RUN = {"docs/index.md": 1, "docs/models.md": 3, "docs/saving.md": 1, "docs/sharing.md": 2}
+NOT_RUN = {"docs/composite.md": 2, "docs/index.md": 1, "docs/models.md": 1, "docs/saving.md": 1, "docs/sharing.md": 2}
 
 FENCE = re.compile(r"^(?P<indent>[ ]*)```(?P<language>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.S | re.M)
 INCLUDE = re.compile(r'^--8<-- "(?P<include>[^"\n]+)"$', re.M)
@@ -112,12 +117,34 @@ def test_each_include_is_on_a_page() -> None:
     assert included == {path.name for path in INCLUDES.iterdir()}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", sorted({*PAGES, *OUTSIDE_THE_SITE, ".github/workflows/ci.yml"}))
 def test_make_targets_in_the_pages_exist(page: str) -> None:
     targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     text = (ROOT / page).read_text(encoding="utf-8")
-    named = set(re.findall(r"^(?:\$ )?make ([a-z][a-z-]*)", text, re.M)) | set(re.findall(r"`make ([a-z-]+)", text))
+    named = set(re.findall(r"^(?:\$ |.* run: )?make ([a-z][a-z-]*)", text, re.M)) | set(
+        re.findall(r"`make ([a-z-]+)", text)
+    )
     assert named <= targets, f"{page}: no such target: {sorted(named - targets)}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", OUTSIDE_THE_SITE)
+def test_links_of_pages_outside_the_site_lead_somewhere(page: str) -> None:
+    """mkdocs checks the links of the site's own pages, in its strict build."""
+    text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", link):
+            continue  # an address
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page}: {link}"
 
 
 def test_versions_are_rows_of_the_matrix_without_a_failure_of_ours() -> None:

@@ -88,7 +88,7 @@ def test_new_words_are_adapted(name: str) -> None:
 
 
 # Of a vocabulary as small as this, other rows are compared once it has grown.
-@pytest.mark.filterwarnings("ignore:This adapter meets another model:UserWarning")
+@pytest.mark.filterwarnings("ignore:This adapter was trained on another model:UserWarning")
 @pytest.mark.parametrize("name", ["llava", "composite gpt2"])
 def test_it_trains_is_saved_loaded_and_unloaded(name: str, tmp_path: Path) -> None:
     model, batch = adapted(name, BOTH)

@@ -81,7 +81,7 @@ def chat_arguments(processor_kwargs: dict[str, Any], others: dict[str, Any]) -> 
 
 
 def keeps_logits_by_token() -> bool:
-    """Whether `logits_to_keep` may be a mask of tokens, beside places that all rows share. Goes with transformers 5.21."""
+    """Whether `logits_to_keep` may be a mask of tokens, not only places of all rows. Goes with transformers 5.21."""
     return Version(version("transformers")) >= Version("5.21")
 
 

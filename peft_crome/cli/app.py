@@ -22,9 +22,11 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the release.")
+    ] = False,
 ) -> None:
-    """CROME: look through data, train, evaluate and describe adapters of vision-language models."""
+    """Check data, and train, evaluate and inspect CROME adapters of vision-language models."""
 
 
 def fail(error: BaseException) -> NoReturn:

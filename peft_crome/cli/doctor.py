@@ -22,26 +22,31 @@ EXAMPLES = 3
 
 
 def doctor(
-    data: Annotated[Path, typer.Argument(help="JSON, JSONL or parquet file: LLaVA's conversations, or messages.")],
+    data: Annotated[Path, typer.Argument(help="A JSON, JSONL or parquet file of conversations.")],
     images: Annotated[
         list[str] | None,
         typer.Option(help=IMAGES),
     ] = None,
-    open_images: Annotated[bool, typer.Option(help="Decode every file, or only look for it.")] = True,
+    open_images: Annotated[
+        bool, typer.Option(help="Decode every image, video and sound, or only check that the file exists.")
+    ] = True,
     model: Annotated[
         str | None,
-        typer.Option(help="A recipe (YAML), a model, or an adapter's directory: measure rows by its processor."),
+        typer.Option(help="Measure rows in tokens of this recipe (YAML), model, or adapter."),
     ] = None,
-    max_length: Annotated[int | None, typer.Option(min=1, help="Tokens at which training will cut rows.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message for rows without one.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Number of tokens at which training will cut a row.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message for rows that have none.")] = None,
     show: Annotated[
-        int, typer.Option(min=0, help="Print the first rows token by token, what is learned in green; needs --model.")
+        int,
+        typer.Option(min=0, help="Print this many rows token by token, with learned tokens in green. Needs --model."),
     ] = 0,
-    fix: Annotated[Path | None, typer.Option(help="Write a copy without what is wrong; DATA is not touched.")] = None,
+    fix: Annotated[Path | None, typer.Option(help="Write a corrected copy to this file. DATA is not changed.")] = None,
     column: Annotated[list[str] | None, typer.Option(help=COLUMN)] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question, for a table without questions.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One question for all rows, for a table that has none.")] = None,
 ) -> None:
-    """Look through a data set: each faulty row by its id, then counts. Ends with status 1 if something is wrong."""
+    """Check a data set. Names each faulty row, then counts them. Exits with status 1 if something is wrong."""
     from ..data import FAULTS, read_rows
     from ..data.doctor import Patient, check_copy, examine, write_fixed
 
@@ -69,7 +74,7 @@ def doctor(
                 columns=columns,
                 prompt=prompt,
                 open_images=open_images,
-                encode=collator.encode if collator is not None else None,
+                measure=collator.measure if collator is not None else None,
                 on_fault=print_faults,
                 on_row=lambda rows: progress.update(task, rows=rows),
             )

@@ -19,33 +19,35 @@ from .options import COLUMN, IMAGES, pairs
 
 
 def evaluate(
-    directory: Annotated[str, typer.Argument(help="Directory or Hub name of a model, a stage, or an adapter.")],
+    directory: Annotated[str, typer.Argument(help="Directory or Hub name of a model, a stage or an adapter.")],
     data: Annotated[
-        str | None, typer.Argument(help="JSON, JSONL or parquet, a folder of `datasets`, or a name of the Hub.")
+        str | None, typer.Argument(help="A JSON, JSONL or parquet file, a folder of `datasets`, or a Hub data set.")
     ] = None,
     images: Annotated[list[str] | None, typer.Option(help=IMAGES)] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="exact_match, vqa_accuracy, multiple_choice, cider, rouge_l, bleu, chrf; several times."),
+        typer.Option(help="exact_match, vqa_accuracy, multiple_choice, cider, rouge_l, bleu or chrf. Repeatable."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first rows alone.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many rows.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    system: Annotated[str | None, typer.Option(help="A system message; by default the one of training.")] = None,
-    device: Annotated[str | None, typer.Option(help="By default the accelerator, where there is one.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message. Default: the one used in training.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device to run on. Default: the accelerator if there is one.")
+    ] = None,
     column: Annotated[list[str] | None, typer.Option(help=COLUMN)] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question, for a table without questions.")] = None,
-    name: Annotated[str | None, typer.Option(help="Configuration of a data set of the Hub.")] = None,
-    split: Annotated[str, typer.Option(help="Of a folder or a data set of the Hub.")] = "validation",
+    prompt: Annotated[str | None, typer.Option(help="One question for all rows, for a table that has none.")] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration of a Hub data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a folder or a Hub data set.")] = "validation",
     output: Annotated[
-        Path | None, typer.Option(help="Where to write the answers, JSONL; the scores go to NAME.scores.json.")
+        Path | None, typer.Option(help="Write the answers to this JSONL file, and the scores to NAME.scores.json.")
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Instead of DATA: measure the loss on plain text, with the adapter and without; several."),
+        typer.Option(help="Measure the loss on this text file, with the adapter and without. Repeatable."),
     ] = None,
 ) -> None:
-    """Answer a data set by free generation and score the answers; or measure what text costs with the adapter."""
+    """Answer a data set by free generation and score the answers, or measure the loss on plain text."""
     if text:
         return evaluate_text(directory, data, text, batch_size, device, output)
     if data is None:
@@ -124,9 +126,9 @@ def _check_output(output: Path) -> None:
         raise IsADirectoryError(f"--output {output} is a folder. Name a file: --output {output / 'answers.jsonl'}")
     for path in (output, _scores_file(output)):
         if path.exists():
-            raise FileExistsError(f"--output: {path} is there already, and nothing is overwritten. Name another.")
+            raise FileExistsError(f"--output: {path} exists already, and no file is overwritten. Name another one.")
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--output {output}: {folder} is no folder that you may write to. Name another one.")
+        raise PermissionError(f"--output {output}: {folder} is not a folder that you may write to. Name another one.")
 
 
 def _load(directory: str, device: str | None) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ def evaluate_text(
         if data is not None:
             raise ValueError(f"Got the data set {data} and --text; expected one of them. Run the command twice.")
         if output is not None and output.exists():
-            raise FileExistsError(f"--output: {output} is there already, and nothing is overwritten. Name another.")
+            raise FileExistsError(f"--output: {output} exists already, and no file is overwritten. Name another one.")
         texts = {str(file): file.read_text(encoding="utf-8") for file in files}
         model, tokenizer = _load(directory, device)
         losses = {name: _measure(model, tokenizer, name, text, batch_size) for name, text in texts.items()}

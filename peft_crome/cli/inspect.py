@@ -15,21 +15,21 @@ from .evaluate import system_of
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="An adapter's or a stage's directory, or a Hub repository of one.")],
-    other: Annotated[str | None, typer.Argument(help="A second adapter, to be shown beside it.")] = None,
+    adapter: Annotated[str, typer.Argument(help="Directory or Hub repository of an adapter or a stage.")],
+    other: Annotated[str | None, typer.Argument(help="A second adapter to compare with.")] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Run the backbone on this, and show what the adapter does.")
+        str | None, typer.Option(help="Run the backbone on this prompt and show what the adapter does.")
     ] = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="An image before the prompt; several times for more.")
+    image: Annotated[list[Path] | None, typer.Option(help="An image to put before the prompt. Repeatable.")] = None,
+    model: Annotated[str | None, typer.Option(help="The backbone. Default: the one that the adapter names.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message. Default: the one used in training.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device to run on. Default: the accelerator if there is one.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The backbone; by default the one that the adapter names.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message; by default the one of training.")] = None,
-    device: Annotated[str | None, typer.Option(help="By default the accelerator, where there is one.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write NAME.html and NAME.png.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace these two files.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite these two files.")] = False,
 ) -> None:
-    """Show singular values and dead units of an adapter, and what its gates do on a prompt with images."""
+    """Show the singular values and dead units of an adapter, and what its gates do on a prompt."""
     from ..data import open_image
     from ..inspection import look, write_inspection
     from ..inspection.files import check_output

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-IMAGES = "Folder that paths of images, videos and sounds start from; or beginning=folder, several times."
-COLUMN = "Of a table: question=, answer=, image=, video=, audio=, id=, options=NAME."
+IMAGES = "Folder that paths of images, videos and sounds start from, or BEGINNING=FOLDER. Repeatable."
+COLUMN = "Column of a table: question=NAME, answer=, image=, video=, audio=, id= or options=NAME. Repeatable."
 
 
 def pairs(items: list[str], option: str) -> dict[str, str]:

@@ -21,32 +21,34 @@ UNREAD: dict[str, Any] = {"output": "planned", "data": [{"path": "planned"}]}  #
 def plan(
     recipe: Annotated[
         str | None,
-        typer.Argument(help="A YAML file or a preset; or the model or adapter that finetune is to start from."),
+        typer.Argument(help="A YAML file, a preset, or the model or adapter that finetune starts from."),
     ] = None,
     settings: Settings = None,
     backbone: Annotated[
-        str | None, typer.Option(help="Language model to join to --vision; alone, or a model that sees already.")
+        str | None, typer.Option(help="Language model to join to --vision, or, alone, a vision-language model.")
     ] = None,
-    vision: Annotated[str | None, typer.Option(help="Vision tower.")] = None,
-    qformer: Annotated[bool, typer.Option("--qformer", help="With a new Q-Former of InstructBLIP's size.")] = False,
+    vision: Annotated[str | None, typer.Option(help="Vision tower to join to --backbone.")] = None,
+    qformer: Annotated[bool, typer.Option("--qformer", help="Add a new Q-Former of InstructBLIP's size.")] = False,
     stage: Annotated[
-        Literal["pretrain", "instruct"], typer.Option(help="What trains; `finetune` with a recipe.")
+        Literal["pretrain", "instruct"], typer.Option(help="Stage to plan. For `finetune`, give a recipe or a model.")
     ] = "pretrain",
-    quantization: Annotated[Bits | None, typer.Option(help="Of the language model.")] = None,
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of what is frozen.")] = "bfloat16",
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    quantization: Annotated[Bits | None, typer.Option(help="Quantization of the language model.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Dtype of the frozen weights.")
+    ] = "bfloat16",
+    image_size: Annotated[int | None, typer.Option(min=1, help="Height and width of an image in pixels.")] = None,
     gpu: Annotated[
-        str, typer.Option(help="h100, a100-80, a100-40, l40s, rtx4090, rtx3090, t4, or a size: 48gb.")
+        str, typer.Option(help="h100, a100-80, a100-40, l40s, rtx4090, rtx3090, t4, or a memory size such as 48gb.")
     ] = "h100",
-    rows: Annotated[int, typer.Option(min=1, help="Rows of an epoch.")] = 100_000,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows in an epoch.")] = 100_000,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a row, an image's among them; by default those and 128.")
+        int | None, typer.Option(min=1, help="Tokens of a row, with those of its image. Default: the image's and 128.")
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute activations again instead of keeping them.")
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations instead of keeping them.")
     ] = False,
 ) -> None:
-    """What a stage takes on a GPU: memory by part, which batches fit, hours of an epoch. No weights are loaded."""
+    """Predict the memory and the time of a stage on a GPU. Downloads no weights."""
     from ..training.planning import costs, devices
     from ..training.planning.memory import NotPredictable
 
@@ -63,9 +65,7 @@ def plan(
         if recipe is not None:
             if backbone or vision or qformer or quantization or image_size or stage != "pretrain":
                 section = "backbones" if is_recipe(recipe) else "model"
-                raise RecipeError(
-                    f"A recipe says what its model is. Change its keys: --set {section}.quantization=4bit."
-                )
+                raise RecipeError(f"A recipe names its own model. Change its keys: --set {section}.quantization=4bit.")
             overrides = parse_overrides(settings or [])
             source: Any = recipe if is_recipe(recipe) else start_of(recipe, overrides)
             parsed = load_recipe(source, overrides | UNREAD)
@@ -124,7 +124,7 @@ def _batches(estimates: list[tuple[int, Any]], device: Any, dtype: Any, rows: in
 
 def _assumption(name: str, dtype: str, known: bool, share: float) -> str:
     if not known:
-        return f"How fast {name} computes in {dtype} is not known here, so no times are given."
+        return f"How fast {name} computes in {dtype} is unknown, so no times are given."
     return (
         f"Times are an estimate: they assume {share:.0%} of the data sheet's dense rate in {dtype}, and that reading "
         "data keeps up."

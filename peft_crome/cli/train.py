@@ -21,43 +21,48 @@ FINETUNE: dict[str, Any] = {
     "weight_decay": 0.0,
 }
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="A key of the recipe and its value: --set training.max_steps=100.")
+    list[str] | None,
+    typer.Option("--set", help="Set a key of the recipe, as in --set training.max_steps=100. Repeatable."),
 ]
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or a preset: pretrain, instruct, finetune.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a preset: pretrain, instruct or finetune.")],
     settings: Settings = None,
     accept_changed_data: Annotated[
         bool,
         typer.Option(
             "--accept-changed-data",
-            help="Go on from checkpoints although the data, or training.max_length, have changed since.",
+            help="Continue from checkpoints although the data or training.max_length have changed.",
         ),
     ] = False,
 ) -> None:
-    """Train one stage. Started again, it continues from its last checkpoint."""
+    """Train one stage. Run the same command again to continue an interrupted run."""
     _run(recipe, _overrides(settings), accept_changed_data)
 
 
 def finetune(
     model: Annotated[
         str,
-        typer.Argument(help="Vision-language model, or adapter or stage to go on from: name or directory."),
+        typer.Argument(
+            help="Name or directory of a vision-language model, or of an adapter or stage to continue from."
+        ),
     ],
-    data: Annotated[str, typer.Argument(help="JSON, JSONL or parquet, a folder of `datasets`, or a name of the Hub.")],
-    output: Annotated[str, typer.Option(help="Directory of the adapter; it must not exist.")],
+    data: Annotated[
+        str, typer.Argument(help="A JSON, JSONL or parquet file, a folder of `datasets`, or a Hub data set.")
+    ],
+    output: Annotated[str, typer.Option(help="Directory to write the adapter to. It must not exist.")],
     images: Annotated[list[str] | None, typer.Option(help=IMAGES)] = None,
     column: Annotated[list[str] | None, typer.Option(help=COLUMN)] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question, for a table without questions.")] = None,
-    name: Annotated[str | None, typer.Option(help="Configuration of a data set of the Hub.")] = None,
-    split: Annotated[str, typer.Option(help="Of a folder or a data set of the Hub.")] = "train",
+    prompt: Annotated[str | None, typer.Option(help="One question for all rows, for a table that has none.")] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration of a Hub data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a folder or a Hub data set.")] = "train",
     settings: Settings = None,
     print_recipe: Annotated[
-        bool, typer.Option("--print-recipe", help="Print the recipe that this line stands for, and train nothing.")
+        bool, typer.Option("--print-recipe", help="Print the recipe that this command stands for, and train nothing.")
     ] = False,
 ) -> None:
-    """Teach a model one task, by an adapter alone. Started again, it continues from its last checkpoint."""
+    """Train an adapter for one task on a model. Run the same command again to continue an interrupted run."""
     import yaml
 
     overrides = _overrides(settings)
@@ -127,7 +132,7 @@ def _run(recipe: Any, overrides: dict[str, Any], accept_changed_data: bool = Fal
 
 
 def preset(name: Annotated[str, typer.Argument(help="pretrain, instruct or finetune.")]) -> None:
-    """Print the paper's recipe for a stage, to be completed."""
+    """Print the paper's recipe for a stage. Add your data and output to it."""
     if name not in recipes.PRESETS:
         fail(ValueError(f"No preset {name!r}; expected one of {list(recipes.PRESETS)}."))
     print(recipes.preset_text(name), end="")

@@ -8,11 +8,12 @@ try:
 except ImportError as error:
     raise missing("train", error.name, "peft_crome.data") from error
 
-from .collator import ConversationCollator, split_turns
+from .collator import ConversationCollator
 from .images import Augmentation, open_image
 from .mixture import mix, mixture_probabilities
 from .rows import FAULTS, Fault, RowError
 from .sources import check_files, load_rows, read_rows
+from .split_turns import split_turns
 from .templates import CHAT_TEMPLATES
 from .trl_rows import to_trl
 

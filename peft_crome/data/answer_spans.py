@@ -39,11 +39,12 @@ class PromptRewritten(ValueError):
 class AnswerSpans:
     """Find answers in a rendered conversation.
 
-    An answer begins where the prompt ends that generation is given, and ends with what ends its turn. The last one is
-    found by its prompt. In the same rendering the earlier answers have marks around them; what stands beside the marks
-    is the same for all turns of most templates. Where it may not be, an earlier answer is found by rendering it after
-    the first exchange and the one before it, and some are compared with what rendering the whole conversation up to
-    them finds. Where that differs, each is found so, in a time that grows with the square of their number.
+    An answer begins where the prompt ends that generation is given, and ends with what ends its turn. What stands
+    beside an answer is the same for all turns of most templates; if it stands in the text as often as there are
+    answers, the answers are between. Else the last one is found by its prompt, and in the same rendering the earlier
+    answers have marks around them. Where what stands beside them may differ, an earlier answer is found by rendering
+    it after the first exchange and the one before it, and some are compared with what rendering the whole conversation
+    up to them finds. Where that differs, each is found so, in a time that grows with the square of their number.
 
     Args:
         render: messages, and whether a prompt for an answer ends them -> text.
@@ -67,6 +68,11 @@ class AnswerSpans:
         Raises:
             PromptRewritten: a prompt is written in another way once an answer follows.
         """
+        if self._beside is not None:
+            answers = [_text_of(message) for message in messages if message["role"] == "assistant"]
+            spans = _beside_alike(text, answers, self._beside)
+            if spans is not None:
+                return spans if earlier else spans[-1:]
         ends = [end for end, message in enumerate(messages[:-1]) if message["role"] == "assistant" and earlier]
         if ends and self._beside is not None and OPEN not in text and CLOSE not in text:
             prompt = self._render(_marked(messages[:-1]), True)
@@ -168,6 +174,25 @@ def _marked(messages: Messages) -> Messages:
     return marked
 
 
+def _beside_alike(text: str, answers: Sequence[str], beside: tuple[str, str, str]) -> list[Span] | None:
+    """Where the answers stand in a text, the last at its end; None: what stands beside them does not tell it."""
+    before_answer, gap, ending = beside
+    if not before_answer.strip() or text.count(before_answer) != len(answers):
+        return None
+    spans, end = [], 0
+    for answer in answers:
+        first = text.index(before_answer, end) + len(before_answer)
+        core = answer.strip()
+        # Whose the white space behind an answer is cannot be seen where nothing ends it.
+        written = [kept for kept in (answer, core) if core and (ending or kept == core)]
+        fits = next((kept for kept in written if text.startswith(gap + kept + ending, first)), None)
+        if fits is None:
+            return None
+        end = first + len(gap + fits + ending)
+        spans.append((first, end))
+    return spans if not text[end:].strip() else None
+
+
 def _between_marks(prompt: str, text: str, answers: Sequence[str], beside: tuple[str, str, str]) -> list[Span] | None:
     """Where the answers before a marked prompt's end stand in the text; None: the marks do not tell it."""
     pieces = prompt.replace(CLOSE, OPEN).split(OPEN)
@@ -217,12 +242,14 @@ def writes_turns_alone(template: str) -> bool:
     except TemplateError:
         return False
     parents = {id(child): node for node in _all(tree) for child in node.iter_child_nodes()}
-    if any(isinstance(node, nodes.NSRef | nodes.Macro | nodes.CallBlock) for node in _all(tree)):
+    if any(isinstance(node, nodes.CallBlock) for node in _all(tree)):
         return False
     if OF_OTHER_TURNS.intersection(map(_attribute, _all(tree))):
         return False
     loops: list[nodes.For] = []
     if not _reads_in_order("messages", tree, parents, loops) or len(loops) != 1:
+        return False
+    if _reads_behind(loops[0], tree, parents):
         return False
     of_end = [
         node
@@ -278,6 +305,21 @@ def _reads_in_order(
     return True
 
 
+def _reads_behind(loop: nodes.For, tree: nodes.Template, parents: dict[int, nodes.Node]) -> bool:
+    """Whether a macro, or a namespace, which may hold what a turn has left there, is read behind the loop."""
+    order = {id(node): number for number, node in enumerate(_all(tree))}
+    end = max(order[id(node)] for node in _all(loop))
+    names = {node.name for node in _all(tree) if isinstance(node, nodes.NSRef | nodes.Macro)}
+    for used in tree.find_all(nodes.Name):
+        if used.name in names and order[id(used)] > end:
+            node: nodes.Node = used
+            while id(node) in parents and not isinstance(node, nodes.Macro):
+                node = parents[id(node)]
+            if not isinstance(node, nodes.Macro):
+                return True
+    return False
+
+
 def _gives_messages(parent: nodes.Node, node: nodes.Node) -> bool:
     """Whether an expression has the value of its part, the messages, or those after the first."""
     if isinstance(parent, nodes.Getitem) and isinstance(parent.arg, nodes.Slice):
@@ -306,6 +348,8 @@ def _writes_by_roles(used: nodes.Node, parents: dict[int, nodes.Node], inputs: s
             whole = whole or node
     read.append(whole if whole is not None else node)
     for part in read:
+        if part.find(nodes.NSRef) is not None:
+            return False
         for name in part.find_all(nodes.Name):
             of_turn = name.name in turns and _attribute(parents[id(name)]) == "role"
             if not (of_turn or name.name in inputs or name.name == "loop"):

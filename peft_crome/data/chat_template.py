@@ -89,7 +89,7 @@ class ChatTemplate:
                 name,
                 "answer",
                 f"the chat template writes the prompt {error.prompt[-40:]!r} in another way once the answer follows, "
-                f"so what is to be learned cannot be told. {REMEDY}",
+                f"so it is unknown which tokens to learn. {REMEDY}",
             ) from error
         except TemplateError as error:
             raise refused(name, error) from error
@@ -120,7 +120,7 @@ class ChatTemplate:
                 return before
         raise ValueError(
             f"chat_template: the language model's template does not take a question and its answer ({errors[0]}). "
-            "Write chat_template: vicuna, plain or t5 in the recipe, or mend processor.chat_template."
+            "Write chat_template: vicuna, plain or t5 in the recipe, or correct processor.chat_template."
         ) from errors[0]
 
     def _keeps_earlier_turns(self) -> bool:
@@ -145,9 +145,8 @@ class ChatTemplate:
         before, _, ending = self.render([*messages[:-1], turn("assistant", ANSWER)]).rpartition(ANSWER)
         rendered = self.render(messages)
         if not (rendered.startswith(before) and rendered.endswith(ending)):
-            raise row_error(
-                name, "answer", "the chat template writes what comes before an answer by its words. " + REMEDY
-            )
+            wrong = "the chat template writes the text before an answer in a way that depends on the answer. "
+            raise row_error(name, "answer", wrong + REMEDY)
         return rendered[len(before) :].rstrip()
 
 
@@ -182,15 +181,15 @@ def checked(processor: Any) -> Any:
         )
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"{type(tokenizer).__name__} does not say which text its tokens come from, so answers cannot be told from "
-            "questions. Load the fast tokenizer of this model."
+            f"{type(tokenizer).__name__} does not report which text its tokens come from, so answers cannot be "
+            "separated from questions. Load the fast tokenizer of this model."
         )
     if "suffix" in inspect.signature(type(processor).__call__).parameters:
         # A model that reads a prompt in both directions must be told which tokens answer it.
         raise ValueError(
-            f"{type(processor).__name__} takes a prompt and its answer apart (suffix=), which conversations do not "
-            "tell. Make the batches with it: processor(images=images, text=prompts, suffix=answers, padding=True, "
-            "return_tensors='pt') has the labels, and transformers' Trainer takes it."
+            f"{type(processor).__name__} takes the answer apart from the prompt (suffix=), and conversations have "
+            "both in one. Make the batches with it: processor(images=images, text=prompts, suffix=answers, "
+            "padding=True, return_tensors='pt') has the labels, and transformers' Trainer takes it."
         )
     processor = with_template(processor)
     if processor.chat_template is None:

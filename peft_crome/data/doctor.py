@@ -26,6 +26,7 @@ from .formats import kept_turns, parse, row_name, turns_key
 from .image_paths import ImageFolders
 from .images import open_image
 from .media import FIELDS, NOUNS, media_of
+from .row_text import RowSize
 from .rows import Fault, RowError
 from .sounds import read_sound, sound_header
 from .sources import Images, check_columns, files_in
@@ -54,16 +55,16 @@ class Patient:
 
 @dataclass
 class Findings:
-    """What `examine` saw.
+    """What `examine` found in a file.
 
     Args:
-        rows: of the file.
-        text_rows: rows of text alone, of those that can be read.
-        ignored: fields that are not read -> how many of the rows that can be read have them.
-        histograms: "images in a row", "turns in a row", "longer side of images", "characters in a row", where there
-            are such "frames in a video", "seconds of videos", "seconds of sounds" and "samples a second of sounds",
-            and where a model is known "tokens in a row": value -> how many. What is not in `EXACT` is rounded up to
-            powers of two.
+        rows: Number of rows in the file.
+        text_rows: Number of readable rows that are text alone.
+        ignored: Field that is not read -> number of readable rows that have it.
+        histograms: Name -> value -> count. The names are "images in a row", "turns in a row", "longer side of images"
+            (pixels) and "characters in a row". With videos or sounds there are "frames in a video", "seconds of
+            videos", "seconds of sounds" and "samples a second of sounds", and with a model "tokens in a row". Values
+            of names that are not in `EXACT` are rounded up to powers of two.
     """
 
     rows: int = 0
@@ -92,18 +93,22 @@ def examine(
     columns: Mapping[str, str] | None = None,
     prompt: str | None = None,
     open_images: bool = True,
-    encode: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    measure: Callable[[list[dict[str, Any]]], list[RowSize | ValueError]] | None = None,
     on_fault: Callable[[Patient], None] | None = None,
     on_row: Callable[[int], None] | None = None,
 ) -> Findings:
-    """Look at every row of a file; nothing is changed. Folders and data sets of the Hub are not looked through.
+    """Check every row of a file, and change nothing. Folders and Hub data sets are not read.
 
     Args:
-        path, images, columns, prompt: as in `read_rows`.
-        open_images: decode every image and sound and the first frame of every video, not only look for its file.
-        encode: `ConversationCollator.encode`, by which rows are measured in tokens.
-        on_fault: told of each faulty row as it is found.
-        on_row: told how many rows have been seen.
+        path: a file as `read_rows` takes it.
+        images: as in `read_rows`.
+        columns: as in `read_rows`.
+        prompt: as in `read_rows`.
+        open_images: Decode every image and sound and the first frame of every video. False only checks that the files
+            exist.
+        measure: `ConversationCollator.measure`, to measure rows in tokens.
+        on_fault: Called with each faulty row as it is found.
+        on_row: Called with the number of rows read so far.
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it is neither JSON nor parquet.
         ImportError: a package that reads videos or sound is missing.
@@ -127,13 +132,19 @@ def examine(
             files = {medium for *_, row, _ in parsed if row for medium in _media(row) if isinstance(medium[1], str)}
             new = sorted(files - seen_files.keys())
             seen_files.update(zip(new, pool.map(look, new) if open_images else map(look, new), strict=True))
-            for number, record, row, faults in parsed:
+            readable = []
+            for _, record, row, faults in parsed:
                 if row is not None:
                     findings.ignored.update(ignored_fields(record, columns))
                     wrong = list(_of_media(row, seen_files, look, findings))
-                    faults = [*faults, *wrong, *_twice(row, seen)]
-                    unread = any(fault.kind in ("missing", "unreadable") for fault in wrong)
-                    faults += _measure(row, encode if not unread else None, findings)
+                    faults += [*wrong, *_twice(row, seen)]
+                    _count_text(row, findings)
+                    if not any(fault.kind in ("missing", "unreadable") for fault in wrong):
+                        readable.append((row, faults))
+            if measure is not None:
+                for size, (_, faults) in zip(measure([row for row, _ in readable]), readable, strict=True):
+                    faults += _of_size(size, findings)
+            for number, record, _, faults in parsed:
                 if faults:
                     patient = Patient(number, row_name(record, number), tuple(faults))
                     findings.patients.append(patient)
@@ -220,26 +231,20 @@ def _twice(row: dict[str, Any], seen: set[bytes]) -> Iterator[Fault]:
     seen.add(digest)
 
 
-def _measure(
-    row: dict[str, Any], encode: Callable[[dict[str, Any]], dict[str, Any]] | None, findings: Findings
-) -> Iterator[Fault]:
+def _count_text(row: dict[str, Any], findings: Findings) -> None:
     findings.count("turns in a row", len(row["messages"]))
     texts = [part["text"] for message in row["messages"] for part in message["content"] if part["type"] == "text"]
     findings.count("characters in a row", sum(map(len, texts)))
-    if encode is None:
-        return
-    try:
-        encoded = encode(row)
-    except RowError as error:
-        yield from error.faults
-        return
-    except ValueError as error:  # a header that was not looked at
-        yield Fault("unreadable", str(error))
-        return
-    findings.count("tokens in a row", encoded["length"])
-    cut = encoded["length"] - len(encoded["input_ids"])
-    if cut > 0:
-        yield Fault("cut", f"{encoded['length']} tokens, of which the last {cut} are cut off.")
+
+
+def _of_size(size: RowSize | ValueError, findings: Findings) -> list[Fault]:
+    if isinstance(size, RowError):
+        return size.faults
+    if isinstance(size, ValueError):  # a header that was not looked at
+        return [Fault("unreadable", str(size))]
+    findings.count("tokens in a row", size.length)
+    cut = size.length - size.kept
+    return [Fault("cut", f"{size.length} tokens, of which the last {cut} are cut off.")] if cut > 0 else []
 
 
 def check_copy(path: Path, output: Path) -> None:
@@ -251,7 +256,7 @@ def check_copy(path: Path, output: Path) -> None:
         ValueError: the file is parquet, or the copy is to be something else than JSON.
     """
     if output.exists():
-        raise FileExistsError(f"{output} is there already, and nothing is overwritten. Name another file.")
+        raise FileExistsError(f"{output} exists already, and no file is overwritten. Name another file.")
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"{output}: there is no folder {output.absolute().parent}.")
     if path.suffix.lower() == ".parquet" or output.suffix not in (".json", ".jsonl"):
@@ -264,18 +269,18 @@ def write_fixed(
     findings: Findings,
     images: Images = None,
 ) -> tuple[int, int]:
-    """Write a copy without the faulty rows; rows that can be mended are written mended, all others as they are.
+    """Write a copy without the faulty rows. Rows that can be corrected are corrected, and all others stay as they are.
 
     NaN and infinity become null: JSON has no words for them.
 
     Args:
-        path: the file that was examined, JSON or JSONL; faulty rows whose answer stands apart, in `completion` or
-            `chosen`, are left out, not mended.
-        output: the copy, a JSON list, or JSONL where it ends so. It must not exist.
-        findings: of `examine`.
-        images: as there.
+        path: The file that was examined, JSON or JSONL. Faulty rows with their answer in `completion` or `chosen` are
+            left out and not corrected.
+        output: The copy, a JSON list, or JSONL if it ends in .jsonl. It must not exist.
+        findings: The result of `examine`.
+        images: As in `examine`.
     Returns:
-        Rows written, and how many of them were mended.
+        The number of rows written, and the number of them that were corrected.
     Raises:
         FileExistsError, ValueError: as `check_copy`.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
@@ -16,7 +17,8 @@ from .processed import Processed, Tokens, UnknownPlaceholder, user_turn
 from .taken import kinds_taken
 
 PROBES: tuple[Header, ...] = (("image", (64, 64)), ("image", (448, 224)), ("image", (350, 1000)))
-KEPT = 4096  # images of different sizes, whose expansions have up to 20 kB
+KEPT = 1 << 16  # sizes of images
+Run = tuple[str, int]  # a text, and how often it stands there
 
 
 class Expansion:
@@ -49,7 +51,8 @@ class Expansion:
     @cached_property
     def is_fixed(self) -> bool:
         """Whether all images have the same tokens; then an image's size does not matter."""
-        return len({self._expansions((probe,)) for probe in PROBES}) == 1
+        first, *others = (self._expansions((probe,)) for probe in PROBES)
+        return all(other == first for other in others)
 
     def placeholder(self, kind: str) -> str:
         """What the template writes for the first medium of a kind.
@@ -142,18 +145,19 @@ class Expansion:
         ]
         return moved, between
 
-    def expand(self, pieces: Sequence[str], order: Sequence[int], media: Sequence[Header]) -> str:
+    def expand(self, pieces: Sequence[str], order: Sequence[int], media: Sequence[Header]) -> list[Run]:
         """The text that the processor would give its tokenizer.
 
         Args:
             pieces, order: of `pieces`.
             media: the conversation's, in the order of its parts.
+        Returns:
+            In runs: what stands there more than once is a token, as often.
         """
-        # Two videos are hardly ever alike, and their texts are long.
-        images = all(kind == "image" for kind, _ in media)
-        first, each, last = (self._expansions if images else self._expand_media)(tuple(media))
-        between = [*(each[number] for number in order), ""]
-        return first + "".join(part for pair in zip(pieces, between, strict=True) for part in pair) + last
+        first, each, last = self._expansions(tuple(media))
+        between = [*(each[number] for number in order), last]
+        inner = [run for piece, runs in zip(pieces, between, strict=True) for run in ((piece, 1), *runs)]
+        return [*first, *inner]
 
     def _other_number(self, kind: str, mark_count: int, kinds: Sequence[str]) -> UnknownPlaceholder:
         mark, count = repr(self.placeholder(kind)), list(kinds).count(kind)
@@ -204,7 +208,7 @@ class Expansion:
             messages = [*self._before, user_turn([part for parts in shown for part in parts])]
             return self._render(messages, True), messages
 
-    def _expand_media(self, media: tuple[Header, ...]) -> tuple[str, tuple[str, ...], str]:
+    def _expand_media(self, media: tuple[Header, ...]) -> tuple[list[Run], list[list[Run]], list[Run]]:
         """What stands before the text, for each medium, and after the text."""
         text, messages = self._probe(media)
         _, (tokens,) = self._processed.batch([messages], [text])
@@ -212,9 +216,29 @@ class Expansion:
         starts = self.starts(pieces, tokens.text)
         ends = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
         edges = zip([0, *ends], [*starts, len(tokens.text)], strict=True)
-        first, *between, last = (tokens.text[end:start] for end, start in edges)
+        first, *between, last = (self._runs(tokens.text[end:start]) for end, start in edges)
         each = dict(zip(order, between, strict=True))
-        return first, tuple(each.get(number, "") for number in range(len(media))), last
+        return first, [each.get(number, []) for number in range(len(media))], last
+
+    def _runs(self, text: str) -> list[Run]:
+        repeated = [token for token in self._processed.added_tokens if token * 2 in text]
+        repeated = [token for token in repeated if self._processed.stands_alone(token)]
+        runs = "|".join(f"(?:{re.escape(token)})+" for token in repeated)
+        made: list[Run] = []
+        for number, part in enumerate(re.split(f"({runs})", text) if runs else [text]):
+            token = next((token for token in repeated if part.startswith(token)), part) if number % 2 else part
+            made += [(token, len(part) // len(token))] if part else []
+        return made
+
+
+def written_out(runs: Sequence[Run]) -> str:
+    """The text of runs."""
+    return "".join(text * count for text, count in runs)
+
+
+def shortened(runs: Sequence[Run]) -> tuple[str, int]:
+    """The text with each run written once, and how many tokens are left out."""
+    return "".join(text for text, _ in runs), sum(count - 1 for _, count in runs)
 
 
 def tokens_in(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> list[int]:

@@ -284,7 +284,7 @@ def _ordered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list
     if len(kept) <= kept[-1]:
         faults.append(Fault("order", "the first turn is an answer; it is left out.", mended=True))
     if kept[-1] + 1 < len(roles):
-        wrong = "the last turn is no answer; what follows the last one is left out."
+        wrong = "the last turn is not an answer; what follows the last answer is left out."
         faults.append(Fault("order", wrong, mended=True))
     dialogue_roles = [roles[number] for number in kept if roles[number] != "system" or number > 0]
     if dialogue_roles != ["user", "assistant"] * (len(dialogue_roles) // 2):

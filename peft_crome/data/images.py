@@ -24,8 +24,8 @@ class Augmentation:
     Args:
         random_crop: keep 50% to 100% of the area at a ratio of 3:4 to 4:3.
         horizontal_flip: mirror every second image.
-        views: how many ways of cropping and mirroring an image has, which are its own and always the same, so that a
-            feature cache can keep them; one of them is drawn each time. None: each time another one.
+        views: Number of crops and mirror images that each image has. They are always the same, so a feature cache can
+            keep them, and one of them is drawn each time. None draws a new one each time.
     Source: CROME, arXiv 2408.06610 ("random crop, horizontal flip"); the crop's bounds are reconstructed.
     """
 
@@ -68,9 +68,9 @@ def open_image(image: Any, name: str, processor: Any = None) -> Image.Image:
     """Read an image of a row as the model's processor reads its file.
 
     Args:
-        image: a path, {"path", "bytes"} as `datasets` keeps images, or anything else that `read_image` takes.
-        name: what the message of an error begins with.
-        processor: of the model; None: the composite's, or any that reads images with `read_image`.
+        image: A path, {"path", "bytes"} as `datasets` keeps images, or anything else that `read_image` takes.
+        name: How an error names the image.
+        processor: The model's processor. None stands for the composite's, or any that reads images with `read_image`.
     Raises:
         ValueError: there is no such file, it is not an image, or it is damaged or larger than Pillow's limit against
             decompression bombs.

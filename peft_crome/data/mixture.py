@@ -16,11 +16,11 @@ MOST_DRAWS = 1 << 30  # of a mixture: its order takes 8 GiB, and at 1,000 draws 
 
 
 def mixture_probabilities(sizes: Sequence[int], temperature: float = 2.0) -> list[float]:
-    """p_d proportional to N_d ** (1 / temperature).
+    """Give the probability of each data set, proportional to N_d ** (1 / temperature).
 
     Args:
-        sizes: rows of each data set, N_d.
-        temperature: 1 draws every row as often; 2 is the paper's square root; large ones draw from every set as often.
+        sizes: Number of rows in each data set, N_d.
+        temperature: 1 draws by size, and 2 is the paper's square root. The larger it is, the more equal the sets are.
     Raises:
         ValueError: a set is empty, or the temperature is not positive.
     Source: CROME, arXiv 2408.06610, after InstructBLIP.
@@ -51,13 +51,13 @@ def normalized(weights: Sequence[float]) -> list[float]:
 
 
 def mix(sets: Sequence[Any], probabilities: Sequence[float] | None, seed: int) -> Any:
-    """One data set of several, the same for the same seed.
+    """Mix several data sets into one. The same seed gives the same order.
 
     Args:
-        sets: of `load_rows`; streamed or not.
-        probabilities: of drawing from each, in an order that the seed gives, until every row of every set has come at
-            least once; small sets come several times. None: every row once.
-        seed: of the draws, and of the order within each set.
+        sets: Data sets from `load_rows`, streamed or not.
+        probabilities: Probability of drawing from each set. Rows are drawn until every row of every set has come at
+            least once, so small sets come several times. None takes every row once.
+        seed: Seed of the draws, and of the order within each set.
     Raises:
         ValueError: a set has no rows, or is drawn so rarely that its rows would not come in 2 ** 30 draws.
     """
@@ -65,7 +65,7 @@ def mix(sets: Sequence[Any], probabilities: Sequence[float] | None, seed: int) -
         if isinstance(one, Dataset) and len(one) == 0:
             raise ValueError(
                 f"Data set {number} of {len(sets)} (counted from 0) has no rows, so nothing can be drawn from it. "
-                "Take it out, or mend its rows: `faulty: drop` leaves out those that cannot be read."
+                "Take it out, or correct its rows. `faulty: drop` leaves out those that cannot be read."
             )
     if len(sets) == 1:
         return sets[0]

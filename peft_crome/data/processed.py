@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from .answer_spans import Messages
 # The rendered text travels in the first message, so that the template prints what was rendered before.
 RENDERED = "crome_rendered"
 AS_RENDERED = f"{{{{- messages[0]['{RENDERED}'] -}}}}"
+
+MANY = 64  # more than a token of repeated words has of them
 
 
 class UnknownPlaceholder(ValueError):
@@ -78,6 +81,9 @@ class Processed:
     """
 
     def __init__(self, processor: Any) -> None:
+        self._unwatched = processor.tokenizer
+        self.added_tokens = tuple(processor.tokenizer.get_added_vocab())
+        self.stands_alone = cache(self._stands_alone)
         self.processor = copy.copy(processor)
         self.processor.tokenizer = self._tokenizer = recording(processor.tokenizer)
 
@@ -122,10 +128,23 @@ class Processed:
 
     def tokens(self, text: str) -> Tokens:
         """The tokens of an expanded text, as the processor's last call asked for them."""
-        self._tokenizer.calls.clear()
-        self._tokenizer(text, add_special_tokens=self._tokenizer.settings.get("add_special_tokens", True))
-        (tokens,) = self._tokenizer.calls
-        return tokens  # type: ignore[no-any-return]
+        (encoding,) = self.encodings([text])
+        return Tokens(text, encoding.ids, encoding.offsets)
+
+    def encodings(self, texts: Sequence[str]) -> Sequence[Any]:
+        """The `tokenizers.Encoding` of each of many texts, as `tokens` reads one."""
+        if not texts:
+            return []
+        asked = self._tokenizer.settings.get("add_special_tokens", True)
+        made = self._unwatched(
+            list(texts), add_special_tokens=asked, return_attention_mask=False, return_token_type_ids=False
+        )
+        return made.encodings  # type: ignore[no-any-return]
+
+    def _stands_alone(self, token: str) -> bool:
+        """Whether an added token is the same token beside itself, so that a run of them need not be read."""
+        ids = self._unwatched(token * MANY, add_special_tokens=False)["input_ids"]
+        return list(ids) == [self._unwatched.convert_tokens_to_ids(token)] * MANY
 
 
 def with_template(processor: Any) -> Any:

@@ -35,9 +35,9 @@ class Fault:
     """One thing that is wrong with a row.
 
     Args:
-        kind: a key of `FAULTS`.
-        message: what was given, and what to write.
-        mended: whether the row is read all the same, without the part that is wrong.
+        kind: A key of `FAULTS`.
+        message: What was given, and what to write.
+        mended: Whether the row is read all the same, without the part that is wrong.
     """
 
     kind: str
@@ -60,8 +60,8 @@ class RowError(ValueError):
     """A row cannot be read; the message names the file and the row.
 
     Args:
-        where: the file and the row's id.
-        faults: all that is wrong with it.
+        where: The file and the row's id.
+        faults: All that is wrong with the row.
     """
 
     def __init__(self, where: str, faults: list[Fault]) -> None:

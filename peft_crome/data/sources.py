@@ -57,24 +57,25 @@ def read_rows(
     """Read the rows of a file, or of a data set as `load_rows` takes it, one at a time.
 
     Args:
-        path: JSON list, JSONL or parquet of {"id", "image": path or list of paths, "conversations": [{"from",
-            "value"}]} (LLaVA), {"images", "messages": [{"role", "content"}]}, or records that `columns` describes;
-            with "video" and "audio" as with "image". A row without any is text alone; images that no `<image>` stands
-            for come before the first question.
-        images: folder that paths of images, videos and sounds start from, or a folder per beginning of them, {"coco":
-            "/data/coco"}; None: the folder of `path`.
-        columns: {"question", "answer", "image", "video", "audio", "id", "options", "rejected"} -> names of a table's
-            columns.
-        prompt: the question, where a table has none.
-        name, split: as in `load_rows`.
-        faulty: "stop" raises at the first row that cannot be read, "drop" leaves such rows out and logs how many.
+        path: A JSON list, JSONL or parquet file. A row is {"id", "image": path or list of paths, "conversations":
+            [{"from", "value"}]} (LLaVA), {"images", "messages": [{"role", "content"}]}, or a record that `columns`
+            describes. "video" and "audio" work as "image" does. A row without any of them is text alone. Images
+            without an `<image>` in the text come before the first question.
+        images: Folder that paths of images, videos and sounds start from, or a folder for each beginning of a path, as
+            in {"coco": "/data/coco"}. None stands for the folder of `path`.
+        columns: {"question", "answer", "image", "video", "audio", "id", "options", "rejected"} -> name of a table's
+            column.
+        prompt: One question for all rows, for a table that has none.
+        name: as in `load_rows`.
+        split: as in `load_rows`.
+        faulty: "stop" raises an error at the first row that cannot be read. "drop" leaves such rows out and logs how
+            many they are.
     Yields:
-        id: text; images, videos, audio: lists of absolute paths, or {"bytes", "path"} where a file holds them, a video
-        also {"frames": images}; messages: [{"role", "content"}], where content is a list of {"type": "image", "video"
-        or "audio"} and {"type": "text", "text"}, of which
-        `processor.apply_chat_template` makes the text of the row again; an image within a line has "text": "". Rows
-        that say them: answers, of several people, and options, of a multiple choice; lists of text. Rows of a
-        preference: rejected, the text of the answer that was not chosen.
+        Rows. `id` is text. `images`, `videos` and `audio` are lists of absolute paths, or of {"bytes", "path"} if the
+        file holds them. A video may be {"frames": images}. `messages` is [{"role", "content"}], where content is a
+        list of {"type": "image", "video" or "audio"} and {"type": "text", "text"}. An image within a line has
+        "text": "". `processor.apply_chat_template` makes the text of the row from it. Some rows also have `answers`
+        (texts of several people), `options` (texts of a multiple choice) or `rejected` (the text of the worse answer).
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file, or a row of it, cannot be read; the message names the row's id and what to write.
@@ -126,16 +127,19 @@ def load_rows(
     streaming: bool = False,
     faulty: Faulty = "stop",
 ) -> Dataset | IterableDataset:
-    """A data set in which each row has the form of `read_rows`.
+    """Load a data set whose rows have the form of `read_rows`.
 
     A file is converted when it is read first, and again when it has changed; `datasets` keeps the rows in its cache.
 
     Args:
-        path: a file as `read_rows` takes it, a folder that `datasets` saved or can load, or a data set of the Hub.
-        images, columns, prompt, faulty: as in `read_rows`.
-        name: configuration of a data set of the Hub.
-        split: of a folder or a data set of the Hub.
-        streaming: read while training, and keep nothing on disk.
+        path: A file as `read_rows` takes it, a folder that `datasets` saved or can load, or a Hub data set.
+        images: as in `read_rows`.
+        columns: as in `read_rows`.
+        prompt: as in `read_rows`.
+        faulty: as in `read_rows`.
+        name: Configuration of a Hub data set.
+        split: Split of a folder or a Hub data set.
+        streaming: Read while training, and keep nothing on disk.
     Returns:
         Rows with `id`, `images` and `audio` ({"path", "bytes"} each), `videos` ({"path", "bytes", "frames"} each) and
         `messages`.
@@ -238,7 +242,7 @@ def _open_table(path: str, name: str | None, split: str, streaming: bool) -> tup
         table = load_from_disk(path) if saved else load_dataset(path, name, split=split, streaming=streaming)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path!r} is no file, and not to be had as a data set with name={name!r}, split={split!r}: {error}"
+            f"{path!r} is not a file, and cannot be loaded as a data set with name={name!r}, split={split!r}: {error}"
         ) from error
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
@@ -329,7 +333,7 @@ def _convert(
 
 
 def check_files(rows: Iterable[dict[str, Any]]) -> None:
-    """See that the files of all images, videos and sounds are there, before a run begins; none is opened.
+    """Check that the files of all images, videos and sounds exist, before a run begins. None is opened.
 
     Raises:
         ValueError: names the first row whose file is missing, and how many there are.

@@ -18,18 +18,19 @@ from .sources import FEATURES
 
 
 def to_trl(rows: Iterable[dict[str, Any]]) -> Dataset | IterableDataset:
-    """Turn rows into a data set that TRL's trainers take; an image is opened when its row is.
+    """Turn rows into a data set that TRL's trainers take. An image is opened when its row is read.
 
-    The last answer of a row is its completion. All that is said before stands in the prompt, earlier answers too.
+    The last answer of a row is its completion. The turns before it are the prompt, with earlier answers.
     `to_trl(split_turns(rows))` makes a row of each answer instead.
 
     Args:
-        rows: of `read_rows`, which are kept in a temporary folder until the process ends; or of `load_rows`, whose
-            table keeps them on disk or streams them.
+        rows: Rows of `read_rows`, which are kept in a temporary folder until the process ends. Or rows of `load_rows`,
+            whose table keeps them on disk or streams them.
     Returns:
-        Rows with `id`; `images`, none or more, as transformers reads a file: RGB, turned as EXIF says; `prompt` and
-        `completion`, messages; and `answers`, texts for a reward to compare with: those of several people, or the one
-        of the completion. Rows with a rejected answer have `chosen` and `rejected` instead of `completion`.
+        A data set with the columns `id`, `images`, `prompt`, `completion` and `answers`. `images` holds none or more,
+        read as transformers reads a file: RGB, turned by the EXIF orientation. `prompt` and `completion` are messages.
+        `answers` are texts for a reward: those of several people, or the completion's. Rows with a rejected answer
+        have `chosen` and `rejected` instead of `completion`.
     Raises:
         ValueError: there are no rows, one has a video or a sound, some have a rejected answer and some have none, or
             as `read_rows`.

@@ -60,7 +60,7 @@ def read_turn(
     role, value = said_by(turn)
     if role is None or not isinstance(value, str | list):
         expected = "{'from': 'human' or 'gpt', 'value': text} or {'role': 'user' or 'assistant', 'content': ...}"
-        return None, [], [Fault("turn", f"{short(turn)} is no turn; expected {expected}.")]
+        return None, [], [Fault("turn", f"{short(turn)} is not a turn; expected {expected}.")]
     unread = unread_of_turn(turn)
     if unread is not None:
         return None, [], [unread]
@@ -115,7 +115,7 @@ def _parts(value: list[Any], kinds: Collection[str], before: Sequence[Place]) ->
             places.append((kind, medium))
         else:
             expected = "{'type': 'text', 'text': ...}, or 'image', 'video' or 'audio' as the type"
-            return Fault("turn", f"{short(part)} is no part of a turn; expected {expected}.")
+            return Fault("turn", f"{short(part)} is not a part of a turn; expected {expected}.")
     return turn_text(parts, MARKS), places
 
 
@@ -131,7 +131,7 @@ def place_by_others(messages: list[dict[str, Any]], count: int) -> None:
 
 
 def _half_a_character(turn: Any) -> Fault:
-    return Fault("turn", f"{short(turn)} holds half a character (a lone surrogate). Mend the text.")
+    return Fault("turn", f"{short(turn)} holds half a character (a lone surrogate). Correct the text.")
 
 
 def _split(text: str, kinds: Collection[str]) -> list[dict[str, Any]]:

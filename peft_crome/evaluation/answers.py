@@ -39,20 +39,20 @@ def generate_answers(
     """Answer the last question of each row, greedily, whatever the model's generation configuration says.
 
     Args:
-        model: a composite or any other model whose processor has a chat template, adapted or not.
-        processor: the model's.
-        rows: of `read_rows` or `load_rows`; the last turn is the reference, which the model does not see.
-        batch_size: rows at a time.
-        max_new_tokens: of an answer.
-        system: a system message for conversations without one.
-        progress: show a bar.
+        model: A composite or any other model whose processor has a chat template, adapted or not.
+        processor: The model's processor.
+        rows: Rows of `read_rows` or `load_rows`. The last turn is the reference, which the model does not see.
+        batch_size: Number of rows in a batch.
+        max_new_tokens: Largest number of tokens in an answer.
+        system: A system message for conversations that have none.
+        progress: Whether to show a progress bar.
     Returns:
-        One text per row, in their order. The model is left in the mode it was in, module by module.
+        One text per row, in the order of the rows. Each module of the model stays in its mode.
     Raises:
-        RowError: an instruction is longer than the Q-Former reads, or the model takes no video or no sound; no row is
-            answered then.
-        ValueError: an image, a video or a sound cannot be read; the message names the row.
-        ImportError: a package that reads videos or sound is missing.
+        RowError: An instruction is longer than the Q-Former reads, or the model takes no video or no sound. Then no
+            row is answered.
+        ValueError: An image, a video or a sound cannot be read. The message names the row.
+        ImportError: A package that reads videos or sound is missing.
     """
     host = unwrapped(model)
     processor = with_template(processor)

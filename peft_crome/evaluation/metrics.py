@@ -17,10 +17,10 @@ Row = dict[str, Any]
 
 
 def references(rows: Sequence[Row]) -> list[str]:
-    """The text of each row's last turn.
+    """Give the text of each row's last turn.
 
     Raises:
-        ValueError: a row's last turn is no answer.
+        ValueError: The last turn of a row is not an answer.
     """
     unanswered = [row["id"] for row in rows if row["messages"][-1]["role"] != "assistant"]
     if unanswered:
@@ -32,10 +32,10 @@ def references(rows: Sequence[Row]) -> list[str]:
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
-    """Share of answers that are the expected ones, but for case and a final full stop.
+    """Give the share of answers that equal the expected ones, up to case and a final full stop.
 
     Returns:
-        accuracy, its standard error, n.
+        `accuracy`, a share from 0 to 1, its standard error `stderr`, and the number of rows `n`.
 
     Example:
         >>> exact_match(["Red.", "two"], ["red", "three"])
@@ -118,18 +118,18 @@ def score(
     """Compare answers with what their rows expect.
 
     Args:
-        answers: of `generate_answers`, one per row.
-        rows: of `read_rows`. Expected is the last turn (`exact_match`), the list `answers` (`vqa_accuracy`, and the
-            caption metrics where a row has one), the option that the last turn names among `options`
-            (`multiple_choice`).
-        metrics: names; `METRICS` has them all. "cider", "rouge_l", "bleu" and "chrf" need the extra `metrics`.
+        answers: One answer per row, from `generate_answers`.
+        rows: Rows of `read_rows`. `exact_match` compares with the last turn. `vqa_accuracy` compares with the list
+            `answers`, and `multiple_choice` with the option that the last turn names among `options`. The caption
+            metrics compare with `answers` if a row has them, and with the last turn otherwise.
+        metrics: Names of metrics, from `METRICS`. "cider", "rouge_l", "bleu" and "chrf" need the extra `metrics`.
     Returns:
-        By metric: score, a share (1 is what people print as 100), its standard error, n. The standard error is that
-        of the rows' mean, NaN of one row; of "bleu" and "chrf", which have no rows' scores, by 1,000 resamples of the
-        rows.
+        For each metric its score, the standard error and the number of rows. A score of 1 is what people print as 100.
+        The standard error is that of the rows' mean, and NaN for one row. "bleu" and "chrf" have no score for each
+        row, so theirs comes from 1,000 resamples of the rows.
     Raises:
-        ValueError: a metric is unknown, or a row does not say what it needs; the message names it.
-        ImportError: the extra is not installed.
+        ValueError: A metric is unknown, or a row lacks what a metric needs. The message names it.
+        ImportError: The extra is not installed.
     """
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:

@@ -24,12 +24,12 @@ class TextLoss:
     """Mean loss on plain text, in nats a token.
 
     Attributes:
-        adapted: with the active adapters.
-        base: without them.
-        cost: adapted - base; 0.0 exactly where the adapters do not touch text.
-        adapted_stderr, base_stderr, cost_stderr: standard errors over the chunks; NaN for a single chunk.
-        tokens: how many were predicted.
-        chunks: how many pieces the text was cut into.
+        adapted: The loss with the active adapters.
+        base: The loss without them.
+        cost: adapted - base. It is exactly 0.0 if the adapters do not change text.
+        adapted_stderr, base_stderr, cost_stderr: Standard errors over the chunks. NaN for a single chunk.
+        tokens: Number of tokens that were predicted.
+        chunks: Number of pieces that the text was cut into.
     """
 
     adapted: float
@@ -52,16 +52,16 @@ def text_loss(
     the first half of a chunk and predicts the second.
 
     Args:
-        model: a model that generates text, with adapters of any PEFT method or none; a composite or a host.
-        tokenizer: the model's.
-        text: plain text; 50,000 tokens or more give a small standard error.
-        chunk_tokens: tokens of a chunk.
-        batch_size: chunks at a time.
-        progress: show a bar.
+        model: A model that generates text, with adapters of any PEFT method or none. It may be a composite.
+        tokenizer: The model's tokenizer.
+        text: Plain text. 50,000 tokens or more give a small standard error.
+        chunk_tokens: Number of tokens in a chunk.
+        batch_size: Number of chunks in a batch.
+        progress: Whether to show a progress bar.
     Returns:
-        The losses. The model is left in the mode it was in, module by module.
+        The losses. Each module of the model stays in its mode.
     Raises:
-        ValueError: the text has fewer than two tokens.
+        ValueError: The text has fewer than two tokens.
     """
     # `verbose` would warn of a text that is longer than the model reads at once.
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -107,7 +107,7 @@ def text_loss(
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Turn the adapters of a model off, whichever way they were attached, and on again those that were on."""
+    """Turn the adapters of a model off, and at the end of the block on again, however they were attached."""
     if isinstance(model, PeftModel):  # prompt tuning and its kin have no layers
         with model.disable_adapter():
             yield

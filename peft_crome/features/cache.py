@@ -32,18 +32,18 @@ class _States(tuple):
         if isinstance(state, torch.Tensor) and not state.numel():
             raise ValueError(
                 f"The model reads hidden state {index} of its tower, beside those that its vision_feature_layer "
-                "names, so what is to be kept cannot be told. Train without a feature cache."
+                "names, so it is unknown what to keep. Train without a feature cache."
             )
         return state
 
 
 class FeatureCache:
-    """What `cache_features` puts on a model.
+    """A cache of a frozen tower's features, as `cache_features` attaches it to a model.
 
     Attributes:
-        hits: images whose features were read.
-        misses: images whose features were computed.
-        store: the folder.
+        hits: Number of images whose features were read.
+        misses: Number of images whose features were computed.
+        store: The folder with the features.
     """
 
     def __init__(self, model: nn.Module, tower: PreTrainedModel, store: FeatureStore) -> None:
@@ -54,7 +54,7 @@ class FeatureCache:
         self._key = weights_key(tower)
 
     def detach(self) -> None:
-        """Take the cache off the model again; the folder stays."""
+        """Detach the cache from the model. The folder stays."""
         if hasattr(self.model, "feature_cache"):  # the composite
             self.model.feature_cache = None
         else:
@@ -156,29 +156,29 @@ class FeatureCache:
         wrong = [name for name, value in kept.items() if not isinstance(value, torch.Tensor) or len(value) != count]
         if wrong or not set(fields) <= {"last_hidden_state", "pooler_output"} or not kept:
             raise ValueError(
-                f"{type(self.tower).__name__} gives {wrong or sorted(fields)}, which cannot be told apart by image, "
-                "or not put together again. Train without a feature cache."
+                f"{type(self.tower).__name__} gives {wrong or sorted(fields)}, which cannot be divided by image, "
+                "or not be joined again. Train without a feature cache."
             )
         numbers = {COUNT: torch.tensor(len(states)), LAST: torch.tensor(same[0] if same else -1)}
         return [{**{name: value[i] for name, value in kept.items()}, **numbers} for i in range(count)]
 
 
 def cache_features(model: nn.Module, directory: str | os.PathLike, max_gigabytes: float = 50.0) -> FeatureCache:
-    """Keep a frozen tower's features in a folder: each image goes through the tower once, in all epochs and runs.
+    """Keep a frozen tower's features in a folder, so that each image goes through the tower once.
 
-    An image is known by the pixels that the tower is given, so a changed file or another image processing is another
-    image; features are kept apart by the tower's weights, its dtype, its settings and autocast. The folder may be
-    shared by processes and runs, and killed processes leave nothing half-written.
+    This holds for all epochs and runs. The key of an image is the pixels that the tower gets, so a changed file or
+    other image processing makes another image. Features of different weights, dtypes, settings and autocast are kept
+    apart. Several processes and runs may share the folder, and a killed process leaves nothing half-written.
 
     Args:
-        model: the composite, any model of transformers whose tower reads `pixel_values` image by image, or a
-            PEFT model around either.
-        directory: where features are kept.
-        max_gigabytes: limit; images that come later are computed each time.
+        model: The composite, a model of transformers whose tower reads `pixel_values` image by image, or a PEFT model
+            around either.
+        directory: Folder for the features.
+        max_gigabytes: Limit of the folder, in units of 1e9 bytes. Images beyond it are computed each time.
     Returns:
         The cache, with `hits`, `misses` and `detach()`.
     Raises:
-        ValueError: the tower trains, is not to be found, or reads several images at once; the limit leaves no room.
+        ValueError: The tower trains, is not found, or reads several images at once. Or the limit leaves no room.
 
     Example:
         >>> cache = cache_features(model, "features", max_gigabytes=20)  # doctest: +SKIP

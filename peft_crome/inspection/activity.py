@@ -22,7 +22,7 @@ SILENT = 1e-2  # of the root mean square over units and tokens
 
 @dataclass(frozen=True, eq=False)
 class BranchActivity:
-    """What one branch did at one site; a number per token, in the order in which the site gave them.
+    """What one branch did at one site, with a number for each token in the order of the site's output.
 
     Attributes:
         branch: the branch's name.
@@ -59,17 +59,17 @@ class BranchActivity:
 
 @torch.no_grad()
 def inspect_activity(model: nn.Module, batch: dict[str, Any]) -> list[BranchActivity]:
-    """Run one batch forward and look at what the active adapter adds; changes nothing.
+    """Run one batch forward and measure what the active adapter adds. Changes nothing.
 
     Padding, and the placeholders in whose place a model puts images, are left out.
 
     Args:
-        model: a model with one active CROME adapter, not merged.
-        batch: what `model(**batch)` takes.
+        model: A model with one active CROME adapter that is not merged.
+        batch: The arguments of `model(**batch)`.
     Returns:
-        A row for each branch and site that anything went through.
+        A row for each branch and site that embeddings passed through.
     Raises:
-        ValueError: no adapter is active, or several are, or one is merged.
+        ValueError: No adapter is active, several are, or one is merged.
     """
     layers = [(path, layer) for path, layer in crome_layers(model) if layer.acting()]
     if not layers:

@@ -32,20 +32,20 @@ def check_output(output: str | Path, overwrite: bool = False) -> None:
         if file.is_dir():
             raise ValueError(f"{file} is a folder. Name another output.")
         if file.exists() and not overwrite:
-            raise ValueError(f"{file} is there already and is not overwritten. Name another output, or overwrite it.")
+            raise ValueError(f"{file} exists already and is not overwritten. Name another output, or overwrite it.")
 
 
 def write_inspection(views: Sequence[View], output: str | Path, *, overwrite: bool = False) -> tuple[Path, Path]:
     """Write one HTML page with everything in it, and one PNG figure of its panels.
 
     Args:
-        views: from `look`: one adapter, or two with the same prompt and images.
-        output: name of both files; ".html" and ".png" are put behind it.
-        overwrite: replace files of these names.
+        views: Results of `look`, for one adapter, or for two with the same prompt and images.
+        output: Name of both files, without ".html" and ".png".
+        overwrite: Whether to replace files of these names.
     Returns:
-        The page, and the figure.
+        The paths of the page and of the figure.
     Raises:
-        ValueError: see `check_output`.
+        ValueError: A file exists already, or its folder does not exist.
         ImportError: matplotlib or Jinja is not installed.
     """
     check_output(output, overwrite)

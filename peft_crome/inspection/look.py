@@ -35,9 +35,9 @@ class BranchView:
     """One branch's activity, with its tokens in their places.
 
     Attributes:
-        activity: the numbers.
-        maps: images with the tokens over them; empty where the tokens are no cells of an image.
-        words: the tokens as text, each with its number among the activity's; None: what stands in a gap.
+        activity: The numbers.
+        maps: Images with the tokens laid over them. Empty if the tokens are not cells of an image.
+        words: The tokens as text, each with its number among the activity's tokens, or None in a gap.
     """
 
     activity: BranchActivity
@@ -47,14 +47,14 @@ class BranchView:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """One adapter, with its backbone or without.
+    """What `look` found in one adapter, with its backbone or without.
 
     Attributes:
-        name: what tells it from another one beside it.
-        report: what its files say.
-        branches: what it does on the input; None without a prompt.
-        prompt: the question.
-        images: how many there were.
+        name: A name that differs from that of the adapter beside it.
+        report: What its files hold.
+        branches: What it does to the input. None without a prompt.
+        prompt: The question.
+        images: Number of images.
     """
 
     name: str
@@ -76,16 +76,16 @@ def look(
     """Read an adapter's files, and with a prompt load its backbone and run it once.
 
     Args:
-        adapter: a directory, or a Hub repository.
-        prompt: what the user says; None: files alone, no backbone is loaded.
-        images: before the prompt, in their order; PIL images or paths.
-        model: the backbone's directory or name; None: the adapter's own directory where it holds one (a stage's
-            does), else the base model that the adapter names.
-        system: a system message.
-        device: where it runs; None: where the model's loading puts it.
+        adapter: A directory or a Hub repository.
+        prompt: What the user says. Without it, only files are read and no backbone is loaded.
+        images: PIL images or paths, which come before the prompt in their order.
+        model: Directory or name of the backbone. None stands for the adapter's own directory if it holds one, as a
+            stage's does, and otherwise for the base model that the adapter names.
+        system: A system message.
+        device: Device to run on. None leaves the model where it is loaded.
     Raises:
-        ValueError: the adapter cannot be read (see `inspect_adapter`), its backbone cannot be found, or there are
-            images and no branch that reads them.
+        ValueError: The adapter cannot be read (see `inspect_adapter`), its backbone cannot be found, or no branch
+            reads the images.
     """
     report = inspect_adapter(adapter)
     if prompt is None:

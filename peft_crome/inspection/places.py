@@ -26,10 +26,10 @@ WINDOWS = ("qwen2_5_vl",)  # of these, those whose merger reads window by window
 
 @dataclass(frozen=True, eq=False)
 class ImageMap:
-    """One image, or the piece of it that the tower read, and which token belongs to which cell of its grid.
+    """One image, or the piece of it that the tower read, with the token of each cell of its grid.
 
     Attributes:
-        image: as the tower saw it where that can be told, else as it was given.
+        image: The image as the tower saw it, if that is known, and otherwise as it was given.
         cells: (rows, columns), the number of the token among those of the branch's activity.
     """
 
@@ -51,13 +51,13 @@ def map_images(
     """Lay a branch's tokens over the images of a batch.
 
     Args:
-        model: what `inspect_activity` ran.
-        batch: what it ran on.
-        activity: of the branch.
-        images: as they were given, in their order.
-        processor: the model's; with it, images are drawn as the tower saw them.
+        model: The model that `inspect_activity` ran.
+        batch: The batch that it ran on.
+        activity: The activity of the branch.
+        images: The images as they were given, in their order.
+        processor: The model's processor. With it, images are drawn as the tower saw them.
     Returns:
-        One for each image or piece; empty where this host's tokens are not known to lie on a grid.
+        A map for each image or piece. Empty if it is unknown how this host's tokens lie on a grid.
     """
     if activity.token_ids is not None or AUDIO_INPUTS.fullmatch(activity.branch):
         return []

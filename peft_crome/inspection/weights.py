@@ -18,7 +18,7 @@ GATE, DOWN, UP = "crome_gate_", "crome_down_", "crome_up"
 
 @dataclass(frozen=True, eq=False)
 class MatrixReport:
-    """One weight matrix.
+    """The numbers of one weight matrix.
 
     Attributes:
         singular_values: (min(d, m),), the largest first.
@@ -48,7 +48,7 @@ class MatrixReport:
 
 @dataclass(frozen=True, eq=False)
 class BranchReport:
-    """One branch's own weights.
+    """The numbers of one branch's own weights.
 
     Attributes:
         branch: the branch's name.
@@ -70,17 +70,17 @@ class AdapterReport:
     """What an adapter's directory holds.
 
     Attributes:
-        source: the directory, or the Hub repository.
-        base_model: what it was trained on, as its configuration names it; None: it does not.
-        model_type: the backbone's architecture; None: not recorded.
+        source: The directory or the Hub repository.
+        base_model: The model that it was trained on, if its configuration names one.
+        model_type: The backbone's architecture, if it is recorded.
         gate_activation: "silu" or "sigmoid".
-        dtype: of the stored weights.
+        dtype: Dtype of the stored weights.
         hidden_size: d, the language model's embedding width.
         bottleneck_dim: m, the hidden units.
         up: W_u, which the branches share.
         branches: a report for each branch.
-        parameters: the adapter's weights, (2·branches + 1)·d·m.
-        other_parameters: what is stored beside them, by `modules_to_save` or trained tokens.
+        parameters: Number of the adapter's weights, (2·branches + 1)·d·m.
+        other_parameters: Number of weights stored beside them, by `modules_to_save` or trained tokens.
     """
 
     source: str
@@ -102,17 +102,17 @@ class AdapterReport:
 
 
 def inspect_adapter(adapter: str | Path) -> AdapterReport:
-    """Read an adapter's files; no backbone is loaded, and nothing in the files is executed.
+    """Read an adapter's files. No backbone is loaded, and nothing in the files is executed.
 
-    A hidden unit of a branch is dead where its row of W_u, or its column of that branch's W_d, has a norm of at most
-    1e-3 of the root mean square over all units; with SiLU also where its column of W_g has, since SiLU(0) is 0.
+    A hidden unit of a branch is dead if its row of W_u, or its column of that branch's W_d, has a norm of at most 1e-3
+    of the root mean square over all units. With SiLU the same holds for its column of W_g, since SiLU(0) is 0.
 
     Args:
-        adapter: a directory that `save_pretrained` or `peft-crome train` wrote, or a Hub repository of one.
+        adapter: A directory that `save_pretrained` or `peft-crome train` has written, or a Hub repository of one.
     Returns:
         Sizes, singular values and dead units of each branch.
     Raises:
-        ValueError: there is no adapter, it is another method's, or its weight file is damaged or not complete.
+        ValueError: There is no adapter, it belongs to another method, or its weight file is damaged or incomplete.
     """
     config = _read_config(str(adapter))
     file = read_adapter_file(str(adapter))
@@ -169,7 +169,7 @@ def _read_config(adapter: str) -> Any:
         if not folder.is_dir():
             if folder.is_file():
                 raise ValueError(f"{adapter} is a file. Give the directory that it lies in.") from error
-            raise ValueError(f"{adapter} is no folder, and cannot be had from the Hub.") from error
+            raise ValueError(f"{adapter} is not a folder, and the Hub does not give it.") from error
         if (folder / "adapter_config.json").is_file():
             raise
         inside = sorted(str(file.parent) for file in folder.glob("*/adapter_config.json"))

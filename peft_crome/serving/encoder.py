@@ -25,9 +25,9 @@ class ImageEncoder:
     """The half of an adapted model that comes before the language model.
 
     Args:
-        model: with its active adapter; in eval mode from here on.
+        model: A model with an active adapter. It is put into evaluation mode.
     Raises:
-        ValueError: it has no vision branch, or its class has no `get_image_features`.
+        ValueError: The adapter has no vision branch, or the model's class has no `get_image_features`.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -76,7 +76,7 @@ class ImageEncoder:
         return [part.reshape(-1, part.shape[-1]) for part in embeddings]
 
     def multi_modal_data(self, **inputs: Any) -> dict[str, Any]:
-        """The same for vLLM's `multi_modal_data`, of an engine that was started with `enable_mm_embeds=True`.
+        """Give image embeddings as vLLM's `multi_modal_data`, for an engine started with `enable_mm_embeds=True`.
 
         Returns:
             {"image": (images, tokens, hidden), or a list where images differ in length}; for hosts that number
@@ -100,15 +100,16 @@ class ImageEncoder:
 
     @torch.no_grad()
     def prompt_embeds(self, **inputs: Any) -> list[torch.Tensor]:
-        """Whole prompts of a composite as embeddings, for an engine that runs its language model alone.
+        """Give whole prompts of a composite as embeddings, for an engine that runs its language model alone.
 
         Args:
-            inputs: what the composite's processor gives.
+            inputs: The outputs of the composite's processor.
         Returns:
             (tokens, hidden) for each row, without padding: vLLM's `prompt_embeds`.
         Raises:
-            ValueError: the model is no composite, whose hosts number positions and mask images in their own way, or
-                its language model is an encoder-decoder or looks up more than embeddings by token (Gemma 3n, Gemma 4).
+            ValueError: The model is not a composite, since other hosts number positions and mask images in their own
+                way. Or its language model is an encoder-decoder or looks up more than embeddings by token (Gemma 3n,
+                Gemma 4).
         """
         host = self.host
         if not isinstance(host, CromeVLMForConditionalGeneration) or host.config.is_encoder_decoder:

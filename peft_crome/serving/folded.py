@@ -23,24 +23,24 @@ CROME_CLASSES = (CromeLayer, CromeWeights)
 
 
 def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwargs: Any) -> None:
-    """Write an ordinary transformers checkpoint: the host's, or the language model's of a composite.
+    """Write an ordinary checkpoint of transformers: the host's, or that of a composite's language model.
 
-    The text branch is a function of the token alone, so E' = adapter(E) is exact; a head that was tied to the table
-    keeps the old one. The adapter's vision branch is not in it: see `ImageEncoder`. The model stays as it is.
+    The text branch is a function of the token alone, so E' = adapter(E) is exact. A head that was tied to the table
+    keeps the old one. The checkpoint does not have the vision branch (see `ImageEncoder`). The model stays as it is.
 
     Args:
-        model: with its active adapter.
-        output_dir: a new directory; it is there when it is complete, and not before.
-        processor: saved beside the weights, if given: a processor or a tokenizer.
-        kwargs: of `PreTrainedModel.save_pretrained`.
+        model: A model with an active adapter.
+        output_dir: A new directory, which appears when it is complete.
+        processor: A processor or a tokenizer to save beside the weights.
+        kwargs: Arguments of `PreTrainedModel.save_pretrained`.
     Raises:
-        FileExistsError: output_dir is there already.
-        ValueError: nothing can be folded, the model has no adapter of CROME's, has another method's beside it, is
-            merged, or its table trains as well; or the model is held in a form that its checkpoint cannot hold.
+        FileExistsError: output_dir exists already.
+        ValueError: Nothing can be folded. Or the model has no CROME adapter, has another method's beside it, is
+            merged, trains its table as well, or has a form that a checkpoint cannot hold.
     """
     output = Path(output_dir)
     if output.exists():
-        raise FileExistsError(f"{output} is there already; nothing was written. Name a new directory.")
+        raise FileExistsError(f"{output} exists already, and nothing was written. Name a new directory.")
     model = unwrapped(model, PeftModel)
     host = unwrapped(model)
     _check(model)
@@ -84,7 +84,7 @@ def _check(model: PeftModel) -> None:
     others = [name for name, m in model.get_base_model().named_modules() if is_of_another_method(m, CROME_CLASSES)]
     if others:
         raise ValueError(
-            f"{others[:3]} ({len(others)} in all) carry adapters of another PEFT method, which are no part of an "
+            f"{others[:3]} ({len(others)} in all) carry adapters of another PEFT method, which are not part of an "
             "ordinary checkpoint. Merge these into the host before CROME is attached: merge_and_unload()."
         )
     tables = [site for site in sites if not why_not_foldable(site.table)]

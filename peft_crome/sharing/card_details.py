@@ -38,18 +38,19 @@ def describe_adapter(
     language: str | None = None,
     record: dict[str, Any] | None = None,
 ) -> None:
-    """Say what `save_pretrained` and `push_to_hub` are to write into the adapter's model card.
+    """Describe the adapter for the model card that `save_pretrained` and `push_to_hub` write.
 
     Args:
-        model: has the adapter.
-        task: a sentence or more of Markdown: what the adapter is for.
-        datasets: Hub names of the data it was trained on; other words are put into the text alone.
-        results: measured values; the Hub shows them beside the card.
-        image: stored with the adapter and shown in the card.
-        license, language: as the Hub knows them: "apache-2.0", "en".
-        record: what `peft_crome.training.train` or `read_record` returns, for the recipe.
+        model: A model with the adapter.
+        task: What the adapter is for, in a sentence or more of Markdown.
+        datasets: Hub names of the training data. Other words appear in the text alone.
+        results: Measured values, which the Hub shows beside the card.
+        image: An image to store with the adapter and show in the card.
+        license: The Hub's name of the license, such as "apache-2.0".
+        language: The Hub's name of the language, such as "en".
+        record: The result of `peft_crome.training.train` or `read_record`, from which the card takes the recipe.
     Raises:
-        ValueError, TypeError, FileNotFoundError: no such adapter or image, or results of another type.
+        ValueError, TypeError, FileNotFoundError: The adapter or the image is missing, or results have a wrong type.
 
     Example:
         >>> describe_adapter(model, task="Reads gauges.", datasets=["user/gauges"])  # doctest: +SKIP
@@ -62,11 +63,11 @@ def describe_adapter(
     wrong = [result for result in results if not isinstance(result, EvalResult)]
     if wrong:
         raise TypeError(
-            f"results: {wrong[0]!r} is no huggingface_hub.EvalResult. Write EvalResult(task_type="
+            f"results: {wrong[0]!r} is not a huggingface_hub.EvalResult. Write EvalResult(task_type="
             "'visual-question-answering', dataset_type='user/data', dataset_name='Data', metric_type='accuracy', "
             "metric_value=0.9)."
         )
     path = Path(image) if image is not None else None
     if path is not None and (not path.is_file() or path.suffix.lower() not in IMAGE_SUFFIXES):
-        raise FileNotFoundError(f"image={str(path)!r} is no file with one of the endings {IMAGE_SUFFIXES}.")
+        raise FileNotFoundError(f"image={str(path)!r} is not a file with one of the endings {IMAGE_SUFFIXES}.")
     config._card = CardDetails(task, tuple(datasets), tuple(results), path, license, language, record)

@@ -58,7 +58,7 @@ def record_backbone(config: Any, here: dict[str, Any]) -> None:
     described = config._described or there is None
     problems = [] if described else differences(there, here)
     if problems:
-        warnings.warn("\n".join(["This adapter meets another model than it was trained on:", *problems]), stacklevel=9)
+        warnings.warn("\n".join(["This adapter was trained on another model:", *problems]), stacklevel=9)
     config._described = described
     # Even without a problem, what has no effect may have moved on: a path, a patch release.
     config.trained_on = here if described or not config.inference_mode else there

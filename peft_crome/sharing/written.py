@@ -87,4 +87,4 @@ def check_files(folder: Path, meant: Iterable[str], names: str = "*.safetensors"
     problems = {"missing": sorted(expected - written), "unexpected": sorted(written - expected)}
     text = "; ".join(f"{len(keys)} {kind}: {keys[:5]}" for kind, keys in problems.items() if keys)
     if text:
-        raise ValueError(f"The checkpoint was not written as it was meant ({text}), and is not kept. {REMEDY}")
+        raise ValueError(f"The written checkpoint differs from the model ({text}), and is not kept. {REMEDY}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 class StageError(ValueError):
-    """A directory is no stage's, is half-written, or does not fit what is to start from it."""
+    """A directory is not a stage's, is incomplete, or does not fit the stage that starts from it."""
 
 
 class RecipeError(ValueError):
-    """A recipe is wrong; the message names each key, what was given and what is expected."""
+    """A recipe is wrong. The message names each key, the given value and what is expected."""

@@ -41,15 +41,16 @@ def train(
     """Train one stage and write `recipe.output`.
 
     Args:
-        recipe: what to do.
-        on_ready: told, before the first step, what will train and what it will take.
-        accept_changed_data: go on from the checkpoints of a run whose data, or `training.max_length`, have changed
-            since: faulty rows were mended, say. Rows that the run has seen may come again, in another order.
+        recipe: The recipe.
+        on_ready: Called before the first step with what will train and what it will take.
+        accept_changed_data: Continue from the checkpoints of a run although its data or `training.max_length` have
+            changed, as after faulty rows were corrected. Rows that the run has seen may come again, in another order.
     Returns:
-        The record that is written to `crome_stage.json`; the last of its "stages" is this one.
+        The record that is written to `crome_stage.json`. The last of its "stages" is this one.
     Raises:
-        RecipeError, StageError, ValueError: recipe, previous directory or data are not sound; nothing was written.
-        NotFiniteError: a loss or a gradient is NaN or infinite; the checkpoints stay.
+        RecipeError, StageError, ValueError: The recipe, the previous directory or the data are wrong. Nothing was
+            written.
+        NotFiniteError: A loss or a gradient is NaN or infinite. The checkpoints stay.
     """
     output = Path(recipe.output)
     checkpoints = output.with_name(f"{output.name}.checkpoints")

@@ -1,4 +1,4 @@
-"""The paper's three stages: what trains in each, told once. Everything else about stages is derived from here."""
+"""The paper's three stages, and what trains in each. Everything else about stages is derived from this file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ADAPTER = "adapter"  # the crome_* weights; the other parts are modules of the c
 
 @dataclass(frozen=True)
 class Stage:
-    """What trains in a stage, beside frozen backbones.
+    """A stage: what trains in it, beside frozen backbones.
 
     Args:
-        name: what a recipe calls it.
-        parts: "adapter", and modules of the composite, which a composite without a Q-Former has in part.
-        previous: stages whose directory this one can start from; an empty tuple: it starts from the backbones.
-        purpose: one line for people.
+        name: The name that a recipe uses.
+        parts: "adapter", and modules of the composite. A composite without a Q-Former lacks some of them.
+        previous: Stages whose directory this one can start from. An empty tuple means that it starts from backbones.
+        purpose: One line for people.
     """
 
     name: str
@@ -46,7 +46,7 @@ STAGES = {
 
 
 def modules_to_save(stage: Stage, composite: nn.Module) -> list[str]:
-    """The modules of this composite that a stage trains in full: PEFT's `modules_to_save`."""
+    """Give the modules of this composite that a stage trains in full, for PEFT's `modules_to_save`."""
     return [part for part in stage.parts if part != ADAPTER and getattr(composite, part, None) is not None]
 
 
@@ -76,7 +76,7 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Paramete
 
 
 def count_trained(model: nn.Module) -> dict[str, int]:
-    """Trained weights per part, in the order of the model."""
+    """Count the weights that train by part, in the order of the model."""
     counts: dict[str, int] = {}
     for part, _, parameter in trained_parameters(model):
         counts[part] = counts.get(part, 0) + parameter.numel()

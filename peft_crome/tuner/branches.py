@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import reduce
+from operator import or_
 from typing import Any, cast
 
 import torch
@@ -59,4 +61,8 @@ def united(several: Iterable[dict[str, TokenRanges]]) -> dict[str, TokenRanges]:
 
 def in_ranges(input_ids: torch.Tensor, ranges: TokenRanges) -> torch.Tensor:
     """Which token ids lie in one of the half-open ranges; bool, of the shape of `input_ids`."""
-    return torch.stack([(input_ids >= start) & (input_ids < stop) for start, stop in ranges]).any(0)
+    masks = (
+        input_ids == start if stop == start + 1 else (input_ids >= start) & (input_ids < stop)
+        for start, stop in ranges
+    )
+    return reduce(or_, masks)

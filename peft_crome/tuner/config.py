@@ -19,7 +19,7 @@ class CromeConfig(PeftConfig):
     """Configuration of a CROME adapter (arXiv 2408.06610): one gated bottleneck per branch, one shared up-projection.
 
     Raises:
-        ValueError, TypeError: a field is wrong; the message names the field, the value and what to write.
+        ValueError, TypeError: A field is wrong. The message names the field, the value and what to write.
     """
 
     bottleneck_dim: int | None = field(

@@ -55,7 +55,9 @@ def check_config(config: Any) -> None:
     if isinstance(config.modules_to_save, str):
         raise TypeError(f"modules_to_save is a string. Write modules_to_save=[{config.modules_to_save!r}].")
     if config.modules_to_save is not None and not _is_names(config.modules_to_save):
-        raise TypeError(f"modules_to_save={config.modules_to_save!r} is no list of names. Write modules_to_save=None.")
+        raise TypeError(
+            f"modules_to_save={config.modules_to_save!r} is not a list of names. Write modules_to_save=None."
+        )
     if config.target_modules is not None:
         raise ValueError(
             f"target_modules={config.target_modules!r}: CROME's modules are named by branch. "
@@ -84,7 +86,7 @@ def _check_branches(branches: Any) -> None:
     for name, modules in branches.items():
         names = [modules] if isinstance(modules, str) else modules
         if not isinstance(names, (list, tuple)) or not names or not all(n and isinstance(n, str) for n in names):
-            raise TypeError(f"branches[{name!r}]={modules!r} is no list of names and no regex. Write {example}.")
+            raise TypeError(f"branches[{name!r}]={modules!r} is neither a list of names nor a regex. Write {example}.")
         long = [n for n in names if len(n) > LONGEST_NAME]
         if long:
             raise ValueError(
@@ -100,7 +102,7 @@ def _check_tokens(indices: Any) -> None:
     )
     if not are_ids or not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"trainable_token_indices={str(indices)[:60]} is no list of token ids. Write "
+            f"trainable_token_indices={str(indices)[:60]} is not a list of token ids. Write "
             "trainable_token_indices=[32000, 32001], or {'embed_tokens': [32000, 32001]}."
         )
 
@@ -113,8 +115,8 @@ def _check_origin(config: Any) -> None:
             not isinstance(value, str) or UNPRINTABLE.search(value) or len(value) > LONGEST_NAME
         ):
             raise ValueError(
-                f"{name}={str(value)[:60]!r} is no name and no path: quotes, angle brackets and control characters "
-                f"have no place in one. Write {name}=None."
+                f"{name}={str(value)[:60]!r} is neither a name nor a path, which hold no quotes, angle brackets or "
+                f"control characters. Write {name}=None."
             )
     mapping = config.auto_mapping
     if mapping is None:
@@ -139,7 +141,7 @@ def _check_trained_on(record: Any) -> None:
     if record is None:
         return
     if not isinstance(record, dict):
-        raise TypeError(f"trained_on={str(record)[:60]} is no dict. Write trained_on=None.")
+        raise TypeError(f"trained_on={str(record)[:60]} is not a dict. Write trained_on=None.")
     for key, allowed in TRAINED_ON.items():
         value = record.get(key)
         parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]

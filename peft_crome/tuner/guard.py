@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,14 +30,14 @@ Pair = tuple[str, str]  # adapter name, branch
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What a forward pass sent through one site for one branch.
+    """What passed through one site for one branch in a forward pass.
 
     Attributes:
         branch: the branch's name.
         site: full path of the wrapped module.
-        calls: how often the site ran.
-        embeddings: how many embeddings it adapted in all.
-        gradient: whether the loss depends on them, so that the branch's weights can learn.
+        calls: Number of times that the site ran.
+        embeddings: Number of embeddings that it adapted in all.
+        gradient: Whether the loss depends on them, so that the branch's weights can learn.
     """
 
     branch: str
@@ -86,17 +86,18 @@ class Watch:
         return rows
 
 
-def check(model: nn.Module, batch: dict[str, Any]) -> list[SiteReport]:
-    """Run one batch forward and see that each branch with input in it is reached and can learn; changes nothing.
+def check(model: nn.Module, batch: Mapping[str, Any]) -> list[SiteReport]:
+    """Run one batch forward and check that each branch with input is reached and can learn. Changes nothing.
 
     Args:
-        model: a model with an active CROME adapter.
-        batch: what `model(**batch)` takes, with labels if the model has a loss.
+        model: A model with an active CROME adapter.
+        batch: The arguments of `model(**batch)`, with labels if the model has a loss.
     Returns:
-        A row per site and branch.
+        A row for each site and branch.
     Raises:
-        ValueError: there is no active CROME adapter.
-        RuntimeError: a branch is not reached, or its weights get no gradient; the message names branch and sites.
+        ValueError: There is no active CROME adapter.
+        RuntimeError: A branch is not reached, or its weights get no gradient. The message names the branch and its
+            sites.
     """
     weights = next((module for module in model.modules() if isinstance(module, CromeWeights)), None)
     layers = list(crome_layers(model))

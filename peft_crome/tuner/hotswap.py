@@ -19,15 +19,15 @@ from .sites.find import find_branches
 def hotswap_adapter(
     model: PeftModel, model_id: str | os.PathLike, adapter_name: str = "default", **hub_kwargs: Any
 ) -> None:
-    """Put another adapter's weights where `adapter_name`'s are; no module or tensor is replaced.
+    """Replace the weights of `adapter_name` by another adapter's, in place. No module or tensor is replaced.
 
     Args:
-        model: has the adapter `adapter_name`; torch.compile or DDP may have wrapped it.
-        model_id: directory or Hub repository of the adapter to swap in.
-        adapter_name: keeps its name.
+        model: A model with the adapter. torch.compile or DDP may have wrapped it.
+        model_id: Directory or Hub repository of the adapter to swap in.
+        adapter_name: Name of the adapter whose weights are replaced. It keeps its name.
         hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, ...
     Raises:
-        ValueError: the adapter is unknown or merged, or the new one differs in more than its weights; the model is
+        ValueError: The adapter is unknown or merged, or the new one differs in more than its weights. The model stays
             as it was.
 
     Example:

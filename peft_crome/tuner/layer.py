@@ -11,7 +11,7 @@ from torch import nn
 from ..backbone.outputs import map_embeddings
 from .branches import TokenRanges, in_ranges, united
 from .merging.merge import Mergeable
-from .weights import DOWN, GATE, CromeWeights
+from .weights import DOWN, GATE, CromeWeights, Stack
 
 
 class CromeLayer(Mergeable):
@@ -83,12 +83,18 @@ class CromeLayer(Mergeable):
         """Add the adapters to the embeddings in `output`, whatever container holds them.
 
         Args:
-            input_ids: what a table was called with; read where the branch depends on the token.
+            input_ids: The ids that a table was called with. They are read if the branch depends on the token.
         """
         return map_embeddings(output, self.out_features, lambda x: self._adapt(x, adapter_names, input_ids))
 
-    def _adapt(self, x: torch.Tensor, adapter_names: list[str], input_ids: torch.Tensor | None) -> torch.Tensor:
-        """y = x + the sum of what the adapters add; (..., d), in x's dtype."""
+    def _adapt(
+        self, x: torch.Tensor, adapter_names: list[str], input_ids: torch.Tensor | None, stack: Stack | None = None
+    ) -> torch.Tensor:
+        """y = x + the sum of what the adapters add; (..., d), in x's dtype.
+
+        Args:
+            stack: see `CromeWeights.forward`.
+        """
         by_id = bool(self.placeholders) or any(self.branches.values())
         ids = input_ids.to(x.device) if by_id and input_ids is not None else None
         y = x
@@ -96,7 +102,7 @@ class CromeLayer(Mergeable):
             added: Any = 0.0
             branches = self.branches_of[name].items()
             for branch, ranges in sorted(branches, key=lambda item: len(item[1])):  # those without ranges first
-                part = self._weights[0](x, branch, name)
+                part = self._weights[0](x, branch, name, stack)
                 added = torch.where(in_ranges(ids, ranges)[..., None], part, added) if ranges else part
             y = y + added  # type promotion keeps the sum in the wider dtype
         if self.placeholders and ids is not None:

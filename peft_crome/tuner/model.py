@@ -27,7 +27,7 @@ from .without_sites import sites_out
 
 
 class CromeModel(BaseTuner):
-    """Cross-modal adapters where embeddings enter a frozen language model; arguments as in PEFT's other tuners."""
+    """CROME adapters where embeddings enter a frozen language model. It takes the arguments of PEFT's other tuners."""
 
     prefix = "crome_"
     tuner_layer_cls = (CromeLayer, CromeWeights)  # type: ignore[assignment]  # PEFT only calls isinstance on it
@@ -39,7 +39,7 @@ class CromeModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Check everything that can be checked, then wrap the sites; an error leaves the model as it was.
+        """Check everything that can be checked, then wrap the sites. An error leaves the model as it was.
 
         Raises:
             ValueError: see `plan`.
@@ -92,10 +92,10 @@ class CromeModel(BaseTuner):
         """Do nothing: `check_allowed` knows which adapters are meant."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold the text branch into the embedding table; the others stay active. `unmerge_adapter` undoes it.
+        """Fold the text branch into the embedding table. The others stay active, and `unmerge_adapter` undoes it.
 
         Raises:
-            ValueError: there is no branch on an embedding table, or see `check_allowed`.
+            ValueError: There is no branch on an embedding table, or folding it would change the model's output.
         """
         layers = [layer for _, layer in crome_layers(self.model)]
         check_allowed(self.model, layers, adapter_names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .config import CromeConfig
 
 GATE = "crome_gate_"
 DOWN = "crome_down_"
+Stack = Callable[[nn.ModuleDict, torch.device], Any]  # a kind of map of all adapters -> those of a batch, as one map
 NAME = "crome"  # the child of the wrapped model that holds every adapter's weights
 
 
@@ -78,12 +79,16 @@ class CromeWeights(nn.Module, BaseTunerLayer):
                 scaled = rms / m**0.5 if is_up else 1 / (rms * hidden_size**0.5)
                 nn.init.normal_(linear.weight, std=0.02 if config.init_weights == "normal" else scaled)
 
-    def forward(self, x: torch.Tensor, branch: str, adapter_name: str) -> torch.Tensor:
-        """What one adapter adds to embeddings of a branch; (..., d), in the adapter's dtype."""
+    def forward(self, x: torch.Tensor, branch: str, adapter_name: str, stack: Stack | None = None) -> torch.Tensor:
+        """What one adapter adds to embeddings of a branch; (..., d), in the adapter's dtype.
+
+        Args:
+            stack: puts the maps of several adapters like this one together, one adapter for each of x's first axis.
+        """
         activation, dropout = self.settings[adapter_name]
-        gate, down = getattr(self, GATE + branch)[adapter_name], getattr(self, DOWN + branch)[adapter_name]
-        dropout = dropout if self.training else 0.0
-        return gated_product(x, gate, down, self.crome_up[adapter_name], activation, dropout)
+        kinds = [getattr(self, name) for name in (GATE + branch, DOWN + branch, "crome_up")]
+        gate, down, up = (kind[adapter_name] if stack is None else stack(kind, x.device) for kind in kinds)
+        return gated_product(x, gate, down, up, activation, dropout if self.training else 0.0)
 
     def _nothing_to_do(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the sites merge adapters and move them."""

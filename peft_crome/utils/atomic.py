@@ -91,6 +91,6 @@ def new_file(path: Path) -> Iterator[TextIO]:
         raise
     if path.exists():
         raise FileExistsError(
-            f"{path} was not there before and is now. It stays; what was to be in it is {temporary}."
+            f"{path} was made by another process meanwhile. It stays as it is, and the new content is in {temporary}."
         )
     os.replace(temporary, path)

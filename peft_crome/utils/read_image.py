@@ -219,9 +219,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     least, most = values.min(), values.max()
     floats = values.dtype.kind == "f"
     if not (least >= 0 and most <= (255 if floats else 65_535)):  # NaN is in no range
-        raise ValueError(
-            f"its values go from {least:.6g} to {most:.6g}, so nobody knows which is white; save it with 8 bits"
-        )
+        raise ValueError(f"its values go from {least:.6g} to {most:.6g}, so its white is unknown; save it with 8 bits")
     if floats:
         return np.round(values.astype(np.float32) * (255 if most <= 1 else 1)).astype(np.uint8)
     return (values >> 8 if most > 255 else values).astype(np.uint8)

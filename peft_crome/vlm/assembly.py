@@ -167,7 +167,7 @@ def _name_of(backbone: str | PreTrainedModel) -> str | None:
 def _find_image_token_id(name: str | None, revision: str | None, loading: Loading) -> int:
     if name is None:
         raise ValueError(
-            "image_token_id is unknown: the language model object does not say where its tokenizer is. Write "
+            "image_token_id is unknown: the language model object does not name its tokenizer. Write "
             "image_token_id=len(tokenizer), the id of a new `<image>` token, or that of the tokenizer's image token."
         )
     tokenizer = AutoTokenizer.from_pretrained(name, **_revision(revision), **loading.hub_arguments)

@@ -27,7 +27,7 @@ PARTS = {"vision_config": "clip_vision_model", "text_config": "llama", "qformer_
 class CromeVLMConfig(PreTrainedConfig):
     """Describes a frozen vision tower and a frozen language model that a linear image projection joins.
 
-    Args:
+    Attributes:
         vision_config: the tower's own configuration, or its dictionary.
         text_config: the language model's own configuration, or its dictionary.
         vision_model_name_or_path: where the tower's weights are; None: they are stored with the composite.

@@ -222,7 +222,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     # ---- images ----
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features of the chosen layer; what `vision_features=` takes, so they can be cached.
+        """Run the tower and give the features of the chosen layer, as `vision_features=` takes them.
 
         Args:
             pixel_values: (images, channels, height, width).
@@ -281,7 +281,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         qformer_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Image embeddings as the language model reads them, after projections and fusion sites.
+        """Give image embeddings as the language model reads them, after projections and fusion sites.
 
         Args:
             pixel_values: (images, channels, height, width).
@@ -317,7 +317,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.BoolTensor:
-        """Where image embeddings go.
+        """Find the placeholders whose places image embeddings take.
 
         Args:
             input_ids: (batch, tokens).
@@ -342,8 +342,8 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     ) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor | None]:
         """Embed text and images into one sequence; each token's embedding is looked up once.
 
-        With `blank_image`, a batch without images looks at one black image, whose embeddings go nowhere, so that
-        every process of a run with FSDP or ZeRO-3 calls the same modules.
+        With `blank_image`, a batch without images runs one black image, whose embeddings are not used. Every process
+        of a run with FSDP or ZeRO-3 then calls the same modules.
 
         Args:
             input_ids: (batch, tokens), each image as image_seq_length placeholders.

@@ -12,7 +12,7 @@ class CromeVLMOutput(ModelOutput):
     """What the language model returned, plus the image embeddings that it read.
 
     Args:
-        loss: language modelling loss, a scalar; present with `labels`.
+        loss: language modeling loss, a scalar; present with `labels`.
         logits: (batch, tokens, vocabulary).
         past_key_values: the language model's cache.
         hidden_states: per layer (batch, tokens, hidden); decoder-only.

@@ -48,15 +48,15 @@ class Prompt(str):
 class CromeVLMProcessor(ProcessorMixin):
     """Joins an image processor and a text tokenizer, any of each.
 
-    The tokenizer is given an image placeholder where it has none, and each tokenizer its end token for padding where
-    it has no pad token; the attention mask, made by length, tells end and padding apart.
+    A tokenizer without an image placeholder gets one, and a tokenizer without a pad token pads with its end token. The
+    attention mask, made by length, separates end tokens from padding.
 
     Args:
         image_processor: gives `pixel_values` of one fixed size.
-        tokenizer: of the language model.
+        tokenizer: The language model's tokenizer.
         image_seq_length: placeholders per image; the model's `config.image_seq_length`.
         chat_template: None: the tokenizer's own, which need not know about images.
-        qformer_tokenizer: of a Q-Former that reads the instruction; saved in the folder of that name.
+        qformer_tokenizer: Tokenizer of a Q-Former that reads the instruction. It is saved in the folder of that name.
         images_after_text: a chat template writes the images of a user's turn after its words, as in the paper,
             wherever the message has them; False: where the message has them.
     """
@@ -127,10 +127,10 @@ class CromeVLMProcessor(ProcessorMixin):
         Args:
             vision: name of an image processor, or the object; None: from where the tower came.
             language: name of a tokenizer, or the object, which is copied; None: from where the language model came.
-            config: the model's, which says the image size, the tokens per image and the image token.
+            config: the model's configuration, with the image size, the tokens per image and the image token.
             qformer_tokenizer: name of the Q-Former's tokenizer, or the object; None: of the checkpoint that the
                 Q-Former came from.
-            kwargs: of both `from_pretrained` (`cache_dir`, `token`, `local_files_only`, ...).
+            kwargs: arguments of both `from_pretrained` (`cache_dir`, `token`, `local_files_only`, ...).
         Returns:
             The processor; it pads on the left for decoder-only models, as generation needs.
         Raises:

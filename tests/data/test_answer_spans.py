@@ -97,6 +97,18 @@ ALONE = {
     "no ends": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}",
     "thinking left out": CHATML.replace("m['content']", "m['content'].split('red')[-1]"),
+    "a namespace": "{% set ns = namespace(first=true) %}" + CHATML.replace(
+        "{{", "{% if ns.first %}<s>{% set ns.first = false %}{% endif %}{{", 1
+    ),
+    "a macro for a turn": "{% macro say(m) %}{{ m['content'] | trim }}{% endmacro %}"
+    + CHATML.replace("m['content']", "say(m)"),
+    "generation in a macro": "{% macro say(m) %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endmacro %}"
+    + CHATML.replace("m['content']", "say(m)"),
+    "a preamble in a namespace": "{% set ns = namespace(text='') %}{% if messages[0]['role'] == 'system' %}"
+    "{% set ns.text = messages[0]['content'] %}{% endif %}{{ ns.text }}" + CHATML,
+    "numbers in a namespace": "{% set ns = namespace(n=0) %}" + CHATML.replace(
+        "{{", "{% if m['role'] == 'user' %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{% endif %}{{", 1
+    ),
 }  # fmt: skip
 ENDS = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 OTHERS = {
@@ -118,6 +130,18 @@ OTHERS = {
     "by what came before": "{% set ns = namespace(seen=false) %}" + CHATML.replace(
         "{% endfor %}", "{% if 'red' in m['content'] %}{% set ns.seen = true %}{% endif %}{% endfor %}"
     ).replace("assistant\n{% endif %}", "assistant\n{% if ns.seen %}!{% endif %}{% endif %}"),
+    "an end by what came before": "{% set ns = namespace(seen=false) %}" + CHATML.replace(
+        "{% endfor %}", "{% if 'red' in m['content'] %}{% set ns.seen = true %}{% endif %}{% endfor %}"
+    ) + "{% if ns.seen %}!{% endif %}",
+    "by what the last has left": "{% set ns = namespace(last=false) %}" + CHATML.replace(
+        "<|im_end|>",
+        "{% if loop.last and add_generation_prompt %}{% set ns.last = true %}{% endif %}"
+        "{{ '!' if ns.last and 'red' in m['content'] }}<|im_end|>",
+    ),
+    "an end in a macro": "{% set ns = namespace(seen=false) %}{% macro end() %}{{ '!' if ns.seen }}{% endmacro %}"
+    + CHATML.replace(
+        "{% endfor %}", "{% if 'red' in m['content'] %}{% set ns.seen = true %}{% endif %}{% endfor %}"
+    ) + "{{ end() }}",
     "by the next": CHATML.replace(
         "<|im_end|>", "{{ '!' if loop.nextitem and 'red' in loop.nextitem['content'] }}<|im_end|>"
     ),
@@ -131,13 +155,6 @@ OTHERS = {
 }  # fmt: skip
 IN_EXCHANGES = {  # turns are written alone, in ways that reading the template does not tell
     "selectattr": "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}" + CHATML,
-    "a namespace": "{% set ns = namespace(first=true) %}" + CHATML.replace(
-        "{{", "{% if ns.first %}<s>{% set ns.first = false %}{% endif %}{{", 1
-    ),
-    "a macro for a turn": "{% macro say(m) %}{{ m['content'] | trim }}{% endmacro %}"
-    + CHATML.replace("m['content']", "say(m)"),
-    "generation in a macro": "{% macro say(m) %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endmacro %}"
-    + CHATML.replace("m['content']", "say(m)"),
     "by the turn before": CHATML.replace(
         "m['content']", "('again: ' if loop.previtem and 'red' in loop.previtem['content'] else '') + m['content']"
     ),
@@ -146,6 +163,8 @@ TRIED = {  # what tells is their rendering
     "forgets": FORGETS,
     "thinks": THINKS,
 }
+
+RENDERED_TWICE = ("plain", "trimmed plain")  # only white space stands before an answer
 
 WHITE = st.sampled_from(["", " ", "\n", "\n\n", " \n", "\t"])
 WORDS = [
@@ -203,7 +222,7 @@ def conversation(answers: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_two_renderings_find_all_answers(name: str, byte_processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_renderings_find_all_answers(name: str, byte_processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     byte_processor.chat_template = ALONE[name]
     collator = ConversationCollator(byte_processor)
     row = conversation(40)
@@ -218,7 +237,7 @@ def test_two_renderings_find_all_answers(name: str, byte_processor: Any, monkeyp
 
     monkeypatch.setattr(type(byte_processor), "apply_chat_template", count)
     encoded = collator.encode(row)
-    assert len(rendered) == 2
+    assert len(rendered) == (2 if name in RENDERED_TWICE else 1)
     monkeypatch.undo()
     learned = byte_processor.tokenizer.decode([label for label in encoded["labels"] if label != -100])
     assert [f"answer {number}" in learned for number in range(40)] == [True] * 40

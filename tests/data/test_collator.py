@@ -203,7 +203,7 @@ def test_rows_in_which_nothing_is_learned_are_refused(processor: Any) -> None:
     with pytest.raises(ValueError, match=r"Row 'r': no token is learned"):
         ConversationCollator(processor).encode(row(("w1", "w2")))
     question = {"role": "user", "content": [{"type": "text", "text": "w1"}]}
-    with pytest.raises(ValueError, match=r"Row 'q': the last turn is no answer"):
+    with pytest.raises(ValueError, match=r"Row 'q': the last turn is not an answer"):
         ConversationCollator(processor).encode({"id": "q", "images": [], "messages": [question]})
 
 

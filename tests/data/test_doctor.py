@@ -94,7 +94,7 @@ def test_nothing_is_overwritten(name: str, path: Path) -> None:
     before = target.read_bytes()
     result = runner.invoke(app, ["doctor", str(path), "--fix", str(target)])
     assert result.exit_code == 1
-    assert "is there already, and nothing is overwritten" in result.stderr
+    assert "exists already, and no file is overwritten" in result.stderr
     assert target.read_bytes() == before
 
 
@@ -217,7 +217,7 @@ def test_rows_are_measured_in_tokens(path: Path, processor: Any) -> None:
             {"from": "human", "value": "w1 " * 30}, {"from": "gpt", "value": "w2"}]},
     ]  # fmt: skip
     path.write_text(json.dumps(rows))
-    findings = examine(path, path.parent / "images", encode=collator.encode)
+    findings = examine(path, path.parent / "images", measure=collator.measure)
     assert {patient.name: patient.faults[0].kind for patient in findings.patients} == {
         "cut": "cut", "long": "long",
     }  # fmt: skip

@@ -238,8 +238,8 @@ OF_TURNS: list[tuple[dict[str, Any], str]] = [
     ({"reasoning_content": "x"}, r"a turn has \['reasoning_content'\] of its own"),
     ({"value": "w9"}, "a turn has 'value' and 'content', which differ"),
     ({"weight": 0}, "a turn has 'weight': 0. All answers of a row are learned"),
-    ({"content": [{"type": "text", "text": "w1", "image": "a.png"}]}, "is no part of a turn"),
-    ({"content": [{"type": "image", "image": "a.png", "text": "w1"}]}, "is no part of a turn"),
+    ({"content": [{"type": "text", "text": "w1", "image": "a.png"}]}, "is not a part of a turn"),
+    ({"content": [{"type": "image", "image": "a.png", "text": "w1"}]}, "is not a part of a turn"),
 ]
 
 

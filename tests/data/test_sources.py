@@ -153,7 +153,7 @@ def test_table_with_faulty_rows(tmp_path: Path) -> None:
 
 def test_name_that_leads_nowhere(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"'nobody/nothing' is no file, and not to be had as a data set with name=None"
+        ValueError, match=r"'nobody/nothing' is not a file, and cannot be loaded as a data set with name=None"
     ):
         load_rows("nobody/nothing")
 

@@ -163,7 +163,7 @@ def test_command_line_on_an_adapter_of_a_host(on_disk: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (TO_A_FILE, "loss.json is there already"),
+        (TO_A_FILE, "loss.json exists already"),
         (["{}/adapter", "rows.json", "--text", "{}/prose.txt"], "expected one of them"),
         (["{}/adapter"], "DATA is missing"),
         (["{}/adapter", "--text", "{}/none.txt"], "none.txt"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers.image_utils import load_image
 
 from peft_crome.data import ConversationCollator, RowError, split_turns
 from peft_crome.data.processed import with_template
+from peft_crome.data.row_text import RowSize, or_error
 
 from . import FAMILIES, Family
 
@@ -146,11 +150,62 @@ def test_rows_are_measured_by_their_headers(
 ) -> None:
     processor = tf.AutoProcessor.from_pretrained(family_checkpoint(family))
     collator = ConversationCollator(processor)
-    for one in rows_of(family, images):
+    rows = rows_of(family, images)
+    for one, size in zip(rows, collator.measure(rows), strict=True):
         batch, encoded = collator([one]), collator.encode(one)
         assert encoded["input_ids"] == batch["input_ids"][0].tolist(), one["id"]
         assert encoded["labels"] == batch["labels"][0].tolist()
         assert encoded["length"] == batch["input_ids"].shape[1]
+        assert size == RowSize(encoded["length"], encoded["length"], len(encoded["labels"]), encoded["instruction"])
+
+
+WORDS = st.lists(
+    st.sampled_from(["a cat", "red", "Is it?", "\n", "  ", "é", "猫", "<", "User:", "."]), min_size=1
+).map("".join)
+SAID = st.lists(st.tuples(WORDS, WORDS).filter(lambda pair: all(map(str.strip, pair))), min_size=1, max_size=3)
+
+
+@each_family
+@given(
+    said=st.lists(SAID, min_size=1, max_size=3), shown=st.lists(st.sampled_from([*SIZES]), max_size=3), data=st.data()
+)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_counts_are_the_processors_own(
+    family: Family,
+    said: list[list[tuple[str, str]]],
+    shown: list[str],
+    data: st.DataObject,
+    family_checkpoint: Callable[[Family], Path],
+    images: dict[str, str],
+) -> None:
+    """Of rows measured together, with and without images, and with a limit that some exceed."""
+    processor = processor_of(family, family_checkpoint)
+    rows = []
+    for number, pairs in enumerate(said):
+        files = tuple(images[name] for name in shown[: 1 + family.several_images])[: number + 1]
+        turns = [part for pair in pairs for part in pair]
+        rows.append(row(str(number), (*[None] * len(files), turns[0]), *turns[1:], images=files))
+    lengths = []
+    for one in rows:
+        whole = conversation(one)
+        ids = processed(processor, whole)["input_ids"]
+        if ConversationCollator(processor).template.writes_prompts_apart:
+            ids = ConversationCollator(processor)([one])["input_ids"]
+        lengths.append(ids.shape[1])
+    limit = data.draw(st.sampled_from([None, *lengths, *(length - 1 for length in lengths)]))
+    collator = ConversationCollator(processor, max_length=limit)
+    for one, size, length in zip(rows, collator.measure(rows), lengths, strict=True):
+        closely = or_error(collator.encode, one)
+        if isinstance(closely, RowError):
+            assert isinstance(size, RowError)
+            assert size.faults == closely.faults
+        else:
+            assert size == RowSize(length, len(closely["input_ids"]), len(closely["labels"]), closely["instruction"])
+
+
+@functools.cache
+def processor_of(family: Family, family_checkpoint: Callable[[Family], Path]) -> Any:
+    return tf.AutoProcessor.from_pretrained(family_checkpoint(family))
 
 
 @each_family

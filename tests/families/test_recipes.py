@@ -218,8 +218,8 @@ def test_answers_are_those_of_each_row_alone(make: Make, data: Path) -> None:
         ({"trains": ["multi_modal_projector"]}, "leaves the adapter out"),
         ({"stage": "pretrain"}, "write stage: finetune"),
         ({"previous": "somewhere"}, "give one of `model`"),
-        ({"images_after_text": True}, "the chat template of `model` says where images stand"),
-        ({"model": "nowhere/at-all"}, "is no folder with a model, and cannot be had from the Hub"),
+        ({"images_after_text": True}, "the chat template of `model` decides where images stand"),
+        ({"model": "nowhere/at-all"}, "is not a folder with a model, and the Hub does not give it"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -240,7 +240,7 @@ def test_a_processor_that_takes_prompt_and_answer_apart(
     make: Make, data: Path, family_checkpoint: Callable[[Any], Path]
 ) -> None:
     """It is refused, and the way that the error names trains the adapter."""
-    with pytest.raises(ValueError, match=r"takes a prompt and its answer apart \(suffix=\)"):
+    with pytest.raises(ValueError, match=r"takes the answer apart from the prompt \(suffix=\)"):
         train(load_recipe({**make("paligemma"), "chat_template": "words"}))
     checkpoint = family_checkpoint(FAMILIES["paligemma"])
     processor = tf.AutoProcessor.from_pretrained(checkpoint)

@@ -137,7 +137,7 @@ def test_files_are_not_overwritten(adapters: list[str], tmp_path: Path) -> None:
     view = look(adapters[0])
     assert view.branches is None
     (tmp_path / "out.png").write_text("mine")
-    with pytest.raises(ValueError, match=r"out\.png is there already and is not overwritten"):
+    with pytest.raises(ValueError, match=r"out\.png exists already and is not overwritten"):
         write_inspection([view], tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
     assert (tmp_path / "out.png").read_text() == "mine"
@@ -224,10 +224,10 @@ def test_command(adapters: list[str], image: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{}/nowhere"], "is no folder, and cannot be had from the Hub"),
+        (["{}/nowhere"], "is not a folder, and the Hub does not give it"),
         (["{}/first", "--image", "{}/image.png"], "need --prompt"),
         (["{}/first", "--prompt", "w1", "--image", "{}/no.png"], "cannot read the image"),
-        (["{}/first", "--output", "{}/there"], "there.html is there already"),
+        (["{}/first", "--output", "{}/there"], "there.html exists already"),
         (["{}/first", "--prompt", "w1", "--device", "cuda"], "this PyTorch sees no accelerator"),
     ],
     ids=["no adapter", "no prompt", "no image", "file that is there", "no accelerator"],

@@ -84,7 +84,7 @@ def test_bf16_weights_and_what_is_stored_beside_them(tmp_path: Path) -> None:
 
 
 def test_directory_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no folder, and cannot be had from the Hub"):
+    with pytest.raises(ValueError, match="is not a folder, and the Hub does not give it"):
         inspect_adapter(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"has no adapter_config\.json\. Give the directory of an adapter"):
         inspect_adapter(tmp_path)

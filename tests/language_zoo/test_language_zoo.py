@@ -185,7 +185,7 @@ def check_fold(adapted: PeftModel, name: str, batch: dict[str, Any], text: dict[
 
 def test_docs_list_them() -> None:
     root = Path(__file__).parents[2]
-    page = (root / "docs" / "models.md").read_text()
+    page = (root / "docs" / "composite.md").read_text()
     listed = page.split("<!-- language models -->")[1].split("<!-- end of language models -->")[0]
     all_of_them = {name for name, _ in architectures()}
     works = sorted(all_of_them - REFUSED.keys() - NO_GENERATE)
@@ -193,4 +193,4 @@ def test_docs_list_them() -> None:
     assert f"{len(works)} of the {len(all_of_them)} architectures" in page
     assert f"{len(works)} of {len(all_of_them)}" in (root / "README.md").read_text()
     conformity = " ".join((root / "docs" / "conformity.md").read_text().split())
-    assert f"language model](models.md) of the composite but {len(MORE_THAN_A_HEAD)}," in conformity
+    assert f"language model](composite.md) of the composite but {len(MORE_THAN_A_HEAD)}," in conformity

@@ -211,7 +211,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     case = ZOO["llava"]()
     model = adapted(case)
     (tmp_path / "there").mkdir()
-    with unchanged(model), pytest.raises(FileExistsError, match="is there already; nothing was written"):
+    with unchanged(model), pytest.raises(FileExistsError, match="exists already, and nothing was written"):
         fold(model, tmp_path / "there")
     encoder = ImageEncoder(model)
     with pytest.raises(ValueError, match=r"inputs have \['input_ids'\]; expected images: processor\(images"):

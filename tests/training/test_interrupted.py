@@ -186,7 +186,7 @@ def test_checkpoint_with_a_truncated_file_is_left_aside(
 
 def test_recipe_of_checkpoints_that_cannot_be_read(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     (interrupt(values, monkeypatch) / "recipe.json").write_text("{")
-    with pytest.raises(StageError, match=r"nobody knows what its checkpoints belong to. Remove that folder"):
+    with pytest.raises(StageError, match=r"it is unknown which run its checkpoints belong to. Remove that folder"):
         train(load_recipe(values))
 
 

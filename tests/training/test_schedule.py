@@ -67,7 +67,7 @@ def test_rows_are_divided_or_refused(tmp_path: Any) -> None:
     with pytest.raises(RecipeError, match="32 rows cannot be divided between 3 processes"):
         training_arguments(load_recipe(values), str(tmp_path), world_size=3)
     values["training"] = {"arguments": {"report": "none"}}
-    with pytest.raises(RecipeError, match=r"\['report'\] are no arguments"):
+    with pytest.raises(RecipeError, match=r"\['report'\] are not arguments"):
         training_arguments(load_recipe(values), str(tmp_path))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_crome import CromeConfig
 from tests.zoo.case import Batch, Case
@@ -70,6 +72,48 @@ def frozen_logits(case: Case) -> torch.Tensor:
     """Of the backbone alone, frozen first: kernels that record a gradient may round differently."""
     case.model.requires_grad_(False)
     return logits(case.model, case.batch)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what is run, without views, and for what the host waits on a device."""
+
+    SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.syncs: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        by_mask = name.startswith("aten.index") and any(
+            x is not None and x.dtype is torch.bool for x in _indices(args)
+        )
+        if not function.is_view:
+            self.kernels[name] += 1
+        if by_mask or name.split(".")[1] in self.SYNCS:
+            self.syncs[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _indices(args: Any) -> list[Any]:
+    return args[1] if isinstance(args[1], (list, tuple)) else []
+
+
+def kernels(run: Callable[[], Any]) -> Counter[str]:
+    with torch.no_grad(), Kernels() as counted:
+        run()
+    return counted.kernels + Counter({f"sync {name}": number for name, number in counted.syncs.items()})
+
+
+def a_token(model: Any, inputs: Batch) -> Counter[str]:
+    """What three more tokens take in greedy decoding: kernels, and syncs by the name "sync ..."."""
+    counts = []
+    for length in (3, 6):
+        settings = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
+        counts.append(kernels(lambda settings=settings: model.generate(**inputs, **settings)))
+    counts[1].subtract(counts[0])
+    return +counts[1]
 
 
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:

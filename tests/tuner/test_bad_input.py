@@ -44,9 +44,9 @@ from tests.zoo.llava import llava
         ("branches", ["model.projector"], "not an identifier", "Write branches="),
         ("branches", {"a.b": ["embed_tokens"]}, "not an identifier", "Write branches="),
         ("branches", {1: ["embed_tokens"]}, "not an identifier", "Write branches="),
-        ("branches", {"text": []}, "no list of names and no regex", "Write branches="),
-        ("branches", {"text": 3}, "no list of names and no regex", "Write branches="),
-        ("branches", {"text": ""}, "no list of names and no regex", "Write branches="),
+        ("branches", {"text": []}, "neither a list of names nor a regex", "Write branches="),
+        ("branches", {"text": 3}, "neither a list of names nor a regex", "Write branches="),
+        ("branches", {"text": ""}, "neither a list of names nor a regex", "Write branches="),
     ],
 )
 def test_config_refuses_a_wrong_value(field: str, value: Any, expected: str, remedy: str) -> None:

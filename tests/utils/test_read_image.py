@@ -283,8 +283,8 @@ def test_named_channels_are_left_to_the_caller(channels: str, as_settings: Any, 
 UNREADABLE = pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.full((4, 4), -1.0), "values go from -1 to -1, so nobody knows which is white"),
-        (np.full((4, 4), np.nan), "nobody knows which is white"),
+        (np.full((4, 4), -1.0), "values go from -1 to -1, so its white is unknown"),
+        (np.full((4, 4), np.nan), "its white is unknown"),
         (np.full((4, 4, 3), 300.0), "values go from 300 to 300"),
         (Image.new("I", (4, 4), 70_000), "mode I .*values go from 70000 to 70000"),
         (Image.new("F", (4, 4), 1e6), r"mode F .*values go from 1e\+06 to 1e\+06"),

@@ -12,7 +12,7 @@ from peft_crome import CromeConfig
 from peft_crome.training import STAGES
 from peft_crome.vlm import CromeVLMConfig, CromeVLMForConditionalGeneration
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "composite.md"
 LANGUAGE_MODELS: dict[str, Any] = {
     "Vicuna-7B": tf.LlamaConfig(),
     "Vicuna-13B": tf.LlamaConfig(

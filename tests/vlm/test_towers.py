@@ -97,6 +97,6 @@ def test_patches_lie_row_by_row(name: str) -> None:
 
 
 def test_docs_list_them() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "composite.md").read_text()
     listed = page.split("<!-- towers -->")[1].split("<!-- end of towers -->")[0]
     assert listed.strip() == ", ".join(f"`{name}`" for name in sorted([*TOWERS, "instructblip_vision_model"]))

@@ -54,7 +54,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         left_out |= {f"decoding: {PER_TOKEN[name]}"} if name in PER_TOKEN else set()
         if left_out:
             notes += [reason for reason in sorted(left_out) if reason not in notes]
-            said += ", where they apply " + "".join(f"[{notes.index(reason) + 1}]" for reason in sorted(left_out))
+            said += ", where they apply " + ", ".join(f"[{notes.index(reason) + 1}]" for reason in sorted(left_out))
         lines.append(f"| `{name}` | `{own['class']}` | {others} | {sites['text']} | {size} | {beside} | {said} |")
     lines += ["", *(f"[{number}] {reason}  " for number, reason in enumerate(notes, start=1))]
     if REFUSED:

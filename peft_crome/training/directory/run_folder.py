@@ -88,8 +88,8 @@ def _check_is_run_folder(checkpoints: Path) -> None:
     others = sorted(names - {LOCK, "recipe.tmp"} - {name for name in names if is_unfinished(name, RECIPE)})
     if others and RECIPE not in names:
         raise StageError(
-            f"{checkpoints} holds {others[:4]} and no {RECIPE}, so it is no folder of this package's checkpoints, and "
-            "nothing in it is touched. Move it away, or name another output."
+            f"{checkpoints} holds {others[:4]} and no {RECIPE}, so it is not a folder of peft_crome's "
+            "checkpoints, and nothing in it was changed. Move it away, or name another output."
         )
 
 
@@ -121,8 +121,8 @@ def open_run(
             before = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise StageError(
-                f"{path} cannot be read ({error}), so nobody knows what its checkpoints belong to. Remove that folder "
-                "to begin anew."
+                f"{path} cannot be read ({error}), so it is unknown which run its checkpoints belong to. Remove "
+                "that folder to begin anew."
             ) from error
         different = sorted(d for d in _differences(before, run) if not d.startswith(WITHOUT_EFFECT))
         acceptable = all(d.startswith(OF_DATA) for d in different)
@@ -130,7 +130,7 @@ def open_run(
             ways = "Remove that folder to begin anew, or put it back as it was to go on."
             if acceptable:
                 ways = (
-                    "Put it back as it was to go on; or, where this mends rows that stopped the run, go on with "
+                    "Put it back as it was to go on. If you corrected rows that stopped the run, go on with "
                     "peft-crome train ... --accept-changed-data, in Python train(..., accept_changed_data=True). Or "
                     "remove that folder to begin anew."
                 )

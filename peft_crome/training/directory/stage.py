@@ -27,17 +27,17 @@ RECORD = STAGE_RECORD  # written last: a directory without it is not complete
 def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: dict[str, Any], card: str) -> None:
     """Write the composite with what was trained, the adapter, the processor, the card and the record.
 
-    The adapter is taken off the model: `model.unload()` puts the trained modules in their places.
+    The adapter is detached from the model: `model.unload()` puts the trained modules in their places.
 
     Args:
-        model: the trained PEFT model around a composite.
-        processor: the composite's.
-        directory: must not exist, or be empty; appears under its name when everything is in it.
-        record: what the stage was; JSON values. The list of the stages is its key "stages".
-        card: README.md.
+        model: The trained PEFT model around a composite.
+        processor: The composite's processor.
+        directory: A directory that does not exist or is empty. It appears under its name when it is complete.
+        record: A description of the stage in JSON values. Its key "stages" holds the list of all stages.
+        card: The text of README.md.
     Raises:
-        StageError: the directory holds something.
-        ValueError: other weights were written than were meant; no directory is there then.
+        StageError: The directory is not empty.
+        ValueError: The written weights differ from the model's. Then no directory is left.
     """
     directory = Path(directory)
     check_free(directory)
@@ -103,10 +103,10 @@ def check_free(directory: str | Path) -> None:
     """
     directory = Path(directory)
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise StageError(f"{directory} is there already and is not overwritten. Name another output, or move it away.")
+        raise StageError(f"{directory} exists already and is not overwritten. Name another output, or move it away.")
     parent = next(folder for folder in directory.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise StageError(f"{directory} cannot be written: {parent} is no folder that you may write to.")
+        raise StageError(f"{directory} cannot be written: {parent} is not a folder that you may write to.")
 
 
 def is_finished(directory: Path, checkpoints: Path, recipe: dict[str, Any]) -> bool:
@@ -117,18 +117,18 @@ def is_finished(directory: Path, checkpoints: Path, recipe: dict[str, Any]) -> b
 
 
 def read_record(directory: str | Path) -> dict[str, Any]:
-    """Read what a stage's directory says of itself, and see that all its files are there in full.
+    """Read the record of a stage's directory, and check that all its files are complete.
 
     Raises:
-        StageError: it is no stage's directory, or a file is missing or of another size.
+        StageError: It is not a stage's directory, or a file is missing or of another size.
     """
     directory = Path(directory)
     path = directory / RECORD
     if not path.is_file():
         contents = sorted(file.name for file in directory.iterdir())[:8] if directory.is_dir() else "no such directory"
         raise StageError(
-            f"{directory} is no complete stage's directory: it has no {RECORD} ({contents}). Point `previous` at a "
-            "directory that `peft-crome train` has finished, or run that stage again."
+            f"{directory} is not the directory of a complete stage: it has no {RECORD} ({contents}). Point "
+            "`previous` at a directory that `peft-crome train` has finished, or run that stage again."
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -21,11 +21,11 @@ class NotFiniteError(ValueError):
     """A step's loss or gradient is NaN or infinite. The weights are those before the step.
 
     Args:
-        step: counted from 1.
+        step: Number of the step, counted from 1.
         what: "the loss" or "the gradient".
-        rows: ids of the rows it came from.
-        checkpoint: the last one; None: there is none.
-        paths: of the data sets that hold the rows.
+        rows: Ids of the rows in the step.
+        checkpoint: The last checkpoint, if there is one.
+        paths: Paths of the data sets that hold the rows.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class NotFiniteError(ValueError):
 
 
 class NamedRows:
-    """A collator whose batches also say which rows they hold; `CromeTrainer` keeps that from the model.
+    """A collator whose batches also name their rows. `CromeTrainer` does not pass the names to the model.
 
     Args:
-        collator: of rows with an "id".
+        collator: A collator of rows with an "id".
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]) -> None:

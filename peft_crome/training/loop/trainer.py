@@ -25,13 +25,13 @@ from .schedule import warmup_then_cosine
 
 
 def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> TrainingArguments:
-    """What `Trainer` is told; `training.arguments` of the recipe comes last.
+    """Make the `TrainingArguments` of a recipe. Its `training.arguments` override the rest.
 
     Args:
-        directory: of the checkpoints.
-        world_size: processes, between which a step's rows are divided.
+        directory: Directory of the checkpoints.
+        world_size: Number of processes that share the rows of a step.
     Raises:
-        RecipeError: an entry of `training.arguments` is unknown or of a wrong kind, or the rows cannot be divided.
+        RecipeError: An entry of `training.arguments` is unknown or has a wrong type, or the rows cannot be divided.
     """
     settings = recipe.training
     each, rest = divmod(settings.batch_size, world_size)
@@ -68,7 +68,7 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
     known = TrainingArguments.__dataclass_fields__
     unknown = [key for key in settings.arguments if key not in known]
     if unknown:
-        raise RecipeError(f"training.arguments: {unknown} are no arguments of transformers' TrainingArguments.")
+        raise RecipeError(f"training.arguments: {unknown} are not arguments of transformers' TrainingArguments.")
     try:
         made = TrainingArguments(**(arguments | settings.arguments))
     except (TypeError, ValueError, AttributeError) as error:
@@ -93,18 +93,19 @@ def _is_taken(arguments: dict[str, Any]) -> bool:
 
 
 class CromeTrainer(Trainer):
-    """`Trainer` with a learning rate per part, a warm-up that starts above zero, and restarts that are exact.
+    """`Trainer` with a learning rate for each part, a warm-up that starts above zero, and exact restarts.
 
-    What is random in a row depends on the seed and the number of its draw (see `draws`), so a run that goes on, with
-    any number of processes or workers, has the rows, crops and mirror images of one that was not interrupted.
+    The crop of an image depends on the seed and the number of its draw alone (see `draws`). A run that continues, with
+    any number of processes or workers, therefore has the rows, crops and mirror images of an uninterrupted one.
 
-    It stops at a loss or a gradient that is NaN or infinite, before the weights are changed, and names the rows where
-    the collator does (`NamedRows`).
+    The trainer stops at a loss or a gradient that is NaN or infinite, before the weights change. If the collator is a
+    `NamedRows`, the error names the rows.
 
     Args:
-        settings: the recipe's section `training`.
-        image_tokens: of an image of an ordinary size, by which rows are grouped by length.
-        args, kwargs: of `Trainer`.
+        settings: The recipe's section `training`.
+        image_tokens: Number of tokens of an ordinary image, to group rows by length.
+        *args: as `Trainer` takes them.
+        **kwargs: as `Trainer` takes them.
     """
 
     def __init__(self, *args: Any, settings: Training, image_tokens: int = 0, **kwargs: Any) -> None:
@@ -134,7 +135,7 @@ class CromeTrainer(Trainer):
         """As in `Trainer`.
 
         Raises:
-            NotFiniteError: a loss or a gradient is NaN or infinite; on all processes.
+            NotFiniteError: A loss or a gradient is NaN or infinite. All processes raise it.
         """
         try:
             return super().train(*args, **kwargs)
@@ -150,7 +151,7 @@ class CromeTrainer(Trainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """As in `Trainer`, of logits where there are labels; of all logits where somebody reads them beside the loss."""
+        """As in `Trainer`, of logits where there are labels; of all logits where more than their loss is asked for."""
         if not (return_outputs or self.label_smoother or self.compute_loss_func):
             inputs = logits_at_labels(model, inputs)
         return super().compute_loss(model, inputs, return_outputs, **kwargs)

@@ -44,10 +44,10 @@ class QuestionSet:
 
 
 def load_questions(said: Evaluation) -> list[QuestionSet]:
-    """Read the data sets to be answered; every image file is there, and the rows say what the metrics compare with.
+    """Read the data sets of an evaluation, and check that their files exist and the metrics have what they need.
 
     Raises:
-        FileNotFoundError, RecipeError: names the key.
+        FileNotFoundError, RecipeError: A file or a value is missing. The message names the key.
     """
     sets = []
     for number, questions in enumerate(said.data):
@@ -78,18 +78,18 @@ def same_draws() -> Iterator[None]:
 
 
 class EvaluationCallback(TrainerCallback):
-    """Answers every set each `settings.steps` steps and after the last one; the scores go through `Trainer.log`.
+    """Answer every set each `settings.steps` steps and after the last one. The scores go through `Trainer.log`.
 
-    Each process answers its share, and all know all answers then.
+    Each process answers its share, and all processes then have all answers.
 
     Args:
-        trainer: whose model answers, and whose log is written.
-        processor: the composite's.
-        sets: of `load_questions`.
-        settings: the recipe's section `evaluation`.
-        system: a system message for conversations without one.
+        trainer: The trainer whose model answers and whose log gets the scores.
+        processor: The model's processor.
+        sets: The result of `load_questions`.
+        settings: The recipe's section `evaluation`.
+        system: A system message for conversations that have none.
     Raises:
-        RecipeError: a Q-Former cannot read an instruction; the message names the row.
+        RecipeError: A Q-Former cannot read an instruction. The message names the row.
     """
 
     def __init__(

@@ -22,15 +22,15 @@ from .previous import check_reader, check_same, follow_moved_backbones, go_on_wi
 
 
 def build(recipe: Recipe) -> tuple[PeftModel, Any, dict[str, Any] | None]:
-    """Load everything that a stage starts from, with what it trains in float32 and all else frozen.
+    """Load everything that a stage starts from. What trains is in float32, and all else is frozen.
 
-    The modules that train beside an adapter on a model of its own keep that model's dtype.
+    With `model` in the recipe, modules that train beside the adapter keep that model's dtype.
 
     Returns:
-        The PEFT model, the processor, and the record of the stage before (None: it starts from the backbones).
+        The PEFT model, the processor, and the record of the stage before, or None if it starts from the backbones.
     Raises:
-        StageError: the previous directory is not complete, of a stage that cannot come before, or of another
-            architecture than the recipe says.
+        StageError: The previous directory is incomplete, belongs to a stage that cannot come before, or has another
+            architecture than the recipe.
     """
     host = host_of(recipe)
     if host is not None:
@@ -170,7 +170,9 @@ def prepare_processor(processor: Any, recipe: Recipe) -> None:
         processor.chat_template = CHAT_TEMPLATES.get(recipe.chat_template, recipe.chat_template)
     if recipe.images_after_text is not None:
         if not hasattr(processor, "images_after_text"):
-            raise StageError("images_after_text: the chat template of `model` says where images stand. Take it out.")
+            raise StageError(
+                "images_after_text: the chat template of `model` decides where images stand. Take it out."
+            )
         processor.images_after_text = recipe.images_after_text
     images = processor.image_processor
     for name, value in (("image_mean", recipe.images.mean), ("image_std", recipe.images.std)):

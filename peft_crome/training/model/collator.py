@@ -32,8 +32,8 @@ def recipe_collator(recipe: Recipe) -> ConversationCollator:
         directory = local_directory(recipe.previous)
         if not directory.is_dir():
             raise StageError(
-                f"previous: {recipe.previous} is not there yet, and it says how rows are written. Measure them by the "
-                "recipe of the first stage, whose template and tokenizers are the same."
+                f"previous: {recipe.previous} does not exist yet, and it decides how rows are written. Measure them "
+                "by the recipe of the first stage, whose template and tokenizers are the same."
             )
         config = CromeVLMConfig.from_pretrained(directory)
         check_same(recipe, config, CromeConfig.from_pretrained(str(directory)))

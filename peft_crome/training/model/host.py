@@ -155,7 +155,7 @@ def read_config(host: Host) -> Any:
         return AutoConfig.from_pretrained(host.name, **_revision(host.revision))
     except (OSError, ValueError) as error:
         raise StageError(
-            f"model: {host.name!r} is no folder with a model, and cannot be had from the Hub ({error}). An adapter "
+            f"model: {host.name!r} is not a folder with a model, and the Hub does not give it ({error}). An adapter "
             "whose model has moved names its old place in adapter_config.json; write the new one there."
         ) from error
 

@@ -85,7 +85,7 @@ def _check_same_language_model(name: str, stored: Any) -> None:
         if getattr(text_config, key, None) != getattr(stored, key, None)
     ]
     if different:
-        raise StageError(f"backbones.language: {name!r} is another model than the one trained with: {different}.")
+        raise StageError(f"backbones.language: {name!r} is not the model that was trained with: {different}.")
 
 
 def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) -> None:
@@ -127,7 +127,7 @@ def check_same_adapter(recipe: Recipe, adapter: CromeConfig, different: Sequence
         different += [f"adapter.{key}: {a!r} in the recipe, {b!r} there"] if a != b else []
     if different:
         raise StageError(
-            f"{recipe.previous} is of another architecture than the recipe says: {'; '.join(different)}. Leave "
+            f"{recipe.previous} has another architecture than the recipe: {'; '.join(different)}. Leave "
             "`backbones` and `adapter` out to take the directory's, or start from another directory."
         )
 

@@ -27,11 +27,11 @@ MOST_ROWS = 64
 
 
 def recipe_skeleton(recipe: Recipe) -> PeftModel:
-    """What a recipe will train, on the meta device; neither weights nor data are read.
+    """Build what a recipe trains on the meta device. Neither weights nor data are read.
 
     Raises:
-        StageError: neither the previous directory nor the backbones are there.
-        ValueError: a configuration cannot be had.
+        StageError: Neither the previous directory nor the backbones exist.
+        ValueError: A configuration cannot be loaded.
     """
     stage, adapter = STAGES[recipe.stage], CromeConfig(**(recipe.adapter or Adapter()).model_dump())
     host = host_of(recipe)
@@ -45,17 +45,17 @@ def recipe_skeleton(recipe: Recipe) -> PeftModel:
         return skeleton(config, stage, adapter)
     if recipe.backbones is None:
         raise StageError(
-            f"previous: {recipe.previous} is not there yet, and the recipe does not say what it is made of. Add its "
+            f"previous: {recipe.previous} does not exist yet, and the recipe does not name its parts. Add its "
             "`backbones` to plan ahead."
         )
     return skeleton(composite_config(recipe.backbones), stage, adapter)
 
 
 def model_skeleton(name: str, dtype: str, quantization: Bits | None) -> PeftModel:
-    """A vision-language model with its adapter, or a language model alone with the text branch, on the meta device.
+    """Build a vision-language model with its adapter on the meta device, or a language model with a text branch.
 
     Raises:
-        StageError, ValueError: the configuration cannot be had, or is of no such model.
+        StageError, ValueError: The configuration cannot be loaded, or belongs to another kind of model.
     """
     config = read_config("model", name)
     # Of a row only its tokens are known, not which of them an image becomes: an adapter on all costs no less.

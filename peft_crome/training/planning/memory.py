@@ -50,12 +50,13 @@ class StepSize:
     """A forward and backward pass.
 
     Args:
-        rows: rows in it.
-        tokens: of the longest row, image tokens among them; the others are padded.
-        images: in all rows together.
-        instruction_tokens: of the longest instruction that a Q-Former reads.
-        target_tokens: of the longest answer, where the language model is an encoder-decoder.
-        label_tokens: of a row, those that have a label, where logits are computed for these alone; None: for all.
+        rows: Number of rows.
+        tokens: Tokens of the longest row, with its image tokens. The others are padded to it.
+        images: Images in all rows together.
+        instruction_tokens: Tokens of the longest instruction that a Q-Former reads.
+        target_tokens: Tokens of the longest answer, for an encoder-decoder.
+        label_tokens: Tokens of a row that have a label, where logits are computed for these alone. None if they are
+            computed for all.
     """
 
     rows: int
@@ -68,15 +69,15 @@ class StepSize:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step needs on one device that holds all of the model; bytes.
+    """What a step needs on one device that holds the whole model. Memory is in bytes.
 
     Attributes:
-        weights: per part of the model, quantized ones as they are packed.
+        weights: Weights of each part of the model. Quantized ones count as packed.
         optimizer: AdamW's states.
-        gradients: of what trains.
-        kept: what the forward pass leaves for the backward pass.
-        peak: the most that is there at one time, all of the above included.
-        flops: floating-point operations of a forward and a backward pass; a multiplication with addition is two.
+        gradients: Gradients of the weights that train.
+        kept: Activations that the forward pass keeps for the backward pass.
+        peak: The highest memory at one time, with all of the above.
+        flops: Floating-point operations of a forward and a backward pass. A multiply-add counts as two.
     """
 
     weights: dict[str, int]
@@ -131,17 +132,17 @@ def predict_step(
     accumulate: bool = False,
     autocast: torch.dtype | None = None,
 ) -> StepCost:
-    """Rehearse a step of a model on the meta device.
+    """Predict the cost of a training step by running it on the meta device.
 
     Args:
-        model: of `skeleton`, or any other adapted model that takes text; it stays as it is, but for gradient
-            checkpointing.
-        size: of the batch.
-        gradient_checkpointing: compute activations again in the backward pass, and keep one per layer.
-        accumulate: whether gradients of earlier rows are there already.
-        autocast: mixed precision, as accelerate does it; None: none.
+        model: A model of `recipe_skeleton` or `model_skeleton`, or any other adapted model that takes text. Only its
+            gradient checkpointing is changed.
+        size: Size of the batch.
+        gradient_checkpointing: Recompute activations in the backward pass, and keep one per layer.
+        accumulate: Whether gradients of earlier rows exist already.
+        autocast: Dtype of mixed precision, as accelerate uses it. None means no mixed precision.
     Raises:
-        NotPredictable: the forward pass needs values (some mixtures of experts), or fails for another reason.
+        NotPredictable: The forward pass needs values (some mixtures of experts), or fails for another reason.
     """
     if gradient_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]

@@ -74,14 +74,14 @@ class Preflight:
     """What is known before the first step.
 
     Attributes:
-        trained: weights that train, per part.
-        rows: of the data that train; None: streamed.
-        sample: of the rows.
-        size: of a forward pass on one device, with rows as long as the sample's longest.
-        cost: of it; None: `warnings` says why.
-        device: what it will run on.
-        seconds: of an optimizer step, from and to; None: unknown.
-        warnings: what is probably a mistake, with the key to change.
+        trained: Number of weights that train, by part.
+        rows: Number of rows that train. None for streamed data.
+        sample: A sample of the rows.
+        size: Size of a forward pass on one device, with rows as long as the sample's longest.
+        cost: Cost of that pass. If it is None, `warnings` has the reason.
+        device: The device that the run uses.
+        seconds: Lower and upper estimate of an optimizer step, or None if unknown.
+        warnings: Probable mistakes, each with the key to change.
     """
 
     trained: dict[str, int]

@@ -51,12 +51,12 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     """Read and validate a recipe.
 
     Args:
-        source: a YAML file, the name of a preset ("pretrain", "instruct", "finetune"), or a mapping. A `preset:` key
-            takes over everything that is not said otherwise.
-        overrides: dotted keys and their values: {"training.max_steps": 100}.
+        source: A YAML file, the name of a preset ("pretrain", "instruct", "finetune"), or a mapping. A key `preset:`
+            fills in everything that the recipe leaves out.
+        overrides: Dotted keys and their values, as in {"training.max_steps": 100}.
     Raises:
-        RecipeError: lists each key that is unknown, missing or has a wrong value.
-        FileNotFoundError: there is neither such a file nor such a preset.
+        RecipeError: Lists each key that is unknown, missing or has a wrong value.
+        FileNotFoundError: There is neither such a file nor such a preset.
     """
     values, name = _read(source)
     preset, explicit_values = values.pop("preset", None), copy.deepcopy(values)
@@ -100,7 +100,7 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(f"--set {setting!r} is no setting; write --set training.max_steps=100.")
+            raise RecipeError(f"--set {setting!r} is not a setting; write --set training.max_steps=100.")
         try:
             overrides[key.strip()] = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
@@ -124,7 +124,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise RecipeError(f"{name} is no text in UTF-8 ({error}); expected a recipe in YAML.") from error
+            raise RecipeError(f"{name} is not text in UTF-8 ({error}); expected a recipe in YAML.") from error
     else:
         raise FileNotFoundError(f"{source} is neither a file nor a preset; presets are {list(PRESETS)}.")
     try:

@@ -116,10 +116,10 @@ class Backbones(_Section):
         sizes = known | (self.qformer or {})
         wrong = [key for key in ("hidden_size", "num_attention_heads") if not _is_count(sizes[key])]
         if wrong:
-            raise ValueError(f"qformer.{wrong[0]}={sizes[wrong[0]]!r} is no whole number above 0")
+            raise ValueError(f"qformer.{wrong[0]}={sizes[wrong[0]]!r} is not a whole number above 0")
         if sizes["hidden_size"] % sizes["num_attention_heads"]:
             raise ValueError(
-                f"qformer.hidden_size={sizes['hidden_size']} is no multiple of qformer.num_attention_heads="
+                f"qformer.hidden_size={sizes['hidden_size']} is not a multiple of qformer.num_attention_heads="
                 f"{sizes['num_attention_heads']}; write both"
             )
         if self.qformer is not None and self.qformer_tokenizer is None:
@@ -127,7 +127,7 @@ class Backbones(_Section):
                 "the Q-Former reads instructions; name its tokenizer, qformer_tokenizer: bert-base-uncased"
             )
         if self.qformer_tokenizer is not None and self.qformer is None and self.instructblip is None:
-            raise ValueError("there is no Q-Former that qformer_tokenizer would be for; take it out")
+            raise ValueError("qformer_tokenizer is given without a Q-Former; take it out")
         return self
 
 
@@ -310,7 +310,9 @@ class Training(_Section):
                 f"write warmup_steps: {self.max_steps // 20}"
             )
         if self.rows_per_device is not None and self.batch_size % self.rows_per_device:
-            raise ValueError(f"batch_size={self.batch_size} is no multiple of rows_per_device={self.rows_per_device}")
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of rows_per_device={self.rows_per_device}"
+            )
         if self.arguments.get("label_smoothing_factor"):
             raise ValueError(
                 "arguments.label_smoothing_factor: transformers' Trainer smooths labels that it does not shift for "
@@ -318,7 +320,7 @@ class Training(_Section):
             )
         reserved = [key for key in self.arguments if key in OWNED]
         if reserved:
-            raise ValueError(f"arguments: {reserved} are said by keys of `training` itself, or fixed; take them out")
+            raise ValueError(f"arguments: {reserved} are set by keys of `training` itself, or fixed; take them out")
         return self
 
 
@@ -367,7 +369,9 @@ class Recipe(_Section):
         if strange and self.backbones is not None:
             raise ValueError(f"training.learning_rates.{strange[0]}: no such part; there are {sorted(parts)}")
         if self.model is None and self.trains != ["adapter"]:
-            raise ValueError("trains: the stage, or the adapter before, says what trains without `model`; take it out")
+            raise ValueError(
+                "trains: without `model`, the stage or the adapter before decides what trains; take it out"
+            )
         if self.model is not None:
             self._check_model()
         elif self.previous is None and self.stage == "finetune":
@@ -390,7 +394,7 @@ class Recipe(_Section):
             raise ValueError(f"`model` sees already, and stage {self.stage!r} teaches that; write stage: finetune")
         others = [key for key in ("previous", "backbones") if getattr(self, key) is not None]
         if others:
-            raise ValueError(f"give one of `model` and {others}: each says what the adapter is put on")
+            raise ValueError(f"give one of `model` and {others}: each names what the adapter is attached to")
         if "adapter" not in self.trains:
             raise ValueError(f"trains={self.trains} leaves the adapter out; write trains: [adapter, ...]")
 
@@ -413,11 +417,11 @@ class Recipe(_Section):
             raise ValueError("give a `weight` to every data set and write mixture: null, or no `weight`")
         streamed = any(data.streaming for data in self.data)
         if streamed and self.training.max_steps is None:
-            raise ValueError("nobody knows how long an epoch of streamed data is; give training.max_steps")
+            raise ValueError("the length of an epoch of streamed data is unknown; give training.max_steps")
         if streamed and self.training.group_by_length:
-            raise ValueError("nobody knows how long streamed rows are; take training.group_by_length out")
+            raise ValueError("the lengths of streamed rows are unknown; take training.group_by_length out")
         if streamed and len(self.data) > 1 and not all(weighted):
-            raise ValueError("nobody knows how many rows streamed data have; give every data set a `weight`")
+            raise ValueError("the number of streamed rows is unknown; give every data set a `weight`")
         return self
 
 
@@ -428,7 +432,7 @@ def _check_jinja(template: str) -> None:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(words)
     except TemplateSyntaxError as error:
         raise ValueError(
-            f"chat_template is no sound Jinja: {error.message} (its line {error.lineno}). Mend it, or write one of "
+            f"chat_template is not valid Jinja: {error.message} (its line {error.lineno}). Fix it, or write one of "
             f"{list(CHAT_TEMPLATES)}"
         ) from error
 

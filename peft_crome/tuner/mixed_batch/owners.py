@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...backbone.outputs import embeddings_in, map_embeddings
+from .slots import Slots, Stacks
+from .tiles import tiles_of_images, tiles_of_rows
 
 REMEDY = "Run one batch per adapter: model.set_adapter(name)."
 # A host's methods that call its sites -> what they read.
@@ -52,6 +55,8 @@ class Rows:
         self.keywords = keywords
         # (site, kind) -> placeholders of each row that this pass has not filled yet
         self.left: dict[tuple[int, int], torch.Tensor] = {}
+        self.slots: dict[tuple[int, torch.Size, torch.device], list[Slots | None]] = {}  # of tables
+        self.stacks = Stacks()
 
     def begin(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Before each forward pass: `generate` makes many, with repeated rows."""
@@ -83,29 +88,55 @@ class Rows:
         Args:
             site_input: what the site was called with: token ids, where it is a table.
         """
-        tokens = [tensor[..., 0] for tensor in embeddings_in(output, site.out_features)]
+        groups = self._groups(site)
+        if not groups:
+            return output
+        tensors = embeddings_in(output, site.out_features)
+        tokens = [tensor[..., 0] for tensor in tensors]
         is_table = isinstance(site_input, torch.Tensor) and not site_input.is_floating_point() and len(tokens) == 1
         if is_table and site_input.shape == tokens[0].shape:
             ids = site_input.reshape(-1).to(tokens[0].device)
-            owners = self._of_ids(site_input)
+            slots = self._slots_of_ids(site, site_input, groups, tokens[0].device)
         else:
             ids = None
             owners = self._of_images(site, tokens)
-        owners = owners.to(tokens[0].device)
-        start = 0
+            slots = [Slots.of(owners, group, tokens[0].device) for group in groups]
+        flat = [tensor.reshape(-1, site.out_features) for tensor in tensors]
+        adapted = self._add(site, flat[0] if len(flat) == 1 else torch.cat(flat), ids, slots)
+        parts = iter(adapted.split([len(part) for part in flat]))
+        return map_embeddings(output, site.out_features, lambda x: next(parts).reshape(x.shape))
 
-        def adapt(x: torch.Tensor) -> torch.Tensor:
-            nonlocal start
-            flat = x.reshape(-1, x.shape[-1])
-            part, start = slice(start, start + len(flat)), start + len(flat)
-            result = flat.clone()
-            for number, name in enumerate(self.known):
-                mine = (owners[part] == number).nonzero()[:, 0]
-                if len(mine) and site._attached([name]):
-                    result[mine] = site._adapt(flat[mine], [name], None if ids is None else ids[mine])
-            return result.reshape(x.shape)
+    def _groups(self, site: Any) -> list[dict[int, str]]:
+        """Adapters of the batch that one product can serve at a site: number -> name.
 
-        return map_embeddings(output, site.out_features, adapt)
+        Those of a group have the same branches there, the same activation and the same dtype.
+        """
+        groups: dict[Any, dict[int, str]] = {}
+        for number, name in enumerate(self.known):
+            if site._attached([name]):
+                branches = tuple((branch, tuple(ranges)) for branch, ranges in site.branches_of[name].items())
+                kind = (branches, self.weights.settings[name][0], self.weights.crome_up[name].weight.dtype)
+                groups.setdefault(kind, {})[number] = name
+        return list(groups.values())
+
+    def _add(self, site: Any, x: torch.Tensor, ids: torch.Tensor | None, several: list[Slots | None]) -> torch.Tensor:
+        """x with each group's adapters added in their slots; (embeddings, d)."""
+        result = x
+        for slots in filter(None, several):
+            there = None if ids is None else ids[slots.source]
+            adapted = site._adapt(x[slots.source], [slots.names[0]], there, partial(self.stacks.maps, slots.names))
+            result = result.index_copy(0, slots.mine, adapted.flatten(0, 1)[slots.place])
+        return result
+
+    def _slots_of_ids(
+        self, site: Any, ids: torch.Tensor, groups: list[dict[int, str]], device: torch.device
+    ) -> list[Slots | None]:
+        """Slots of a table's output, sorted once for all tokens of a call."""
+        key = (id(site), ids.shape, device)
+        if key not in self.slots or ids.dim() < 2:
+            owners = self._of_ids(ids)
+            self.slots[key] = [Slots.of(owners, group, device) for group in groups]
+        return self.slots[key]
 
     def _repeated(self, rows: int) -> torch.Tensor:
         if rows % len(self.names):
@@ -181,8 +212,8 @@ class Rows:
             return left, left
         if of_row.count_nonzero() == 1:  # one row has them all, however they are counted
             return (of_row > 0) * total, left.clamp(max=total)
-        if (tiles := _tiles(self.model, self.keywords)) is not None:
-            rows = _tiles_of_rows(self.ids == kind, tiles) if self.ids is not None and sum(tiles) == images else None
+        if (tiles := tiles_of_images(self.model, self.keywords)) is not None:
+            rows = tiles_of_rows(self.ids == kind, tiles) if self.ids is not None and sum(tiles) == images else None
             return None if rows is None else (rows * (total // images), left)
         if images > 1 and unfilled % images == 0 and not (left % (unfilled // images)).any():
             return left * total // unfilled, left  # each image has as many
@@ -228,33 +259,3 @@ def _kinds(model: nn.Module) -> dict[int, str]:
         for config in configs
     }
     return {token: word for token, word in kinds.items() if isinstance(token, int)}
-
-
-def _tiles(model: nn.Module, keywords: dict[str, Any]) -> list[int] | None:
-    """How many tiles each image was cut into, where its size says so (LLaVA-NeXT and its kin)."""
-    config: Any = getattr(model, "config", None)
-    pinpoints, sizes = getattr(config, "image_grid_pinpoints", None), keywords.get("image_sizes")
-    if pinpoints is None or sizes is None:
-        return None
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    tiles = [image_size_to_num_patches(size, pinpoints, config.vision_config.image_size) for size in sizes]
-    images = keywords.get("batch_num_images")  # LLaVA-OneVision cuts an image that is alone in its row
-    if images is not None:
-        alone = [count == 1 for count in images.tolist() for _ in range(count)]
-        tiles = [count if cut else 1 for count, cut in zip(tiles, alone, strict=True)]
-    return tiles
-
-
-def _tiles_of_rows(is_image: torch.Tensor, tiles: list[int]) -> torch.Tensor | None:
-    """How many tiles each row has, where its images stand apart; None where they do not.
-
-    Args:
-        is_image: (rows, length).
-        tiles: of each image, in order.
-    """
-    starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
-    images = starts.sum(-1)
-    if int(images.sum()) != len(tiles):
-        return None
-    return torch.stack([part.sum() for part in torch.tensor(tiles).split(images.tolist())])

@@ -16,7 +16,7 @@ def no_regex(branch: str, pattern: str, error: re.error) -> ValueError:
     """The error for a pattern that does not compile."""
     return ValueError(
         f"branches[{branch!r}]={pattern!r} is not a regular expression: {error}. "
-        f"Write branches={{{branch!r}: ['<module path>']}}, or mend the pattern."
+        f"Write branches={{{branch!r}: ['<module path>']}}, or correct the pattern."
     )
 
 
