@@ -33,12 +33,14 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.devices import Device, is_gpu
 from benchmarks.interleaved import machine, markdown
 from benchmarks.variants import SOFT_TOKENS, VARIANTS, Variant
 from examples.easy_vqa import data, quickstart
 from examples.easy_vqa.evaluation import answer, score
 from examples.easy_vqa.model import PROJECTION, backbone, frozen_dtype, processor, vision_features
-from examples.easy_vqa.training import Stage, fit, write_json
+from examples.easy_vqa.records import write_json
+from examples.easy_vqa.training import Stage, fit
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -57,6 +59,7 @@ def run_one(
     align: Stage = quickstart.ALIGN,
     finetune: Stage = quickstart.FINETUNE,
     sample: dict[str, int] = SAMPLE,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Both stages and the answers of one variant and seed, with the backbones in `dtype`."""
     shared = processor()
@@ -66,8 +69,8 @@ def run_one(
         shared.chat_template = soft + shared.chat_template
     train, test = (vision_features(split, shared.image_processor, dtype) for split in ("train", "test"))
     torch.manual_seed(seed)
-    composite = backbone("projection", dtype)
-    model = variant.attach(composite, train[:100])
+    composite = backbone("projection", dtype).to(device)
+    model = variant.attach(composite, train[:100].to(device))
     own = [parameter.requires_grad_(True) for parameter in model.parameters() if parameter.requires_grad]
     projection = list(getattr(composite, PROJECTION).parameters())
     for parameter in [*own, *projection]:
@@ -76,13 +79,13 @@ def run_one(
     stages = {"align": replace(align, learning_rate=variant.align_rate)}
     stages["finetune"] = replace(finetune, learning_rate=variant.finetune_rate)
     record: dict[str, Any] = {"variant": variant.name, "seed": seed, "main": variant.main}
-    record |= {"dtype": str(composite.dtype).removeprefix("torch."), "machine": machine()}
+    record |= {"dtype": str(composite.dtype).removeprefix("torch."), "machine": machine(device)}
     for name, stage in stages.items():
         if name == "finetune" and own:
             for parameter in projection:
                 parameter.requires_grad_(False)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        fitted = fit(model, stage, seed, shared, train, None)
+        fitted = fit(model, stage, seed, shared, train, None, use_cpu=not is_gpu(device))
         record[name] = {"settings": asdict(stage), "trained_parameters": trained, **fitted}
     start = time.perf_counter()
     questions = data.sample(data.load_questions("test"), sample)
@@ -187,11 +190,11 @@ def _replace(path: Path, write: Any) -> None:
     temporary.replace(path)
 
 
-def _run_to_file(name: str, seed: int, results: Path, threads: int, dtype: torch.dtype) -> str:
+def _run_to_file(name: str, seed: int, results: Path, threads: int, dtype: torch.dtype, device: str) -> str:
     """A run in a process of its own, which is told the variant's name: a variant's functions cannot be pickled."""
     torch.set_num_threads(threads)
     variant = next(variant for variant in VARIANTS if variant.name == name)
-    write_json(file_of(variant, seed, results), run_one(variant, seed, dtype))
+    write_json(file_of(variant, seed, results), run_one(variant, seed, dtype, device=device))
     return f"{name}, seed {seed}"
 
 
@@ -200,6 +203,7 @@ def main(
     processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the threads.")] = 1,
     seeds: Annotated[int, typer.Option(help="Of the main rows.")] = 3,
     results: Annotated[Path, typer.Option(help="Where records, table and plot go.")] = RESULTS,
+    device: Device = "cpu",
 ) -> None:
     """Run what is not done yet."""
     if report:
@@ -209,7 +213,9 @@ def main(
     threads = max(1, torch.get_num_threads() // processes)
     # Spawned: what PyTorch's threads hold does not survive a fork.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        runs = [pool.submit(_run_to_file, variant.name, seed, results, threads, dtype) for variant, seed in left]
+        runs = [
+            pool.submit(_run_to_file, variant.name, seed, results, threads, dtype, device) for variant, seed in left
+        ]
         for number, run in enumerate(as_completed(runs), start=1):
             console.print(f"[bold]{run.result()}[/bold]: {number} of {len(runs)}")
             write_report(results)

@@ -8,9 +8,12 @@ pass left out. Adapters are random and not zero. CROME folded and unfolded must 
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +24,10 @@ import typer
 from peft import get_peft_model
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.interleaved import machine, markdown, middle, plot_ratios, ratios
+from benchmarks.devices import Device, results_on
+from benchmarks.interleaved import in_turn, machine, markdown, middle, plot_ratios, ratios
 from benchmarks.methods import BOTH, CONFIGS, backbone, base_of, batch_of
-from examples.easy_vqa.training import write_json
+from examples.easy_vqa.records import write_json
 from peft_crome import CromeConfig
 
 RESULTS = Path(__file__).parent / "results" / "speed"
@@ -65,38 +69,52 @@ def with_random_weights(name: str, make: Any) -> Any:
     return model
 
 
-def decode(model: Any, batch: dict[str, torch.Tensor], tokens: int) -> tuple[float, list[int]]:
-    """Median seconds from token to token, and the tokens."""
+def decode(model: Any, batch: dict[str, torch.Tensor], tokens: int, **options: Any) -> tuple[float, list[int]]:
+    """Median seconds from token to token, and the tokens. On a GPU, `generate` waits for each of them.
+
+    Args:
+        options: of `generate`.
+    """
     watch = Watch()
     with torch.inference_mode():
         model.generate(
-            **batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, streamer=watch
-        )
+            **batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, streamer=watch,
+            **options,
+        )  # fmt: skip
     between = [after - before for before, after in zip(watch.times[1:], watch.times[2:], strict=False)]
     return statistics.median(between), watch.tokens
 
 
-def measure(repeats: int, tokens: int, prompt: int, make: Any = backbone) -> dict[str, Any]:
+def measure(
+    repeats: int,
+    tokens: int,
+    prompt: int,
+    make: Callable[[], Any] = backbone,
+    names: Sequence[str] = (BASE, FOLDED, UNFOLDED, *LORAS),
+    until: float = math.inf,
+    **options: Any,
+) -> dict[str, Any]:
     """Seconds per token of each way, one value per repeat; all ways in turn.
 
     Args:
         tokens: that are generated.
         prompt: tokens of the prompt.
+        make: builds the frozen host.
+        names: of the ways.
+        until: as for `in_turn`.
+        options: of `generate`.
     """
-    models = {name: with_random_weights(name, make) for name in (BASE, FOLDED, UNFOLDED, *LORAS)}
+    models = {name: with_random_weights(name, make) for name in names}
     batch = batch_of(base_of(models[BASE]), 1, prompt)
     del batch["labels"]
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    said: dict[str, list[int]] = {}
-    names = list(models)
-    for repeat in range(repeats + 1):
-        turn = repeat % len(names)
-        for name in [*names[turn:], *names[:turn]]:
-            passed, said[name] = decode(models[name], batch, tokens)
-            if repeat:
-                seconds[name].append(passed)
-    same = said[FOLDED] == said[UNFOLDED]
-    return {"tokens": tokens, "prompt": prompt, "seconds": seconds, "folded_says_the_same": same}
+    ways = {name: partial(decode, model, batch, tokens, **options) for name, model in models.items()}
+    results = in_turn(ways, repeats, until)
+    seconds = {name: [passed for passed, _ in values] for name, values in results.items()}
+    record: dict[str, Any] = {"tokens": tokens, "prompt": prompt, "seconds": seconds}
+    texts = {name: values[-1][1] for name, values in results.items() if values}
+    if FOLDED in texts and UNFOLDED in texts:
+        record["folded_says_the_same"] = texts[FOLDED] == texts[UNFOLDED]
+    return record
 
 
 def to_base(record: dict[str, Any]) -> dict[str, list[float]]:
@@ -119,13 +137,14 @@ def main(
     repeats: Annotated[int, typer.Option(help="Generations of each way.")] = 15,
     tokens: Annotated[int, typer.Option(help="In each.")] = 48,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 64,
+    device: Device = "cpu",
 ) -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    record = {**measure(repeats, tokens, prompt), "machine": machine()}
-    write_json(RESULTS / "decoding.json", record)
-    (RESULTS / "decoding.md").write_text(table(record))
-    plot_ratios({"greedy decoding": to_base(record)}, RESULTS / "decoding.png", "time of a token / base model")
+    results = results_on(device, RESULTS)
+    record = {**measure(repeats, tokens, prompt, partial(backbone, device=device)), "machine": machine(device)}
+    write_json(results / "decoding.json", record)
+    (results / "decoding.md").write_text(table(record))
+    plot_ratios({"greedy decoding": to_base(record)}, results / "decoding.png", "time of a token / base model")
     print(table(record))
     print(f"CROME folded and not folded say the same {tokens} tokens: {record['folded_says_the_same']}")
 

@@ -25,12 +25,14 @@ import typer
 from rich.console import Console
 
 from benchmarks import emoji_data as data
+from benchmarks.devices import Device, is_gpu
 from benchmarks.interleaved import machine, markdown
 from examples.easy_vqa.demo import ALIGN_RATES, FINETUNE_RATES, NAMES
 from examples.easy_vqa.evaluation import accuracies, answer
 from examples.easy_vqa.language import columns, language_kept
 from examples.easy_vqa.model import frozen_dtype, load_stage, processor
-from examples.easy_vqa.training import Stage, train_stage, write_json
+from examples.easy_vqa.records import write_json
+from examples.easy_vqa.training import Stage, train_stage
 
 RESULTS = Path(__file__).parent / "results" / "emoji"
 PAGE = Path(__file__).parent.parent / "docs" / "emoji.md"
@@ -55,27 +57,31 @@ def run_one(
     align: Stage = ALIGN,
     finetune: Stage = FINETUNE,
     limit: int | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Both stages, the tests and the measurement on text of one method and seed.
 
     Args:
         directory: of checkpoints; a stage that is done is not trained again.
         limit: test questions per set; all if None.
+        device: where it trains and answers.
     """
     shared = processor()
     views = data.features("google", shared.image_processor, data.VIEWS)
     train, held_out = data.split(data.things(), seed)
     align = replace(align, learning_rate=ALIGN_RATES.get(method, align.learning_rate))
     finetune = replace(finetune, learning_rate=FINETUNE_RATES.get(method, finetune.learning_rate))
-    record: dict[str, Any] = {"method": method, "seed": seed, "machine": machine()}
+    record: dict[str, Any] = {"method": method, "seed": seed, "machine": machine(device)}
     record["dtype"] = str(frozen_dtype()).removeprefix("torch.")
     previous = None
     for number, stage in enumerate((align, finetune)):
         rows = data.rows(train, stage.steps * stage.images_per_step, seed + 100 * number, stage.name)
         folder = directory / stage.name
-        record[stage.name] = train_stage(stage, method, seed, shared, views, folder, previous, rows)
+        record[stage.name] = train_stage(
+            stage, method, seed, shared, views, folder, previous, rows, use_cpu=not is_gpu(device)
+        )
         previous = folder
-    model = load_stage(directory / "finetune")
+    model = load_stage(directory / "finetune").to(device)
     drawings = {"google": views[:: data.VIEWS], "twitter": data.features("twitter", shared.image_processor)}
     asked, groups, said = [], [], []
     for name, (vendor, new) in TESTS.items():
@@ -135,13 +141,14 @@ def main(
     seeds: Annotated[int, typer.Option(help="Seeds per method.")] = SEEDS,
     output: Annotated[Path, typer.Option(help="Checkpoints; a second run continues there.")] = Path("outputs/emoji"),
     results: Annotated[Path, typer.Option(help="Records and table.")] = RESULTS,
+    device: Device = "cpu",
 ) -> None:
     """Run what is not done yet: all methods of one seed, then the next seed."""
     for seed, method in [(seed, method) for seed in range(0 if report else seeds) for method in METHODS]:
         file = file_of(method, seed, results)
         if not file.is_file():
             console.print(f"[bold]{NAMES[method]}, seed {seed}[/bold]")
-            write_json(file, run_one(method, seed, output / f"{method}-seed{seed}"))
+            write_json(file, run_one(method, seed, output / f"{method}-seed{seed}", device=device))
             write_report(results)
     console.print(write_report(results), markup=False, soft_wrap=True)
 

@@ -14,7 +14,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,9 +24,10 @@ import torch
 import typer
 from peft import get_peft_model
 
+from benchmarks.devices import Device, clock_on, results_on
 from examples.easy_vqa import data
 from examples.easy_vqa.parts import cache_dir, dinov2_small, easy_vqa_dir, smollm2
-from examples.easy_vqa.training import write_json
+from examples.easy_vqa.records import write_json
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor, cache_features
 from peft_crome.data import ConversationCollator
 
@@ -56,14 +56,17 @@ def _row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"id": str(row["image_id"]), "images": [str(folder / f"{row['image_id']}.png")], "messages": messages}
 
 
-def measure(rows: int, steps: int, image_size: int) -> dict[str, Any]:
+def measure(rows: int, steps: int, image_size: int, device: str = "cpu") -> dict[str, Any]:
     """Seconds of each way, one value per batch."""
     composite = CromeVLMForConditionalGeneration.from_backbones(
         vision=str(dinov2_small()), language=str(smollm2()), dtype=torch.bfloat16, vision_pool_size=2,
         image_size=image_size,
     )  # fmt: skip
     processor = CromeVLMProcessor.from_backbones(config=composite.config)
-    composite.language_model.set_attn_implementation("eager")  # as in the quick start
+    if device == "cpu":
+        composite.language_model.set_attn_implementation("eager")  # as in the quick start
+    composite.to(device)
+    clock = clock_on(device)
     model = get_peft_model(composite, CromeConfig()).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -72,11 +75,11 @@ def measure(rows: int, steps: int, image_size: int) -> dict[str, Any]:
         for number, batch in enumerate(batches(processor, composite, rows, steps + 1)):
             for way in WAYS:
                 cache = None if way == "computed" else cache_features(model, folder)
-                start = time.perf_counter()
-                model(**batch).loss.backward()
+                start = clock()
+                model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                passed = time.perf_counter() - start
+                passed = clock() - start
                 if cache is not None:
                     expected = (rows, 0) if way == "read" else (0, rows)
                     assert (cache.hits, cache.misses) == expected, (way, cache.hits, cache.misses)
@@ -103,13 +106,15 @@ def table(measured: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(rows: Annotated[int, typer.Option()] = 16, steps: Annotated[int, typer.Option()] = 15) -> None:
+def main(
+    rows: Annotated[int, typer.Option()] = 16, steps: Annotated[int, typer.Option()] = 15, device: Device = "cpu"
+) -> None:
     """Measure, write and print."""
-    measured = [measure(rows, steps, image_size) for image_size in (112, 224)]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_json(RESULTS / "seconds.json", [{**m, "torch": torch.__version__} for m in measured])
-    (RESULTS / "table.md").write_text(table(measured))
-    print(table(json.loads((RESULTS / "seconds.json").read_text())))
+    measured = [measure(rows, steps, image_size, device) for image_size in (112, 224)]
+    results = results_on(device, RESULTS)
+    write_json(results / "seconds.json", [{**m, "torch": torch.__version__} for m in measured])
+    (results / "table.md").write_text(table(measured))
+    print(table(json.loads((results / "seconds.json").read_text())))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib
 
@@ -15,45 +18,91 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from benchmarks.devices import is_gpu
 
-def machine() -> dict[str, object]:
-    """What a number was measured on: processor, threads, PyTorch's release and the instructions that it uses."""
+T = TypeVar("T")
+LEAST = 2  # repeats: one has no spread
+OUT_OF_MEMORY = "out of memory"
+
+
+def machine(device: str = "cpu") -> dict[str, object]:
+    """What a number was measured on: processor, its instructions that PyTorch uses, threads, PyTorch, a GPU."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
+    facts: dict[str, object] = {
         "processor": found[1] if found else platform.processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+    if is_gpu(device):
+        gpu = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": gpu.name, "gpu_memory": gpu.total_memory, "cuda": torch.version.cuda}
+    return facts
+
+
+def in_turn(ways: Mapping[str, Callable[[], T]], repeats: int, until: float = math.inf) -> dict[str, list[T]]:
+    """What each way returns, `repeats` times. A repeat has all ways and begins with another one; the first is lost.
+
+    A way that a GPU has too little memory for is left out from then on, and its list is empty.
+
+    Args:
+        until: `time.perf_counter()` at which the repeats should be done. Two are made in any case.
+    """
+    results: dict[str, list[T]] = {name: [] for name in ways}
+    left = list(ways)
+    for repeat in range(repeats + 1):
+        start = time.perf_counter()
+        turn = repeat % max(1, len(left))
+        for name in [*left[turn:], *left[:turn]]:
+            try:
+                result = ways[name]()
+            except torch.OutOfMemoryError:
+                left.remove(name)
+                results[name] = []
+            else:
+                if repeat:
+                    results[name].append(result)
+            if name not in left:  # only now is the error gone, which holds what the way had
+                torch.cuda.empty_cache()
+        now = time.perf_counter()
+        if repeat >= LEAST and now + (now - start) > until:
+            break
+    return results
 
 
 def seconds_in_turn(
-    ways: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+    ways: Mapping[str, Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+    until: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each way, `repeats` of them. A repeat has all ways and begins with another one; the first is lost.
+    """Seconds of each way, as `in_turn` has them.
 
     Args:
         clock: `time.process_time` leaves out what other processes take, and counts each thread's seconds.
+            `devices.clock_on` waits for a GPU.
+        until: as for `in_turn`.
     """
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
-    for repeat in range(repeats + 1):
-        turn = repeat % len(names)
-        for name in [*names[turn:], *names[:turn]]:
-            start = clock()
-            ways[name]()
-            if repeat:
-                taken[name].append(clock() - start)
-    return taken
+
+    def timed(way: Callable[[], object]) -> float:
+        start = clock()
+        way()
+        return clock() - start
+
+    return in_turn({name: partial(timed, way) for name, way in ways.items()}, repeats, until)
 
 
 def ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
-    """Repeat by repeat, so that what else the machine did then falls on both."""
+    """Repeat by repeat, so that what else the machine did then falls on both; none where one of them has none."""
+    if not values or not base:
+        return []
     return [value / other for value, other in zip(values, base, strict=True)]
 
 
 def middle(values: Sequence[float], digits: int = 3) -> str:
-    """Median and middle half, as a table has them."""
+    """Median and middle half, as a table has them. A way without values needed more memory than there is."""
+    if not values:
+        return OUT_OF_MEMORY
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
@@ -78,6 +127,8 @@ def plot_ratios(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path,
     )
     for (case, ways), axis in zip(panels.items(), axes[:, 0], strict=True):
         for place, (name, values) in enumerate(ways.items()):
+            if not values:
+                continue
             low, median, high = statistics.quantiles(values, n=4, method="inclusive")
             color = "C1" if name.startswith("CROME") else "C0"
             spread = [[median - low], [high - median]]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,12 +27,13 @@ from rich.console import Console
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
+from benchmarks.devices import Device, clock_on, results_on
 from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in_turn
 from benchmarks.memory import GIVE_BACK
 from benchmarks.methods import CROME, FLOOR, attach, backbone, base_of, batch_of, training_step
 from benchmarks.step_memory import peak_of
 from examples.easy_vqa.parts import gemma3_270m, smollm2
-from examples.easy_vqa.training import write_json
+from examples.easy_vqa.records import write_json
 from peft_crome import logits_at_labels
 
 RESULTS = Path(__file__).parent / "results" / "speed"
@@ -41,9 +43,9 @@ EVERYWHERE, AT_LABELS, TRL = "CROME, all logits", "CROME, logits at labels", "CR
 GOALS = {"SmolLM2-135M": (0.84, 0.80), "Gemma 3 270M": (0.55, 0.60)}  # of the floor's time and memory
 
 
-def composite_of(language: str) -> nn.Module:
+def composite_of(language: str, device: str = "cpu") -> nn.Module:
     """Frozen DINOv2-small and the language model in bfloat16."""
-    return backbone(language=LANGUAGES[language](), dtype=torch.bfloat16)
+    return backbone(language=LANGUAGES[language](), dtype=torch.bfloat16, device=device)
 
 
 def model_of(composite: nn.Module, way: str) -> nn.Module:
@@ -56,9 +58,7 @@ def model_of(composite: nn.Module, way: str) -> nn.Module:
 def step_of(model: nn.Module, way: str, tokens: int = TOKENS) -> Callable[[], None]:
     """A function that does one step; a tenth of each row's tokens, at its end, has labels."""
     torch.manual_seed(0)  # the same words in all ways
-    batch = batch_of(base_of(model), ROWS, tokens)
-    batch["labels"] = batch["labels"].clone()
-    batch["labels"][:, : -round(SHARE * tokens)] = -100
+    batch = batch_of(base_of(model), ROWS, tokens, labelled=SHARE)
     if way == AT_LABELS:
         return training_step(model, batch, logits_at_labels)
     return training_step(model, batch | ({"fused_lm_head": True} if way == TRL else {}))
@@ -70,19 +70,27 @@ def measure(
     clock: str = "perf_counter",
     make: Callable[[str], nn.Module] = composite_of,
     tokens: int = TOKENS,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Seconds of each way's step, one value per repeat.
 
     Args:
-        clock: of the module `time`.
-        make: builds the frozen composite; tests give a tiny one.
+        clock: of the module `time`; a GPU is waited for with "perf_counter".
+        make: builds the frozen composite on the device; tests give a tiny one.
     """
     ways = {}
     for way in (FLOOR, EVERYWHERE, AT_LABELS, TRL):
         torch.manual_seed(0)
         ways[way] = step_of(model_of(make(language), way), way, tokens)
-    seconds = seconds_in_turn(ways, repeats, getattr(time, clock))
-    return {"language": language, "clock": clock, "seconds": seconds, "machine": machine(), "load": os.getloadavg()}
+    timer = clock_on(device) if clock == "perf_counter" else getattr(time, clock)
+    seconds = seconds_in_turn(ways, repeats, timer)
+    return {
+        "language": language,
+        "clock": clock,
+        "seconds": seconds,
+        "machine": machine(device),
+        "load": os.getloadavg(),
+    }
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -103,25 +111,30 @@ def main(
     repeats: Annotated[int, typer.Option(help="Steps of each way.")] = 9,
     cpu_time: Annotated[bool, typer.Option(help="Leave out what other processes take; with one thread.")] = False,
     case: Annotated[str | None, typer.Option(help="Language model and way, as JSON: measure its memory here.")] = None,
+    device: Device = "cpu",
 ) -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
     if case is not None:
         language, way = json.loads(case)
-        print(json.dumps(peak_of(lambda: model_of(composite_of(language), way), lambda model: step_of(model, way))))
+        make = partial(composite_of, device=device)
+        found = peak_of(lambda: model_of(make(language), way), lambda model: step_of(model, way), device)
+        print(json.dumps(found))
         return
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    results = results_on(device, RESULTS)
     records = []
+    clock = "process_time" if cpu_time else "perf_counter"
     for language in LANGUAGES:
-        record = measure(language, repeats, "process_time" if cpu_time else "perf_counter")
+        record = measure(language, repeats, clock, partial(composite_of, device=device), device=device)
         record["peaks"] = {}
         for way in record["seconds"]:
-            command = [sys.executable, "-m", "benchmarks.labelled_logits", "--case", json.dumps([language, way])]
+            command = [sys.executable, "-m", "benchmarks.labelled_logits", "--device", device]
+            command += ["--case", json.dumps([language, way])]
             done = subprocess.run(command, env=os.environ | GIVE_BACK, stdout=subprocess.PIPE, text=True, check=True)
             record["peaks"][way] = json.loads(done.stdout.splitlines()[-1])["peak"]
             Console(stderr=True).print(f"{language}, {way}: {record['peaks'][way] / 1e6:,.0f} MB", markup=False)
         records.append(record)
-        write_json(RESULTS / "labelled_logits.json", records)  # a shared machine may take hours
-    (RESULTS / "labelled_logits.md").write_text(table(records))
+        write_json(results / "labelled_logits.json", records)  # a shared machine may take hours
+    (results / "labelled_logits.md").write_text(table(records))
     print(table(records))
 
 

@@ -8,7 +8,11 @@ a pass over the prompts, and greedy decoding of some tokens.
 
 from __future__ import annotations
 
+import math
 import os
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,9 +22,10 @@ import torch
 import typer
 from peft import LoraConfig, PeftConfig, get_peft_model
 
+from benchmarks.devices import Device, clock_on, results_on
 from benchmarks.interleaved import machine, markdown, middle, plot_ratios, ratios, seconds_in_turn
 from benchmarks.methods import BOTH, LANGUAGE, backbone, batch_of
-from examples.easy_vqa.training import write_json
+from examples.easy_vqa.records import write_json
 from peft_crome import CromeConfig
 
 RESULTS = Path(__file__).parent / "results" / "speed"
@@ -38,12 +43,26 @@ def configurations() -> dict[str, PeftConfig]:
     }  # fmt: skip
 
 
-def measure(rows: int, counts: list[int], repeats: int, prompt: int, tokens: int, make: Any = backbone) -> Any:
+def measure(
+    rows: int,
+    counts: list[int],
+    repeats: int,
+    prompt: int,
+    tokens: int,
+    make: Callable[[], Any] = backbone,
+    device: str = "cpu",
+    until: float = math.inf,
+    most_loras: int | None = None,
+) -> Any:
     """Seconds of each way and kind of work, one value per repeat.
 
     Args:
         counts: of different adapters in the batch.
         prompt, tokens: of each row: read, and decoded.
+        make: builds the frozen host.
+        device: where it is.
+        until: as for `in_turn`; both kinds of work share the time.
+        most_loras: the largest of `counts` for LoRA, which takes long to add many of.
     """
     base = make().eval()
     batch = batch_of(base, rows, prompt)
@@ -51,17 +70,19 @@ def measure(rows: int, counts: list[int], repeats: int, prompt: int, tokens: int
     models: dict[str, tuple[Any, dict[str, Any]]] = {BASE: (base, {})}
     for method, config in configurations().items():
         model = get_peft_model(make(), config, adapter_name="0")
-        for number in range(1, max(counts)):
+        chosen = [count for count in counts if method == "CROME" or count <= (most_loras or count)]
+        for number in range(1, max(chosen)):
             model.add_adapter(str(number), config)
         model.eval()
         models[f"{method}, the active one"] = model, {}
-        for count in counts:
+        for count in chosen:
             names = [str(row % count) for row in range(rows)]
             models[f"{method}, {count} of adapter_names"] = model, {"adapter_names": names}
     seconds: dict[str, dict[str, list[float]]] = {}
-    for work in WORK:
+    for number, work in enumerate(WORK):
         ways = {name: _do(work, *model, batch, tokens) for name, model in models.items()}
-        seconds[work] = seconds_in_turn(ways, repeats)
+        now = time.perf_counter()
+        seconds[work] = seconds_in_turn(ways, repeats, clock_on(device), now + (until - now) / (len(WORK) - number))
     return {"rows": rows, "prompt": prompt, "tokens": tokens, "seconds": seconds}
 
 
@@ -104,13 +125,15 @@ def main(
     repeats: Annotated[int, typer.Option(help="Of each way.")] = 7,
     prompt: Annotated[int, typer.Option(help="Tokens of each row.")] = 32,
     tokens: Annotated[int, typer.Option(help="That are decoded.")] = 8,
+    device: Device = "cpu",
 ) -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    record = {**measure(rows, [1, 8, 64], repeats, prompt, tokens), "machine": machine()}
-    write_json(RESULTS / "many_adapters.json", record)
-    (RESULTS / "many_adapters.md").write_text(table(record))
-    plot_ratios(to_base(record), RESULTS / "many_adapters.png", "time / model without an adapter")
+    results = results_on(device, RESULTS)
+    make = partial(backbone, device=device)
+    record = {**measure(rows, [1, 8, 64], repeats, prompt, tokens, make, device), "machine": machine(device)}
+    write_json(results / "many_adapters.json", record)
+    (results / "many_adapters.md").write_text(table(record))
+    plot_ratios(to_base(record), results / "many_adapters.png", "time / model without an adapter")
     print(table(record))
 
 

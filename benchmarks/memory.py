@@ -9,11 +9,8 @@ held before the model was built (with a tiny model trained for two steps, so tha
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -29,8 +26,9 @@ from peft import get_peft_model
 from rich.console import Console
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.devices import Device, clock_on, held, is_gpu, peak, results_on, settle
 from examples.easy_vqa.parts import dinov2_small, smollm2
-from examples.easy_vqa.training import write_json
+from examples.easy_vqa.records import write_json
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
 from peft_crome.training import StepSize, build, load_recipe, predict_step, recipe_skeleton
 
@@ -94,7 +92,7 @@ def batch_of(composite: Any, rows: int, tokens: int) -> dict[str, torch.Tensor]:
     if composite.qformer is not None:
         read = torch.randint(1000, 2000, (rows, 32))
         batch |= {"qformer_input_ids": read, "qformer_attention_mask": torch.ones_like(read)}
-    return batch
+    return {key: value.to(composite.device) for key, value in batch.items()}
 
 
 def train_two_steps(model: Any, rows: int, tokens: int, checkpointing: bool) -> float:
@@ -104,28 +102,16 @@ def train_two_steps(model: Any, rows: int, tokens: int, checkpointing: bool) -> 
     model.train()
     batch = batch_of(model.get_base_model(), rows, tokens)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    clock = clock_on(str(model.device))
     for _ in range(2):
-        start = time.perf_counter()
+        start = clock()
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def status(key: str) -> int:
-    """Bytes that Linux gives for this process: VmRSS now, VmHWM at the highest."""
-    text = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{key}:\s+(\d+) kB", text, re.M)[1]) * 1024  # type: ignore[index]
-
-
-def settle() -> None:
-    """Give back what is free, and begin the highest value anew."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def warm_up() -> None:
+def warm_up(device: str = "cpu") -> None:
     """Load what a step loads: a tiny composite of the same kinds."""
     tower = Dinov2Model(Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28))
     language = LlamaForCausalLM(LlamaConfig(vocab_size=3000, **TINY))
@@ -133,29 +119,30 @@ def warm_up() -> None:
         vision=tower, language=language, image_token_id=2999, image_size=28
     )
     train_two_steps(
-        get_peft_model(composite.bfloat16(), CromeConfig(branches=["text", "vision"], bottleneck_dim=8)),
+        get_peft_model(composite.bfloat16().to(device), CromeConfig(branches=["text", "vision"], bottleneck_dim=8)),
         2,
         64,
         checkpointing=True,
     )
 
 
-def measure(case: dict[str, Any]) -> dict[str, Any]:
+def measure(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     """Build and train; to be called in a fresh process."""
     torch.manual_seed(0)
-    warm_up()
+    warm_up(device)
     if case.get("quantization"):
         import bitsandbytes  # noqa: F401
-    settle()
-    before = status("VmRSS")
+    settle(device)
+    before = held(device)
     model, _, _ = build(recipe_of(case))
     for parameter in model.parameters():
         if type(parameter) is torch.nn.Parameter:  # out of the checkpoint's mapped file, as moving to a device does
             parameter.data = parameter.data.clone()
-    settle()
-    loaded = status("VmRSS") - before
+    model.to(device)
+    settle(device)
+    loaded = held(device) - before
     seconds = train_two_steps(model, case["rows"], case["tokens"], case.get("checkpointing", False))
-    return {"loaded": loaded, "peak": status("VmHWM") - before, "seconds": round(seconds, 2)}
+    return {"loaded": loaded, "peak": peak(device) - before, "seconds": round(seconds, 2)}
 
 
 def predict(case: dict[str, Any]) -> dict[str, Any]:
@@ -199,22 +186,26 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(case: Annotated[str | None, typer.Option(help="One case, as JSON: measure it here.")] = None) -> None:
+def main(
+    case: Annotated[str | None, typer.Option(help="One case, as JSON: measure it here.")] = None,
+    device: Device = "cpu",
+) -> None:
     """Predict and measure each case, write and print. Ends with status 1 where a case is 15% off or more."""
     if case is not None:
-        print(json.dumps(measure(json.loads(case))))
+        print(json.dumps(measure(json.loads(case), device)))
         return
     records = []
-    for number, chosen in enumerate(CASES, 1):
-        command = [sys.executable, "-m", "benchmarks.memory", "--case", json.dumps(chosen)]
+    cases = [case for case in CASES if not (is_gpu(device) and "malloc" in case)]
+    for number, chosen in enumerate(cases, 1):
+        command = [sys.executable, "-m", "benchmarks.memory", "--device", device, "--case", json.dumps(chosen)]
         environment = os.environ | ({} if "malloc" in chosen else GIVE_BACK)
         output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
         record = {"case": chosen, "predicted": predict(chosen), "measured": json.loads(output.splitlines()[-1])}
         records.append(record)
-        Console(stderr=True).print(f"{number} of {len(CASES)}: {chosen}, {ratio(record):.3f}", soft_wrap=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_json(RESULTS / "records.json", [{**r, "torch": torch.__version__} for r in records])
-    (RESULTS / "table.md").write_text(table(records))
+        Console(stderr=True).print(f"{number} of {len(cases)}: {chosen}, {ratio(record):.3f}", soft_wrap=True)
+    results = results_on(device, RESULTS)
+    write_json(results / "records.json", [{**r, "torch": torch.__version__} for r in records])
+    (results / "table.md").write_text(table(records))
     print(table(records))
     sys.exit(not all(map(is_near, records)))
 

@@ -14,12 +14,14 @@ from benchmarks.variants import ALL_LINEAR, IA3, LANGUAGE, PROMPT, SOFT_TOKENS
 from examples.easy_vqa.model import frozen_dtype, nf4
 from examples.easy_vqa.parts import dinov2_small, smollm2
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
+from peft_crome.tuner.sites.find import find_branches
 
 FLOOR = "frozen model alone"
 CROME = "CROME"
 BOTH = ["text", "vision"]  # what CROME can cost: the default has no text branch, and costs less
 POOL_SIZE = 2  # 16 image tokens
 FIRST_WORD, LAST_WORD = 20, 2000  # random text of ordinary tokens
+IGNORED = -100
 
 CONFIGS: dict[str, PeftConfig | None] = {
     FLOOR: None,
@@ -32,7 +34,7 @@ CONFIGS: dict[str, PeftConfig | None] = {
 
 
 def backbone(
-    in_nf4: bool = False, language: Path | None = None, dtype: torch.dtype | None = None
+    in_nf4: bool = False, language: Path | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> CromeVLMForConditionalGeneration:
     """Frozen DINOv2-small and a language model, joined; 16 tokens per image.
 
@@ -40,43 +42,58 @@ def backbone(
         in_nf4: the language model.
         language: directory of the language model; None: SmolLM2-135M.
         dtype: None: the one that this machine is fast in.
+        device: where it runs.
     """
     composite = CromeVLMForConditionalGeneration.from_backbones(
         vision=str(dinov2_small()),
         language=str(language or smollm2()),
         quantization_config=nf4() if in_nf4 else None,
         dtype=dtype or frozen_dtype(),
+        device_map=None if device == "cpu" else device,
         vision_pool_size=POOL_SIZE,
     )
-    composite.language_model.set_attn_implementation("eager")  # faster on a CPU, as in the quick start
+    if device == "cpu":
+        composite.language_model.set_attn_implementation("eager")  # faster there, as in the quick start
     return composite
 
 
-def attach(composite: nn.Module, method: str) -> nn.Module:
-    """Attach a method to a composite of its own. Of the frozen model alone the gradient goes to the embeddings."""
+def attach(composite: nn.Module, method: str) -> Any:
+    """Attach a method to a host of its own. Of the frozen model alone the gradient goes to the embeddings."""
     config = CONFIGS[method]
     if config is not None:
         return get_peft_model(composite, config)
     composite.requires_grad_(False)
-    for site in (composite.get_input_embeddings(), composite.vision_fusion):
-        site.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_(True))
+    for paths in find_branches(composite, BOTH).values():
+        for path in paths:
+            site = composite.get_submodule(path)
+            site.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_(True))
     return composite
 
 
-def batch_of(composite: Any, rows: int, tokens: int, prompt: bool = False) -> dict[str, torch.Tensor]:
-    """Rows of one image and random words, all of them learned.
+def batch_of(
+    host: Any, rows: int, tokens: int, prompt: bool = False, labelled: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """Rows of one image and random words, on the host's device.
 
     Args:
+        host: a composite, or a LLaVA.
         tokens: of each row, the image's among them.
         prompt: whether soft tokens come before them.
+        labelled: share of a row's tokens that are learned, at its end.
     """
-    last = min(LAST_WORD, composite.config.image_token_id)  # a tiny vocabulary ends there
+    config = host.config
+    per_image = getattr(host, "image_seq_length", None) or config.image_seq_length
+    size = getattr(config, "image_height_width", None) or (config.vision_config.image_size,) * 2
+    last = min(LAST_WORD, config.image_token_id)  # a tiny vocabulary ends there
     ids = torch.randint(FIRST_WORD, last, (rows, tokens))
-    ids[:, 4 : 4 + composite.image_seq_length] = composite.config.image_token_id
+    ids[:, 4 : 4 + per_image] = config.image_token_id
     if prompt:
         ids = torch.cat([torch.tensor(SOFT_TOKENS).expand(rows, -1), ids], dim=1)
-    pixel_values = torch.randn(rows, 3, *composite.config.image_height_width)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "pixel_values": pixel_values}
+    labels = ids.clone()
+    labels[:, : ids.shape[1] - round(labelled * ids.shape[1])] = IGNORED
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch["pixel_values"] = torch.randn(rows, 3, *size).to(host.dtype)
+    return {key: value.to(host.device) for key, value in batch.items()}
 
 
 def training_step(
@@ -92,7 +109,7 @@ def training_step(
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
 
     def step() -> None:
-        model(**ask(model, batch)).loss.backward()
+        model(**ask(model, batch), use_cache=False).loss.backward()  # as Trainer sets it
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -101,5 +118,5 @@ def training_step(
 
 
 def base_of(model: nn.Module) -> Any:
-    """The composite, whatever is attached to it."""
+    """The host, whatever is attached to it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +20,10 @@ import typer
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter as hotswap_lora
 
+from benchmarks.devices import Device, clock_on, held, results_on, settle
 from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in_turn
-from benchmarks.memory import settle, status
 from benchmarks.methods import BOTH, LANGUAGE, backbone
-from examples.easy_vqa.training import write_json
+from examples.easy_vqa.records import write_json
 from peft_crome import CromeConfig, hotswap_adapter
 
 RESULTS = Path(__file__).parent / "results" / "speed"
@@ -61,19 +62,19 @@ def operations(method: str, folder: Path, make: Any) -> dict[str, Callable[[], o
     }
 
 
-def thousand(count: int, make: Any) -> dict[str, int]:
-    """Bytes that `count` adapters add to the process, and those of their weights."""
+def thousand(count: int, make: Any, device: str = "cpu") -> dict[str, int]:
+    """Bytes that `count` adapters add to the process or to a GPU, and those of their weights."""
     with tempfile.TemporaryDirectory() as folder:
         model = get_peft_model(make(), CONFIGS["CROME"])
         model.save_pretrained(folder)
         own = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "crome_" in name)
         model.load_adapter(folder, adapter_name="first")  # libraries are loaded then
-        settle()
-        before = status("VmRSS")
+        settle(device)
+        before = held(device)
         for number in range(count):
             model.load_adapter(folder, adapter_name=f"adapter{number}")
-        settle()
-        return {"adapters": count, "grown": status("VmRSS") - before, "weights": own * count}
+        settle(device)
+        return {"adapters": count, "grown": held(device) - before, "weights": own * count}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -89,19 +90,21 @@ def table(record: dict[str, Any]) -> str:
 def main(
     repeats: Annotated[int, typer.Option(help="Of each operation.")] = 15,
     adapters: Annotated[int, typer.Option(help="On one model, for their memory.")] = 1000,
+    device: Device = "cpu",
 ) -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    results = results_on(device, RESULTS)
+    make = partial(backbone, device=device)
     with tempfile.TemporaryDirectory() as folder:
         ways = {
             f"{method}, {name}": call
             for method in CONFIGS
-            for name, call in operations(method, Path(folder), backbone).items()
+            for name, call in operations(method, Path(folder), make).items()
         }
-        seconds = seconds_in_turn(ways, repeats)
-    record = {"seconds": seconds, "many": thousand(adapters, backbone), "machine": machine()}
-    write_json(RESULTS / "operations.json", record)
-    (RESULTS / "operations.md").write_text(table(record))
+        seconds = seconds_in_turn(ways, repeats, clock_on(device))
+    record = {"seconds": seconds, "many": thousand(adapters, make, device), "machine": machine(device)}
+    write_json(results / "operations.json", record)
+    (results / "operations.md").write_text(table(record))
     print(table(record))
     many = record["many"]
     print(f"{many['adapters']} adapters: {many['grown'] / 1e6:,.0f} MB for {many['weights'] / 1e6:,.0f} MB of weights")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +19,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import typer
 
+from benchmarks.devices import Device, clock_on, results_on
 from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in_turn
 from benchmarks.methods import CROME, FLOOR, attach, backbone, batch_of, training_step
 from benchmarks.step_time import CASES, title
-from examples.easy_vqa.training import write_json
+from examples.easy_vqa.records import write_json
 
 RESULTS = Path(__file__).parent / "results" / "speed"
 INSIDE = 50  # steps of the adapter in a turn: one takes milliseconds
@@ -48,7 +50,7 @@ def own_step(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
     return step
 
 
-def measure(case: dict[str, Any], repeats: int, make: Any = backbone) -> dict[str, Any]:
+def measure(case: dict[str, Any], repeats: int, make: Any = backbone, device: str = "cpu") -> dict[str, Any]:
     """Seconds of a step of the frozen model alone, and of the adapter's part of one."""
     models = {name: attach(make(case["nf4"]), name) for name in (FLOOR, CROME)}
     batch = batch_of(models[FLOOR], case["rows"], case["tokens"])
@@ -58,10 +60,11 @@ def measure(case: dict[str, Any], repeats: int, make: Any = backbone) -> dict[st
         for _ in range(INSIDE):
             own()
 
-    seconds = seconds_in_turn({FLOOR: training_step(models[FLOOR], batch), CROME: several}, repeats)
+    ways = {FLOOR: training_step(models[FLOOR], batch), CROME: several}
+    seconds = seconds_in_turn(ways, repeats, clock_on(device))
     seconds[CROME] = [value / INSIDE for value in seconds[CROME]]
     dtype = str(models[FLOOR].dtype).removeprefix("torch.")
-    return {"case": case, "seconds": seconds, "dtype": dtype, "machine": machine()}
+    return {"case": case, "seconds": seconds, "dtype": dtype, "machine": machine(device)}
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -74,12 +77,13 @@ def table(records: list[dict[str, Any]]) -> str:
     return markdown(["frozen in", "a step of the frozen model alone, s", "the adapter's own work, ms", "share"], rows)
 
 
-def main(repeats: Annotated[int, typer.Option(help="Of each.")] = 9) -> None:
+def main(repeats: Annotated[int, typer.Option(help="Of each.")] = 9, device: Device = "cpu") -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    records = [measure(case, repeats) for case in CASES if not case["compiled"]]
-    write_json(RESULTS / "own_work.json", records)
-    (RESULTS / "own_work.md").write_text(table(records))
+    results = results_on(device, RESULTS)
+    make = partial(backbone, device=device)
+    records = [measure(case, repeats, make, device) for case in CASES if not case["compiled"]]
+    write_json(results / "own_work.json", records)
+    (results / "own_work.md").write_text(table(records))
     print(table(records))
 
 

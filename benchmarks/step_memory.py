@@ -22,52 +22,56 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.devices import Device, held, peak, results_on, settle
 from benchmarks.interleaved import markdown
-from benchmarks.memory import GIVE_BACK, settle, status, warm_up
+from benchmarks.memory import GIVE_BACK, warm_up
 from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, backbone, base_of, batch_of, training_step
-from examples.easy_vqa.training import write_json
+from examples.easy_vqa.records import write_json
 
 RESULTS = Path(__file__).parent / "results" / "speed"
 CASES = [{"nf4": nf4, "rows": 2, "tokens": 512} for nf4 in (False, True)]
 ALLOWED = 1.05
 
 
-def measure(case: dict[str, Any]) -> dict[str, Any]:
+def measure(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     """The highest memory of two steps of a method; to be called in a fresh process."""
 
     def step(model: torch.nn.Module) -> Callable[[], None]:
         batch = batch_of(base_of(model), case["rows"], case["tokens"], "prompt" in case["method"])
         return training_step(model, batch)
 
-    return peak_of(lambda: attach(backbone(case["nf4"]), case["method"]), step)
+    return peak_of(lambda: attach(backbone(case["nf4"], device=device), case["method"]), step, device)
 
 
 def peak_of(
-    make: Callable[[], torch.nn.Module], step_of: Callable[[torch.nn.Module], Callable[[], None]]
+    make: Callable[[], torch.nn.Module],
+    step_of: Callable[[torch.nn.Module], Callable[[], None]],
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """The highest memory of two steps above what the process held before the model; in a fresh process.
 
     Args:
         make: makes the model.
         step_of: makes a function that does one step with it.
+        device: whose memory counts.
     """
     torch.manual_seed(0)
-    warm_up()
+    warm_up(device)
     import bitsandbytes  # noqa: F401
 
-    settle()
-    before = status("VmRSS")
+    settle(device)
+    before = held(device)
     model = make()
     for parameter in model.parameters():
         if type(parameter) is torch.nn.Parameter:  # out of the checkpoint's mapped file, as moving to a device does
             parameter.data = parameter.data.clone()
-    settle()
+    settle(device)
     step = step_of(model)
     for _ in range(2):
         step()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     dtype = str(base_of(model).dtype).removeprefix("torch.")
-    return {"peak": status("VmHWM") - before, "trained": trained, "dtype": dtype}
+    return {"peak": peak(device) - before, "trained": trained, "dtype": dtype}
 
 
 def goal(records: list[dict[str, Any]]) -> float:
@@ -96,20 +100,23 @@ def table(records: list[dict[str, Any]]) -> str:
     return markdown(header, rows)
 
 
-def main(case: Annotated[str | None, typer.Option(help="One case, as JSON: measure it here.")] = None) -> None:
+def main(
+    case: Annotated[str | None, typer.Option(help="One case, as JSON: measure it here.")] = None,
+    device: Device = "cpu",
+) -> None:
     """Measure each method in a process of its own, write and print."""
     if case is not None:
-        print(json.dumps(measure(json.loads(case))))
+        print(json.dumps(measure(json.loads(case), device)))
         return
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    results = results_on(device, RESULTS)
     records = []
     for chosen in [{**case, "method": method} for case in CASES for method in CONFIGS]:
-        command = [sys.executable, "-m", "benchmarks.step_memory", "--case", json.dumps(chosen)]
+        command = [sys.executable, "-m", "benchmarks.step_memory", "--device", device, "--case", json.dumps(chosen)]
         done = subprocess.run(command, env=os.environ | GIVE_BACK, stdout=subprocess.PIPE, text=True, check=True)
         records.append({**chosen, **json.loads(done.stdout.splitlines()[-1])})
         Console(stderr=True).print(f"{chosen}: {records[-1]['peak'] / 1e6:,.0f} MB", markup=False)
-    write_json(RESULTS / "step_memory.json", records)
-    (RESULTS / "step_memory.md").write_text(table(records))
+    write_json(results / "step_memory.json", records)
+    (results / "step_memory.md").write_text(table(records))
     print(table(records))
 
 

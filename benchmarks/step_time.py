@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +20,10 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.devices import Device, clock_on, results_on
 from benchmarks.interleaved import machine, markdown, middle, plot_ratios, ratios, seconds_in_turn
 from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, backbone, batch_of, training_step
-from examples.easy_vqa.training import write_json
+from examples.easy_vqa.records import write_json
 
 RESULTS = Path(__file__).parent / "results" / "speed"
 GOAL = 1.02
@@ -34,11 +36,12 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def measure(case: dict[str, Any], repeats: int, make: Any = backbone) -> dict[str, Any]:
+def measure(case: dict[str, Any], repeats: int, make: Any = backbone, device: str = "cpu") -> dict[str, Any]:
     """Seconds of each method's step, one value per repeat.
 
     Args:
-        make: builds the frozen composite; tests give a tiny one.
+        make: builds the frozen composite on the device; tests give a tiny one.
+        device: where the steps run.
     """
     ways, trained = {}, {}
     for method in case["methods"]:
@@ -50,9 +53,9 @@ def measure(case: dict[str, Any], repeats: int, make: Any = backbone) -> dict[st
         if case["compiled"]:
             composite.language_model.forward = torch.compile(composite.language_model.forward)
         ways[method] = training_step(model, batch)
-    seconds = seconds_in_turn(ways, repeats)
+    seconds = seconds_in_turn(ways, repeats, clock_on(device))
     dtype = str(composite.dtype).removeprefix("torch.")
-    return {"case": case, "trained": trained, "seconds": seconds, "dtype": dtype, "machine": machine()}
+    return {"case": case, "trained": trained, "seconds": seconds, "dtype": dtype, "machine": machine(device)}
 
 
 def title(record: dict[str, Any]) -> str:
@@ -79,17 +82,17 @@ def table(records: list[dict[str, Any]]) -> str:
     return markdown(["frozen in", "method", "weights that train", "a step, s", "to the frozen model alone"], rows)
 
 
-def main(repeats: Annotated[int, typer.Option(help="Steps of each method.")] = 15) -> None:
+def main(repeats: Annotated[int, typer.Option(help="Steps of each method.")] = 15, device: Device = "cpu") -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    results = results_on(device, RESULTS)
     records = []
     for case in CASES:
         Console(stderr=True).print(str(case), markup=False)
-        records.append(measure(case, repeats))
-    write_json(RESULTS / "step_time.json", records)
-    (RESULTS / "step_time.md").write_text(table(records))
+        records.append(measure(case, repeats, partial(backbone, device=device), device))
+    write_json(results / "step_time.json", records)
+    (results / "step_time.md").write_text(table(records))
     panels = {title(record): to_floor(record) for record in records}
-    plot_ratios(panels, RESULTS / "step_time.png", "time of a training step / frozen model alone")
+    plot_ratios(panels, results / "step_time.png", "time of a training step / frozen model alone")
     print(table(records))
 
 

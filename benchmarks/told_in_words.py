@@ -18,10 +18,11 @@ import typer
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.devices import Device
 from examples.easy_vqa import data
 from examples.easy_vqa.evaluation import score, score_yes_no
 from examples.easy_vqa.parts import smollm2
-from examples.easy_vqa.training import write_json
+from examples.easy_vqa.records import write_json
 
 RESULTS = Path(__file__).parent / "results" / "told_in_words.json"
 ANSWERS = {"what": (*data.COLORS, *data.SHAPES), "yes/no": ("yes", "no")}
@@ -41,22 +42,24 @@ def answer(model: Any, tokenizer: Any, chat: list[dict[str, str]], answers: tupl
         [f"{prompt}{said}{tokenizer.eos_token}" for said in answers],
         add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt",
     )  # fmt: skip
+    batch = batch.to(model.device)
     logits = model(**batch).logits[:, start - 1 : -1].float().log_softmax(-1)
     targets, mask = batch["input_ids"][:, start:], batch["attention_mask"][:, start:]
     found = (logits.gather(-1, targets[..., None])[..., 0] * mask).sum(-1)
     return answers[int(found.argmax())]
 
 
-def main(count: int = 200, seed: int = 0) -> None:
+def main(count: int = 200, seed: int = 0, device: Device = "cpu") -> None:
     """Ask `count` test questions of each kind; write the record and print it.
 
     Args:
         count: test questions of each kind.
         seed: of the questions.
+        device: where the model runs.
     """
     chance = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(smollm2())
-    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).to(device).eval()
     questions = data.load_questions("test")
     captions = data.captions(questions)
     known = [row for row in questions if row["image_id"] in captions]

@@ -36,6 +36,17 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def device() -> str:
+    """Where a test's model runs; tests/gpu runs the same tests on a GPU."""
+    return "cpu"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
 # Warnings are errors (pyproject.toml); these come from inside the libraries, whatever a user does.
 THIRD_PARTY_WARNINGS = (
     # peft 0.21.2 reads the old name at every attachment (peft_model.py, PeftModel.__init__).

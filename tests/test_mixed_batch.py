@@ -13,6 +13,7 @@ from peft_crome.tuner.layer import crome_layers
 from tests.tuner.helpers import BOTH, M, adapted, logits, randomize
 from tests.vlm.tiny import build, make_batch
 from tests.zoo import ZOO, Batch
+from tests.zoo.case import moved
 
 ADAPTERS = ("first", "second", "__base__")
 
@@ -71,9 +72,9 @@ def uneven(name: str) -> tuple[Any, Batch]:
     "name", ["llava", "qwen2_5_vl", "gemma3", "internvl", "llava_next", "llava_onevision", "hunyuan_vl"]
 )
 @pytest.mark.parametrize("names", [["first", "second"], ["second", "__base__"]], ids="-".join)
-def test_several_images_in_a_row(name: str, names: list[str]) -> None:
+def test_several_images_in_a_row(name: str, names: list[str], device: str) -> None:
     model, batch = uneven(name)
-    assert_rows(with_adapters(model), batch, names)
+    assert_rows(with_adapters(model.to(device)), moved(batch, device), names)
 
 
 def qformer_composite() -> Any:
@@ -119,17 +120,17 @@ GENERATE = {
 
 @pytest.mark.parametrize("settings", GENERATE.values(), ids=GENERATE)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "idefics3", "instructblip", "instructblip_t5"])
-def test_generate(name: str, settings: dict[str, Any]) -> None:
-    case = ZOO[name]()
+def test_generate(name: str, settings: dict[str, Any], device: str) -> None:
+    case = ZOO[name]().to(device)
     model = with_adapters(case.model)
     assert_generated(model, case.generate_inputs(), ["first", "second"], settings)
 
 
 @pytest.mark.parametrize("settings", GENERATE.values(), ids=GENERATE)
 @pytest.mark.parametrize("kind", ["llama", "t5"])
-def test_composite_generates(kind: str, settings: dict[str, Any]) -> None:
-    model = COMPOSITES[kind]()
-    assert_generated(with_adapters(model), make_batch(model), ["second", "first", "__base__"], settings)
+def test_composite_generates(kind: str, settings: dict[str, Any], device: str) -> None:
+    model = COMPOSITES[kind]().to(device)
+    assert_generated(with_adapters(model), moved(make_batch(model), device), ["second", "first", "__base__"], settings)
 
 
 def assert_generated(model: PeftModel, inputs: Batch, names: list[str], settings: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from rich.console import Console
 from . import data, language, report
 from .evaluation import answer, score, score_yes_no
 from .model import METHODS, load_stage, processor, vision_features
-from .training import Stage, train_stage, write_json
+from .records import write_json
+from .training import Stage, train_stage
 
 console = Console()
 

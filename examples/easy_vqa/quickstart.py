@@ -22,7 +22,8 @@ from . import data, report
 from .evaluation import answer, score
 from .language import language_kept
 from .model import attach, blank_features, load_stage, processor, vision_features
-from .training import Stage, train_stage, write_json
+from .records import write_json
+from .training import Stage, train_stage
 
 console = Console()
 

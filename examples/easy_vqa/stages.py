@@ -20,8 +20,8 @@ from . import data
 from .language import language_kept
 from .model import frozen_dtype
 from .parts import dinov2_small, easy_vqa_dir, smollm2
+from .records import write_json
 from .report import print_language
-from .training import write_json
 
 SIZES = {"pretrain": 200, "instruct": 600, "finetune": 100}  # optimizer steps
 ROWS = {"pretrain": 16, "instruct": 8, "finetune": 8}  # of a step

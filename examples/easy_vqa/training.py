@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import time
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import data
 from .model import attach, save_stage
+from .records import write_json
 
 SAVE_STEPS = 50
 
@@ -55,12 +55,13 @@ def train_stage(
     directory: Path,
     previous: Path | None = None,
     rows: list[dict[str, Any]] | None = None,
+    use_cpu: bool = False,
 ) -> dict[str, Any]:
     """Train a stage, save it to `directory` and return its record; a finished stage is not trained again.
 
     Args:
         previous: directory of the stage before.
-        rows: as for `fit`.
+        rows, use_cpu: as for `fit`.
     Returns:
         settings, seconds, peak_memory_bytes, trained_parameters, file_bytes and the loss curve [[step, loss], ...].
     """
@@ -69,7 +70,7 @@ def train_stage(
         return json.loads(record_file.read_text())
     torch.manual_seed(seed)
     model = attach(method, stage.name, previous)
-    fitted = fit(model, stage, seed, processor, features, directory / "checkpoints", rows)
+    fitted = fit(model, stage, seed, processor, features, directory / "checkpoints", rows, use_cpu)
     record = {
         "settings": {**asdict(stage), "method": method, "seed": seed},
         **fitted,
@@ -89,12 +90,14 @@ def fit(
     features: torch.Tensor,
     checkpoints: Path | None,
     rows: list[dict[str, Any]] | None = None,
+    use_cpu: bool = False,
 ) -> dict[str, Any]:
     """Train what requires a gradient.
 
     Args:
         checkpoints: directory to continue from and to save to; None: neither.
         rows: what to train on, one row per image of each step; None: easy-VQA's, as `stage` draws them.
+        use_cpu: whether a GPU is left alone.
     Returns:
         seconds, whether it was resumed (then seconds count the last part only), losses [[step, loss], ...].
     """
@@ -117,7 +120,8 @@ def fit(
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=use_cpu,
+        dataloader_pin_memory=torch.cuda.is_available() and not use_cpu,
         train_sampling_strategy="sequential" if stage.draws else "random",
         seed=seed,
     )
@@ -172,7 +176,7 @@ class WordLoss:
     """
 
     def __init__(self, model: torch.nn.Module, processor: Any, weight: float) -> None:
-        self.table = word_table(model)
+        self.model = model
         self.tokenizer = processor.tokenizer
         self.weight = weight
 
@@ -183,7 +187,8 @@ class WordLoss:
         captions = [self.tokenizer.decode(row[row != -100], skip_special_tokens=True) for row in labels]
         # As words in a sentence are written, with a space before them.
         ids = [self.tokenizer.encode(f" {caption}", add_special_tokens=False) for caption in captions]
-        words = torch.stack([self.table[row].float().mean(dim=0) for row in ids])
+        table = word_table(self.model)  # read here: Trainer moves the model
+        words = torch.stack([table[row].float().mean(dim=0) for row in ids])
         tokens = outputs.image_hidden_states.float().mean(dim=1)
         distance = (tokens - words).square().sum(dim=-1).mean() / words.square().sum(dim=-1).mean()
         return answer_loss(outputs, labels, num_items_in_batch) + self.weight * distance
@@ -200,13 +205,5 @@ def start_at_words(model: torch.nn.Module, features: torch.Tensor) -> None:
     """Scale the fresh projection so that image tokens are as large as words; they would be eight times that."""
     weight = next(p for name, p in model.named_parameters() if "image_projection" in name and p.requires_grad)
     size = word_table(model)[::48].float().square().mean(dim=-1).sqrt().median()
-    given = (features[:200].float() @ weight.T).square().mean().sqrt()
+    given = (features[:200].to(weight) @ weight.T).square().mean().sqrt()
     weight.mul_(size / given)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)

@@ -10,7 +10,8 @@ from . import data
 from .demo import ALIGN, ALIGN_RATES, FINETUNE
 from .evaluation import answer, score, score_yes_no
 from .model import load_stage, processor, vision_features
-from .training import Stage, easy_vqa_rows, train_stage, write_json
+from .records import write_json
+from .training import Stage, easy_vqa_rows, train_stage
 
 VALIDATION = 10  # every tenth image of the training split
 QUESTIONS = {"what": 200, "yes/no": 400}

@@ -27,8 +27,8 @@ from sklearn.datasets import load_digits
 from examples.easy_vqa import data
 from examples.easy_vqa.model import frozen_dtype
 from examples.easy_vqa.parts import dinov2_small, easy_vqa_dir, smollm2
+from examples.easy_vqa.records import write_json
 from examples.easy_vqa.stages import conversation, every, together
-from examples.easy_vqa.training import write_json
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TRAINING_DIGITS = 1400  # of 1,797, in the order of the people who wrote them

@@ -29,7 +29,8 @@ from examples.easy_vqa.demo import FINETUNE_RATES
 from examples.easy_vqa.model import processor, vision_features
 from examples.easy_vqa.parts import easy_vqa_dir, english_text
 from examples.easy_vqa.quickstart import ALIGN, FINETUNE
-from examples.easy_vqa.training import train_stage, write_json
+from examples.easy_vqa.records import write_json
+from examples.easy_vqa.training import train_stage
 from examples.mixture.experiment import peft_crome, write_data
 
 TASKS = {"digits": "digits", "easy_vqa": "easy-VQA, what color / what shape"}

@@ -94,14 +94,14 @@ def test_a_second_call_runs_what_is_missing(tmp_path: Path, monkeypatch: pytest.
     emoji.write_json(emoji.file_of("crome", 0, tmp_path), record("crome", 0, 0.5))
     ran = []
 
-    def run_one(method: str, seed: int, directory: Path) -> dict[str, Any]:
+    def run_one(method: str, seed: int, directory: Path, device: str) -> dict[str, Any]:
         ran.append((method, seed))
         return record(method, seed, 0.5)
 
     monkeypatch.setattr(emoji, "run_one", run_one)
-    emoji.main(report=True, seeds=1, output=tmp_path / "output", results=tmp_path)
+    emoji.main(report=True, seeds=1, output=tmp_path / "output", results=tmp_path, device="cpu")
     assert ran == []
-    emoji.main(report=False, seeds=1, output=tmp_path / "output", results=tmp_path)
+    emoji.main(report=False, seeds=1, output=tmp_path / "output", results=tmp_path, device="cpu")
     assert ran == [(method, 0) for method in emoji.METHODS[1:]]
 
 

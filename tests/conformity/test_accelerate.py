@@ -16,40 +16,40 @@ from transformers import LlavaForConditionalGeneration
 from tests.tuner.helpers import adapted, assert_equal, attach, crome_weight, logits, randomize, train_steps
 from tests.zoo.llava import llava
 
-CPU = torch.device("cpu")
 
-
-def to_disk_by_map(model: nn.Module, folder: Path) -> nn.Module:
+def to_disk_by_map(model: nn.Module, folder: Path, device: str) -> nn.Module:
     """As `device_map="auto"` does where memory is short: the tower and the layers on disk, the sites in memory."""
     device_map = {
         "model.vision_tower": "disk",
-        "model.multi_modal_projector": "cpu",
-        "model.language_model.embed_tokens": "cpu",
+        "model.multi_modal_projector": device,
+        "model.language_model.embed_tokens": device,
         "model.language_model.layers": "disk",
-        "model.language_model.norm": "cpu",
-        "model.language_model.rotary_emb": "cpu",
-        "lm_head": "cpu",
+        "model.language_model.norm": device,
+        "model.language_model.rotary_emb": device,
+        "lm_head": device,
     }
-    return dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
+    return dispatch_model(model, device_map, main_device=device, offload_dir=folder, force_hooks=True)
 
 
-WAYS: dict[str, Callable[[Any, Path], Any]] = {
-    "cpu_offload": lambda model, folder: cpu_offload(model, execution_device=CPU),
-    "disk_offload": lambda model, folder: disk_offload(model, str(folder), execution_device=CPU),
+WAYS: dict[str, Callable[[Any, Path, str], Any]] = {
+    "cpu_offload": lambda model, folder, device: cpu_offload(model, execution_device=torch.device(device)),
+    "disk_offload": lambda model, folder, device: disk_offload(
+        model, str(folder), execution_device=torch.device(device)
+    ),
     "device map with a disk": to_disk_by_map,
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_offloaded_backbone_gives_the_same_logits_and_gradients(way: str, tmp_path: Path) -> None:
-    host = llava()
+def test_offloaded_backbone_gives_the_same_logits_and_gradients(way: str, device: str, tmp_path: Path) -> None:
+    host = llava().to(device)
     plain = adapted(host)
     expected = logits(plain, host.batch)
     plain(**host.batch).loss.backward()
     gradient = crome_weight(plain, "gate_vision").grad
     plain.save_pretrained(tmp_path / "adapter")
 
-    backbone = WAYS[way](llava().model, tmp_path / "weights")
+    backbone = WAYS[way](llava().model, tmp_path / "weights", device)
     model = PeftModel.from_pretrained(backbone, tmp_path / "adapter", is_trainable=True).eval()
     assert_equal(logits(model, host.batch), expected)
     model(**host.batch).loss.backward()

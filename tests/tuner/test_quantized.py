@@ -26,7 +26,7 @@ from tests.tuner.helpers import (
     train_steps,
     trainable,
 )
-from tests.zoo.case import Case
+from tests.zoo.case import Case, moved
 from tests.zoo.llava import llava
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -55,9 +55,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def quantized(checkpoint: Path, kind: str) -> nn.Module:
+def quantized(checkpoint: Path, kind: str, device: str = "cpu") -> nn.Module:
     model = tf.LlavaForConditionalGeneration.from_pretrained(
-        checkpoint, quantization_config=QUANTIZATION[kind], dtype=torch.float32, device_map="cpu"
+        checkpoint, quantization_config=QUANTIZATION[kind], dtype=torch.float32, device_map={"": device}
     )
     assert isinstance(model.model.multi_modal_projector.linear_2, LAYER[kind])
     assert isinstance(model.model.language_model.layers[0].self_attn.q_proj, LAYER[kind])
@@ -65,35 +65,37 @@ def quantized(checkpoint: Path, kind: str) -> nn.Module:
 
 
 @each_kind
-def test_fresh_adapter_leaves_logits_bit_equal(kind: str, checkpoint: Path) -> None:
-    model = quantized(checkpoint, kind).requires_grad_(False)
-    batch = wide_llava().batch
+def test_fresh_adapter_leaves_logits_bit_equal(kind: str, device: str, checkpoint: Path) -> None:
+    model = quantized(checkpoint, kind, device).requires_grad_(False)
+    batch = moved(wide_llava().batch, device)
     expected = logits(model, batch)
     assert_equal(logits(attach(model).eval(), batch), expected)
 
 
 @each_kind
-def test_training_changes_the_adapter_alone_and_reloads_equal(kind: str, checkpoint: Path, tmp_path: Path) -> None:
-    model = attach(quantized(checkpoint, kind))
+def test_training_changes_the_adapter_alone_and_reloads_equal(
+    kind: str, device: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    model = attach(quantized(checkpoint, kind, device))
     assert {crome_weight(model, key.removeprefix("crome_")).dtype for key in KEYS} == {torch.float32}
     randomize(model)
     before = snapshot(model.train())  # in eval mode bitsandbytes repacks its own tensors for the CPU
-    losses = train_steps(model, wide_llava().batch, steps=3)
+    losses = train_steps(model, moved(wide_llava().batch, device), steps=3)
     assert losses[-1] < losses[0]
     assert changed(model, before) == {f"base_model.model.crome.{key}.default.weight" for key in KEYS}
 
-    expected = logits(model.eval(), wide_llava().batch)
+    expected = logits(model.eval(), moved(wide_llava().batch, device))
     model.save_pretrained(tmp_path)
     assert file_keys(tmp_path) == FILE_KEYS
-    loaded = PeftModel.from_pretrained(quantized(checkpoint, kind), tmp_path)
-    assert_equal(logits(loaded, wide_llava().batch), expected)
+    loaded = PeftModel.from_pretrained(quantized(checkpoint, kind, device), tmp_path)
+    assert_equal(logits(loaded, moved(wide_llava().batch, device)), expected)
 
 
 @each_kind
-def test_gradients_reach_every_adapter_parameter(kind: str, checkpoint: Path) -> None:
-    model = attach(quantized(checkpoint, kind))
+def test_gradients_reach_every_adapter_parameter(kind: str, device: str, checkpoint: Path) -> None:
+    model = attach(quantized(checkpoint, kind, device))
     randomize(model)
-    model(**wide_llava().batch).loss.backward()
+    model(**moved(wide_llava().batch, device)).loss.backward()
     for key in KEYS:
         gradient = crome_weight(model, key.removeprefix("crome_")).grad
         assert gradient is not None, key
@@ -104,12 +106,12 @@ def test_gradients_reach_every_adapter_parameter(kind: str, checkpoint: Path) ->
 @each_kind
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_prepare_for_kbit_training_makes_no_difference_to_what_trains(
-    kind: str, checkpointing: bool, checkpoint: Path
+    kind: str, checkpointing: bool, device: str, checkpoint: Path
 ) -> None:
-    plain = attach(quantized(checkpoint, kind))
+    plain = attach(quantized(checkpoint, kind, device))
     prepared = attach(
         prepare_model_for_kbit_training(
-            quantized(checkpoint, kind), checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+            quantized(checkpoint, kind, device), checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
         )
     )
     assert trainable(prepared) == trainable(plain)
@@ -120,16 +122,16 @@ def test_prepare_for_kbit_training_makes_no_difference_to_what_trains(
         for key in KEYS:
             parameter = crome_weight(model, key.removeprefix("crome_"))
             nn.init.normal_(parameter, std=0.1)
-        model.train()(**wide_llava().batch).loss.backward()
+        model.train()(**moved(wide_llava().batch, device)).loss.backward()
         gradients.append([crome_weight(model, key.removeprefix("crome_")).grad for key in KEYS])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 @each_kind
-def test_unload_gives_the_quantized_backbone_back(kind: str, checkpoint: Path) -> None:
-    model = quantized(checkpoint, kind).requires_grad_(False)
-    batch = wide_llava().batch
+def test_unload_gives_the_quantized_backbone_back(kind: str, device: str, checkpoint: Path) -> None:
+    model = quantized(checkpoint, kind, device).requires_grad_(False)
+    batch = moved(wide_llava().batch, device)
     expected = logits(model, batch)
     adapted = attach(model)
     randomize(adapted)
@@ -138,16 +140,16 @@ def test_unload_gives_the_quantized_backbone_back(kind: str, checkpoint: Path) -
 
 
 @each_kind
-def test_merge_folds_the_text_branch_of_a_quantized_backbone(kind: str, checkpoint: Path) -> None:
-    model = attach(quantized(checkpoint, kind), branches=["text"])
+def test_merge_folds_the_text_branch_of_a_quantized_backbone(kind: str, device: str, checkpoint: Path) -> None:
+    model = attach(quantized(checkpoint, kind, device), branches=["text"])
     randomize(model)
-    batch = wide_llava().batch
+    batch = moved(wide_llava().batch, device)
     expected = logits(model.eval(), batch)
     torch.testing.assert_close(logits(model.merge_and_unload(), batch), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("packed", [bnb.nn.Embedding8bit, bnb.nn.Embedding4bit])
-def test_scale_of_a_packed_embedding_table(packed: type[nn.Embedding]) -> None:
+def test_scale_of_a_packed_embedding_table(packed: type[nn.Embedding], device: str) -> None:
     """Its weight is integers; what it gives are embeddings."""
     weight = 3 * torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     table: nn.Embedding = nn.Embedding(2000, 64, _weight=weight)
@@ -156,6 +158,6 @@ def test_scale_of_a_packed_embedding_table(packed: type[nn.Embedding]) -> None:
     expected = read_host(model).rms
     table = packed(2000, 64)
     table.load_state_dict({"weight": weight})
-    table = table.to("cpu")
+    table = table.to(device)
     assert not table.weight.is_floating_point()
     assert read_host(model).rms == pytest.approx(expected, rel=0.02)

@@ -39,8 +39,8 @@ def gradients(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("name", ["llava", "instructblip_t5"])
-def test_gradient_checkpointing_gives_equal_gradients(name: str, use_reentrant: bool) -> None:
-    host = ZOO[name]()
+def test_gradient_checkpointing_gives_equal_gradients(name: str, use_reentrant: bool, device: str) -> None:
+    host = ZOO[name]().to(device)
     model = attach(host.model)
     randomize(model)
     expected = gradients(model, host.batch)

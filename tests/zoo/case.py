@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,8 +64,18 @@ class Case:
         if not any("mm_token_type_ids" in inspect.signature(m.forward).parameters for m in self.model.modules()):
             self.batch.pop("mm_token_type_ids", None)
 
+    def to(self, device: str) -> Case:
+        """The same case with its model and its batches on a device."""
+        text_only = moved(self.text_only, device) if self.text_only else None
+        return replace(self, model=self.model.to(device), batch=moved(self.batch, device), text_only=text_only)
+
     def generate_inputs(self) -> Batch:
         return {key: value for key, value in self.batch.items() if key not in self.exclude_from_generate}
+
+
+def moved(batch: Batch, device: str) -> Batch:
+    """The batch's tensors on a device."""
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 # name -> builder. The name is the architecture's model_type, with a suffix where one has several builders.

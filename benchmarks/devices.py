@@ -1,0 +1,77 @@
+"""The device that a benchmark runs on: a clock that waits for it, and the memory that is held on it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+Device = Annotated[str, typer.Option("--device", help="Where the models run: cpu, cuda, or one GPU, as cuda:1.")]
+
+
+def is_gpu(device: str) -> bool:
+    """Whether it is an NVIDIA GPU and not this machine's processor.
+
+    Raises:
+        ValueError: It is neither, or PyTorch sees no GPU.
+    """
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"Benchmarks run on cpu or cuda, not on {device!r}.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"PyTorch sees no GPU for --device {device}. Write --device cpu.")
+    return kind == "cuda"
+
+
+def results_on(device: str, folder: Path) -> Path:
+    """The folder for what a device gives: the processor's results and a GPU's do not replace each other."""
+    results = folder.with_name(f"{folder.name}_cuda") if is_gpu(device) else folder
+    results.mkdir(parents=True, exist_ok=True)
+    return results
+
+
+def clock_on(device: str) -> Callable[[], float]:
+    """A clock in seconds that first waits for all that was launched on the device."""
+    if not is_gpu(device):
+        return time.perf_counter
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+def settle(device: str = "cpu") -> None:
+    """Give back what is free, and begin the highest value anew."""
+    gc.collect()
+    if is_gpu(device):
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def held(device: str = "cpu") -> int:
+    """Bytes that this process holds now: resident ones, or those of tensors on a GPU."""
+    return torch.cuda.memory_allocated(device) if is_gpu(device) else _status("VmRSS")
+
+
+def peak(device: str = "cpu") -> int:
+    """The highest of `held` since `settle`."""
+    return torch.cuda.max_memory_allocated(device) if is_gpu(device) else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    """Bytes that Linux gives for this process: VmRSS now, VmHWM at the highest."""
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{key}:\s+(\d+) kB", text, re.M)[1]) * 1024  # type: ignore[index]

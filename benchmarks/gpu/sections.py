@@ -1,0 +1,140 @@
+"""What is measured on a GPU: a training step, decoding, and a batch of many adapters; each gives a record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import decoding, many_adapters
+from benchmarks.devices import clock_on, peak, settle
+from benchmarks.gpu.hosts import DTYPE, SHAPES, Hosts, compile_layers, share
+from benchmarks.interleaved import seconds_in_turn
+from benchmarks.methods import CROME, FLOOR, attach, base_of, batch_of, training_step
+from peft_crome import logits_at_labels
+
+LABELLED = 0.1  # of a row's tokens
+MOST_LORAS = 64  # each takes PEFT longer to add than the one before
+AT_LABELS = "logits at labels"
+LORAS = ("LoRA r=8 on q, v", "LoRA r=16 on all linear layers")
+# Name of a way -> the method, and whether it computes logits where there are labels alone.
+STEPS: dict[str, tuple[str, bool]] = {
+    FLOOR: (FLOOR, False),
+    CROME: (CROME, False),
+    f"{CROME}, {AT_LABELS}": (CROME, True),
+    **{lora: (lora, False) for lora in LORAS},
+    f"{LORAS[1]}, {AT_LABELS}": (LORAS[1], True),
+}
+COMPILED_STEPS = list(STEPS)[:3]
+COMPILED_DECODING = (decoding.BASE, decoding.UNFOLDED)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table's part, measured by itself.
+
+    Args:
+        kind: "step", "decoding" or "many_adapters".
+        size: of `SHAPES`.
+        frozen: "bf16" or "nf4".
+        compiled: each layer by `torch.compile` in training; a static cache and CUDA graphs in decoding.
+        share: of the time, relative to other sections.
+        least: seconds without which it is not begun.
+    """
+
+    kind: str
+    size: str
+    frozen: str = "bf16"
+    compiled: bool = False
+    share: float = 1.0
+    least: float = 10.0
+
+
+def plan(sizes: list[str]) -> list[Section]:
+    """The sections of some sizes, in an order in which a run that is cut short has the most."""
+    return [section for kind in _kinds() for section in (Section(size=size, **kind) for size in sizes)]
+
+
+def _kinds() -> Iterator[dict[str, Any]]:
+    yield {"kind": "step"}
+    yield {"kind": "decoding"}
+    yield {"kind": "many_adapters", "share": 2.0}
+    yield {"kind": "step", "frozen": "nf4"}
+    yield {"kind": "step", "compiled": True, "least": 40.0}
+    yield {"kind": "decoding", "frozen": "nf4"}
+    yield {"kind": "decoding", "compiled": True, "share": 2.0, "least": 60.0}
+
+
+def measure(section: Section, hosts: Hosts, until: float) -> dict[str, Any]:
+    """A section's record: what was measured, with the seconds of each way.
+
+    Args:
+        until: `time.perf_counter()` at which it should be done.
+    """
+    torch.compiler.reset()  # each model of a section is another one to the compiler
+    return MEASURES[section.kind](section, hosts, until)
+
+
+def step(section: Section, hosts: Hosts, until: float) -> dict[str, Any]:
+    """Seconds of a training step of each way in turn, and the device's highest memory with each of them alone."""
+    shape, host, device = SHAPES[section.size], hosts.get(section.size, section.frozen), hosts.device
+    ways: dict[str, Callable[[], None]] = {}
+    peaks: dict[str, int | None] = {}
+    trained: dict[str, int] = {}
+    for way in COMPILED_STEPS if section.compiled else STEPS:
+        settle(device)
+        ready, trained[way] = _ready_step(section, host, way)
+        try:
+            for _ in range(2):  # AdamW's states are there in the second
+                ready()
+            peaks[way] = peak(device)
+        except torch.OutOfMemoryError:
+            peaks[way] = None
+        del ready
+    for way, memory in peaks.items():
+        if memory is not None:
+            ways[way], _ = _ready_step(section, host, way)
+    seconds = {way: [] for way in peaks} | seconds_in_turn(ways, shape.repeats, clock_on(device), until)
+    work = {"rows": shape.rows, "tokens": shape.tokens, "labelled": LABELLED}
+    return {**work, "seconds": seconds, "peaks": peaks, "trained": trained}
+
+
+def _ready_step(section: Section, host: Any, way: str) -> tuple[Callable[[], None], int]:
+    """A function that does a step as `Trainer` with `bf16=True` does it, and the number of weights that it trains."""
+    torch.manual_seed(0)
+    shape, (method, at_labels) = SHAPES[section.size], STEPS[way]
+    own = share(host)
+    model = attach(compile_layers(own) if section.compiled else own, method)
+    batch = batch_of(base_of(model), shape.rows, shape.tokens, labelled=LABELLED)
+    model.forward = torch.autocast(batch["input_ids"].device.type, dtype=DTYPE)(model.forward)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return (training_step(model, batch, logits_at_labels) if at_labels else training_step(model, batch)), trained
+
+
+def decode(section: Section, hosts: Hosts, until: float) -> dict[str, Any]:
+    """Seconds per token of each way, in turn."""
+    shape, host = SHAPES[section.size], hosts.get(section.size, section.frozen)
+    options: dict[str, Any] = {"names": (decoding.BASE, decoding.FOLDED, decoding.UNFOLDED, *LORAS)}
+    if section.compiled:
+        options = {"names": COMPILED_DECODING, "cache_implementation": "static"}  # which `generate` compiles on a GPU
+    return decoding.measure(shape.repeats, shape.decoded, shape.prompt, partial(share, host), until=until, **options)
+
+
+def many(section: Section, hosts: Hosts, until: float) -> dict[str, Any]:
+    """Seconds of a batch of one and of many adapters, in turn."""
+    shape = SHAPES[section.size]
+    host = hosts.get(section.size, section.frozen, shape.small_image)
+    return many_adapters.measure(
+        shape.batch, list(shape.adapters), shape.repeats, shape.read, shape.more, partial(share, host),
+        hosts.device, until, most_loras=MOST_LORAS,
+    )  # fmt: skip
+
+
+MEASURES: dict[str, Callable[[Section, Hosts, float], dict[str, Any]]] = {
+    "step": step,
+    "decoding": decode,
+    "many_adapters": many,
+}
