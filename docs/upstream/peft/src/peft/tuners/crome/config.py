@@ -95,7 +95,9 @@ class CromeConfig(PeftConfig):
             set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
         )
         if self.bottleneck_dim <= 0:
-            raise ValueError(f"`bottleneck_dim` should be a positive integer but the value passed is {self.bottleneck_dim}")
+            raise ValueError(
+                f"`bottleneck_dim` should be a positive integer but the value passed is {self.bottleneck_dim}"
+            )
         if self.gate_activation not in ("silu", "sigmoid"):
             raise ValueError(
                 f"`gate_activation` should be 'silu' or 'sigmoid' but the value passed is {self.gate_activation!r}"

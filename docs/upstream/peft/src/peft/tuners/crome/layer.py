@@ -215,9 +215,7 @@ class Embedding(Projection):
             weight = torch.cat([self._add_adapters(rows, to_merge) for rows in orig_weight.split(ROWS_PER_STEP)])
         self.train(training)
         if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {adapter_names[0]} seems to be broken"
-            )
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_names[0]} seems to be broken")
         base_layer.weight.data = weight
         self._unmerged_weight = orig_weight
         self.merged_adapters.extend(adapter_names)
