@@ -161,7 +161,7 @@ def from_images(layers: Iterable[tuple[str, CromeLayer]]) -> set[str]:
 
 
 def expected_branches(
-    branches: Iterable[str], arguments: dict[str, Any], from_images: set[str] | None = None
+    branches: Iterable[str], arguments: Mapping[str, Any], from_images: set[str] | None = None
 ) -> set[str]:
     """The branches that a forward call has input for: token ids, sound, or (for any other name) images.
 
