@@ -57,7 +57,6 @@ def model_of(composite: nn.Module, way: str) -> nn.Module:
 
 def step_of(model: nn.Module, way: str, tokens: int = TOKENS) -> Callable[[], None]:
     """A function that does one step; a tenth of each row's tokens, at its end, has labels."""
-    torch.manual_seed(0)  # the same words in all ways
     batch = batch_of(base_of(model), ROWS, tokens, labelled=SHARE)
     if way == AT_LABELS:
         return training_step(model, batch, logits_at_labels)

@@ -73,7 +73,7 @@ def attach(composite: nn.Module, method: str) -> Any:
 def batch_of(
     host: Any, rows: int, tokens: int, prompt: bool = False, labelled: float = 1.0
 ) -> dict[str, torch.Tensor]:
-    """Rows of one image and random words, on the host's device.
+    """Rows of one image and random words, the same at each call, on the host's device.
 
     Args:
         host: a composite, or a LLaVA.
@@ -85,14 +85,15 @@ def batch_of(
     per_image = getattr(host, "image_seq_length", None) or config.image_seq_length
     size = getattr(config, "image_height_width", None) or (config.vision_config.image_size,) * 2
     last = min(LAST_WORD, config.image_token_id)  # a tiny vocabulary ends there
-    ids = torch.randint(FIRST_WORD, last, (rows, tokens))
+    chance = torch.Generator().manual_seed(0)
+    ids = torch.randint(FIRST_WORD, last, (rows, tokens), generator=chance)
     ids[:, 4 : 4 + per_image] = config.image_token_id
     if prompt:
         ids = torch.cat([torch.tensor(SOFT_TOKENS).expand(rows, -1), ids], dim=1)
     labels = ids.clone()
     labels[:, : ids.shape[1] - round(labelled * ids.shape[1])] = IGNORED
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    batch["pixel_values"] = torch.randn(rows, 3, *size).to(host.dtype)
+    batch["pixel_values"] = torch.randn(rows, 3, *size, generator=chance).to(host.dtype)
     return {key: value.to(host.device) for key, value in batch.items()}
 
 
