@@ -49,8 +49,10 @@ def plan(
     ] = False,
 ) -> None:
     """Predict the memory and the time of a stage on a GPU. Downloads no weights."""
+    from ..training.model.host import host_of
     from ..training.planning import costs, devices
     from ..training.planning.memory import NotPredictable
+    from ..training.recipe.schema import Host
 
     options: dict[str, Any] = {
         "vision": vision,
@@ -72,16 +74,18 @@ def plan(
             gradient_checkpointing = gradient_checkpointing or parsed.training.gradient_checkpointing
             length = length or parsed.training.max_length
             model = costs.recipe_skeleton(parsed)
+            image = costs.tokens_per_image(model, host_of(parsed), parsed.previous)
         elif backbone is None:
             raise RecipeError("Name a recipe, a model, or two to join: peft-crome plan --backbone NAME --vision NAME.")
         elif vision is not None:
             values = {"preset": stage, "backbones": {"language": backbone, **options}, **UNREAD}
             model = costs.recipe_skeleton(load_recipe(values))
+            image = costs.tokens_per_image(model, None)
         elif qformer or image_size or stage != "pretrain":
             raise RecipeError("--qformer, --stage and --image-size are for a tower. Name it: --vision NAME.")
         else:
             model = costs.model_skeleton(backbone, dtype, quantization)
-        image = costs.tokens_per_image(model)
+            image = costs.tokens_per_image(model, Host(name=backbone))
         tokens = length or image + costs.TEXT_TOKENS
         if tokens <= image:
             raise RecipeError(f"--length {tokens}: an image alone takes {image} tokens. Write more.")

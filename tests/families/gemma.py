@@ -145,7 +145,7 @@ def gemma3n(directory: Path) -> None:
     config = tf.Gemma3nConfig(
         text_config=TEXT | {
             "vocab_size": len(tokenizer), "head_dim": 16, "sliding_window": 512, "laurel_rank": 4,
-            "altup_num_inputs": 2, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8,
+            "altup_num_inputs": 4, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": seen, "layer_types": ["sliding_attention", "full_attention"],
             "activation_sparsity_pattern": [0.95, 0.0], "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
         },

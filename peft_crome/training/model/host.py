@@ -37,6 +37,11 @@ def has_been_trained(directory: str) -> bool:
     return is_adapter(directory) or _has(directory, RECORD)
 
 
+def has_processor(directory: str) -> bool:
+    """Whether a folder or a Hub repository holds a processor."""
+    return _has(directory, "processor_config.json") or _has(directory, "preprocessor_config.json")
+
+
 def _has(directory: str, file: str) -> bool:
     try:
         return cached_file(directory, file, _raise_exceptions_for_missing_entries=False) is not None
@@ -79,10 +84,8 @@ def read_processor(host: Host, directory: str | None = None) -> Any:
     Raises:
         StageError: there is none, or it does not know a setting.
     """
-    has_processor = directory is not None and (
-        _has(directory, "processor_config.json") or _has(directory, "preprocessor_config.json")
-    )
-    place, revision = (directory, None) if has_processor else (host.name, host.revision)
+    has_own = directory is not None and has_processor(directory)
+    place, revision = (directory, None) if has_own else (host.name, host.revision)
     try:
         processor = AutoProcessor.from_pretrained(place, **_revision(revision), **host.processor)
     except (OSError, ValueError, TypeError, ImportError) as error:

@@ -10,14 +10,16 @@ from peft import PeftModel
 from torch import nn
 
 from ...backbone.model import input_embeddings
+from ...data import ConversationCollator
+from ...data.processed import with_template
 from ...tuner import CromeConfig
 from ...vlm import CromeVLMConfig
 from ..errors import StageError
-from ..model.host import host_of
+from ..model.host import has_processor, host_of, read_processor
 from ..model.previous import check_same, follow_moved_backbones
 from ..model.skeleton import composite_config, host_skeleton, read_config, skeleton
 from ..quantization import Bits
-from ..recipe.schema import Adapter, Recipe
+from ..recipe.schema import Adapter, Host, Recipe
 from ..stages import STAGES
 from .devices import Device
 from .memory import StepCost, StepSize, predict_step
@@ -62,9 +64,23 @@ def model_skeleton(name: str, dtype: str, quantization: Bits | None) -> PeftMode
     return host_skeleton(config, getattr(torch, dtype), quantization, CromeConfig(branches=["text"]))
 
 
-def tokens_per_image(model: nn.Module) -> int:
-    """Of a composite; 0 for other models, whose image tokens are counted among a row's tokens alone."""
-    return getattr(model.get_base_model(), "image_seq_length", None) or 0  # type: ignore[operator]
+def tokens_per_image(model: nn.Module, host: Host | None, directory: str | None = None) -> int:
+    """Of a composite; of another model those that its processor makes of an image of 640 x 480 pixels.
+
+    Args:
+        host: the other model.
+        directory: of an adapter, which may have the processor that it was trained with.
+    Returns:
+        0: the model has no processor with a chat template.
+    """
+    if host is None:
+        return getattr(model.get_base_model(), "image_seq_length", None) or 0  # type: ignore[operator]
+    if not (has_processor(host.name) or (directory is not None and has_processor(directory))):
+        return 0
+    processor = read_processor(host, directory)
+    if getattr(processor, "image_processor", None) is None or with_template(processor).chat_template is None:
+        return 0
+    return ConversationCollator(processor).image_tokens
 
 
 def frozen_dtype(model: nn.Module) -> torch.dtype:
