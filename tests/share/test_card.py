@@ -148,7 +148,7 @@ def test_details_that_the_author_gives_are_told(tmp_path: Path) -> None:
         ({"adapter_name": "other"}, "No CROME adapter 'other'"),
         ({"datasets": "user/data"}, r"Write datasets=\['user/data'\]"),
         ({"results": [{"accuracy": 1}]}, "is not a huggingface_hub.EvalResult"),
-        ({"image": "nowhere.png"}, "is no file"),
+        ({"image": "nowhere.png"}, "is not a file"),
         ({"image": __file__}, "with one of the endings"),
     ],
 )

@@ -255,7 +255,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         {"auto_mapping": {"base_model_class": "system('x')", "parent_library": "os"}},
         "does not name a class and a module",
     ),
-    "trained_on as text": ({"trained_on": "x"}, "is no dict"),
+    "trained_on as text": ({"trained_on": "x"}, "is not a dict"),
     "trained_on of a wrong type": ({"trained_on": {"embedding_rms": "x"}}, "is of a wrong type"),
     "gate_activation": ({"gate_activation": "eval"}, "gate_activation='eval' is unknown"),
     "dropout": ({"dropout": "0.1"}, "is not a probability"),
