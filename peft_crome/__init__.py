@@ -17,11 +17,13 @@ from .sharing.card_details import describe_adapter
 from .tuner import CromeConfig, CromeLayer, CromeModel
 from .tuner.guard import SiteReport, check
 from .tuner.hotswap import hotswap_adapter
+from .tuner.pool import AdapterPool
 
 if has_composite():
     from .vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
 
 __all__ = [
+    "AdapterPool",
     "CromeConfig",
     "CromeLayer",
     "CromeModel",

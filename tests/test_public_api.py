@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 PUBLIC_NAMES = [
+    "AdapterPool",
     "CromeConfig",
     "CromeLayer",
     "CromeModel",

@@ -63,7 +63,6 @@ CUSTOM_MODELS = """\
 """
 
 ACTIVE_ADAPTERS = """\
-    # All modules that CROME targets need to return embeddings of the same size, which is not the case for lin0 and lin1
     (
         "CROME Same",
         "crome",
@@ -143,7 +142,7 @@ EDITS: dict[str, list[tuple[str, str, str]]] = {
     "tests/testing_common.py": [
         ("after", "    CPTConfig,\n", "    CromeConfig,\n"),
         ("before", "\n\ndef _skip_if_adding_weighted_adapters_not_supported(", SKIP_MERGING),
-        ("before", "\n        # some tests require specific tokenizers, make sure that they can be fetched", SKIP_PREPARE),
+        ("before", "\n        # some tests require specific tokenizers, make sure", SKIP_PREPARE),
     ],
     "tests/test_config.py": [CONFIG_IMPORT, ("before", "    (DeloraConfig, {}),\n", "    (CromeConfig, {}),\n")],
     "tests/test_custom_models.py": [
