@@ -111,6 +111,7 @@ def measure(
     results = in_turn(ways, repeats, until)
     seconds = {name: [passed for passed, _ in values] for name, values in results.items()}
     record: dict[str, Any] = {"tokens": tokens, "prompt": prompt, "seconds": seconds}
+    record["compiled_by_generate"] = [name for name in models if hasattr(base_of(models[name]), "_compiled_call")]
     texts = {name: values[-1][1] for name, values in results.items() if values}
     if FOLDED in texts and UNFOLDED in texts:
         record["folded_says_the_same"] = texts[FOLDED] == texts[UNFOLDED]

@@ -72,6 +72,13 @@ def _attempt(section: Section, hosts: Hosts, now: float, until: float, deadline:
         return {"left_out": f"{type(error).__name__}: {error}", "failed": True}
 
 
+def _check(device: str) -> None:
+    try:
+        is_gpu(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def main(
     device: Device = "cuda",
     size: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SHAPES)}; 7b and 0.5b if left out.")] = None,
@@ -85,7 +92,7 @@ def main(
         raise typer.BadParameter(f"--size {unknown[0]} is unknown. Write one of {', '.join(SHAPES)}.")
     file = results / f"{torch.device(device).type}.json"
     if not report:
-        is_gpu(device)  # raises where there is none
+        _check(device)
     record = json.loads(file.read_text()) if report else run(plan(sizes), device, minutes, file)
     print(tables(record))
     if results.resolve() == RESULTS.resolve() and file.name == "cuda.json":

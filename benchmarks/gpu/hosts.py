@@ -35,6 +35,8 @@ class Shape:
         adapters: numbers of different adapters in this batch.
         small_image: pixels of that batch's images, so that its prompts are short.
         repeats: of each way, at most.
+        frozen: what it is held in: "bf16", and "nf4" where that is measured too.
+        share: of the time, relative to other shapes.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Shape:
     adapters: tuple[int, ...]
     small_image: int
     repeats: int = 15
+    frozen: tuple[str, ...] = ("bf16",)
+    share: float = 1.0
 
 
 SHAPES = {
@@ -61,7 +65,7 @@ SHAPES = {
             max_position_embeddings=4096, rms_norm_eps=1e-5,
         ),
         rows=4, tokens=1024, prompt=640, decoded=32,
-        batch=256, read=96, more=8, adapters=(1, 8, 64, 256), small_image=112,
+        batch=256, read=96, more=8, adapters=(1, 8, 64, 256), small_image=112, frozen=("bf16", "nf4"), share=2.0,
     ),
     "0.5b": Shape(
         name="LLaVA with Qwen2-0.5B",
@@ -83,7 +87,7 @@ SHAPES = {
             vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
         ),
         rows=2, tokens=32, prompt=16, decoded=4,
-        batch=4, read=12, more=2, adapters=(1, 4), small_image=14, repeats=2,
+        batch=4, read=12, more=2, adapters=(1, 4), small_image=14, repeats=2, frozen=("bf16", "nf4"),
     ),
 }  # fmt: skip
 

@@ -62,7 +62,7 @@ def _step_rows(section: dict[str, Any]) -> Rows:
         memory = f"{peaks[way] / 2**30:.1f}" if peaks[way] else OUT_OF_MEMORY
         share = f"{peaks[way] / peaks[FLOOR]:.3f}" if peaks[way] and peaks[FLOOR] else ""
         times = [_thousand(values, 1), _to(values, seconds[FLOOR])]
-        rows.append([_name(section), way, f"{section['trained'][way]:,}", *times, memory, share])
+        rows.append([_name(section), way, f"{section['trained'].get(way, 0):,}", *times, memory, share])
     return rows
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks import decoding, many_adapters
-from benchmarks.devices import clock_on, peak, settle
+from benchmarks.devices import clock_on, held, peak, settle
 from benchmarks.gpu.hosts import DTYPE, SHAPES, Hosts, compile_layers, share
 from benchmarks.interleaved import seconds_in_turn
 from benchmarks.methods import CROME, FLOOR, attach, base_of, batch_of, training_step
@@ -53,19 +53,26 @@ class Section:
     least: float = 10.0
 
 
+# In an order in which a run that is cut short has the most.
+KINDS: list[dict[str, Any]] = [
+    {"kind": "step"},
+    {"kind": "decoding"},
+    {"kind": "many_adapters", "share": 2.0},
+    {"kind": "step", "frozen": "nf4"},
+    {"kind": "step", "compiled": True, "least": 40.0},
+    {"kind": "decoding", "frozen": "nf4"},
+    {"kind": "decoding", "compiled": True, "share": 2.0, "least": 90.0},
+]
+
+
 def plan(sizes: list[str]) -> list[Section]:
-    """The sections of some sizes, in an order in which a run that is cut short has the most."""
-    return [section for kind in _kinds() for section in (Section(size=size, **kind) for size in sizes)]
-
-
-def _kinds() -> Iterator[dict[str, Any]]:
-    yield {"kind": "step"}
-    yield {"kind": "decoding"}
-    yield {"kind": "many_adapters", "share": 2.0}
-    yield {"kind": "step", "frozen": "nf4"}
-    yield {"kind": "step", "compiled": True, "least": 40.0}
-    yield {"kind": "decoding", "frozen": "nf4"}
-    yield {"kind": "decoding", "compiled": True, "share": 2.0, "least": 60.0}
+    """The sections of some sizes."""
+    sections = [Section(size=size, **kind) for kind in KINDS for size in sizes]
+    return [
+        replace(section, share=section.share * SHAPES[section.size].share)
+        for section in sections
+        if section.frozen in SHAPES[section.size].frozen
+    ]
 
 
 def measure(section: Section, hosts: Hosts, until: float) -> dict[str, Any]:
@@ -84,19 +91,18 @@ def step(section: Section, hosts: Hosts, until: float) -> dict[str, Any]:
     ways: dict[str, Callable[[], None]] = {}
     peaks: dict[str, int | None] = {}
     trained: dict[str, int] = {}
+    alone = held(device)
     for way in COMPILED_STEPS if section.compiled else STEPS:
         settle(device)
-        ready, trained[way] = _ready_step(section, host, way)
+        others = held(device) - alone  # what the ways before have attached
         try:
+            ways[way], trained[way] = _ready_step(section, host, way)
             for _ in range(2):  # AdamW's states are there in the second
-                ready()
-            peaks[way] = peak(device)
+                ways[way]()
+            peaks[way] = peak(device) - others
         except torch.OutOfMemoryError:
             peaks[way] = None
-        del ready
-    for way, memory in peaks.items():
-        if memory is not None:
-            ways[way], _ = _ready_step(section, host, way)
+            ways.pop(way, None)
     seconds = {way: [] for way in peaks} | seconds_in_turn(ways, shape.repeats, clock_on(device), until)
     work = {"rows": shape.rows, "tokens": shape.tokens, "labelled": LABELLED}
     return {**work, "seconds": seconds, "peaks": peaks, "trained": trained}

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import devices
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import hosts, page, sections
 from benchmarks.interleaved import OUT_OF_MEMORY, in_turn, middle, ratios
@@ -19,13 +21,14 @@ pytestmark = [
 ]
 
 
-def test_every_section_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_section_is_measured(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("bitsandbytes")
     before = page.PAGE.read_text(encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
-        command.main(device="cpu", size=["tiny"], minutes=20, results=tmp_path, report=False)
+        command.main(device=device, size=["tiny"], minutes=20, results=tmp_path, report=False)
     assert ended.value.code == 0
-    record = json.loads((tmp_path / "cpu.json").read_text())
+    record = json.loads((tmp_path / f"{device}.json").read_text())
     assert [(s["kind"], s["frozen"], s["compiled"]) for s in record["sections"]] == [
         (s.kind, s.frozen, s.compiled) for s in sections.plan(["tiny"])
     ]
@@ -37,6 +40,8 @@ def test_every_section_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture
     assert step["trained"][CROME] == 5 * 64 * 256
     assert all(step["peaks"].values())
     assert all(by_kind["decoding", frozen, False]["folded_says_the_same"] for frozen in ("bf16", "nf4"))
+    compiled = by_kind["decoding", "bf16", True]["compiled_by_generate"]
+    assert compiled == (list(sections.COMPILED_DECODING) if device == "cuda" else [])
     many = by_kind["many_adapters", "bf16", False]["seconds"]["decoding"]
     assert [name for name in many if "adapter_names" in name and name.startswith(CROME)] == [
         f"{CROME}, {count} of adapter_names" for count in hosts.SHAPES["tiny"].adapters
@@ -109,6 +114,49 @@ def test_way_that_does_not_fit_is_left_out() -> None:
 
 def test_repeats_end_with_the_time_and_are_two_at_least() -> None:
     assert len(in_turn({"a": lambda: None}, 50, until=0.0)["a"]) == 2
+
+
+def test_step_that_does_not_fit_is_told_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = sections._ready_step
+
+    def ready(section: sections.Section, host: Any, way: str) -> tuple[Any, int]:
+        if way == CROME:
+            raise torch.OutOfMemoryError
+        return make(section, host, way)
+
+    monkeypatch.setattr(sections, "_ready_step", ready)
+    monkeypatch.setattr(sections, "COMPILED_STEPS", [FLOOR, CROME])
+    section = sections.Section("step", "tiny", compiled=True)
+    found = json.loads(json.dumps(sections.measure(section, hosts.Hosts("cpu"), 0.0)))
+    assert found["peaks"][CROME] is None
+    facts = {"gpu": "a card", "gpu_memory": 2**33, "torch": "2", "cuda": "13"}
+    lines = page.tables({"machine": facts, "sections": [asdict(section) | found]}).splitlines()
+    assert lines[0] == "Measured on one a card (8 GiB), PyTorch 2, CUDA 13."
+    (line,) = [line for line in lines if f"| {CROME} |" in line]
+    assert line.count(OUT_OF_MEMORY) == 2
+
+
+def test_clock_waits_for_a_gpu_and_memory_is_the_gpu_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in {"synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 5}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name, value=value: calls.append(name) or value)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    clock = devices.clock_on("cuda")
+    assert clock() <= clock()
+    assert calls == ["synchronize", "synchronize"]
+    devices.settle("cuda:0")
+    assert calls[2:] == ["synchronize", "reset_peak_memory_stats"]
+    assert (devices.held("cuda"), devices.peak("cuda")) == (5, 7)
+    assert devices.results_on("cuda", tmp_path / "speed") == tmp_path / "speed_cuda"
+    assert devices.results_on("cpu", tmp_path / "speed") == tmp_path / "speed"
+
+
+@pytest.mark.parametrize(("device", "message"), [("cuda", "sees no GPU"), ("meta", "cpu or cuda, not on 'meta'")])
+def test_device_that_is_not_there(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        devices.is_gpu(device)
 
 
 @pytest.mark.parametrize("frozen", ["bf16", "nf4"])
