@@ -113,6 +113,7 @@ def main(
     records = []
     for language in LANGUAGES:
         record = measure(language, repeats, "process_time" if cpu_time else "perf_counter")
+        Console(stderr=True).print(f"{language}: {record['seconds']}", markup=False)
         record["peaks"] = {}
         for way in record["seconds"]:
             command = [sys.executable, "-m", "benchmarks.labelled_logits", "--case", json.dumps([language, way])]

@@ -70,7 +70,7 @@ def batch_of(composite: Any, rows: int, tokens: int, prompt: bool = False) -> di
         tokens: of each row, the image's among them.
         prompt: whether soft tokens come before them.
     """
-    last = min(LAST_WORD, composite.config.image_token_id)  # a tiny vocabulary ends there
+    last = min(LAST_WORD, composite.config.get_text_config().vocab_size)
     ids = torch.randint(FIRST_WORD, last, (rows, tokens))
     ids[:, 4 : 4 + composite.image_seq_length] = composite.config.image_token_id
     if prompt:
