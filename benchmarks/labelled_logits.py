@@ -124,6 +124,7 @@ def main(
     clock = "process_time" if cpu_time else "perf_counter"
     for language in LANGUAGES:
         record = measure(language, repeats, clock, partial(composite_of, device=device), device=device)
+        Console(stderr=True).print(f"{language}: {record['seconds']}", markup=False)
         record["peaks"] = {}
         for way in record["seconds"]:
             command = [sys.executable, "-m", "benchmarks.labelled_logits", "--device", device]

@@ -84,9 +84,10 @@ def batch_of(
     config = host.config
     per_image = getattr(host, "image_seq_length", None) or config.image_seq_length
     size = getattr(config, "image_height_width", None) or (config.vision_config.image_size,) * 2
-    last = min(LAST_WORD, config.image_token_id)  # a tiny vocabulary ends there
+    last = min(LAST_WORD, config.get_text_config().vocab_size)
     chance = torch.Generator().manual_seed(0)
     ids = torch.randint(FIRST_WORD, last, (rows, tokens), generator=chance)
+    ids[ids == config.image_token_id] = FIRST_WORD
     ids[:, 4 : 4 + per_image] = config.image_token_id
     if prompt:
         ids = torch.cat([torch.tensor(SOFT_TOKENS).expand(rows, -1), ids], dim=1)
