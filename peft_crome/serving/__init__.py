@@ -1,6 +1,7 @@
-"""Serve an adapter with an engine that does not know it: a folded checkpoint, and image embeddings to go with it."""
+"""Serve an adapter with an engine: its own plug-in, a folded checkpoint, or image embeddings."""
 
 from .encoder import ImageEncoder
+from .export import export
 from .folded import fold
 
-__all__ = ["ImageEncoder", "fold"]
+__all__ = ["ImageEncoder", "export", "fold"]

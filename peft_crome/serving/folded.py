@@ -9,15 +9,14 @@ import torch
 from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 
-from ..backbone.model import backbone_name, separate, tied_weights, uncompiled, unwrapped
-from ..sharing.written import check_model_files, check_ordinary
+from ..backbone.model import backbone_name, unwrapped
 from ..tuner import CromeLayer, CromeWeights
 from ..tuner.attaching.checks import is_of_another_method
 from ..tuner.merging.fold import why_not_foldable
-from ..tuner.without_sites import sites_out
 from ..utils.atomic import new_directory
 from ..utils.templates import render
 from ..vlm import CromeVLMForConditionalGeneration
+from .host_files import text_folded, write_host
 
 CROME_CLASSES = (CromeLayer, CromeWeights)
 
@@ -43,37 +42,21 @@ def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwar
         raise FileExistsError(f"{output} exists already, and nothing was written. Name a new directory.")
     model = unwrapped(model, PeftModel)
     host = unwrapped(model)
-    _check(model)
+    check_alone(model)
+    _check_text(model)
     target = unwrapped(host.language_model) if isinstance(host, CromeVLMForConditionalGeneration) else host
-    configs = {id(config): config for config in (target.config, target.config.get_text_config())}.values()
-    tied = {id(config): config.tie_word_embeddings for config in configs if hasattr(config, "tie_word_embeddings")}
-    with sites_out(host):
-        shared = tied_weights(target)
-    model.merge_adapter()
-    separated: list[Any] = []
-    try:
-        for config in configs:
-            config.tie_word_embeddings = False
-        with new_directory(output) as temporary:
-            with sites_out(host), uncompiled(host):
-                separated = separate(target, shared)
-                check_ordinary(target)
-                target.save_pretrained(temporary, **kwargs)
-                check_model_files(temporary, target, kwargs.get("save_original_format", True))
-            if processor is not None:
-                processor.save_pretrained(temporary)
-            card = render("sharing/templates/folded.md.jinja", name=backbone_name(target))
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-    finally:
-        for module, name, weight in separated:
-            setattr(module, name, weight)
-        model.unmerge_adapter()
-        for config in configs:
-            if id(config) in tied:
-                config.tie_word_embeddings = tied[id(config)]
+    with text_folded(model, target, host), new_directory(output) as temporary:
+        write_host(target, host, temporary, processor, **kwargs)
+        card = render("sharing/templates/folded.md.jinja", name=backbone_name(target))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def _check(model: PeftModel) -> None:
+def check_alone(model: PeftModel) -> None:
+    """Refuse what no ordinary checkpoint and three matrices hold.
+
+    Raises:
+        ValueError: the model has no adapter of CROME's, has another method's beside it, is merged, or trains more.
+    """
     sites = [module for module in model.modules() if isinstance(module, CromeLayer)]
     if not sites:
         raise ValueError(
@@ -87,17 +70,21 @@ def _check(model: PeftModel) -> None:
             f"{others[:3]} ({len(others)} in all) carry adapters of another PEFT method, which are not part of an "
             "ordinary checkpoint. Merge these into the host before CROME is attached: merge_and_unload()."
         )
-    tables = [site for site in sites if not why_not_foldable(site.table)]
-    if not tables and "text" not in {branch for site in sites for branch in site.branches if _is_table(site)}:
-        raise ValueError(
-            "There is nothing to fold: no branch of this adapter is on an embedding table, so the language model is "
-            "served as it is. Give it the prompt_embeds of peft_crome.serving.ImageEncoder."
-        )
     trained = [name for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     if trained:
         raise ValueError(
             f"{trained} has a copy for each adapter (modules_to_save or trainable_token_indices), and a checkpoint "
             "has one. Train without these, or serve the adapter attached, with transformers."
+        )
+
+
+def _check_text(model: PeftModel) -> None:
+    sites = [module for module in model.modules() if isinstance(module, CromeLayer)]
+    tables = [site for site in sites if not why_not_foldable(site.table)]
+    if not tables and "text" not in {branch for site in sites for branch in site.branches if _is_table(site)}:
+        raise ValueError(
+            "There is nothing to fold: no branch of this adapter is on an embedding table, so the language model is "
+            "served as it is. Give it the prompt_embeds of peft_crome.serving.ImageEncoder."
         )
 
 

@@ -1,0 +1,50 @@
+"""peft-crome export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import console, fail
+
+
+def export(
+    adapters: Annotated[
+        list[str], typer.Argument(help="Directories or Hub repositories of adapters; or name=directory, for requests.")
+    ],
+    output: Annotated[Path, typer.Argument(help="A new directory, for vllm serve.")],
+    model: Annotated[str | None, typer.Option(help="The host; by default the one that the adapters name.")] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the weights of a host on the Hub, too.")] = False,
+) -> None:
+    """Write a model that vLLM serves with images: the host, and one adapter or many."""
+    from ..serving.export import export as write
+    from ..serving.export import load_for_export
+
+    try:
+        names = adapter_names(adapters)
+        network, host, processor = load_for_export(names, model)
+        write(network, output, host=host, copy=copy, processor=processor)
+    except (OSError, ValueError, ImportError) as error:
+        fail(error)
+    named = "" if len(names) == 1 else f" A request names its adapter, one of {', '.join(names)}."
+    console.print(f"Serve it: vllm serve {output}.{named}", markup=False, soft_wrap=True)
+
+
+def adapter_names(adapters: list[str]) -> dict[str, str]:
+    """Name -> place; a place without a name has that of its last part, and a single one is "default".
+
+    Raises:
+        ValueError: two have one name, or a name has a dot, which names of modules cannot have.
+    """
+    names: dict[str, str] = {}
+    for item in adapters:
+        name, equals, place = item.partition("=")
+        if not equals:
+            name, place = (Path(item).name if len(adapters) > 1 else "default"), item
+        if name in names or "." in name or not name:
+            problem = f"{name!r} twice" if name in names else f"the name {name!r}"
+            raise ValueError(f"Got {problem}; expected a name of its own, without a dot, for each: name={place}.")
+        names[name] = place
+    return names

@@ -1,0 +1,217 @@
+"""Write a model that vLLM serves with images and adapters, by peft_crome's plug-in."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoProcessor
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from ..backbone.model import unwrapped
+from ..tuner import CromeWeights
+from ..tuner.layer import crome_layers
+from ..utils.atomic import new_directory
+from ..utils.templates import render
+from ..vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
+from .folded import check_alone
+from .host_files import copy_host, text_folded, write_composite, write_host
+from .served import KEY, WEIGHTS, WEIGHTS_PREFIX, Served, ServedAdapter
+from .vllm_plugin import PREFIX
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    model: PeftModel,
+    output_dir: str | Path,
+    *,
+    host: str | Path | None = None,
+    revision: str | None = None,
+    copy: bool = False,
+    processor: Any = None,
+) -> None:
+    """Write a directory for `vllm serve`: the host, and the branches that read images, of all adapters on the model.
+
+    A text branch is folded into the host's embedding table, so an adapter that has one is served alone. The files are
+    read back and compared with the model, which stays as it was.
+
+    Args:
+        model: with one adapter or many.
+        output_dir: a new directory; it is there when it is complete, and not before.
+        host: where the host's checkpoint is. Of a directory, the files are copied as they are. A Hub repository is
+            named, and vLLM reads the weights from there. None: the model's own weights are written.
+        revision: of the repository.
+        copy: copy the repository's weights, too.
+        processor: saved beside the model's own weights.
+    Raises:
+        FileExistsError: output_dir is there already.
+        ValueError: see `check_served` and `fold`; or vLLM has no class for the host, or one without images.
+    """
+    output = Path(output_dir)
+    if output.exists():
+        raise FileExistsError(f"{output} is there already; nothing was written. Name a new directory.")
+    model = unwrapped(model, PeftModel)
+    base = unwrapped(model)
+    served, folded = read_served(model)
+    if folded and host is not None:
+        raise ValueError("A text branch is folded into the host's own weights. Load the host, and leave `host` out.")
+    composite = isinstance(base, CromeVLMForConditionalGeneration)
+    name = type(base).__name__ if composite else (base.config.architectures or [type(base).__name__])[0]
+    check_vllm(name)
+    write: Any = write_composite if composite else partial(write_host, base)
+    target = unwrapped(base.language_model) if composite else base
+    named = host is not None and not Path(host).is_dir() and not copy
+    if named:
+        served = Served(served.hidden_size, served.adapters, str(host), revision)
+    with new_directory(output) as temporary:
+        if host is not None:
+            copy_host(host, temporary, weights=not named, revision=revision)
+        else:
+            with text_folded(model, target, base) if folded else nullcontext():
+                write(base, temporary, processor)
+        _write_adapters(model, served, temporary, name)
+        card = render("sharing/templates/served.md.jinja", name=str(host or name), adapters=[*served.adapters])
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def read_served(model: PeftModel) -> tuple[Served, bool]:
+    """Describe the adapters on a model.
+
+    Returns:
+        The description, and whether a text branch is to be folded.
+    Raises:
+        ValueError: no adapter reads images, one of several has a text branch, or a branch depends on the token.
+    """
+    check_alone(model)
+    layers = list(crome_layers(unwrapped(model)))
+    tables = [layer for _, layer in layers if isinstance(layer.table, torch.nn.Embedding)]
+    adapters = {}
+    for name, config in model.peft_config.items():
+        if any(layer.branches_of.get(name) for layer in tables) and len(model.peft_config) > 1:
+            raise ValueError(
+                f"The adapter {name!r} has a text branch, which is folded into the host's embedding table, so an "
+                f"engine serves one such adapter; the model has {sorted(model.peft_config)}. Export it alone, or "
+                "train with branches=['vision']."
+            )
+        sites: dict[str, list[str]] = {}
+        for path, layer in layers:
+            for branch in layer.branches_of.get(name, {}) if layer not in tables else ():
+                sites.setdefault(branch, []).append(path)
+        if not sites:
+            raise ValueError(f"The adapter {name!r} has no branch that reads images. Write fold(...), and serve that.")
+        adapters[name] = ServedAdapter(config.bottleneck_dim, config.gate_activation, sites)
+    return Served(_weights(model).out_features, adapters), bool(tables)
+
+
+def check_vllm(architecture: str) -> None:
+    """Refuse a host that vLLM does not serve with images; without vLLM, log that this was not checked.
+
+    Raises:
+        ValueError: names it.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        logger.warning("vLLM is not installed here, so whether it serves images of %s was not checked.", architecture)
+        return
+    import vllm
+
+    from .vllm_plugin import register
+
+    register()
+    known = vllm.ModelRegistry.models.get(architecture)
+    info = known.inspect_model_cls() if known is not None else None
+    if info is None or not info.supports_multimodal or info.supports_multimodal_raw_input_only:
+        lack = "has no class for" if info is None else "takes no images for"
+        raise ValueError(
+            f"vLLM {vllm.__version__} {lack} {architecture}. Serve it with transformers: model.generate(...)."
+        )
+
+
+def load_for_export(adapters: Mapping[str, str], model: str | None = None) -> tuple[PeftModel, str | None, Any]:
+    """Put adapters on their host, whose weights are loaded where a text branch is to be folded, and else not.
+
+    Args:
+        adapters: name -> directory or Hub repository.
+        model: the host; None: the one that the adapters name.
+    Returns:
+        The model, the host's name where its weights were not loaded, and else its processor.
+    Raises:
+        ValueError: they name no host, or several.
+    """
+    configs = {name: PeftConfig.from_pretrained(path) for name, path in adapters.items()}
+    hosts = {model or config.base_model_name_or_path for config in configs.values()}
+    host = hosts.pop()
+    if host is None or hosts:
+        problem = "name no host" if host is None else f"are for several hosts, {sorted({host, *hosts}, key=str)}"
+        raise ValueError(f"The adapters {sorted(adapters)} {problem}. Write --model and its directory or name.")
+    config = AutoConfig.from_pretrained(host)
+    composite = isinstance(config, CromeVLMConfig)
+    kind = CromeVLMForConditionalGeneration if composite else getattr(transformers, config.architectures[0])
+    if not composite:
+        with torch.device("meta"):
+            skeleton = kind(config)
+        network = _attached(skeleton, adapters)
+        if not read_served(network)[1]:
+            return network, host, None
+    of_composite = {"adapter": "ignore"} if composite else {}
+    network = _attached(kind.from_pretrained(host, **of_composite), adapters)
+    return network, None, _processor(host, network)
+
+
+def _processor(host: str, network: PeftModel) -> Any:
+    """What is saved beside the host; a composite's is made of its backbones' where it has none."""
+    base = unwrapped(network)
+    try:
+        return AutoProcessor.from_pretrained(host)
+    except (OSError, ValueError):
+        if not isinstance(base, CromeVLMForConditionalGeneration):
+            raise
+        return CromeVLMProcessor.from_backbones(config=base.config)
+
+
+def _attached(host: Any, adapters: Mapping[str, str]) -> PeftModel:
+    first, *others = adapters.items()
+    model = PeftModel.from_pretrained(host, first[1], adapter_name=first[0])
+    for name, path in others:
+        model.load_adapter(path, name)
+    return model.eval()
+
+
+def _write_adapters(model: PeftModel, served: Served, folder: Path, architecture: str) -> None:
+    state = {key: value for key, value in _weights(model).state_dict().items() if not _is_folded(key, model)}
+    weights = {WEIGHTS_PREFIX + key: value.detach().float().cpu().contiguous() for key, value in state.items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():  # vLLM reads no file that the index leaves out
+        values = json.loads(index.read_text(encoding="utf-8"))
+        values["weight_map"] |= dict.fromkeys(weights, WEIGHTS)
+        index.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path = folder / CONFIG_NAME
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"architectures": [PREFIX + architecture], KEY: served.to_dict()}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    written = load_file(folder / WEIGHTS)
+    same = written.keys() == weights.keys() and all(torch.equal(written[key], weights[key]) for key in weights)
+    if not same or Served.of(json.loads(path.read_text(encoding="utf-8"))) != served:
+        raise ValueError(f"What was written to {folder} is not what was meant, and is not kept. Is the disk full?")
+
+
+def _is_folded(key: str, model: PeftModel) -> bool:
+    """Whether a matrix is of a branch on an embedding table, which the host's own file holds."""
+    tables = [layer for _, layer in crome_layers(unwrapped(model)) if isinstance(layer.table, torch.nn.Embedding)]
+    branches = {branch for layer in tables for branch in layer.branches}
+    return any(key.startswith((f"crome_gate_{branch}.", f"crome_down_{branch}.")) for branch in branches)
+
+
+def _weights(model: PeftModel) -> Any:
+    return next(module for module in model.modules() if isinstance(module, CromeWeights))

@@ -1,0 +1,106 @@
+"""A host's checkpoint: written from memory, copied, or named."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from ..backbone.model import separate, tied_weights, uncompiled, unwrapped
+from ..sharing.written import check_model_files, check_ordinary
+from ..tuner.without_sites import sites_out
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+NOT_THE_HOSTS = ("README.md", "adapter_*", ".*", "consolidated*", "original")  # the last two: Mistral's, Meta's format
+
+
+def write_host(target: Any, host: Any, folder: Path, processor: Any = None, **kwargs: Any) -> None:
+    """Write a model, or a part of it, without the sites around its modules, and compare the files with it.
+
+    Args:
+        target: what is written.
+        host: the whole model, with adapters on it.
+        processor: saved beside the weights, if given.
+        kwargs: of `PreTrainedModel.save_pretrained`.
+    Raises:
+        ValueError: the model is held in a form that its checkpoint cannot hold.
+    """
+    with sites_out(host), uncompiled(host):
+        check_ordinary(target)
+        target.save_pretrained(folder, **kwargs)
+        check_model_files(folder, target, kwargs.get("save_original_format", True))
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def write_composite(composite: Any, folder: Path, processor: Any = None) -> None:
+    """Write a composite with all of its weights, and not the names of its parts.
+
+    Raises:
+        ValueError: a part is quantized, or vLLM has no place for the composite.
+    """
+    config = composite.config
+    if config.qformer_config is not None or config.is_encoder_decoder:
+        part = "a Q-Former, which reads the prompt," if config.qformer_config is not None else "an encoder-decoder"
+        raise ValueError(f"vLLM does not serve a composite with {part}. Serve it with transformers: model.generate().")
+    before = {name: getattr(config, name) for name in ("vision_model_name_or_path", "text_model_name_or_path")}
+    try:
+        for name in before:
+            setattr(config, name, None)
+        config.text_config.architectures = [type(unwrapped(composite.language_model)).__name__]
+        write_host(composite, composite, folder, processor, save_original_format=False)
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+@contextmanager
+def text_folded(model: PeftModel, target: Any, host: Any) -> Iterator[None]:
+    """The model with its text branch in the embedding table, and its head untied, as long as the block runs."""
+    configs = {id(config): config for config in (target.config, target.config.get_text_config())}.values()
+    tied = {id(config): config.tie_word_embeddings for config in configs if hasattr(config, "tie_word_embeddings")}
+    with sites_out(host):
+        shared = tied_weights(target)
+    model.merge_adapter()
+    separated: list[Any] = []
+    try:
+        for config in configs:
+            config.tie_word_embeddings = False
+        with sites_out(host), uncompiled(host):
+            separated = separate(target, shared)
+        yield
+    finally:
+        for module, name, weight in separated:
+            setattr(module, name, weight)
+        model.unmerge_adapter()
+        for config in configs:
+            if id(config) in tied:
+                config.tie_word_embeddings = tied[id(config)]
+
+
+def copy_host(host: str | Path, folder: Path, *, weights: bool, revision: str | None = None) -> None:
+    """Copy a host's files as they are: its configuration, tokenizer, processor and chat template, and its weights.
+
+    Args:
+        host: a directory, or a Hub repository.
+        weights: whether they are copied, too.
+    Raises:
+        ValueError: the weights are in no safetensors file.
+    """
+    source = Path(host)
+    if not source.is_dir():
+        unread = [*NOT_THE_HOSTS, *([] if weights else [f"*{suffix}" for suffix in WEIGHTS])]
+        source = Path(snapshot_download(str(host), revision=revision, ignore_patterns=unread))
+    suffixes = () if weights else (*WEIGHTS, SAFE_WEIGHTS_INDEX_NAME)
+    left_out = shutil.ignore_patterns(*NOT_THE_HOSTS, *(f"*{suffix}" for suffix in suffixes))
+    shutil.copytree(source, folder, ignore=left_out, dirs_exist_ok=True)
+    if weights and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{host} has no safetensors files. Write them: model.save_pretrained(...), and give their directory."
+        )

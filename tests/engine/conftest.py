@@ -1,0 +1,73 @@
+"""Without vLLM these tests are skipped. The engine runs in this process, on one core."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESULTS = Path(__file__).parents[2] / "build" / "vllm" / "results.json"
+
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in here:
+        item.add_marker(pytest.mark.vllm)
+        if importlib.util.find_spec("vllm") is None:
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed; make test-vllm installs it"))
+
+
+@contextmanager
+def engine(model: Path, dtype: str = "float32", **settings: Any) -> Iterator[Any]:
+    """vLLM's engine with a model, shut down at the end."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = {"max_model_len": 4096, "max_num_batched_tokens": 4096, "max_num_seqs": 8, **settings}
+    settings.setdefault("limit_mm_per_prompt", {"image": 1, "video": 0})
+    llm = LLM(str(model), dtype=dtype, enforce_eager=True, seed=0, **settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def ask(llm: Any, requests: list[dict[str, Any]], tokens: int, **sampling: Any) -> list[list[int]]:
+    """Greedy tokens of all requests, in one batch."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, **sampling)
+    return [list(output.outputs[0].token_ids) for output in llm.generate(requests, parameters, use_tqdm=False)]
+
+
+@pytest.fixture(scope="session")
+def record() -> Iterator[Callable[..., None]]:
+    """Note what a test found; `python -m tests.engine.table` writes it into the page."""
+    results: dict[str, dict[str, Any]] = {}
+
+    def note(host: str, **values: Any) -> None:
+        results.setdefault(host, {}).update(values)
+
+    yield note
+    if results:
+        before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps({**before, **results}, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,130 @@
+"""Tiny checkpoints that vLLM's CPU engine serves, as their families publish them, with adapters of random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from peft_crome import CromeConfig
+from tests.families import FAMILIES, gemma, parts
+from tests.families.conversations import picture, render, turn
+
+HEAD = 32  # the least that vLLM's attention takes on a CPU
+HOSTS = (
+    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma", "idefics3",
+    "smolvlm", "internvl", "aya_vision", "mistral3", "glm4v",
+)  # fmt: skip
+SIZES = ((140, 100), (90, 200))  # of the images that hosts are asked about
+TOKENS = 16
+CLOSE = 1e-3  # two logits, of random weights, that are of order 1
+
+
+def build_host(name: str, folder: Path) -> None:
+    """Write a family's tiny checkpoint, with heads that vLLM takes, under the names that the Hub has."""
+    random_model, tokenizer = parts.random_model, gemma.gemma_tokenizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "random_model", lambda kind, config: random_model(kind, _with_one_head(config)))
+        line_feeds = ["\n", "\n\n", "\n\n\n", "\n\n\n\n"]  # vLLM looks them up, for Gemma 3
+        patch.setattr(gemma, "gemma_tokenizer", lambda specials, **named: tokenizer([*specials, *line_feeds], **named))
+        FAMILIES[name].build(folder)
+    if tf.AutoConfig.from_pretrained(folder).vision_config.model_type in ("clip_vision_model", "siglip_vision_model"):
+        for path in folder.glob("*.safetensors"):
+            weights = load_file(path)
+            save_file({_published(key): weight for key, weight in weights.items()}, path, metadata={"format": "pt"})
+
+
+def _published(key: str) -> str:
+    """The name on the Hub; a model that was made of a bare configuration is saved without `vision_model`."""
+    return key if "vision_model." in key else key.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+def _with_one_head(config: Any) -> Any:
+    text = config.get_text_config()
+    text.num_attention_heads = text.num_key_value_heads = 1
+    for name in ("head_dim", "query_pre_attn_scalar"):
+        if hasattr(text, name):
+            setattr(text, name, HEAD)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if "mrope_section" in rope:
+        rope["mrope_section"] = [2 * size for size in rope["mrope_section"]]
+    return config
+
+
+def load_host(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The host in transformers."""
+    return tf.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+
+
+def save_adapters(host: Any, folder: Path, names: list[str], **settings: Any) -> PeftModel:
+    """Put adapters of random weights on a host, each saved to a folder of its name."""
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        config = CromeConfig(bottleneck_dim=8, init_weights=False, **settings)
+        if seed == 0:
+            model = get_peft_model(host, config, name)
+        else:
+            model.add_adapter(name, config)
+    for linear in [part for key, part in model.named_parameters() if ".crome." in key]:
+        linear.data.mul_(2)  # so that tokens differ
+    model.eval()
+    for name in names:
+        model.save_pretrained(folder, selected_adapters=[name])
+    return model
+
+
+def conversations(name: str) -> list[list[dict[str, Any]]]:
+    """A question about each of two images."""
+    return [[turn("user", picture(*size), "What color is this?")] for size in SIZES]
+
+
+def prompt_and_image(name: str, processor: Any, conversation: list[dict[str, Any]]) -> tuple[str, Any]:
+    """What vLLM is given."""
+    image, text = conversation[0]["content"]
+    if not FAMILIES[name].chat_template:
+        return f"{text['text']}\n", image["image"]  # PaliGemma: its processor puts the image before it
+    return render(processor, conversation, add_generation_prompt=True, tokenize=False), image["image"]
+
+
+def inputs_of(name: str, processor: Any, conversation: list[dict[str, Any]]) -> Any:
+    """What transformers is given."""
+    image, text = conversation[0]["content"]
+    if not FAMILIES[name].chat_template:
+        marked = FAMILIES[name].image_token + text["text"]
+        return processor(images=[[image["image"]]], text=[marked], return_tensors="pt")
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return render(processor, conversation, **options)
+
+
+@torch.no_grad()
+def generated(model: Any, inputs: Any, close: float = CLOSE, **arguments: Any) -> list[int]:
+    """The greedy tokens of `generate`, up to the first whose two best logits are as close as rounding brings them."""
+    inputs = inputs.to(model.dtype)
+    output = model.generate(
+        **inputs, **arguments, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, num_beams=1,
+        output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    return until_close(output, inputs["input_ids"].shape[1], close)[0]
+
+
+def until_close(output: Any, prompt: int, close: float = CLOSE) -> list[list[int]]:
+    """The tokens of each row of `generate`, up to the first whose two best logits are this close."""
+    best = torch.stack([scores.float().topk(2).values for scores in output.scores], dim=1)  # (rows, tokens, 2)
+    sure = ((best[..., 0] - best[..., 1]) >= close).int().cumprod(dim=1).sum(dim=1).tolist()
+    return [row[:count] for row, count in zip(output.sequences[:, prompt:].tolist(), sure, strict=True)]
+
+
+def agree(found: list[list[int]], expected: list[list[int]]) -> list[str]:
+    """For each row "equal", or the number of the first token that differs; none but those expected are compared."""
+    pairs = [list(zip(*rows, strict=False)) for rows in zip(found, expected, strict=True)]
+    return [next((str(i + 1) for i, pair in enumerate(row) if pair[0] != pair[1]), "equal") for row in pairs]
+
+
+def all_equal(found: list[list[int]], expected: list[list[int]]) -> bool:
+    """Whether all rows agree, and there is something to compare."""
+    return agree(found, expected) == ["equal"] * len(expected) and all(len(row) > 1 for row in expected)

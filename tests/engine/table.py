@@ -1,0 +1,54 @@
+"""The table of docs/vllm.md: what `make test-vllm` found.
+
+python -m tests.engine.table            # write it
+python -m tests.engine.table --check    # fail where it is out of date
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .conftest import RESULTS
+
+PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
+BEGIN, END = "<!-- begin: written by python -m tests.engine.table -->", "<!-- end of the hosts -->"
+HEADS = ("host", "images", "image embeddings", "first token that differs in bfloat16")
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown, a row for each host."""
+    lines = [f"| {' | '.join(HEADS)} |", f"|{' --- |' * len(HEADS)}"]
+    for host, found in sorted(results.items()):
+        cells = [tokens(found.get("images")), tokens(found.get("embeddings")), first(found.get("bfloat16"))]
+        lines.append(f"| `{host}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tokens(rows: list[str] | None) -> str:
+    """What float32 gave."""
+    if rows is None:
+        return "refused by vLLM"
+    return "equal" if set(rows) == {"equal"} else f"token {', '.join(rows)} differs"
+
+
+def first(rows: list[str] | None) -> str:
+    """What bfloat16 gave, for each image."""
+    return ", ".join("none" if row == "equal" else row for row in rows or ["not run"])
+
+
+def main() -> None:
+    """Write the table, or compare it."""
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    made = table(json.loads(RESULTS.read_text(encoding="utf-8")))
+    page = f"{head}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}"
+    if "--check" not in sys.argv:
+        PAGE.write_text(page, encoding="utf-8")
+    elif page != PAGE.read_text(encoding="utf-8"):
+        sys.exit(f"{PAGE.name} is out of date. Write: python -m tests.engine.table")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Many adapters in one engine: each request has its own, and none sees another's images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from peft_crome.serving import export
+from peft_crome.serving.served import ARGUMENT, BASE_NAME
+from tests.families.conversations import picture, turn
+
+from .conftest import ask, engine
+from .hosts import all_equal, build_host, inputs_of, load_host, prompt_and_image, save_adapters, until_close
+
+COUNT, TOKENS = 64, 8
+NAMES = [f"tenant-{number}" for number in range(COUNT)]
+HOST = "qwen2_vl"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any, list[Any], list[dict[str, Any]]]]:
+    """The engine, the model in transformers, and for each adapter a question about an image of its own."""
+    folder = tmp_path_factory.mktemp("many")
+    build_host(HOST, folder / "host")
+    model = save_adapters(load_host(folder / "host"), folder, NAMES)
+    export(model, folder / "served", host=folder / "host")
+    processor = tf.AutoProcessor.from_pretrained(folder / "host")
+    asked = [[turn("user", picture(60 + number, 140 - number), "What is this?")] for number in range(COUNT)]
+    inputs = [inputs_of(HOST, processor, conversation) for conversation in asked]
+    prompts = [prompt_and_image(HOST, processor, conversation) for conversation in asked]
+    requests = [{"prompt": prompt, "multi_modal_data": {"image": image}} for prompt, image in prompts]
+    settings = {"max_num_seqs": COUNT, "max_model_len": 512, "enable_prefix_caching": True}
+    with engine(folder / "served", **settings) as llm:
+        yield llm, model, inputs, requests
+
+
+def of(request: dict[str, Any], name: str) -> dict[str, Any]:
+    return request | {"mm_processor_kwargs": {ARGUMENT: name}}
+
+
+def in_one_batch(model: Any, inputs: list[Any], names: list[str]) -> list[list[int]]:
+    """`adapter_names`: rows of one batch, each with its adapter."""
+    width = max(batch["input_ids"].shape[1] for batch in inputs)
+
+    def padded(batch: Any, key: str, value: int) -> torch.Tensor:
+        return torch.nn.functional.pad(batch[key], (width - batch[key].shape[1], 0), value=value)
+
+    pad = model.generation_config.pad_token_id
+    rows = {"input_ids": pad, "attention_mask": 0, "mm_token_type_ids": 0}
+    merged = {key: torch.cat([padded(batch, key, value) for batch in inputs]) for key, value in rows.items()}
+    merged |= {key: torch.cat([batch[key] for batch in inputs]) for key in ("pixel_values", "image_grid_thw")}
+    arguments: dict[str, Any] = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    arguments |= {"output_scores": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        output = model.generate(**merged, adapter_names=names, **arguments)
+    return until_close(output, width)
+
+
+def test_64_requests_of_64_adapters(served: Any) -> None:
+    llm, model, inputs, requests = served
+    names = [*NAMES[1:], BASE_NAME]
+    expected = in_one_batch(model, inputs, names)
+    assert len({tuple(row) for row in expected}) > COUNT // 2
+    found = ask(llm, [of(request, name) for request, name in zip(requests, names, strict=True)], TOKENS)
+    assert all_equal(found, expected)
+
+
+def test_tenants_send_the_same_image_in_turn(served: Any) -> None:
+    """The caches of processed images, embeddings and prefixes are full of the first tenant's when the second asks."""
+    llm, model, inputs, requests = served
+    first, second = NAMES[:2]
+    expected = in_one_batch(model, [inputs[0]] * 3, [first, second, BASE_NAME])
+    assert len({tuple(row) for row in expected}) == 3
+    for _ in range(2):
+        for name, tokens in zip((first, second, BASE_NAME), expected, strict=True):
+            assert all_equal(ask(llm, [of(requests[0], name)], TOKENS), [tokens])
+    same_key = {"multi_modal_uuids": {"image": ["the image"]}}  # the client's own key of the image
+    for name, tokens in zip((first, second), expected, strict=False):
+        assert all_equal(ask(llm, [of(requests[0], name) | same_key], TOKENS), [tokens])
+
+
+def test_a_request_without_a_name_is_refused(served: Any) -> None:
+    from vllm.exceptions import VLLMNotFoundError
+
+    llm, _, _, requests = served
+    with pytest.raises(VLLMNotFoundError, match=r"names no adapter; expected one of .*'tenant-63', '__base__'"):
+        ask(llm, [requests[0]], TOKENS)
+    with pytest.raises(VLLMNotFoundError, match="There is no adapter 'tenant-64'; expected one of"):
+        ask(llm, [of(requests[0], "tenant-64")], TOKENS)
+
+
+def test_text_needs_no_adapter(served: Any) -> None:
+    llm, _, _, _ = served
+    assert ask(llm, [{"prompt": "What is two?"}], TOKENS)

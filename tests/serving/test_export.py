@@ -1,0 +1,184 @@
+"""What `export` writes for vLLM, without vLLM: tests/engine serves it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from typer.testing import CliRunner
+
+from peft_crome.cli import app
+from peft_crome.serving import export, host_files
+from peft_crome.serving.served import WEIGHTS, Served
+from tests.examples.tiny_llava import save_tokenizer_and_model
+from tests.test_mixed_batch import qformer_composite
+from tests.tuner.helpers import assert_equal, attach, changed, logits, randomize, snapshot
+from tests.vlm.tiny import build, make_batch
+from tests.zoo import ZOO
+
+SITE = "model.multi_modal_projector"
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    save_tokenizer_and_model(tmp_path / "host")
+    return tmp_path / "host"
+
+
+def save_adapters(host: Path, folder: Path, *names: str, **settings: Any) -> PeftModel:
+    model = attach(AutoModelForImageTextToText.from_pretrained(host), names[0], **{"branches": ["vision"], **settings})
+    for name in names[1:]:
+        model.add_adapter(name, model.peft_config[names[0]])
+    for seed, name in enumerate(names):
+        randomize(model, name, seed)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def matrices(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    written = load_file(folder / WEIGHTS)
+    return {key.replace(f".{name}.", "."): weight for key, weight in written.items() if f".{name}." in key}
+
+
+def weights_of(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    state = model.base_model.crome.state_dict(prefix="crome.")
+    return {key.replace(f".{name}.", "."): weight for key, weight in state.items() if f".{name}." in key}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", ["100GB", "20KB"])
+def test_a_host_in_a_directory_is_copied_as_it_is(
+    host: Path, size: str, dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sharded files, their index and the dtype; the host's weights are not loaded for it."""
+    AutoModelForImageTextToText.from_pretrained(host, dtype=dtype).save_pretrained(host, max_shard_size=size)
+    if size == "20KB":
+        (host / "model.safetensors").unlink()
+    model = save_adapters(host, tmp_path, "red", "green")
+    arguments = [str(tmp_path / "red"), f"verde={tmp_path / 'green'}", str(tmp_path / "served")]
+    with caplog.at_level(logging.WARNING, "peft_crome"):
+        result = CliRunner().invoke(app, ["export", *arguments, "--model", str(host)])
+    assert result.exit_code == 0, result.output
+    assert "one of red, verde" in result.output
+    assert "was not checked" in caplog.text
+    served = tmp_path / "served"
+    files = {path.name for path in host.iterdir()}
+    for name in files - {"config.json", "model.safetensors.index.json"}:
+        assert (served / name).read_bytes() == (host / name).read_bytes(), name
+    assert {path.name for path in served.iterdir()} == files | {WEIGHTS, "README.md"}
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (host, served))
+    assert after.pop("architectures") == ["CromeLlavaForConditionalGeneration"]
+    description = Served.of(after)
+    del after["crome"], before["architectures"]
+    assert after == before
+    assert description.sites() == [SITE]
+    assert (description.host, description.hidden_size, [*description.adapters]) == (None, 32, ["red", "verde"])
+    for name, of in {"red": "red", "verde": "green"}.items():
+        written, expected = matrices(served, name), weights_of(model, of)
+        assert written.keys() == expected.keys()
+        assert len(written) == 3
+        assert all(torch.equal(written[key], expected[key]) for key in expected)
+    if size == "20KB":
+        index = json.loads((served / "model.safetensors.index.json").read_text())["weight_map"]
+        assert {key for key, file in index.items() if file == WEIGHTS} == load_file(served / WEIGHTS).keys()
+
+
+def test_a_host_on_the_hub_is_named(host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_adapters(host, tmp_path, "default")
+    asked: list[Any] = []
+    monkeypatch.setattr(host_files, "snapshot_download", lambda *args, **kwargs: asked.append((args, kwargs)) or host)
+    export(model, tmp_path / "served", host="somebody/llava", revision="abc")
+    served = Served.of(json.loads((tmp_path / "served" / "config.json").read_text()))
+    assert (served.host, served.revision) == ("somebody/llava", "abc")
+    assert asked[0][1]["revision"] == "abc"
+    assert "*.safetensors" in asked[0][1]["ignore_patterns"]
+    assert [path.name for path in (tmp_path / "served").glob("*.safetensors*")] == [WEIGHTS]
+    assert AutoProcessor.from_pretrained(tmp_path / "served")
+    export(model, tmp_path / "copied", host="somebody/llava", copy=True)
+    assert Served.of(json.loads((tmp_path / "copied" / "config.json").read_text())).host is None
+    assert (tmp_path / "copied" / "model.safetensors").is_file()
+
+
+def test_a_text_branch_is_folded(host: Path, tmp_path: Path) -> None:
+    both = {"branches": ["text", "vision"]}
+    model = save_adapters(host, tmp_path / "adapter", "default", **both)
+    text = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
+    expected = logits(model, text)
+    arguments = ["export", str(tmp_path / "adapter"), str(tmp_path / "served"), "--model", str(host)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "served").eval()
+    torch.testing.assert_close(logits(stock, text), expected)
+    assert {key.split(".")[1] for key in matrices(tmp_path / "served", "default")} == {
+        "crome_up", "crome_gate_vision", "crome_down_vision"
+    }  # fmt: skip
+    save_adapters(host, tmp_path, "one", "two", **both)
+    arguments = ["export", str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "new"), "--model", str(host)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "has a text branch, which is folded into the host's embedding table, so an engine serves one such" in (
+        result.output
+    )
+
+
+def test_a_model_in_memory(tmp_path: Path) -> None:
+    case = ZOO["llava"]()
+    model, batch = attach(case.model, branches=["vision"]).eval(), case.batch
+    randomize(model)
+    expected = logits(model, batch)
+    before = snapshot(model)
+    export(model, tmp_path / "served")
+    assert not changed(model, before)
+    with model.disable_adapter():
+        frozen = logits(model, batch)
+    assert_equal(logits(AutoModelForImageTextToText.from_pretrained(tmp_path / "served").eval(), batch), frozen)
+    assert_equal(logits(model, batch), expected)
+
+
+def test_a_composite_is_written_whole(tmp_path: Path) -> None:
+    model = attach(build(), branches=["vision"])
+    randomize(model)
+    host = model.eval().get_base_model()
+    host.config.text_model_name_or_path = "somebody/language"
+    export(model, tmp_path / "served")
+    assert host.config.text_model_name_or_path == "somebody/language"
+    config = json.loads((tmp_path / "served" / "config.json").read_text())
+    assert config["architectures"] == ["CromeCromeVLMForConditionalGeneration"]
+    assert config["text_config"]["architectures"] == [type(host.language_model).__name__]
+    assert config["text_model_name_or_path"] is None
+    stock = type(host).from_pretrained(tmp_path / "served").eval()
+    batch = make_batch(host)
+    with model.disable_adapter():
+        assert_equal(logits(stock, batch), logits(model, batch))
+    for other in (qformer_composite(), build(language="t5")):
+        with pytest.raises(ValueError, match="vLLM does not serve a composite with"):
+            export(attach(other), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_refused(host: Path, tmp_path: Path) -> None:
+    model = save_adapters(host, tmp_path / "adapter", "default")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="is there already; nothing was written"):
+        export(model, tmp_path / "there")
+    words = attach(ZOO["llava"]().model, branches=["text"])
+    with pytest.raises(ValueError, match=r"has no branch that reads images\. Write fold"):
+        export(words, tmp_path / "new")
+    (host / "model.safetensors").rename(host / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"has no safetensors files\. Write them"):
+        export(model, tmp_path / "new", host=host)
+    for arguments, message in {
+        ("a/x", "b/x", "new"): "Got 'x' twice; expected a name of its own",
+        ("v1.0=a", "b", "new"): "Got the name 'v1.0'; expected a name of its own, without a dot",
+    }.items():
+        result = CliRunner().invoke(app, ["export", *arguments])
+        assert result.exit_code == 1
+        assert message in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "host", "there"]
