@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .compat import keeps_logits_by_token
+from .four_bit import mend_repacking
 from .model import COMPILED, KNOWN_ROWS, input_embeddings, placeholder_ids, text_config, unwrapped
 
 IGNORED = -100
@@ -110,6 +111,7 @@ def _trial(model: nn.Module, host: nn.Module, choose: Choice) -> str | None:
     labels[0, :-3] = labels[1, :-1] = IGNORED
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     chosen = choose(labels)
+    mend_repacking(host)  # else an evaluation ends training in 4 bits on a CPU
     modes = [(module, module.training) for module in model.modules()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
