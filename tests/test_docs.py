@@ -110,7 +110,7 @@ def test_blocks_that_do_not_run_are_python_and_say_why(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_fences_are_in_a_language_that_is_checked_or_is_no_python(page: str) -> None:
     languages = {fence["language"].strip() for _, fence in fences(page)}
-    assert languages <= {"python", "bash", "json", "text", "mermaid"}, f"{page}: {languages}"
+    assert languages <= {"python", "bash", "json", "text", "mermaid", "yaml"}, f"{page}: {languages}"
 
 
 def test_each_include_is_on_a_page() -> None:

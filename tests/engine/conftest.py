@@ -13,15 +13,11 @@ from typing import Any
 
 import pytest
 
+from .server import ON_ONE_CORE
+
 RESULTS = Path(__file__).parents[2] / "build" / "vllm" / "results.json"
 
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
+os.environ |= {**ON_ONE_CORE, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,14 @@ from typing import Any
 
 from PIL import Image
 
-STARTUP = Path(__file__).parents[1] / "startup"
+# A small cache of keys and values, in GB; no threads that are bound to cores; prompts longer than tiny hosts name.
+ON_ONE_CORE = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def serve(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = os.environ | ON_ONE_CORE | {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     # `vllm serve` itself asks for the package `vllm`, and vllm-cpu has another name.
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command = [*server, "--host", "127.0.0.1", "--port", str(port), *arguments]

@@ -45,13 +45,13 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     images = [picture(60 + 7 * number, 100 - 5 * number)["image"] for number in range(CLIENTS)]
     expected = {}
     for number, image in enumerate(images):
-        inputs = inputs_of(HOST, processor, [turn("user", {"type": "image", "image": image}, TEXT)])
+        inputs = inputs_of(processor, [turn("user", {"type": "image", "image": image}, TEXT)])
         for name in [*NAMES, BASE_NAME]:
             chosen = {"adapter_names": [name]}
             expected[name, number] = generated(model, inputs, **chosen)
     assert len({tuple(tokens) for tokens in expected.values()}) > len(images) * 2
     arguments = ("--enforce-eager", "--dtype", "float32", "--max-model-len", str(LENGTH), "--max-num-seqs", "8")
-    with serve(folder / "served", folder / "log", *arguments) as server:
+    with serve(folder / "served", folder / "log", *arguments, "--trust-request-mm-kwargs") as server:
         yield Running(server, images, expected, folder)
 
 

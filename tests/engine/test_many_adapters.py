@@ -14,7 +14,7 @@ from peft_crome.serving.served import ARGUMENT, BASE_NAME
 from tests.families.conversations import picture, turn
 
 from .conftest import ask, engine
-from .hosts import all_equal, build_host, inputs_of, load_host, prompt_and_image, save_adapters, until_close
+from .hosts import all_equal, build_host, inputs_of, load_host, request_of, save_adapters, until_close
 
 COUNT, TOKENS = 64, 8
 NAMES = [f"tenant-{number}" for number in range(COUNT)]
@@ -30,9 +30,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any,
     export(model, folder / "served", host=folder / "host")
     processor = tf.AutoProcessor.from_pretrained(folder / "host")
     asked = [[turn("user", picture(60 + number, 140 - number), "What is this?")] for number in range(COUNT)]
-    inputs = [inputs_of(HOST, processor, conversation) for conversation in asked]
-    prompts = [prompt_and_image(HOST, processor, conversation) for conversation in asked]
-    requests = [{"prompt": prompt, "multi_modal_data": {"image": image}} for prompt, image in prompts]
+    inputs = [inputs_of(processor, conversation) for conversation in asked]
+    requests = [request_of(processor, conversation) for conversation in asked]
     settings = {"max_num_seqs": COUNT, "max_model_len": 512, "enable_prefix_caching": True}
     with engine(folder / "served", **settings) as llm:
         yield llm, model, inputs, requests
