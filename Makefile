@@ -88,7 +88,7 @@ bench: $(DEV_READY) bench-import  ## speed, memory, many adapters, operations: a
 	$(RUN) -m benchmarks.step_time
 	$(RUN) -m benchmarks.own_work
 	$(RUN) -m benchmarks.step_memory
-	$(RUN) -m benchmarks.labelled_logits
+	$(RUN) -m benchmarks.labeled_logits
 	$(RUN) -m benchmarks.decoding
 	$(RUN) -m benchmarks.many_adapters
 	$(RUN) -m benchmarks.operations

@@ -70,16 +70,14 @@ def attach(composite: nn.Module, method: str) -> Any:
     return composite
 
 
-def batch_of(
-    host: Any, rows: int, tokens: int, prompt: bool = False, labelled: float = 1.0
-) -> dict[str, torch.Tensor]:
+def batch_of(host: Any, rows: int, tokens: int, prompt: bool = False, labeled: float = 1.0) -> dict[str, torch.Tensor]:
     """Rows of one image and random words, the same at each call, on the host's device.
 
     Args:
         host: a composite, or a LLaVA.
         tokens: of each row, the image's among them.
         prompt: whether soft tokens come before them.
-        labelled: share of a row's tokens that are learned, at its end.
+        labeled: share of a row's tokens that are learned, at its end.
     """
     config = host.config
     per_image = getattr(host, "image_seq_length", None) or config.image_seq_length
@@ -92,7 +90,7 @@ def batch_of(
     if prompt:
         ids = torch.cat([torch.tensor(SOFT_TOKENS).expand(rows, -1), ids], dim=1)
     labels = ids.clone()
-    labels[:, : ids.shape[1] - round(labelled * ids.shape[1])] = IGNORED
+    labels[:, : ids.shape[1] - round(labeled * ids.shape[1])] = IGNORED
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     batch["pixel_values"] = torch.randn(rows, 3, *size, generator=chance).to(host.dtype)
     return {key: value.to(host.device) for key, value in batch.items()}

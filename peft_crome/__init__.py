@@ -11,7 +11,7 @@ from .version import __version__
 
 register()
 
-from .backbone.labelled import logits_at_labels
+from .backbone.labeled import logits_at_labels
 from .features.cache import FeatureCache, cache_features
 from .sharing.card_details import describe_adapter
 from .tuner import CromeConfig, CromeLayer, CromeModel

@@ -16,7 +16,7 @@ from benchmarks.interleaved import seconds_in_turn
 from benchmarks.methods import CROME, FLOOR, attach, base_of, batch_of, training_step
 from peft_crome import logits_at_labels
 
-LABELLED = 0.1  # of a row's tokens
+LABELED = 0.1  # of a row's tokens
 MOST_LORAS = 64  # each takes PEFT longer to add than the one before
 AT_LABELS = "logits at labels"
 LORAS = ("LoRA r=8 on q, v", "LoRA r=16 on all linear layers")
@@ -104,7 +104,7 @@ def step(section: Section, hosts: Hosts, until: float) -> dict[str, Any]:
             peaks[way] = None
             ways.pop(way, None)
     seconds = {way: [] for way in peaks} | seconds_in_turn(ways, shape.repeats, clock_on(device), until)
-    work = {"rows": shape.rows, "tokens": shape.tokens, "labelled": LABELLED}
+    work = {"rows": shape.rows, "tokens": shape.tokens, "labeled": LABELED}
     return {**work, "seconds": seconds, "peaks": peaks, "trained": trained}
 
 
@@ -114,7 +114,7 @@ def _ready_step(section: Section, host: Any, way: str) -> tuple[Callable[[], Non
     shape, (method, at_labels) = SHAPES[section.size], STEPS[way]
     own = share(host)
     model = attach(compile_layers(own) if section.compiled else own, method)
-    batch = batch_of(base_of(model), shape.rows, shape.tokens, labelled=LABELLED)
+    batch = batch_of(base_of(model), shape.rows, shape.tokens, labeled=LABELED)
     model.forward = torch.autocast(batch["input_ids"].device.type, dtype=DTYPE)(model.forward)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return (training_step(model, batch, logits_at_labels) if at_labels else training_step(model, batch)), trained

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import decoding, labelled_logits, many_adapters, operations, own_work, step_memory, step_time
+from benchmarks import decoding, labeled_logits, many_adapters, operations, own_work, step_memory, step_time
 from benchmarks.interleaved import middle, plot_ratios, ratios, seconds_in_turn
 from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, batch_of, training_step
 from tests.vlm.tiny import build
@@ -77,26 +77,26 @@ def test_step_time_writes_a_line_per_method(tmp_path: Path) -> None:
         assert drawn.width > 100
 
 
-def test_labelled_logits_write_a_line_per_way() -> None:
-    record = labelled_logits.measure("SmolLM2-135M", 2, make=lambda language: tiny(), tokens=40)
+def test_labeled_logits_write_a_line_per_way() -> None:
+    record = labeled_logits.measure("SmolLM2-135M", 2, make=lambda language: tiny(), tokens=40)
     assert list(record["seconds"]) == [
-        FLOOR, labelled_logits.EVERYWHERE, labelled_logits.AT_LABELS, labelled_logits.TRL,
+        FLOOR, labeled_logits.EVERYWHERE, labeled_logits.AT_LABELS, labeled_logits.TRL,
     ]  # fmt: skip
     record["peaks"] = dict.fromkeys(record["seconds"], 2_000_000)
-    assert len(labelled_logits.table([record]).splitlines()) == 2 + 4
+    assert len(labeled_logits.table([record]).splitlines()) == 2 + 4
 
 
-def test_labelled_logits_have_one_loss() -> None:
+def test_labeled_logits_have_one_loss() -> None:
     """All ways learn the same tokens: the loss of each is the floor's."""
     losses = {}
-    for way in (FLOOR, labelled_logits.EVERYWHERE, labelled_logits.AT_LABELS, labelled_logits.TRL):
+    for way in (FLOOR, labeled_logits.EVERYWHERE, labeled_logits.AT_LABELS, labeled_logits.TRL):
         torch.manual_seed(0)
-        model = labelled_logits.model_of(build(), way)
+        model = labeled_logits.model_of(build(), way)
         seen: list[torch.Tensor] = []
         model.register_forward_hook(
             lambda module, inputs, output, seen=seen: seen.append(output.loss)  # type: ignore[misc]
         )
-        step = labelled_logits.step_of(model, way, 40)
+        step = labeled_logits.step_of(model, way, 40)
         step()
         losses[way] = seen[-1].detach()
     for way, loss in losses.items():

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
-from ...backbone.labelled import logits_at_labels
+from ...backbone.labeled import logits_at_labels
 from ...backbone.model import unwrapped
 from ...data.draws import DrawOrder, Draws, DrawStream
 from ...data.lengths import row_lengths

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ...backbone.labelled import logits_at_labels
+from ...backbone.labeled import logits_at_labels
 from ...data import ConversationCollator
 from ...data.collator import IGNORE
 from ...data.media import media_of

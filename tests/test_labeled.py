@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Dinov2Config, Dinov2Model, MixtralConfig
 
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration, logits_at_labels
-from peft_crome.backbone import labelled
+from peft_crome.backbone import labeled
 from peft_crome.backbone.compat import has_composite, keeps_logits_by_token
 from tests.language_zoo.small import small_config
 from tests.tuner.helpers import adapted, attach, randomize
@@ -82,7 +82,7 @@ def test_hosts(name: str, caplog: pytest.LogCaptureFixture) -> None:
     if name in ALL_LOGITS:
         assert logits_at_labels(model, case.batch) is case.batch
         assert logits_at_labels(model, case.batch) is case.batch
-        (record,) = [record for record in caplog.records if record.name == labelled.__name__]
+        (record,) = [record for record in caplog.records if record.name == labeled.__name__]
         assert ALL_LOGITS[name] in record.getMessage()
         assert type(case.model).__name__ in record.getMessage()
         return
@@ -120,7 +120,7 @@ def test_the_head_runs_on_labels_alone(name: str) -> None:
 
 def test_places_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What older releases of transformers take: a place is kept that has a label in any row."""
-    monkeypatch.setattr(labelled, "keeps_logits_by_token", lambda: False)
+    monkeypatch.setattr(labeled, "keeps_logits_by_token", lambda: False)
     case = llava()
     model = adapted(case)
     asked = assert_same(model, uneven(case.batch))
@@ -221,9 +221,9 @@ class KeepsAll(nn.Module):
 def test_a_model_that_keeps_all(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     case = llava()
     model = KeepsAll(case.model)
-    monkeypatch.setattr(labelled, "unwrapped", lambda model: model)
-    monkeypatch.setattr(labelled, "input_embeddings", lambda model: model.get_input_embeddings())
-    monkeypatch.setattr(labelled, "text_config", lambda model: model.config.text_config)
+    monkeypatch.setattr(labeled, "unwrapped", lambda model: model)
+    monkeypatch.setattr(labeled, "input_embeddings", lambda model: model.get_input_embeddings())
+    monkeypatch.setattr(labeled, "text_config", lambda model: model.config.text_config)
     assert logits_at_labels(model, case.batch) is case.batch
     assert "takes logits_to_keep and keeps all" in caplog.text
 
@@ -242,9 +242,9 @@ class OtherLoss(KeepsAll):
 def test_a_model_with_another_loss(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     case = llava()
     model = OtherLoss(case.model)
-    monkeypatch.setattr(labelled, "unwrapped", lambda model: model)
-    monkeypatch.setattr(labelled, "input_embeddings", lambda model: model.get_input_embeddings())
-    monkeypatch.setattr(labelled, "text_config", lambda model: model.config.text_config)
+    monkeypatch.setattr(labeled, "unwrapped", lambda model: model)
+    monkeypatch.setattr(labeled, "input_embeddings", lambda model: model.get_input_embeddings())
+    monkeypatch.setattr(labeled, "text_config", lambda model: model.config.text_config)
     assert logits_at_labels(model, case.batch) is case.batch
     assert "its loss at chosen tokens is" in caplog.text
 

@@ -1,6 +1,6 @@
 """A training step with logits where there are labels, against logits everywhere and TRL's fused output head.
 
-    python -m benchmarks.labelled_logits
+    python -m benchmarks.labeled_logits
 
 Two rows of 512 tokens, a tenth of which has labels, in bfloat16. The floor is what `benchmarks.step_time` divides by:
 the frozen model's own forward and backward pass, with all of its logits. Times are taken in one process, in turn, and
@@ -57,7 +57,7 @@ def model_of(composite: nn.Module, way: str) -> nn.Module:
 
 def step_of(model: nn.Module, way: str, tokens: int = TOKENS) -> Callable[[], None]:
     """A function that does one step; a tenth of each row's tokens, at its end, has labels."""
-    batch = batch_of(base_of(model), ROWS, tokens, labelled=SHARE)
+    batch = batch_of(base_of(model), ROWS, tokens, labeled=SHARE)
     if way == AT_LABELS:
         return training_step(model, batch, logits_at_labels)
     return training_step(model, batch | ({"fused_lm_head": True} if way == TRL else {}))
@@ -127,14 +127,14 @@ def main(
         Console(stderr=True).print(f"{language}: {record['seconds']}", markup=False)
         record["peaks"] = {}
         for way in record["seconds"]:
-            command = [sys.executable, "-m", "benchmarks.labelled_logits", "--device", device]
+            command = [sys.executable, "-m", "benchmarks.labeled_logits", "--device", device]
             command += ["--case", json.dumps([language, way])]
             done = subprocess.run(command, env=os.environ | GIVE_BACK, stdout=subprocess.PIPE, text=True, check=True)
             record["peaks"][way] = json.loads(done.stdout.splitlines()[-1])["peak"]
             Console(stderr=True).print(f"{language}, {way}: {record['peaks'][way] / 1e6:,.0f} MB", markup=False)
         records.append(record)
-        write_json(results / "labelled_logits.json", records)  # a shared machine may take hours
-    (results / "labelled_logits.md").write_text(table(records))
+        write_json(results / "labeled_logits.json", records)  # a shared machine may take hours
+    (results / "labeled_logits.md").write_text(table(records))
     print(table(records))
 
 
