@@ -24,8 +24,8 @@ def export(
 
     try:
         names = adapter_names(adapters)
-        network, host, processor = load_for_export(names, model)
-        write(network, output, host=host, copy=copy, processor=processor)
+        network, where, processor = load_for_export(names, model)
+        write(network, output, **where, copy=copy, processor=processor)
     except (OSError, ValueError, ImportError) as error:
         fail(error)
     named = "" if len(names) == 1 else f" A request names its adapter, one of {', '.join(names)}."

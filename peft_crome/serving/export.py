@@ -56,7 +56,7 @@ def export(
         processor: saved beside the model's own weights.
     Raises:
         FileExistsError: output_dir is there already.
-        ValueError: see `check_served` and `fold`; or vLLM has no class for the host, or one without images.
+        ValueError: see `read_served` and `fold`; or vLLM has no class for the host, or one without images.
     """
     output = Path(output_dir)
     if output.exists():
@@ -137,46 +137,50 @@ def check_vllm(architecture: str) -> None:
         )
 
 
-def load_for_export(adapters: Mapping[str, str], model: str | None = None) -> tuple[PeftModel, str | None, Any]:
-    """Put adapters on their host, whose weights are loaded where a text branch is to be folded, and else not.
+def load_for_export(
+    adapters: Mapping[str, str], model: str | None = None
+) -> tuple[PeftModel, dict[str, str | None], Any]:
+    """Put adapters on their host, whose weights are loaded where they are to be written anew, and else not.
 
     Args:
         adapters: name -> directory or Hub repository.
         model: the host; None: the one that the adapters name.
     Returns:
-        The model, the host's name where its weights were not loaded, and else its processor.
+        The model; `host` and `revision` for `export`, empty where the weights were loaded; and then the processor.
     Raises:
-        ValueError: they name no host, or several.
+        ValueError: they name no host, or several, or transformers has no class for it.
     """
     configs = {name: PeftConfig.from_pretrained(path) for name, path in adapters.items()}
-    hosts = {model or config.base_model_name_or_path for config in configs.values()}
-    host = hosts.pop()
+    hosts = {(model or config.base_model_name_or_path, config.revision) for config in configs.values()}
+    host, revision = hosts.pop()
     if host is None or hosts:
-        problem = "name no host" if host is None else f"are for several hosts, {sorted({host, *hosts}, key=str)}"
+        problem = "name no host" if host is None else f"are for several hosts, {sorted(map(str, {host, *hosts}))}"
         raise ValueError(f"The adapters {sorted(adapters)} {problem}. Write --model and its directory or name.")
-    config = AutoConfig.from_pretrained(host)
-    composite = isinstance(config, CromeVLMConfig)
-    kind = CromeVLMForConditionalGeneration if composite else getattr(transformers, config.architectures[0])
-    if not composite:
-        with torch.device("meta"):
-            skeleton = kind(config)
-        network = _attached(skeleton, adapters)
-        if not read_served(network)[1]:
-            return network, host, None
-    of_composite = {"adapter": "ignore"} if composite else {}
-    network = _attached(kind.from_pretrained(host, **of_composite), adapters)
-    return network, None, _processor(host, network)
+    of_hub = {} if revision is None else {"revision": revision}
+    config = AutoConfig.from_pretrained(host, **of_hub)
+    if isinstance(config, CromeVLMConfig):
+        network = CromeVLMForConditionalGeneration.from_pretrained(host, adapter="ignore", **of_hub)
+        return _attached(network, adapters), {}, _processor(host, network)
+    name = (config.architectures or ["none"])[0]
+    if not hasattr(transformers, name):
+        raise ValueError(
+            f"{host} is of the class {name}, which transformers {transformers.__version__} does not have."
+        )
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        skeleton = kind(config)
+    network = _attached(skeleton, adapters)
+    if not read_served(network)[1]:
+        return network, {"host": host, "revision": revision}, None
+    return _attached(kind.from_pretrained(host, **of_hub), adapters), {}, AutoProcessor.from_pretrained(host, **of_hub)
 
 
-def _processor(host: str, network: PeftModel) -> Any:
-    """What is saved beside the host; a composite's is made of its backbones' where it has none."""
-    base = unwrapped(network)
+def _processor(host: str, composite: Any) -> Any:
+    """A composite's processor, made of its backbones' where the directory has none."""
     try:
         return AutoProcessor.from_pretrained(host)
     except (OSError, ValueError):
-        if not isinstance(base, CromeVLMForConditionalGeneration):
-            raise
-        return CromeVLMProcessor.from_backbones(config=base.config)
+        return CromeVLMProcessor.from_backbones(config=composite.config)
 
 
 def _attached(host: Any, adapters: Mapping[str, str]) -> PeftModel:

@@ -49,15 +49,17 @@ def write_composite(composite: Any, folder: Path, processor: Any = None) -> None
     if config.qformer_config is not None or config.is_encoder_decoder:
         part = "a Q-Former, which reads the prompt," if config.qformer_config is not None else "an encoder-decoder"
         raise ValueError(f"vLLM does not serve a composite with {part}. Serve it with transformers: model.generate().")
-    before = {name: getattr(config, name) for name in ("vision_model_name_or_path", "text_model_name_or_path")}
+    names = [(config, "vision_model_name_or_path"), (config, "text_model_name_or_path")]
+    names += [(part, "_name_or_path") for part in (config.vision_config, config.text_config)]
+    before = [getattr(*name) for name in names]
     try:
-        for name in before:
-            setattr(config, name, None)
+        for part, name in names:
+            setattr(part, name, None if part is config else "")
         config.text_config.architectures = [type(unwrapped(composite.language_model)).__name__]
         write_host(composite, composite, folder, processor, save_original_format=False)
     finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+        for (part, name), value in zip(names, before, strict=True):
+            setattr(part, name, value)
 
 
 @contextmanager

@@ -22,13 +22,16 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown, a row for each host."""
     lines = [f"| {' | '.join(HEADS)} |", f"|{' --- |' * len(HEADS)}"]
     for host, found in sorted(results.items()):
-        cells = [tokens(found.get("images")), tokens(found.get("embeddings")), first(found.get("bfloat16"))]
+        embeddings = tokens(found["embeddings"]) if "embeddings" in found else "not run"
+        cells = [tokens(found.get("images")), embeddings, first(found.get("bfloat16"))]
         lines.append(f"| `{host}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def tokens(rows: list[str] | None) -> str:
+def tokens(rows: list[str] | str | None) -> str:
     """What float32 gave."""
+    if isinstance(rows, str):
+        return rows
     if rows is None:
         return "refused by vLLM"
     return "equal" if set(rows) == {"equal"} else f"token {', '.join(rows)} differs"

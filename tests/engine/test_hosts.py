@@ -11,15 +11,14 @@ import torch
 import transformers as tf
 from peft import PeftModel
 
-from peft_crome.serving import ImageEncoder, export
+from peft_crome.serving import ImageEncoder, export, host_files
 from peft_crome.serving.encoder import NOT_IN_VLLM
-from peft_crome.serving.served import ARGUMENT, BASE_NAME
+from peft_crome.serving.served import ARGUMENT, BASE_NAME, WEIGHTS
 
 from .conftest import ask, engine
 from .hosts import (
-    CLOSE,
-    CLOSE_OF,
     HOSTS,
+    OTHER_LOGITS,
     TOKENS,
     agree,
     all_equal,
@@ -44,10 +43,9 @@ def test_images(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
     processor = tf.AutoProcessor.from_pretrained(tmp_path / "host")
     inputs = [inputs_of(processor, conversation) for conversation in conversations()]
     requests = [request_of(processor, conversation) for conversation in conversations()]
-    close = CLOSE_OF.get(name, CLOSE)
-    adapted = [generated(model, batch, close) for batch in inputs]
+    adapted = [generated(model, batch) for batch in inputs]
     with model.disable_adapter():
-        frozen = [generated(model, batch, close) for batch in inputs]
+        frozen = [generated(model, batch) for batch in inputs]
     assert any(one[: len(other)] != other[: len(one)] for one, other in zip(adapted, frozen, strict=True))
     host_alone = {"mm_processor_kwargs": {ARGUMENT: BASE_NAME}}
     with engine(tmp_path / "served", enable_mm_embeds=True) as llm:
@@ -63,6 +61,46 @@ def test_images(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
     adapted = [generated(model, batch, close=0) for batch in inputs]
     with engine(tmp_path / "served", "bfloat16") as llm:
         record(name, bfloat16=agree(ask(llm, requests, TOKENS), adapted))
+
+
+@pytest.mark.parametrize("name", OTHER_LOGITS)
+def test_embeddings_of_images(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
+    """What the language model reads is the adapted model's, where the engine's language model is not the host's."""
+    build_host(name, tmp_path / "host")
+    model = save_adapters(load_host(tmp_path / "host"), tmp_path / "adapter", ["default"])
+    export(model, tmp_path / "served", host=tmp_path / "host")
+    processor = tf.AutoProcessor.from_pretrained(tmp_path / "host")
+    conversation = conversations()[0]
+    inputs = inputs_of(processor, conversation)
+    adapted = torch.cat(ImageEncoder(model)(**inputs))
+    with engine(tmp_path / "served") as llm:
+        ask(llm, [request_of(processor, conversation)], 1)
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        served = torch.cat([*runner.encoder_cache.values()])
+    with model.disable_adapter(), torch.no_grad():
+        features = model.get_base_model().get_image_features(
+            **{key: value for key, value in inputs.items() if key.startswith("pixel_")}
+        )
+        frozen = features.pooler_output.reshape(adapted.shape)
+    difference = float((served - adapted).abs().max())
+    assert difference < 1e-4 < float((frozen - adapted).abs().max())
+    record(name, images=f"embeddings equal to {difference:.0e}, the host's own logits differ")
+
+
+def test_a_host_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exported directory has the adapter's weights alone; a directory stands for the repository."""
+    build_host("qwen2_vl", tmp_path / "host")
+    model = save_adapters(load_host(tmp_path / "host"), tmp_path / "adapter", ["default"])
+    monkeypatch.setattr(host_files, "snapshot_download", lambda *args, **kwargs: tmp_path / "host")
+    export(model, tmp_path / "served", host="somebody/qwen")
+    assert [path.name for path in (tmp_path / "served").glob("*.safetensors")] == [WEIGHTS]
+    config = tmp_path / "served" / "config.json"
+    config.write_text(config.read_text().replace("somebody/qwen", str(tmp_path / "host")))
+    processor = tf.AutoProcessor.from_pretrained(tmp_path / "host")
+    adapted = [generated(model, inputs_of(processor, conversation)) for conversation in conversations()]
+    with engine(tmp_path / "served") as llm:
+        served = ask(llm, [request_of(processor, conversation) for conversation in conversations()], TOKENS)
+    assert all_equal(served, adapted)
 
 
 def test_a_host_that_vllm_does_not_have_is_refused(tmp_path: Path) -> None:
