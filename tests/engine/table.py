@@ -33,7 +33,7 @@ def tokens(rows: list[str] | str | None) -> str:
     if isinstance(rows, str):
         return rows
     if rows is None:
-        return "refused by vLLM"
+        return "refused"
     return "equal" if set(rows) == {"equal"} else f"token {', '.join(rows)} differs"
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from peft_crome.serving import ImageEncoder, fold, folded
+from peft_crome.serving import ImageEncoder, fold, host_files
 from peft_crome.serving.encoder import NOT_IN_VLLM
 from tests.test_mixed_batch import qformer_composite
 from tests.tuner.helpers import adapted, assert_equal, attach, changed, logits, randomize, snapshot, unchanged
@@ -167,7 +167,7 @@ def test_tables_that_were_tied_to_each_other(name: str, tmp_path: Path, monkeypa
     assert not found["missing_keys"]
     torch.testing.assert_close(logits(stock.eval(), batch), expected, rtol=1e-5, atol=1e-5)
     assert target.get_output_embeddings().weight is target.get_input_embeddings().weight
-    monkeypatch.setattr(folded, "separate", lambda *_: [])  # what is written is compared with what a reader needs
+    monkeypatch.setattr(host_files, "separate", lambda *_: [])  # what is written is compared with what a reader needs
     with pytest.raises(ValueError, match=r"2 missing: \['model.*decoder.embed_tokens.weight'"):
         fold(model, tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
