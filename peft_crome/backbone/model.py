@@ -243,7 +243,7 @@ def _some_ids(count: int) -> list[int]:
 
 @torch.no_grad()
 def _called_rows(table: Any) -> torch.Tensor | None:
-    """Look rows up in a table whose weight is packed or offloaded (accelerate's hook fetches it); None if impossible."""
+    """Look rows up in a table whose weight is packed or offloaded (accelerate fetches it); None if impossible."""
     if not isinstance(getattr(table, "num_embeddings", None), int):
         return None
     device = "cpu" if table.weight.is_meta else table.weight.device
