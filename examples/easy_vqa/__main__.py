@@ -7,16 +7,16 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-# Nothing here comes from a model hub; without this, libraries look there for optional files and wait.
+# Nothing comes from a model hub. Without this, libraries would look for optional files on it and wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device is plenty; Trainer would split batches over several
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks transformers by its old name
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device is enough; Trainer would split batches
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT uses the old name
 
 import typer  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-logging.disable_progress_bar()  # of loading weights; training and answering keep theirs
+logging.disable_progress_bar()  # only for loading weights; training and answering show theirs
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
