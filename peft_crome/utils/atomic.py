@@ -80,7 +80,7 @@ def new_file(path: Path) -> Iterator[TextIO]:
     Characters that UTF-8 cannot encode are written as JSON escapes.
 
     Raises:
-        FileExistsError: another process has created the file meanwhile. It stays; the message has the path of the new content.
+        FileExistsError: another process has created the file meanwhile. It stays; the message names the copy.
     """
     temporary = beside(path)
     try:
