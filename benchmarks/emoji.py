@@ -139,7 +139,7 @@ def _each(scores: list[dict[str, Any]], name: str) -> str:
 def main(
     report: Annotated[bool, typer.Option("--report", help="Only write the table from the records.")] = False,
     seeds: Annotated[int, typer.Option(help="Seeds per method.")] = SEEDS,
-    output: Annotated[Path, typer.Option(help="Folder of checkpoints, to continue from.")] = Path("outputs/emoji"),
+    output: Annotated[Path, typer.Option(help="Checkpoints. A second run continues them.")] = Path("outputs/emoji"),
     results: Annotated[Path, typer.Option(help="Folder for records and table.")] = RESULTS,
     device: Device = "cpu",
 ) -> None:

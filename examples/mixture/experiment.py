@@ -123,12 +123,12 @@ def run(output: Path, steps: dict[str, int], rows: int, test_rows: int) -> dict[
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where everything goes; a second run continues there.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for all files. A second run continues from it.")] = Path(
         "outputs/mixture"
     ),
-    steps: Annotated[int, typer.Option(help="Of each stage.")] = 200,
-    rows: Annotated[int, typer.Option(help="Of a step.")] = 16,
-    test_rows: Annotated[int, typer.Option(help="Of each set.")] = 397,
+    steps: Annotated[int, typer.Option(help="Steps of each stage.")] = 200,
+    rows: Annotated[int, typer.Option(help="Rows of a step.")] = 16,
+    test_rows: Annotated[int, typer.Option(help="Test rows of each set.")] = 397,
 ) -> None:
     """Run both stages and print both accuracies after each."""
     for stage, scores in run(output, {"pretrain": steps, "finetune": steps}, rows, test_rows).items():

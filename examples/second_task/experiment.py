@@ -104,12 +104,12 @@ def run(output: Path, steps: int, rows: int, test_rows: int, text: str | None = 
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where everything goes; a second run continues there.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for all files. A second run continues from it.")] = Path(
         "outputs/second_task"
     ),
-    steps: Annotated[int, typer.Option(help="Of the model's two stages, and of the second task.")] = 200,
-    rows: Annotated[int, typer.Option(help="Of a step of the second task.")] = 16,
-    test_rows: Annotated[int, typer.Option(help="Of each task.")] = 397,
+    steps: Annotated[int, typer.Option(help="Steps of each of the two stages, and of the second task.")] = 200,
+    rows: Annotated[int, typer.Option(help="Rows of a step of the second task.")] = 16,
+    test_rows: Annotated[int, typer.Option(help="Test rows of each task.")] = 397,
 ) -> None:
     """Run the example and print the table."""
     results = run(output, steps, rows, test_rows)

@@ -195,7 +195,7 @@ def _absolute(images: str | Path | Mapping[str, str | Path]) -> str | dict[str, 
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Compute the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):  # Python 3.10 has no hashlib.file_digest

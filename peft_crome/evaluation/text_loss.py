@@ -152,7 +152,7 @@ def _padded(rows: list[list[int]], value: int) -> tuple[torch.Tensor, torch.Tens
 def _row_losses(
     model: Any, batch: dict[str, torch.Tensor], targets: torch.Tensor, encoder_decoder: bool
 ) -> list[float]:
-    """The loss of each row, summed over its tokens in float32."""
+    """Compute the loss of each row, summed over its tokens in float32."""
     inputs = batch if encoder_decoder else {name: value for name, value in batch.items() if name != "labels"}
     logits = model(**inputs).logits
     logits = logits[:, -batch["input_ids"].shape[1] :]  # prompt tuning puts virtual tokens before the text

@@ -39,7 +39,7 @@ class CromeModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Check everything that can be checked, then wrap the sites. An error leaves the model as it was.
+        """Check everything that can be checked, then wrap the sites. An error leaves the model unchanged.
 
         Raises:
             ValueError: see `plan`.

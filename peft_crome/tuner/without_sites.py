@@ -49,7 +49,7 @@ def without_sites(model: nn.Module) -> Iterator[None]:
 def sites_out(model: nn.Module) -> Iterator[None]:
     """Put the model's modules back in their places, without the adapters' weights, while the block runs.
 
-    At the end each site wraps whatever module is in its place by then.
+    At the end each site wraps the module that is then in its place.
     """
     places = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
     taken = [place for place in places if isinstance(place[2], (CromeLayer, CromeWeights))]

@@ -150,7 +150,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
 
     @property
     def model(self) -> "CromeVLMModel":
-        """The same parts and weights up to the last hidden states, as `base_model` returns them."""
+        """The same parts and weights up to the last hidden states. `base_model` returns it as well."""
         view = copy.copy(self)  # it shares the dictionary of modules
         view.__class__ = CromeVLMModel
         view.__dict__.pop("forward", None)  # TRL or accelerate may have wrapped the whole model's

@@ -33,8 +33,8 @@ def select_weights(model: Any, state_dict: Weights) -> Weights:
         model: the composite.
         state_dict: state dict of the whole composite.
     Returns:
-        The projection; each backbone weight that trains, has trained under `train()`, differs from the time when the
-        composite was put together, or was loaded from a composite's checkpoint; all weights of a backbone without a
+        The projection; each backbone weight that trains, has trained under `train()`, has changed since the
+        composite was built, or was loaded from a composite's checkpoint; all weights of a backbone without a
         name.
     Raises:
         ValueError: a backbone without a name is quantized, a quantized backbone changed, or adapters are attached.

@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) -> (..., out_features); the weight is temporarily unpacked into the dtype of `x`."""
+        """Compute (..., in_features) -> (..., out_features); the weight is briefly unpacked into the dtype of `x`."""
         return _Unpacked.apply(x, self.bias, self)
 
 

@@ -93,7 +93,7 @@ def find_gpu(name: str) -> Device:
 
 
 def this_device(device: torch.device, dtype: torch.dtype) -> Device:
-    """Describe the device that a process trains on: its free memory and its own, and its rate, measured in a second.
+    """Describe the device that a process trains on: free memory plus what is in use by it, and its measured rate.
 
     On a CPU float32 is measured as well, since many CPUs have no instructions for a shorter dtype.
     """

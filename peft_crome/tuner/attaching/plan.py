@@ -86,7 +86,7 @@ class Attachment:
             for parameter, requires_grad in flags:
                 parameter.requires_grad_(requires_grad)
             raise
-        self.config.__dict__.pop("_file", None)  # the next weights are its; a later use is for another adapter
+        self.config.__dict__.pop("_file", None)  # its weights are loaded next; a later use is for another adapter
 
 
 def plan(model: nn.Module, adapter_name: str, config: CromeConfig) -> Attachment:

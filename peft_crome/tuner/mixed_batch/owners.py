@@ -45,7 +45,7 @@ class Rows:
         keywords: dict[str, Any],
         counted: bool,
     ) -> None:
-        self.counted = counted  # True: `ids` are the call's rows. False: each forward pass brings its rows.
+        self.counted = counted  # whether the caller has compared rows and names; otherwise each pass must
         self.model, self.weights, self.names = model, weights, list(names)
         self.known = [name for name in dict.fromkeys(names) if name != BASE]
         numbers = {name: number for number, name in enumerate(self.known)}
@@ -239,7 +239,7 @@ class Rows:
 
 
 def _running(methods: dict[str, str]) -> str | None:
-    """What the innermost running method of `methods` reads; None if none is on the call stack."""
+    """Return what the innermost running method of `methods` reads; None if none is on the call stack."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name in methods:
