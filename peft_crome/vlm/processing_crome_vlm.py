@@ -181,8 +181,8 @@ class CromeVLMProcessor(ProcessorMixin):
         Args:
             images: one image, a list in reading order over the batch, or per row a list, an image or None
                 (`[[a, b], [], None, c]`). `read_image` reads each of them, and gives every form of one image the same
-                    pixels: a path, an address, a data URI, base64, bytes, {"bytes", "path"} as in `datasets`, a PIL
-                    image, an array or a tensor. With do_rescale=False, arrays and tensors are taken as prepared.
+                pixels: a path, an address, a data URI, base64, bytes, {"bytes", "path"} as in `datasets`, a PIL
+                image, an array or a tensor. With do_rescale=False, arrays and tensors are taken as prepared.
             text: one string or a list; each `<image>` stands for one image.
             qformer_text: the instruction of each row, for a Q-Former that reads it; None: the user's words in a text
                 that `apply_chat_template` returned, else the text without `<image>`.

@@ -23,8 +23,8 @@ def redirect_into_sites(
 
     Args:
         heads: names that PEFT adds for a task, which may be missing.
-        Returns:
-            Each name that PEFT would match -> the name to give PEFT instead.
+    Returns:
+        Each name that PEFT would match -> the name to give PEFT instead.
     Raises:
         ValueError: a name matches no module, or a module that contains a site.
     """
