@@ -189,7 +189,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     ("names", "message"),
     [
         (["default"], r"Length of `adapter_names` should be the same .* got 1 and 2"),
-        (["default", "other"], r"non-existing adapter\(s\): other\. There are \['default'\]"),
+        (["default", "other"], r"non-existing adapter\(s\): other\. The model has \['default'\]"),
     ],
     ids=["too few", "unknown"],
 )
