@@ -1,13 +1,13 @@
-"""What each part of the adapter is worth, and other methods beside it, on easy-VQA at the quick start's budget.
+"""Measure the worth of each part of the adapter, and other methods, on easy-VQA at the quick start's budget.
 
-    python -m benchmarks.ablation                # everything that is not done yet
-    python -m benchmarks.ablation --processes 2  # on two cores two runs of one thread each: a third faster
-    python -m benchmarks.ablation --report       # the table and the plot from what is there
+    python -m benchmarks.ablation                # all runs that are not finished
+    python -m benchmarks.ablation --processes 2  # two runs at a time, one thread each: a third faster on two cores
+    python -m benchmarks.ablation --report       # table and plot of the existing records
 
-Every run: 200 caption steps with the projection, 200 question steps without it (the projection alone keeps training),
-the same images and questions in the same order. A run's result is written when it ends; a second call goes on with
-the next one, in the same dtype. The first call holds the backbones in the dtype that the machine is fast in, which the
-table tells.
+Each run has 200 caption steps with the projection and 200 question steps without it (the projection alone keeps
+training), on the same images and questions in the same order. A run's result is written when it ends. A second call
+continues with the next run, in the same dtype. The first call loads the backbones in the dtype that is fast on the
+machine, which the table shows.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def run_one(
     sample: dict[str, int] = SAMPLE,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Both stages and the answers of one variant and seed, with the backbones in `dtype`."""
+    """Run both stages of one variant and seed, with the backbones in `dtype`, and answer the questions."""
     shared = processor()
     if variant.soft_prompt:
         shared = copy.copy(shared)
@@ -74,7 +74,7 @@ def run_one(
     own = [parameter.requires_grad_(True) for parameter in model.parameters() if parameter.requires_grad]
     projection = list(getattr(composite, PROJECTION).parameters())
     for parameter in [*own, *projection]:
-        parameter.data = parameter.data.float()  # small steps would be lost in half precision
+        parameter.data = parameter.data.float()  # half precision would lose small steps
         parameter.requires_grad_(True)
     stages = {"align": replace(align, learning_rate=variant.align_rate)}
     stages["finetune"] = replace(finetune, learning_rate=variant.finetune_rate)
@@ -94,23 +94,23 @@ def run_one(
 
 
 def plan(seeds: int = 3) -> list[tuple[Variant, int]]:
-    """All runs, in an order in which each seed's main rows come before the next seed's."""
+    """List all runs, ordered so that each seed's main rows come before the next seed's."""
     main = [variant for variant in VARIANTS if variant.main]
     others = [(variant, 0) for variant in VARIANTS if not variant.main]
     return [*[(variant, 0) for variant in main], *others, *[(v, seed) for seed in range(1, seeds) for v in main]]
 
 
 def file_of(variant: Variant, seed: int, results: Path = RESULTS) -> Path:
-    """Where a run's record goes."""
+    """Return the path of a run's record."""
     words = "".join(letter if letter.isalnum() else " " for letter in variant.name.lower()).split()
     return results / f"{'-'.join(words)}-seed{seed}.json"
 
 
 def dtype_of_all(results: Path = RESULTS) -> torch.dtype:
-    """What the records that are there were held in, so that rows compare; without any, what this machine is fast in.
+    """Return the dtype of the existing records, so that rows compare; without any, this machine's fast dtype.
 
     Raises:
-        ValueError: The records have several; their rows do not compare.
+        ValueError: the records have several dtypes, so their rows do not compare.
     """
     found = sorted({json.loads(file.read_text())["dtype"] for file in results.glob("*-seed*.json")})
     if len(found) > 1:
@@ -122,7 +122,7 @@ def dtype_of_all(results: Path = RESULTS) -> torch.dtype:
 
 
 def write_report(results: Path = RESULTS) -> None:
-    """The table and the plot of what is there; into the docs as well where the results are the repository's own."""
+    """Write table and plot of the existing records; into the docs as well if the results are the repository's."""
     rows, points, done = [], [], 0
     for variant in VARIANTS:
         files = [file_of(variant, seed, results) for seed in range(100)]
@@ -157,7 +157,7 @@ def _spread(values: list[float], records: list[dict[str, Any]], kind: str) -> st
 
 
 def _plot(points: list[tuple[Variant, int, list[float]]], path: Path) -> None:
-    """Names over accuracy, so that rows with equal weights can be told apart, and accuracy over weights."""
+    """Plot names over accuracy, to separate rows with equal weights, and accuracy over weights."""
     kinds = ["CROME, whole or without a part", "CROME, other settings", "without CROME"]
     figure, (names, weights_axis) = plt.subplots(
         1, 2, figsize=(12, 1.5 + 0.25 * len(points)), width_ratios=[3, 2], layout="constrained"
@@ -191,7 +191,7 @@ def _replace(path: Path, write: Any) -> None:
 
 
 def _run_to_file(name: str, seed: int, results: Path, threads: int, dtype: torch.dtype, device: str) -> str:
-    """A run in a process of its own, which is told the variant's name: a variant's functions cannot be pickled."""
+    """Run in a separate process, by the variant's name, since a variant's functions cannot be pickled."""
     torch.set_num_threads(threads)
     variant = next(variant for variant in VARIANTS if variant.name == name)
     write_json(file_of(variant, seed, results), run_one(variant, seed, dtype, device=device))
@@ -200,18 +200,18 @@ def _run_to_file(name: str, seed: int, results: Path, threads: int, dtype: torch
 
 def main(
     report: Annotated[bool, typer.Option("--report", help="Only the table and the plot.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the threads.")] = 1,
-    seeds: Annotated[int, typer.Option(help="Of the main rows.")] = 3,
-    results: Annotated[Path, typer.Option(help="Where records, table and plot go.")] = RESULTS,
+    processes: Annotated[int, typer.Option(min=1, help="Number of runs at a time. They share the threads.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Number of seeds of the main rows.")] = 3,
+    results: Annotated[Path, typer.Option(help="Folder for records, table and plot.")] = RESULTS,
     device: Device = "cpu",
 ) -> None:
-    """Run what is not done yet."""
+    """Run what is not finished."""
     if report:
         return write_report(results)
     left = [run for run in plan(seeds) if not file_of(*run, results).is_file()]
     dtype = dtype_of_all(results)
     threads = max(1, torch.get_num_threads() // processes)
-    # Spawned: what PyTorch's threads hold does not survive a fork.
+    # Spawn processes, since PyTorch's threads do not survive a fork.
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         runs = [
             pool.submit(_run_to_file, variant.name, seed, results, threads, dtype, device) for variant, seed in left

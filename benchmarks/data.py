@@ -1,14 +1,14 @@
-"""Rows a second and peak memory of reading LLaVA files, from 10,000 to 1,000,000 rows.
+"""Measure rows a second and peak memory of reading LLaVA files, from 10,000 to 1,000,000 rows.
 
-    python -m benchmarks.data                  # everything that is not done yet; about half an hour
+    python -m benchmarks.data                  # everything that is not finished; about half an hour
     python -m benchmarks.data --rows 10000
 
-Rows as in the 665K mix: 1.4 KB, several turns, an image in nine of ten. The image is looked for and not decoded, as
-what decoding costs depends on the images. `doctor --model` counts tokens, for which it opens the header of each row's
-image. Its processor is Qwen2.5-VL's with the published sizes and the tokenizer of tests/families, and needs the
-packages of tests/families/packages.txt. Each way of reading runs in a process of its own and counts what it yields;
-memory is the largest of samples, 50 a second, of the process's own pages (RssAnon, Linux): the pages of mapped files,
-which `datasets` reads its tables through, are the kernel's to drop.
+Rows are like those of the 665K mix: 1.4 KB, several turns, an image in nine of ten. Images are looked up and not
+decoded, since the cost of decoding depends on the images. `doctor --model` counts tokens and opens the header of each
+row's image for that. Its processor is Qwen2.5-VL's with the published sizes and the tokenizer of tests/families, and
+needs the packages of tests/families/packages.txt. Each way of reading runs in a separate process and counts its rows.
+Memory is the largest of 50 samples a second of the process's private pages (RssAnon, Linux). The kernel may drop the
+pages of mapped files, through which `datasets` reads its tables.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Annotated, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one core
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # use one core
 
 import matplotlib
 import typer
@@ -39,13 +39,13 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 RESULTS = Path(__file__).parent / "results" / "data"
-PICTURES = 1000  # files, which rows share
+PICTURES = 1000  # number of files, which rows share
 PIXELS = ((640, 480), (480, 640), (640, 427), (427, 640), (500, 375), (612, 612), (1024, 768), (336, 336))
 SAID = "The image shows a street with some cars, a bicycle and two people who wait for the light to change. "
 
 
 def write_file(path: Path, rows: int) -> None:
-    """A JSON list as published, written row by row, and the files that it names."""
+    """Write a JSON list in the published format, row by row, and the files that it names."""
     for number in range(PICTURES):
         Image.new("RGB", PIXELS[number % len(PIXELS)]).save(path.parent / f"{number}.jpg")
     with path.open("w") as file:
@@ -64,7 +64,7 @@ def write_file(path: Path, rows: int) -> None:
 
 
 def diagnose(path: Path) -> int:
-    """`peft-crome doctor --no-open-images`."""
+    """Run `peft-crome doctor --no-open-images`."""
     from peft_crome.data.doctor import examine
 
     findings = examine(path, open_images=False)
@@ -73,7 +73,7 @@ def diagnose(path: Path) -> int:
 
 
 def count_tokens(path: Path) -> int:
-    """`peft-crome doctor --no-open-images --model`."""
+    """Run `peft-crome doctor --no-open-images --model`."""
     import tests.torchvision_on_cpu  # noqa: F401  # before transformers imports it
 
     # isort: split
@@ -90,7 +90,7 @@ def count_tokens(path: Path) -> int:
 
 
 def convert(path: Path) -> int:
-    """The first time that a recipe names the file: converted, and every image looked for."""
+    """Read the file as a recipe does the first time: convert it and look up every image."""
     from peft_crome.data import check_files, load_rows
 
     rows = load_rows(path)
@@ -99,7 +99,7 @@ def convert(path: Path) -> int:
 
 
 def epoch(path: Path) -> int:
-    """An epoch over a mixture of the file with itself, batches of 32, after the conversion."""
+    """Read an epoch of a mixture of the file with itself in batches of 32, after the conversion."""
     from peft_crome.data import load_rows, mix, mixture_probabilities
 
     rows = load_rows(path)
@@ -108,7 +108,7 @@ def epoch(path: Path) -> int:
 
 
 def streaming(path: Path) -> int:
-    """An epoch of `streaming: true`."""
+    """Read an epoch with `streaming: true`."""
     from peft_crome.data import load_rows
 
     return sum(1 for _ in load_rows(path, streaming=True))
@@ -117,7 +117,7 @@ def streaming(path: Path) -> int:
 WAYS: dict[str, Callable[[Path], int]] = {
     "doctor": diagnose,
     "first reading": convert,
-    "an epoch of a mixture": epoch,  # of what `first reading` has converted
+    "an epoch of a mixture": epoch,  # of the rows that `first reading` has converted
     "streaming": streaming,
     "doctor --model": count_tokens,
 }
@@ -125,7 +125,7 @@ SIZES = dict.fromkeys(WAYS, (10_000, 100_000, 1_000_000)) | {"doctor --model": (
 
 
 def measure(way: str, path: Path) -> dict[str, Any]:
-    """Run in a process of its own: seconds, rows and bytes."""
+    """Measure one way in a separate process: seconds, rows and bytes."""
     import peft_crome.data  # noqa: F401
 
     samples = [_own_bytes()]
@@ -157,7 +157,7 @@ def _own_bytes() -> int:
 
 
 def run(sizes: list[int]) -> list[dict[str, Any]]:
-    """Measure what is not in the records yet."""
+    """Measure all sizes that have no record yet."""
     file = RESULTS / "records.json"
     records: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def _measure_size(size: int, ways: list[str]) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Rows a second and peak memory, a row per way; a table for the ways that were measured with the same rows."""
+    """Format rows a second and peak memory, a row per way; one table for all ways with the same rows."""
     sizes_of = {way: tuple(sorted(record["size"] for record in records if record["way"] == way)) for way in WAYS}
     return "\n".join(
         _table(records, [way for way in WAYS if sizes_of[way] == sizes], sizes)
@@ -227,12 +227,12 @@ def _table(records: list[dict[str, Any]], ways: list[str], sizes: tuple[int, ...
 
 
 def _seconds(record: dict[str, Any]) -> float:
-    """Of the processor, if they were recorded: other work on the machine does not count then."""
+    """Return the processor's seconds if they were recorded, which exclude other work on the machine."""
     return float(record.get("cpu_seconds", record["seconds"]))
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
-    """Both over the number of rows."""
+    """Plot both over the number of rows."""
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for way in WAYS:
         of_way = [record for record in records if record["way"] == way]
@@ -251,11 +251,11 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(
-    rows: Annotated[list[int] | None, typer.Option(help="Sizes; several times for several.")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Number of rows. Repeatable.")] = None,
     way: Annotated[str | None, typer.Option(hidden=True)] = None,
     file: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Measure, write and print."""
+    """Measure, write and print the results."""
     if way is not None and file is not None:
         print(json.dumps(measure(way, file)))
         return

@@ -1,9 +1,9 @@
-"""Greedy decoding: with the text branch folded into the embedding table, unfolded, and with LoRA, against the base.
+"""Measure greedy decoding with the text branch folded into the embedding table, unfolded, and with LoRA.
 
     python -m benchmarks.decoding
 
-Frozen DINOv2-small and SmolLM2-135M, one row with an image. Seconds are those between tokens, the prompt's
-pass left out. Adapters are random and not zero. CROME folded and unfolded must give the same tokens.
+Frozen DINOv2-small and SmolLM2-135M, one row with an image, in ratio to the base model. Seconds are those between
+tokens, without the prompt's pass. Adapters are random and not zero. CROME folded and unfolded must give equal tokens.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ LORAS = [name for name in CONFIGS if name.startswith("LoRA")]
 
 
 class Watch(BaseStreamer):
-    """When each token came; `generate` hands them on."""
+    """Record when each token arrives from `generate`."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.tokens: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, first, and then a token at a time."""
+        """Take the prompt first, and then a token at a time."""
         self.times.append(time.perf_counter())
         if len(self.times) > 1:
             self.tokens.append(int(value))
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing at the end."""
 
 
 def with_random_weights(name: str, make: Any) -> Any:
-    """A model with an adapter that acts."""
+    """Build a model with an adapter that acts."""
     torch.manual_seed(0)
     if name == BASE:
         return make().eval()
@@ -70,10 +70,10 @@ def with_random_weights(name: str, make: Any) -> Any:
 
 
 def decode(model: Any, batch: dict[str, torch.Tensor], tokens: int, **options: Any) -> tuple[float, list[int]]:
-    """Median seconds from token to token, and the tokens. On a GPU, `generate` waits for each of them.
+    """Return the median seconds from token to token, and the tokens. On a GPU, `generate` waits for each token.
 
     Args:
-        options: of `generate`.
+        options: arguments of `generate`.
     """
     watch = Watch()
     with torch.inference_mode():
@@ -94,15 +94,15 @@ def measure(
     until: float = math.inf,
     **options: Any,
 ) -> dict[str, Any]:
-    """Seconds per token of each way, one value per repeat; all ways in turn.
+    """Measure seconds per token of all ways in turn; one value per way and repeat.
 
     Args:
-        tokens: that are generated.
-        prompt: tokens of the prompt.
-        make: builds the frozen host.
-        names: of the ways.
-        until: as for `in_turn`.
-        options: of `generate`.
+        tokens: number of generated tokens.
+        prompt: number of tokens in the prompt.
+        make: function that builds the frozen host.
+        names: names of the ways.
+        until: as in `in_turn`.
+        options: arguments of `generate`.
     """
     models = {name: with_random_weights(name, make) for name in names}
     batch = batch_of(base_of(models[BASE]), 1, prompt)
@@ -119,13 +119,13 @@ def measure(
 
 
 def to_base(record: dict[str, Any]) -> dict[str, list[float]]:
-    """Each way's ratios to the base model."""
+    """Compute each way's ratios to the base model."""
     seconds = record["seconds"]
     return {name: ratios(seconds[name], seconds[BASE]) for name in seconds if name != BASE}
 
 
 def table(record: dict[str, Any]) -> str:
-    """A line per way."""
+    """Format a line per way."""
     found = to_base(record)
     rows = [
         [name, middle([1000 * value for value in values], 1), middle(found[name]) if name in found else "1"]
@@ -135,9 +135,9 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="Generations of each way.")] = 15,
-    tokens: Annotated[int, typer.Option(help="In each.")] = 48,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Number of generations of each way.")] = 15,
+    tokens: Annotated[int, typer.Option(help="Number of generated tokens.")] = 48,
+    prompt: Annotated[int, typer.Option(help="Number of tokens in the prompt.")] = 64,
     device: Device = "cpu",
 ) -> None:
     """Measure, write and print. Numbers are medians with the middle half."""

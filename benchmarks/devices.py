@@ -1,4 +1,4 @@
-"""The device that a benchmark runs on: a clock that waits for it, and the memory that is held on it."""
+"""Measure on a device: a clock that waits for it, and the memory in use on it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Annotated
 import torch
 import typer
 
-Device = Annotated[str, typer.Option("--device", help="Where the models run: cpu, cuda, or one GPU, as cuda:1.")]
+Device = Annotated[str, typer.Option("--device", help="Device of the models: cpu, cuda, or one GPU such as cuda:1.")]
 
 
 def is_gpu(device: str) -> bool:
-    """Whether it is an NVIDIA GPU and not this machine's processor.
+    """Whether a device is an NVIDIA GPU and not the CPU.
 
     Raises:
-        ValueError: It is neither, or PyTorch sees no GPU.
+        ValueError: the device is neither, or PyTorch sees no GPU.
     """
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
@@ -31,14 +31,14 @@ def is_gpu(device: str) -> bool:
 
 
 def results_on(device: str, folder: Path) -> Path:
-    """The folder for what a device gives: the processor's results and a GPU's do not replace each other."""
+    """Return the folder for a device's results, so that those of CPU and GPU do not replace each other."""
     results = folder.with_name(f"{folder.name}_cuda") if is_gpu(device) else folder
     results.mkdir(parents=True, exist_ok=True)
     return results
 
 
 def clock_on(device: str) -> Callable[[], float]:
-    """A clock in seconds that first waits for all that was launched on the device."""
+    """Return a clock in seconds that first waits for all work on the device."""
     if not is_gpu(device):
         return time.perf_counter
 
@@ -50,7 +50,7 @@ def clock_on(device: str) -> Callable[[], float]:
 
 
 def settle(device: str = "cpu") -> None:
-    """Give back what is free, and begin the highest value anew."""
+    """Free unused memory, and reset the peak."""
     gc.collect()
     if is_gpu(device):
         torch.cuda.synchronize(device)
@@ -62,16 +62,16 @@ def settle(device: str = "cpu") -> None:
 
 
 def held(device: str = "cpu") -> int:
-    """Bytes that this process holds now: resident ones, or those of tensors on a GPU."""
+    """Return the bytes that this process holds now: resident memory, or tensors on a GPU."""
     return torch.cuda.memory_allocated(device) if is_gpu(device) else _status("VmRSS")
 
 
 def peak(device: str = "cpu") -> int:
-    """The highest of `held` since `settle`."""
+    """Return the highest value of `held` since `settle`."""
     return torch.cuda.max_memory_allocated(device) if is_gpu(device) else _status("VmHWM")
 
 
 def _status(key: str) -> int:
-    """Bytes that Linux gives for this process: VmRSS now, VmHWM at the highest."""
+    """Read a value of Linux for this process in bytes: VmRSS is the present one, VmHWM the peak."""
     text = Path("/proc/self/status").read_text()
     return int(re.search(rf"^{key}:\s+(\d+) kB", text, re.M)[1]) * 1024  # type: ignore[index]

@@ -1,11 +1,11 @@
-"""Naming emoji on real weights: trained on one style, tested on new objects and on another vendor's style.
+"""Name emoji with real weights: train on one style, test on new objects and on another vendor's style.
 
-    python -m benchmarks.emoji            # everything that is not done yet; each run takes some ten minutes
-    python -m benchmarks.emoji --report   # the table from the records alone
+    python -m benchmarks.emoji            # all runs that are not finished; each takes some ten minutes
+    python -m benchmarks.emoji --report   # only the table, from the records
 
-Every run: captions (the object's kind) with the projection, then questions for it without the projection (which keeps
-training where it is alone), on three quarters of the objects in Google's drawings. A seed draws the objects that are
-held out, the weights and the order of the data, the same for every method. Records are written as runs end.
+Each run trains on captions (the object's kind) with the projection, then on questions about it without the projection
+(which keeps training if it is alone), on three quarters of the objects in Google's drawings. A seed determines the
+held-out objects, the weights and the order of the data, for all methods alike. Records are written as runs end.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def run_one(
     limit: int | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Both stages, the tests and the measurement on text of one method and seed.
+    """Run both stages, the tests and the measurement on text for one method and seed.
 
     Args:
-        directory: of checkpoints; a stage that is done is not trained again.
-        limit: test questions per set; all if None.
-        device: where it trains and answers.
+        directory: folder of checkpoints; a finished stage is not trained again.
+        limit: number of test questions per set; None: all.
+        device: device for training and answering.
     """
     shared = processor()
     views = data.features("google", shared.image_processor, data.VIEWS)
@@ -98,12 +98,12 @@ def run_one(
 
 
 def file_of(method: str, seed: int, results: Path = RESULTS) -> Path:
-    """Where a run's record goes."""
+    """Return the path of a run's record."""
     return results / f"{method}-seed{seed}.json"
 
 
 def write_report(results: Path = RESULTS) -> str:
-    """Write the table of the records that are there, and return it; the repository's own go into the docs too."""
+    """Write the table of the existing records and return it; the repository's own table goes into the docs as well."""
     records = [json.loads(file.read_text()) for file in sorted(results.glob("*-seed*.json"))]
     header = ["", "seeds", *TESTS, "text loss, with", "without", "capital of France", "weights"]
     rows = []
@@ -129,7 +129,7 @@ def write_report(results: Path = RESULTS) -> str:
 
 
 def _each(scores: list[dict[str, Any]], name: str) -> str:
-    """Mean over the seeds, with the lowest and the highest; a single seed's standard error."""
+    """Format the mean over seeds with the lowest and the highest value; for one seed its standard error."""
     values = [score[name]["accuracy"] for score in scores]
     if len(values) == 1:
         return f"{values[0]:.1%} ± {scores[0][name]['stderr']:.1%}"
@@ -137,13 +137,13 @@ def _each(scores: list[dict[str, Any]], name: str) -> str:
 
 
 def main(
-    report: Annotated[bool, typer.Option("--report", help="Only the table, from the records.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Only write the table from the records.")] = False,
     seeds: Annotated[int, typer.Option(help="Seeds per method.")] = SEEDS,
-    output: Annotated[Path, typer.Option(help="Checkpoints; a second run continues there.")] = Path("outputs/emoji"),
-    results: Annotated[Path, typer.Option(help="Records and table.")] = RESULTS,
+    output: Annotated[Path, typer.Option(help="Checkpoints. A second run continues them.")] = Path("outputs/emoji"),
+    results: Annotated[Path, typer.Option(help="Folder for records and table.")] = RESULTS,
     device: Device = "cpu",
 ) -> None:
-    """Run what is not done yet: all methods of one seed, then the next seed."""
+    """Run what is not finished: all methods of one seed, then the next seed."""
     for seed, method in [(seed, method) for seed in range(0 if report else seeds) for method in METHODS]:
         file = file_of(method, seed, results)
         if not file.is_file():

@@ -1,4 +1,4 @@
-"""Emoji as a task: to name the kind of an object; 725 objects in 30 kinds, drawn by Google and by Twitter.
+"""Build the emoji task: name the kind of an object; 725 objects in 30 kinds, drawn by Google and by Twitter.
 
 The drawings are Noto Emoji (Google, Apache-2.0) and Twemoji (Twitter, CC-BY 4.0), from npm's `emoji-datasource-google`
 and `emoji-datasource-twitter`.
@@ -23,8 +23,8 @@ from examples.easy_vqa.parts import fetch
 VENDORS = ("google", "twitter")
 QUESTION = "What kind of thing is this?"
 SIDE = 64  # pixels
-VIEWS = 8  # of each of Google's drawings, to train on; the first is the drawing as it is
-HELD_OUT = 0.25  # of the objects of a kind
+VIEWS = 8  # training views of each of Google's drawings; the first is the drawing itself
+HELD_OUT = 0.25  # share of the objects of a kind
 # Unicode's subcategories with at least 12 objects, in plain words; people, faces, flags and symbols are left out.
 KINDS = {
     "animal-bird": "bird",
@@ -72,14 +72,14 @@ class Thing:
 
 @cache
 def things() -> tuple[Thing, ...]:
-    """The objects, in the order of the file."""
+    """List the objects in the order of the file."""
     rows = json.loads((fetch("emoji-datasource-google") / "package" / "emoji.json").read_text())
     kept = [row for row in rows if row["category"] not in LEFT_OUT and row["subcategory"] in KINDS]
     return tuple(Thing(number, KINDS[row["subcategory"]], row["image"]) for number, row in enumerate(kept))
 
 
 def split(objects: tuple[Thing, ...], seed: int) -> tuple[list[Thing], list[Thing]]:
-    """Objects to train on, and a quarter of each kind to hold out."""
+    """Split the objects into training objects and a held-out quarter of each kind."""
     generator = random.Random(seed)
     train, held_out = [], []
     for kind in sorted({thing.kind for thing in objects}):
@@ -92,7 +92,7 @@ def split(objects: tuple[Thing, ...], seed: int) -> tuple[list[Thing], list[Thin
 
 
 def drawing(vendor: str, thing: Thing, view: int = 0) -> Image.Image:
-    """A vendor's drawing on white, 64 x 64; views from 1 on are mirrored, turned, scaled and moved at random."""
+    """Open a vendor's drawing on white, 64 x 64. Views from 1 on are mirrored, rotated, scaled and moved at random."""
     folder = fetch(f"emoji-datasource-{vendor}") / "package" / "img" / vendor / "64"
     image = Image.open(folder / thing.image).convert("RGBA").resize((SIDE, SIDE))
     white = Image.new("RGBA", (SIDE, SIDE), "white")
@@ -109,8 +109,8 @@ def drawing(vendor: str, thing: Thing, view: int = 0) -> Image.Image:
 
 
 def features(vendor: str, image_processor: Any, views: int = 1) -> torch.Tensor:
-    """The frozen tower's features of a vendor's drawings, (objects * views, 16, 384) fp16; an object's views follow
-    one another."""
+    """Compute the frozen tower's features of a vendor's drawings, (objects * views, 16, 384) fp16; the views of an
+    object are consecutive."""
     objects = things()
     return cached_features(
         f"emoji-{vendor}-{views}-views",
@@ -121,10 +121,10 @@ def features(vendor: str, image_processor: Any, views: int = 1) -> torch.Tensor:
 
 
 def rows(objects: list[Thing], count: int, seed: int, stage: str) -> list[dict[str, Any]]:
-    """`count` training rows of one view of an object each; every object comes before one comes again.
+    """Draw `count` training rows of one view of an object each. Every object comes once before any is repeated.
 
     Args:
-        stage: "align", where the kind is the drawing's caption; or "finetune", where it is asked for.
+        stage: "align" makes the kind the drawing's caption; "finetune" makes it the answer to a question.
     """
     generator = random.Random(seed)
     order: list[Thing] = []
@@ -138,10 +138,10 @@ def rows(objects: list[Thing], count: int, seed: int, stage: str) -> list[dict[s
 
 
 def questions(objects: list[Thing]) -> list[dict[str, Any]]:
-    """Test questions for `evaluation.answer`, whose features have one row per object."""
+    """Build test questions for `evaluation.answer`, whose features have one row per object."""
     return [{"image_id": thing.number, "question": QUESTION, "answer": thing.kind} for thing in objects]
 
 
 def most_frequent_kind(train: list[Thing]) -> str:
-    """What words alone allow: every question is worded alike, so the best guess is one kind for all."""
+    """Return the best guess without images: all questions have the same words, so it is one kind for all."""
     return Counter(thing.kind for thing in train).most_common(1)[0][0]

@@ -1,10 +1,10 @@
-"""A training step with and without kept features of the vision tower, on the quick start's parts.
+"""Measure a training step with and without cached features of the vision tower, on the quick start's parts.
 
     python -m benchmarks.feature_cache
 
-Frozen DINOv2-small and SmolLM2-135M in bf16, the adapter trains. The same rows of easy-VQA, a question per image, in
-one process: a step that computes the features, one that computes and writes them (the first epoch), one that reads
-them (every later one), in turn, so that what else the machine does falls on all alike.
+Frozen DINOv2-small and SmolLM2-135M in bf16; the adapter trains. The rows of easy-VQA have one question per image.
+One process takes three steps in turn: one that computes the features, one that computes and writes them (first
+epoch), and one that reads them (later epochs). Other work on the machine therefore affects all of them alike.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WAYS = ("computed", "computed and written", "read")
 
 
 def batches(processor: Any, composite: Any, rows: int, count: int) -> list[dict[str, torch.Tensor]]:
-    """Batches of one question per image."""
+    """Build batches of one question per image."""
     images: dict[int, dict[str, Any]] = {}
     for row in data.load_questions("train"):
         images.setdefault(row["image_id"], row)
@@ -57,7 +57,7 @@ def _row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def measure(rows: int, steps: int, image_size: int, device: str = "cpu") -> dict[str, Any]:
-    """Seconds of each way, one value per batch."""
+    """Measure the seconds of each way, one value per batch."""
     composite = CromeVLMForConditionalGeneration.from_backbones(
         vision=str(dinov2_small()), language=str(smollm2()), dtype=torch.bfloat16, vision_pool_size=2,
         image_size=image_size,
@@ -84,7 +84,7 @@ def measure(rows: int, steps: int, image_size: int, device: str = "cpu") -> dict
                     expected = (rows, 0) if way == "read" else (0, rows)
                     assert (cache.hits, cache.misses) == expected, (way, cache.hits, cache.misses)
                     cache.detach()
-                if number:  # the first batch warms up
+                if number:  # the first batch is a warm-up
                     seconds[way].append(passed)
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / (rows * (steps + 1))
     finally:
@@ -93,7 +93,7 @@ def measure(rows: int, steps: int, image_size: int, device: str = "cpu") -> dict
 
 
 def table(measured: list[dict[str, Any]]) -> str:
-    """Medians, with the range of the middle half."""
+    """Format medians, with the range of the middle half."""
     lines = ["| pixels | rows | features | a step, s (middle half) | to computed |", "| --- | --- | --- | --- | --- |"]
     for case in measured:
         base = case["seconds"]["computed"]
@@ -109,7 +109,7 @@ def table(measured: list[dict[str, Any]]) -> str:
 def main(
     rows: Annotated[int, typer.Option()] = 16, steps: Annotated[int, typer.Option()] = 15, device: Device = "cpu"
 ) -> None:
-    """Measure, write and print."""
+    """Measure, write and print the results."""
     measured = [measure(rows, steps, image_size, device) for image_size in (112, 224)]
     results = results_on(device, RESULTS)
     write_json(results / "seconds.json", [{**m, "torch": torch.__version__} for m in measured])

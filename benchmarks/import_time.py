@@ -1,4 +1,4 @@
-"""What `import peft_crome` adds to `import peft`: medians over fresh interpreters, taken in turn.
+"""Measure what `import peft_crome` adds to `import peft`: medians over fresh interpreters, in turn.
 
 python benchmarks/import_time.py [--runs 15]
 """
@@ -15,7 +15,7 @@ CODES = {"import peft": "import peft", "import peft; import peft_crome": "import
 
 
 def seconds(code: str) -> float:
-    """Wall-clock seconds of a fresh interpreter that runs `code`."""
+    """Return the wall-clock seconds of a fresh interpreter that runs `code`."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
@@ -27,10 +27,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15, help="interpreters started for each of the two")
     runs = parser.parse_args().runs
     for code in CODES.values():
-        seconds(code)  # compiles what has no bytecode yet, and fills the disk's cache
+        seconds(code)  # compiles missing bytecode and fills the disk's cache
     taken: dict[str, list[float]] = {name: [] for name in CODES}
     for run in range(runs):
-        for name in sorted(CODES, reverse=bool(run % 2)):  # in turn, the order too
+        for name in sorted(CODES, reverse=bool(run % 2)):  # in turn, with alternating order
             taken[name].append(seconds(CODES[name]))
     for name, times in taken.items():
         print(

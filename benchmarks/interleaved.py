@@ -1,4 +1,4 @@
-"""Ratios of times on a machine that is never quiet: one process, everything in turn, medians."""
+"""Measure ratios of times on a machine that is never idle: one process, all ways in turn, medians."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ import torch
 from benchmarks.devices import is_gpu
 
 T = TypeVar("T")
-LEAST = 2  # repeats: one has no spread
+LEAST = 2  # number of repeats: one has no spread
 OUT_OF_MEMORY = "out of memory"
 
 
 def machine(device: str = "cpu") -> dict[str, object]:
-    """What a number was measured on: processor, its instructions that PyTorch uses, threads, PyTorch, a GPU."""
+    """Describe the machine of a measurement: processor, the instructions that PyTorch uses, threads, PyTorch, GPU."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     facts: dict[str, object] = {
         "processor": found[1] if found else platform.processor(),
@@ -41,12 +41,12 @@ def machine(device: str = "cpu") -> dict[str, object]:
 
 
 def in_turn(ways: Mapping[str, Callable[[], T]], repeats: int, until: float = math.inf) -> dict[str, list[T]]:
-    """What each way returns, `repeats` times. A repeat has all ways and begins with another one; the first is lost.
+    """Return the results of each way, `repeats` times. Repeats have all ways in rotating order; the first is dropped.
 
-    A way that a GPU has too little memory for is left out from then on, and its list is empty.
+    A way that does not fit into a GPU's memory is left out from then on, and its list is empty.
 
     Args:
-        until: `time.perf_counter()` at which the repeats should be done. Two are made in any case.
+        until: `time.perf_counter()` at which the repeats should be finished. At least two are made.
     """
     results: dict[str, list[T]] = {name: [] for name in ways}
     left = list(ways)
@@ -62,7 +62,7 @@ def in_turn(ways: Mapping[str, Callable[[], T]], repeats: int, until: float = ma
             else:
                 if repeat:
                     results[name].append(result)
-            if name not in left:  # only now is the error gone, which holds what the way had
+            if name not in left:  # the error, which kept the way's memory, is gone only now
                 torch.cuda.empty_cache()
         now = time.perf_counter()
         if repeat >= LEAST and now + (now - start) > until:
@@ -76,12 +76,12 @@ def seconds_in_turn(
     clock: Callable[[], float] = time.perf_counter,
     until: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each way, as `in_turn` has them.
+    """Measure the seconds of each way, in the order of `in_turn`.
 
     Args:
-        clock: `time.process_time` leaves out what other processes take, and counts each thread's seconds.
+        clock: `time.process_time` excludes other processes and adds up the seconds of all threads.
             `devices.clock_on` waits for a GPU.
-        until: as for `in_turn`.
+        until: as in `in_turn`.
     """
 
     def timed(way: Callable[[], object]) -> float:
@@ -93,14 +93,14 @@ def seconds_in_turn(
 
 
 def ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
-    """Repeat by repeat, so that what else the machine did then falls on both; none where one of them has none."""
+    """Compute ratios repeat by repeat, so that other work affects both sides; empty if one side is empty."""
     if not values or not base:
         return []
     return [value / other for value, other in zip(values, base, strict=True)]
 
 
 def middle(values: Sequence[float], digits: int = 3) -> str:
-    """Median and middle half, as a table has them. A way without values needed more memory than there is."""
+    """Format median and middle half for a table. A way without values did not fit into memory."""
     if not values:
         return OUT_OF_MEMORY
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -108,17 +108,17 @@ def middle(values: Sequence[float], digits: int = 3) -> str:
 
 
 def markdown(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
 
 
 def plot_ratios(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path, label: str) -> None:
-    """A panel per case: each way's ratio, its median and its middle half.
+    """Plot a panel per case: each way's ratio, its median and its middle half.
 
     Args:
         panels: case -> way -> ratios.
-        label: of the axis.
+        label: label of the axis.
     """
     height = 0.5 + sum(0.5 + 0.32 * len(ways) for ways in panels.values())
     sizes = [len(ways) for ways in panels.values()]

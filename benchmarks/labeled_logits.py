@@ -1,10 +1,10 @@
-"""A training step with logits where there are labels, against logits everywhere and TRL's fused output head.
+"""Measure a training step with logits at labels, against logits everywhere and TRL's fused output head.
 
     python -m benchmarks.labeled_logits
 
-Two rows of 512 tokens, a tenth of which has labels, in bfloat16. The floor is what `benchmarks.step_time` divides by:
-the frozen model's own forward and backward pass, with all of its logits. Times are taken in one process, in turn, and
-memory in a fresh process each. Needs Linux.
+Two rows of 512 tokens, a tenth of which have labels, in bfloat16. The floor is the same as in `benchmarks.step_time`:
+the frozen model's forward and backward pass, with all of its logits. Times are taken in one process, in turn, and
+memory in a fresh process per way. Needs Linux.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ EVERYWHERE, AT_LABELS, TRL = "CROME, all logits", "CROME, logits at labels", "CR
 
 
 def composite_of(language: str, device: str = "cpu") -> nn.Module:
-    """Frozen DINOv2-small and the language model in bfloat16."""
+    """Build frozen DINOv2-small and the language model in bfloat16."""
     return backbone(language=LANGUAGES[language](), dtype=torch.bfloat16, device=device)
 
 
 def model_of(composite: nn.Module, way: str) -> nn.Module:
-    """The composite as this way trains it."""
+    """Prepare the composite for training in this way."""
     if way == TRL:
         add_fused_lm_head(composite)
     return attach(composite, FLOOR if way == FLOOR else CROME)
 
 
 def step_of(model: nn.Module, way: str, tokens: int = TOKENS) -> Callable[[], None]:
-    """A function that does one step; a tenth of each row's tokens, at its end, has labels."""
+    """Return a function that runs one step; the last tenth of each row's tokens has labels."""
     batch = batch_of(base_of(model), ROWS, tokens, labeled=SHARE)
     if way == AT_LABELS:
         return training_step(model, batch, logits_at_labels)
@@ -70,11 +70,11 @@ def measure(
     tokens: int = TOKENS,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Seconds of each way's step, one value per repeat.
+    """Measure the seconds of each way's step, one value per repeat.
 
     Args:
-        clock: of the module `time`; a GPU is waited for with "perf_counter".
-        make: builds the frozen composite on the device; tests give a tiny one.
+        clock: function of the module `time`; "perf_counter" waits for a GPU.
+        make: function that builds the frozen composite on the device; tests pass a tiny one.
     """
     ways = {}
     for way in (FLOOR, EVERYWHERE, AT_LABELS, TRL):
@@ -92,7 +92,7 @@ def measure(
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A line per language model and way."""
+    """Format a line per language model and way."""
     rows = []
     for record in records:
         seconds, peaks = record["seconds"], record["peaks"]
@@ -106,9 +106,9 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="Steps of each way.")] = 9,
-    cpu_time: Annotated[bool, typer.Option(help="Leave out what other processes take; with one thread.")] = False,
-    case: Annotated[str | None, typer.Option(help="Language model and way, as JSON: measure its memory here.")] = None,
+    repeats: Annotated[int, typer.Option(help="Number of steps of each way.")] = 9,
+    cpu_time: Annotated[bool, typer.Option(help="Exclude other processes' time. Use one thread.")] = False,
+    case: Annotated[str | None, typer.Option(help="Measure the memory of this language model and way (JSON).")] = None,
     device: Device = "cpu",
 ) -> None:
     """Measure, write and print. Numbers are medians with the middle half."""

@@ -1,9 +1,9 @@
-"""A batch of 64 rows with 1, 8 and 64 adapters, against one adapter for all rows and against PEFT's LoRA.
+"""Measure a batch of 64 rows with 1, 8 and 64 adapters, against one adapter for all rows and against PEFT's LoRA.
 
     python -m benchmarks.many_adapters
 
-Frozen DINOv2-small and SmolLM2-135M. Each row has an image and an adapter of its own (`adapter_names`):
-a pass over the prompts, and greedy decoding of some tokens.
+Frozen DINOv2-small and SmolLM2-135M. Each row has an image and its own adapter (`adapter_names`). The work is a pass
+over the prompts, and greedy decoding of some tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WORK = ("a pass", "decoding")
 
 
 def configurations() -> dict[str, PeftConfig]:
-    """Both methods, with weights that act."""
+    """Configure both methods, with weights that act."""
     return {
         "CROME": CromeConfig(branches=BOTH, init_weights=False),
         "LoRA r=8 on q, v": LoraConfig(
@@ -54,15 +54,15 @@ def measure(
     until: float = math.inf,
     most_loras: int | None = None,
 ) -> Any:
-    """Seconds of each way and kind of work, one value per repeat.
+    """Measure the seconds of each way and kind of work, one value per repeat.
 
     Args:
-        counts: of different adapters in the batch.
-        prompt, tokens: of each row: read, and decoded.
-        make: builds the frozen host.
-        device: where it is.
-        until: as for `in_turn`; both kinds of work share the time.
-        most_loras: the largest of `counts` for LoRA, which takes long to add many of.
+        counts: numbers of different adapters in the batch.
+        prompt, tokens: number of tokens that each row reads and decodes.
+        make: function that builds the frozen host.
+        device: device of the host.
+        until: as in `in_turn`; both kinds of work share the time.
+        most_loras: the largest of `counts` for LoRA, since adding many takes long.
     """
     base = make().eval()
     batch = batch_of(base, rows, prompt)
@@ -99,7 +99,7 @@ def _do(work: str, model: Any, extra: dict[str, Any], batch: dict[str, torch.Ten
 
 
 def to_base(record: Any) -> dict[str, dict[str, list[float]]]:
-    """Work -> way -> ratios to the model without an adapter."""
+    """Compute work -> way -> ratios to the model without an adapter."""
     return {
         f"{work}, {record['rows']} rows": {
             name: ratios(values, seconds[BASE]) for name, values in seconds.items() if name != BASE
@@ -109,7 +109,7 @@ def to_base(record: Any) -> dict[str, dict[str, list[float]]]:
 
 
 def table(record: Any) -> str:
-    """A line per way; both kinds of work."""
+    """Format a line per way, with both kinds of work."""
     found = list(to_base(record).values())
     rows = []
     for name in record["seconds"][WORK[0]]:
@@ -121,10 +121,10 @@ def table(record: Any) -> str:
 
 
 def main(
-    rows: Annotated[int, typer.Option(help="Of the batch.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Of each way.")] = 7,
-    prompt: Annotated[int, typer.Option(help="Tokens of each row.")] = 32,
-    tokens: Annotated[int, typer.Option(help="That are decoded.")] = 8,
+    rows: Annotated[int, typer.Option(help="Number of rows in the batch.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Number of repeats of each way.")] = 7,
+    prompt: Annotated[int, typer.Option(help="Number of prompt tokens in each row.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Number of decoded tokens.")] = 8,
     device: Device = "cpu",
 ) -> None:
     """Measure, write and print. Numbers are medians with the middle half."""

@@ -1,10 +1,10 @@
-"""The memory of a training step: what `peft_crome.training.predict_step` says, and what the process then takes.
+"""Compare the memory of a training step, as `peft_crome.training.predict_step` predicts it, with a real process.
 
     python -m benchmarks.memory
 
 Each case is a fresh process: frozen DINOv2-small and SmolLM2-135M as `peft-crome train` builds them, two steps of
-AdamW on a batch with a padded row. Measured is the highest resident memory during the steps, above what the process
-held before the model was built (with a tiny model trained for two steps, so that libraries are loaded). Needs Linux.
+AdamW on a batch with a padded row. The result is the highest resident memory during the steps, minus the process's
+memory before the model was built (after two steps of a tiny model, which load the libraries). Needs Linux.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ CASES: list[dict[str, Any]] = [
     {"dtype": "bfloat16", "rows": 4, "tokens": 256, "malloc": "default"},
     {"dtype": "bfloat16", "rows": 4, "tokens": 256, "quantization": "4bit", "malloc": "default"},
 ]
-# glibc keeps freed blocks of up to 32 MB and cannot use all of them again. Given back at once, memory is the tensors'.
+# glibc keeps freed blocks of up to 32 MB and cannot reuse all of them. Returned at once, only tensors count.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def recipe_of(case: dict[str, Any]) -> Any:
-    """The first stage, or with a Q-Former the second, which trains that too."""
+    """Build a recipe of the first stage, or with a Q-Former of the second, which trains the Q-Former as well."""
     reader = {"qformer": QFORMER, "qformer_tokenizer": str(smollm2())} if case.get("qformer") else {}
     return load_recipe(
         {
@@ -81,7 +81,7 @@ def recipe_of(case: dict[str, Any]) -> Any:
 
 
 def batch_of(composite: Any, rows: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Rows of one image and random words; the last is shorter."""
+    """Build rows of one image and random words; the last row is shorter."""
     ids = torch.randint(1000, 2000, (rows, tokens))
     ids[:, 4 : 4 + composite.image_seq_length] = composite.config.image_token_id
     attention_mask = torch.ones_like(ids)
@@ -96,7 +96,7 @@ def batch_of(composite: Any, rows: int, tokens: int) -> dict[str, torch.Tensor]:
 
 
 def train_two_steps(model: Any, rows: int, tokens: int, checkpointing: bool) -> float:
-    """Two steps as the Trainer makes them; the seconds of the second."""
+    """Run two steps as the Trainer does, and return the seconds of the second."""
     if checkpointing:
         model.activation_checkpointing_enable()
     model.train()
@@ -112,7 +112,7 @@ def train_two_steps(model: Any, rows: int, tokens: int, checkpointing: bool) -> 
 
 
 def warm_up(device: str = "cpu") -> None:
-    """Load what a step loads: a tiny composite of the same kinds."""
+    """Load the libraries of a step by running a tiny composite of the same kinds."""
     tower = Dinov2Model(Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28))
     language = LlamaForCausalLM(LlamaConfig(vocab_size=3000, **TINY))
     composite = CromeVLMForConditionalGeneration.from_backbones(
@@ -127,7 +127,7 @@ def warm_up(device: str = "cpu") -> None:
 
 
 def measure(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
-    """Build and train; to be called in a fresh process."""
+    """Build and train; call it in a fresh process."""
     torch.manual_seed(0)
     warm_up(device)
     if case.get("quantization"):
@@ -136,7 +136,7 @@ def measure(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     before = held(device)
     model, _, _ = build(recipe_of(case))
     for parameter in model.parameters():
-        if type(parameter) is torch.nn.Parameter:  # out of the checkpoint's mapped file, as moving to a device does
+        if type(parameter) is torch.nn.Parameter:  # copy out of the mapped checkpoint, as moving to a device does
             parameter.data = parameter.data.clone()
     model.to(device)
     settle(device)
@@ -146,7 +146,7 @@ def measure(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
 
 
 def predict(case: dict[str, Any]) -> dict[str, Any]:
-    """The same from the configurations."""
+    """Predict the same from the configurations."""
     recipe = recipe_of(case)
     start = time.perf_counter()
     model = recipe_skeleton(recipe)
@@ -160,17 +160,17 @@ def predict(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def ratio(record: dict[str, Any]) -> float:
-    """Predicted to measured."""
+    """Compute the ratio of predicted to measured memory."""
     return record["predicted"]["peak"] / record["measured"]["peak"]
 
 
 def is_near(record: dict[str, Any]) -> bool:
-    """Within 15%; what malloc loses by default is shown, and is no part of the prediction."""
+    """Whether a prediction is within 15%. Losses of the default malloc are shown, but not part of the prediction."""
     return "malloc" in record["case"] or abs(ratio(record) - 1) < WITHIN
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A line per case."""
+    """Format a line per case."""
     lines = [
         "| frozen in | rows | tokens | weights, MB | kept, MB | predicted, MB | measured, MB | ratio | a step, s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -187,10 +187,10 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def main(
-    case: Annotated[str | None, typer.Option(help="One case, as JSON: measure it here.")] = None,
+    case: Annotated[str | None, typer.Option(help="Measure only this case (JSON).")] = None,
     device: Device = "cpu",
 ) -> None:
-    """Predict and measure each case, write and print. Ends with status 1 where a case is 15% off or more."""
+    """Predict and measure each case, write and print. Exits with status 1 if a case is off by 15% or more."""
     if case is not None:
         print(json.dumps(measure(json.loads(case), device)))
         return

@@ -1,4 +1,4 @@
-"""What the benchmarks of speed compare: the frozen model alone, the adapter, and PEFT's other methods."""
+"""Methods that the speed benchmarks compare: the frozen model alone, the adapter, and PEFT's other methods."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peft_crome.tuner.sites.find import find_branches
 
 FLOOR = "frozen model alone"
 CROME = "CROME"
-BOTH = ["text", "vision"]  # what CROME can cost: the default has no text branch, and costs less
+BOTH = ["text", "vision"]  # CROME's full cost: the default has no text branch and costs less
 POOL_SIZE = 2  # 16 image tokens
 FIRST_WORD, LAST_WORD = 20, 2000  # random text of ordinary tokens
 IGNORED = -100
@@ -36,13 +36,13 @@ CONFIGS: dict[str, PeftConfig | None] = {
 def backbone(
     in_nf4: bool = False, language: Path | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> CromeVLMForConditionalGeneration:
-    """Frozen DINOv2-small and a language model, joined; 16 tokens per image.
+    """Join frozen DINOv2-small and a language model; 16 tokens per image.
 
     Args:
-        in_nf4: the language model.
+        in_nf4: whether to quantize the language model to nf4.
         language: directory of the language model; None: SmolLM2-135M.
-        dtype: None: the one that this machine is fast in.
-        device: where it runs.
+        dtype: None: the dtype that is fast on this machine.
+        device: device of the model.
     """
     composite = CromeVLMForConditionalGeneration.from_backbones(
         vision=str(dinov2_small()),
@@ -53,12 +53,12 @@ def backbone(
         vision_pool_size=POOL_SIZE,
     )
     if device == "cpu":
-        composite.language_model.set_attn_implementation("eager")  # faster there, as in the quick start
+        composite.language_model.set_attn_implementation("eager")  # faster on a CPU, as in the quick start
     return composite
 
 
 def attach(composite: nn.Module, method: str) -> Any:
-    """Attach a method to a host of its own. Of the frozen model alone the gradient goes to the embeddings."""
+    """Attach a method to a separate host. In the frozen model alone the gradient goes to the embeddings."""
     config = CONFIGS[method]
     if config is not None:
         return get_peft_model(composite, config)
@@ -71,13 +71,13 @@ def attach(composite: nn.Module, method: str) -> Any:
 
 
 def batch_of(host: Any, rows: int, tokens: int, prompt: bool = False, labeled: float = 1.0) -> dict[str, torch.Tensor]:
-    """Rows of one image and random words, the same at each call, on the host's device.
+    """Build rows of one image and random words, the same in each call, on the host's device.
 
     Args:
         host: a composite, or a LLaVA.
-        tokens: of each row, the image's among them.
-        prompt: whether soft tokens come before them.
-        labeled: share of a row's tokens that are learned, at its end.
+        tokens: number of tokens in each row, including the image's.
+        prompt: whether soft tokens come first.
+        labeled: share of a row's tokens that have labels, at its end.
     """
     config = host.config
     per_image = getattr(host, "image_seq_length", None) or config.image_seq_length
@@ -99,17 +99,17 @@ def batch_of(host: Any, rows: int, tokens: int, prompt: bool = False, labeled: f
 def training_step(
     model: nn.Module, batch: dict[str, torch.Tensor], ask: Callable[[nn.Module, Any], Any] = lambda model, batch: batch
 ) -> Callable[[], None]:
-    """A function that does one step: forward, backward, and AdamW on what trains.
+    """Return a function that runs one step: forward, backward, and AdamW on the trained weights.
 
     Args:
-        ask: what is passed to the model for a batch, at each step.
+        ask: function that makes the model's arguments from a batch, called at each step.
     """
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
 
     def step() -> None:
-        model(**ask(model, batch), use_cache=False).loss.backward()  # as Trainer sets it
+        model(**ask(model, batch), use_cache=False).loss.backward()  # as in Trainer
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -118,5 +118,5 @@ def training_step(
 
 
 def base_of(model: nn.Module) -> Any:
-    """The host, whatever is attached to it."""
+    """Return the host, whatever is attached to it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

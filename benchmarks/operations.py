@@ -1,4 +1,4 @@
-"""Attaching, saving, loading and swapping an adapter, against LoRA of equal size; a thousand adapters on one model.
+"""Measure attaching, saving, loading and swapping an adapter, against LoRA of equal size, and a thousand adapters.
 
     python -m benchmarks.operations
 
@@ -35,7 +35,7 @@ OPERATIONS = ("attach", "save", "load", "load a second", "hot-swap")
 
 
 def operations(method: str, folder: Path, make: Any) -> dict[str, Callable[[], object]]:
-    """Each operation on a model of this method, to be called again and again."""
+    """Return each operation on a model of this method, as a function that can be called repeatedly."""
     config = CONFIGS[method]
     bare = make()
     saved = folder / method
@@ -63,12 +63,12 @@ def operations(method: str, folder: Path, make: Any) -> dict[str, Callable[[], o
 
 
 def thousand(count: int, make: Any, device: str = "cpu") -> dict[str, int]:
-    """Bytes that `count` adapters add to the process or to a GPU, and those of their weights."""
+    """Return the bytes that `count` adapters add to the process or to a GPU, and those of their weights."""
     with tempfile.TemporaryDirectory() as folder:
         model = get_peft_model(make(), CONFIGS["CROME"])
         model.save_pretrained(folder)
         own = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if "crome_" in name)
-        model.load_adapter(folder, adapter_name="first")  # libraries are loaded then
+        model.load_adapter(folder, adapter_name="first")  # this loads the libraries
         settle(device)
         before = held(device)
         for number in range(count):
@@ -78,7 +78,7 @@ def thousand(count: int, make: Any, device: str = "cpu") -> dict[str, int]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """A line per operation."""
+    """Format a line per operation."""
     rows = []
     for name in OPERATIONS:
         crome, lora = (record["seconds"][f"{method}, {name}"] for method in CONFIGS)
@@ -88,8 +88,8 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="Of each operation.")] = 15,
-    adapters: Annotated[int, typer.Option(help="On one model, for their memory.")] = 1000,
+    repeats: Annotated[int, typer.Option(help="Number of repeats of each operation.")] = 15,
+    adapters: Annotated[int, typer.Option(help="Number of adapters on one model, to measure their memory.")] = 1000,
     device: Device = "cpu",
 ) -> None:
     """Measure, write and print. Numbers are medians with the middle half."""

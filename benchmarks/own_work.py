@@ -1,9 +1,9 @@
-"""What of a training step is the adapter's own: forward, backward and AdamW of its two branches, without the model.
+"""Measure the adapter's part of a training step: forward, backward and AdamW of two branches, without the model.
 
     python -m benchmarks.own_work
 
-The difference of two steps of seconds each, `benchmarks.step_time`, drowns in the noise of a shared machine. This is
-the small part by itself, over the step of the frozen model alone, in the same turns.
+A difference of two steps of seconds each, as in `benchmarks.step_time`, is lost in the noise of a shared machine. So
+this measures the small part alone, relative to the step of the frozen model alone, in the same turns.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from benchmarks.step_time import CASES, title
 from examples.easy_vqa.records import write_json
 
 RESULTS = Path(__file__).parent / "results" / "speed"
-INSIDE = 50  # steps of the adapter in a turn: one takes milliseconds
+INSIDE = 50  # number of steps of the adapter in a turn, since one takes milliseconds
 
 
 def own_step(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """A function that does what the adapter adds to a step, and the lookup in the table, which is the model's."""
+    """Return a function that does the adapter's part of a step, and the look-up in the table, which is the model's."""
     composite = model.get_base_model()
     table, fusion = composite.get_input_embeddings(), composite.vision_fusion
     ids = batch["input_ids"]
-    ids = ids.masked_fill(ids == composite.config.image_token_id, 0)  # no row of the table
+    ids = ids.masked_fill(ids == composite.config.image_token_id, 0)  # the placeholder has no row in the table
     with torch.no_grad():
         words = table(ids)
     image = torch.randn_like(words[:, : composite.image_seq_length])
@@ -51,7 +51,7 @@ def own_step(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
 
 
 def measure(case: dict[str, Any], repeats: int, make: Any = backbone, device: str = "cpu") -> dict[str, Any]:
-    """Seconds of a step of the frozen model alone, and of the adapter's part of one."""
+    """Measure the seconds of a step of the frozen model alone, and of the adapter's part of a step."""
     models = {name: attach(make(case["nf4"]), name) for name in (FLOOR, CROME)}
     batch = batch_of(models[FLOOR], case["rows"], case["tokens"])
     own = own_step(models[CROME], batch)
@@ -68,7 +68,7 @@ def measure(case: dict[str, Any], repeats: int, make: Any = backbone, device: st
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A line per case."""
+    """Format a line per case."""
     rows = []
     for record in records:
         floor, own = (record["seconds"][name] for name in (FLOOR, CROME))
@@ -77,7 +77,7 @@ def table(records: list[dict[str, Any]]) -> str:
     return markdown(["frozen in", "a step of the frozen model alone, s", "the adapter's own work, ms", "share"], rows)
 
 
-def main(repeats: Annotated[int, typer.Option(help="Of each.")] = 9, device: Device = "cpu") -> None:
+def main(repeats: Annotated[int, typer.Option(help="Number of repeats of each.")] = 9, device: Device = "cpu") -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
     results = results_on(device, RESULTS)
     make = partial(backbone, device=device)

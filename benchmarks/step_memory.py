@@ -1,9 +1,9 @@
-"""The memory of a training step of each method against the frozen model alone.
+"""Measure the memory of a training step of each method against the frozen model alone.
 
     python -m benchmarks.step_memory
 
-Each method is a fresh process, measured as in `benchmarks.memory`. CROME may take what its weights, their gradients
-and AdamW's states do, 5·d·m·(4+4+8) bytes, and 5% of the floor. Needs Linux.
+Each method runs in a fresh process, measured as in `benchmarks.memory`. CROME's goal is the memory of its weights,
+gradients and AdamW states, 5·d·m·(4+4+8) bytes, plus 5% of the floor. Needs Linux.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ALLOWED = 1.05
 
 
 def measure(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
-    """The highest memory of two steps of a method; to be called in a fresh process."""
+    """Measure the highest memory of two steps of a method; call it in a fresh process."""
 
     def step(model: torch.nn.Module) -> Callable[[], None]:
         batch = batch_of(base_of(model), case["rows"], case["tokens"], "prompt" in case["method"])
@@ -48,12 +48,12 @@ def peak_of(
     step_of: Callable[[torch.nn.Module], Callable[[], None]],
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """The highest memory of two steps above what the process held before the model; in a fresh process.
+    """Measure the highest memory of two steps, minus the process's memory before the model; in a fresh process.
 
     Args:
-        make: makes the model.
-        step_of: makes a function that does one step with it.
-        device: whose memory counts.
+        make: function that makes the model.
+        step_of: function that makes a function for one step of the model.
+        device: device whose memory counts.
     """
     torch.manual_seed(0)
     warm_up(device)
@@ -63,7 +63,7 @@ def peak_of(
     before = held(device)
     model = make()
     for parameter in model.parameters():
-        if type(parameter) is torch.nn.Parameter:  # out of the checkpoint's mapped file, as moving to a device does
+        if type(parameter) is torch.nn.Parameter:  # copy out of the mapped checkpoint, as moving to a device does
             parameter.data = parameter.data.clone()
     settle(device)
     step = step_of(model)
@@ -75,13 +75,13 @@ def peak_of(
 
 
 def goal(records: list[dict[str, Any]]) -> float:
-    """Bytes that CROME may take in this case."""
+    """Return the bytes that CROME may use in this case."""
     floor, crome = (next(r for r in records if r["method"] == name) for name in (FLOOR, CROME))
     return floor["peak"] * ALLOWED + crome["trained"] * (4 + 4 + 8)
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A line per case and method."""
+    """Format a line per case and method."""
     rows = []
     for nf4 in dict.fromkeys(record["nf4"] for record in records):
         chosen = [record for record in records if record["nf4"] == nf4]
@@ -101,10 +101,10 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def main(
-    case: Annotated[str | None, typer.Option(help="One case, as JSON: measure it here.")] = None,
+    case: Annotated[str | None, typer.Option(help="Measure only this case (JSON).")] = None,
     device: Device = "cpu",
 ) -> None:
-    """Measure each method in a process of its own, write and print."""
+    """Measure each method in a separate process, write and print."""
     if case is not None:
         print(json.dumps(measure(json.loads(case), device)))
         return

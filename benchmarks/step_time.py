@@ -1,9 +1,9 @@
-"""A training step of each method against the frozen model alone.
+"""Measure a training step of each method against the frozen model alone.
 
     python -m benchmarks.step_time
 
-Frozen DINOv2-small and SmolLM2-135M. The floor is what no method that changes the input can do without: forward, and
-backward to the embeddings. All methods train in one process, a step of each in turn, on the same image and words.
+Frozen DINOv2-small and SmolLM2-135M. The floor is the least that a method on the input needs: forward, and backward to
+the embeddings. All methods train in one process, a step of each in turn, on the same image and words.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from examples.easy_vqa.records import write_json
 
 RESULTS = Path(__file__).parent / "results" / "speed"
 GOAL = 1.02
-# language model in nf4, rows, tokens, compiled, methods
+# Each case: language model in nf4, rows, tokens, compiled, methods.
 CASES: list[dict[str, Any]] = [
     {"nf4": False, "rows": 2, "tokens": 512, "compiled": False, "methods": list(CONFIGS)},
     {"nf4": False, "rows": 1, "tokens": 1024, "compiled": False, "methods": list(CONFIGS)},
@@ -37,11 +37,11 @@ CASES: list[dict[str, Any]] = [
 
 
 def measure(case: dict[str, Any], repeats: int, make: Any = backbone, device: str = "cpu") -> dict[str, Any]:
-    """Seconds of each method's step, one value per repeat.
+    """Measure the seconds of each method's step, one value per repeat.
 
     Args:
-        make: builds the frozen composite on the device; tests give a tiny one.
-        device: where the steps run.
+        make: function that builds the frozen composite on the device; tests pass a tiny one.
+        device: device of the steps.
     """
     ways, trained = {}, {}
     for method in case["methods"]:
@@ -59,20 +59,20 @@ def measure(case: dict[str, Any], repeats: int, make: Any = backbone, device: st
 
 
 def title(record: dict[str, Any]) -> str:
-    """A case in words."""
+    """Describe a case in words."""
     case = record["case"]
     frozen, compiled = "nf4, " if case["nf4"] else "", ", torch.compile" if case["compiled"] else ""
     return f"{frozen}{record['dtype']}, {case['rows']} x {case['tokens']} tokens{compiled}"
 
 
 def to_floor(record: dict[str, Any]) -> dict[str, list[float]]:
-    """Each method's ratios to the floor."""
+    """Compute each method's ratios to the floor."""
     seconds = record["seconds"]
     return {name: ratios(seconds[name], seconds[FLOOR]) for name in seconds if name != FLOOR}
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A line per case and method."""
+    """Format a line per case and method."""
     rows = []
     for record in records:
         found = to_floor(record)

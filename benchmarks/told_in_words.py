@@ -1,10 +1,10 @@
-"""Why yes/no questions stay hard for the vision branch alone: the frozen language model, told the image in words.
+"""Ask the frozen language model about images described in words: an upper bound for the vision branch on yes/no.
 
     python -m benchmarks.told_in_words
 
-The best that a branch on image embeddings could do is to make them read like the words for what is shown. So the
-frozen SmolLM2-135M-Instruct gets the words themselves ("The image shows a red circle."), without an image, and one of
-easy-VQA's test questions. An answer is the likeliest of the possible ones.
+At best, a branch on image embeddings makes them read like words for what the image shows. So the frozen
+SmolLM2-135M-Instruct gets these words ("The image shows a red circle.") without an image, and one of easy-VQA's test
+questions. Its answer is the likeliest of the possible ones.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ ANSWERS = {"what": (*data.COLORS, *data.SHAPES), "yes/no": ("yes", "no")}
 
 
 def told(row: dict[str, Any], captions: dict[int, str]) -> dict[str, str]:
-    """A question about an image that is told in words."""
+    """Build a question about an image that is described in words."""
     return {"role": "user", "content": f"The image shows a {captions[row['image_id']]}.\n{row['question']}"}
 
 
 @torch.inference_mode()
 def answer(model: Any, tokenizer: Any, chat: list[dict[str, str]], answers: tuple[str, ...]) -> str:
-    """The answer with the highest log-probability, its end token included."""
+    """Return the answer with the highest log-probability, including its end token."""
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     batch = tokenizer(
@@ -53,9 +53,9 @@ def main(count: int = 200, seed: int = 0, device: Device = "cpu") -> None:
     """Ask `count` test questions of each kind; write the record and print it.
 
     Args:
-        count: test questions of each kind.
-        seed: of the questions.
-        device: where the model runs.
+        count: number of test questions of each kind.
+        seed: seed of the choice of questions.
+        device: device of the model.
     """
     chance = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(smollm2())

@@ -1,4 +1,4 @@
-"""What the ablation compares: the adapter, the adapter with a part taken away, and PEFT's other methods."""
+"""Variants that the ablation compares: the adapter, the adapter without a part, and PEFT's other methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from peft_crome import CromeConfig
 
 LANGUAGE = r".*language_model.*\."  # the tower's layers have the same names
-SOFT_TOKENS = [0, *range(3, 17)]  # of SmolLM2's vocabulary, in no text: names of files, issues and notebooks
+SOFT_TOKENS = [0, *range(3, 17)]  # unused tokens of SmolLM2: names of files, issues and notebooks
 EQUAL = 427  # 3·576·427 = 737,856 weights: one branch alone, or two branches without their gates
 OWN_UP = 213  # 6·576·213 = 736,128: two W_u
 
@@ -24,10 +24,11 @@ class Variant:
     """One row of the ablation.
 
     Args:
-        name: as the table calls it.
-        attach: makes the model to train of the composite and a sample of what the tower gives, (images, tokens, d_v).
-        align_rate, finetune_rate: AdamW's peaks in the two stages.
-        main: whether it is run with three seeds.
+        name: name in the table.
+        attach: function of the composite and a sample of the tower's output, (images, tokens, d_v), that makes
+            the model to train.
+        align_rate, finetune_rate: peak learning rates of AdamW in the two stages.
+        main: whether it runs with three seeds.
         soft_prompt: whether the prompt begins with SOFT_TOKENS.
     """
 
@@ -40,14 +41,14 @@ class Variant:
 
 
 class Bottleneck(nn.Module):
-    """What one branch adds to an embedding; not the package's code, so that parts can be left out.
+    """Compute what one branch adds to an embedding. This is not the package's code, so that parts can be left out.
 
     Args:
         width: d.
         bottleneck_dim: m.
-        rms: of the embedding table, by which the package scales W_g and W_d.
-        gated: SiLU(x W_g) * (x W_d), else SiLU(x W_d).
-        up: W_u, when it is shared with another branch.
+        rms: root mean square of the embedding table, by which the package scales W_g and W_d.
+        gated: True: SiLU(x W_g) * (x W_d). False: SiLU(x W_d).
+        up: W_u if another branch shares it.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Bottleneck(nn.Module):
 
 
 def by_hooks(text: Bottleneck, vision: Bottleneck, model: nn.Module) -> nn.Module:
-    """Add bottlenecks where the package would add its adapter."""
+    """Add bottlenecks at the places of the package's adapter."""
     model.requires_grad_(False)
     model.text_bottleneck, model.vision_bottleneck = text, vision
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: text(output))
@@ -77,35 +78,35 @@ def by_hooks(text: Bottleneck, vision: Bottleneck, model: nn.Module) -> nn.Modul
 
 
 def table(model: Any) -> torch.Tensor:
-    """Every 48th row of the language model's embedding table, in fp32."""
+    """Return every 48th row of the language model's embedding table, in fp32."""
     return model.get_input_embeddings().weight.detach()[::48].float()
 
 
 def table_rms(model: Any) -> float:
-    """Their median root mean square, as the package takes it."""
+    """Return the median root mean square of these rows, as the package computes it."""
     return float(table(model).square().mean(-1).sqrt().median())
 
 
 def without_gate(model: Any, features: torch.Tensor) -> nn.Module:
-    """The bottleneck without W_g; as many weights by a larger m."""
+    """Build the bottleneck without W_g, with equally many weights by a larger m."""
     width, rms = table(model).shape[-1], table_rms(model)
     text = Bottleneck(width, EQUAL, rms, gated=False)
     return by_hooks(text, Bottleneck(width, EQUAL, rms, gated=False, up=text.up), model)
 
 
 def own_up(model: Any, features: torch.Tensor) -> nn.Module:
-    """A W_u per branch; as many weights by a smaller m."""
+    """Build the adapter with a W_u per branch, with equally many weights by a smaller m."""
     width, rms = table(model).shape[-1], table_rms(model)
     return by_hooks(Bottleneck(width, OWN_UP, rms), Bottleneck(width, OWN_UP, rms), model)
 
 
 def peft(config: PeftConfig) -> Callable[[nn.Module, torch.Tensor], nn.Module]:
-    """A PEFT method as it comes."""
+    """Attach a PEFT method with its defaults."""
     return lambda model, features: get_peft_model(model, config)
 
 
 def crome(init: str = "scaled", **kwargs: Any) -> Callable[[nn.Module, torch.Tensor], nn.Module]:
-    """The package's adapter, its W_g and W_d drawn in some way; W_u is zero in all of them."""
+    """Attach the package's adapter with W_g and W_d initialized in some way; W_u is always zero."""
 
     def attach(model: Any, features: torch.Tensor) -> nn.Module:
         rows = table(model)
@@ -126,23 +127,23 @@ def crome(init: str = "scaled", **kwargs: Any) -> Callable[[nn.Module, torch.Ten
 
 
 def normal(read: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Standard deviation 0.02, whatever is read."""
+    """Initialize with standard deviation 0.02, independent of the input."""
     return nn.init.normal_(weight, std=0.02)
 
 
 def kaiming(read: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """PyTorch's own for a linear map."""
+    """Initialize with PyTorch's default for a linear map."""
     return nn.init.kaiming_uniform_(weight, a=5**0.5)
 
 
 def per_branch(read: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Scaled by what this branch reads: hidden features of unit variance in both."""
+    """Scale by the input of this branch, so that hidden features have unit variance in both branches."""
     rms = float(read.square().mean(-1).sqrt().median())
     return nn.init.normal_(weight, std=1 / (rms * weight.shape[1] ** 0.5))
 
 
 def principal(read: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Principal directions of what this branch reads, each scaled to unit variance, in random order and sign."""
+    """Use principal directions of this branch's input, each scaled to unit variance, in random order and sign."""
     centered = read - read.mean(0)
     _, values, directions = torch.linalg.svd(centered, full_matrices=False)
     deviations = values / len(centered) ** 0.5
@@ -156,12 +157,12 @@ INITIALIZATIONS = {"normal": normal, "kaiming": kaiming, "per branch": per_branc
 
 
 def only(branch: str) -> Callable[[nn.Module, torch.Tensor], nn.Module]:
-    """One branch alone; as many weights by a larger m."""
+    """Attach one branch alone, with equally many weights by a larger m."""
     return crome(branches=[branch], bottleneck_dim=EQUAL)
 
 
 def lora(target: str, rank: int) -> Callable[[nn.Module, torch.Tensor], nn.Module]:
-    """LoRA on some of the language model's linear layers."""
+    """Attach LoRA to some of the language model's linear layers."""
     return peft(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=f"{LANGUAGE}({target})"))
 
 

@@ -1,9 +1,9 @@
-"""The quick start's adapter in vLLM, over HTTP with images, against `generate`.
+"""Compare the quick start's adapter in vLLM, over HTTP with images, with `generate`.
 
     python -m benchmarks.vllm_http outputs/easy_vqa/crome/finetune
 
-Run it in the environment that `make test-vllm` makes. The stage's composite and adapter are exported, `vllm serve`
-is started on this machine, and it is asked test questions of easy-VQA, by eight clients at once.
+Run it in the environment of `make test-vllm`. It exports the stage's composite and adapter, starts `vllm serve` on
+this machine, and asks it test questions of easy-VQA with eight clients at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TOKENS, CLIENTS = 6, 8
 
 
 def expected(model: Any, reader: Any, questions: list[dict[str, Any]]) -> list[list[int]]:
-    """The greedy tokens of `generate`, one question after another."""
+    """Return the greedy tokens of `generate`, one question after another."""
     answers = []
     for row in questions:
         chat = data.messages([[row["question"]]])
@@ -48,17 +48,17 @@ def expected(model: Any, reader: Any, questions: list[dict[str, Any]]) -> list[l
 
 
 def picture(row: dict[str, Any]) -> Image.Image:
-    """The image of a question."""
+    """Open the image of a question."""
     return Image.open(path_of(row)).convert("RGB")
 
 
 def path_of(row: dict[str, Any]) -> Path:
-    """Where it is."""
+    """Return the path of the image of a question."""
     return easy_vqa_dir() / "test" / "images" / f"{row['image_id']}.png"
 
 
 def ask(server: Server, row: dict[str, Any]) -> list[int]:
-    """The tokens of the server's answer."""
+    """Return the tokens of the server's answer."""
     content = message(data_url(path_of(row).read_bytes()), row["question"])
     status, answer = server.post(content, system=data.SYSTEM, max_tokens=TOKENS, return_token_ids=True)
     if status != 200:
@@ -70,9 +70,9 @@ def main(
     stage: Annotated[
         Path, typer.Argument(help="A stage's directory of examples.easy_vqa, with composite/ and adapter/.")
     ],
-    questions: Annotated[int, typer.Option(help="Of the test split.")] = 64,
-    dtype: Annotated[str, typer.Option(help="Of both.")] = "float32",
-    output: Annotated[Path, typer.Option(help="Where the result goes.")] = RESULTS,
+    questions: Annotated[int, typer.Option(help="Number of questions from the test split.")] = 64,
+    dtype: Annotated[str, typer.Option(help="Dtype of both models.")] = "float32",
+    output: Annotated[Path, typer.Option(help="File for the result.")] = RESULTS,
 ) -> None:
     """Export, serve, ask and compare."""
     model, reader = load_stage(stage).to(getattr(torch, dtype)), processor()

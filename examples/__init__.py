@@ -1,1 +1,1 @@
-"""Runnable examples; each is also a test."""
+"""Runnable examples, each of which is also a test."""

@@ -2,13 +2,13 @@
 # requires-python = ">=3.10"
 # dependencies = ["peft-crome", "peft", "torch", "transformers", "pillow", "typer"]
 # ///
-"""Attach a fresh adapter to a vision-language model and see what that changes: nothing yet, and 5M weights can train.
+"""Attach a new adapter to a vision-language model and check its effect: no logit changes, and 5M weights can train.
 
     python examples/attach_to_llava.py --model llava-hf/llava-1.5-7b-hf
 
-prints the adapter's size, the sites it wraps, and the answer before and after. A fresh adapter is an identity, so
-both are the same, to the last bit of every logit. Any image-text-to-text model will do: try
-`--model HuggingFaceTB/SmolVLM-256M-Instruct` without a GPU. The image is drawn here; `--image` takes your own.
+prints the adapter's size, the sites that it wraps, and the answers before and after. A new adapter is an identity, so
+every logit stays the same to the last bit. Any image-text-to-text model works: without a GPU, try
+`--model HuggingFaceTB/SmolVLM-256M-Instruct`. The script draws an image; `--image` takes yours.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ import peft_crome
 
 
 def draw() -> Image.Image:
-    """A teal circle on white."""
+    """Draw a teal circle on white."""
     image = Image.new("RGB", (224, 224), "white")
     ImageDraw.Draw(image).ellipse((48, 48, 176, 176), fill="teal")
     return image
@@ -32,7 +32,7 @@ def draw() -> Image.Image:
 
 @torch.inference_mode()
 def ask(model: Any, processor: Any, inputs: Any, new_tokens: int) -> tuple[torch.Tensor, str]:
-    """The logits of the prompt, (1, tokens, vocabulary), and the answer."""
+    """Return the logits of the prompt, (1, tokens, vocabulary), and the answer."""
     logits = model(**inputs).logits
     answer = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     return logits, processor.decode(answer, skip_special_tokens=True).strip()
@@ -46,7 +46,7 @@ def main(
     question: str = "What color is the circle?",
     new_tokens: int = 20,
 ) -> None:
-    """Answer a question, attach the adapter, answer again, compare."""
+    """Answer a question, attach the adapter, answer again and compare."""
     processor = AutoProcessor.from_pretrained(model)
     vlm = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", device_map="auto")
     shown = Image.open(image).convert("RGB") if image else draw()
@@ -65,7 +65,7 @@ def main(
 
     vlm.print_trainable_parameters()
     for status in vlm.get_layer_status():
-        if status.module_type == "CromeLayer":  # the other entry holds the weights that the sites share
+        if status.module_type == "CromeLayer":  # the other entry has the weights that the sites share
             print(f"site: {status.name}, adapters {status.active_adapters}")
     print(f"question: {question}")
     print(f"answer before: {answer_before!r}")

@@ -2,12 +2,12 @@
 # requires-python = ">=3.10"
 # dependencies = ["peft-crome", "peft", "torch", "transformers", "pillow", "safetensors", "typer"]
 # ///
-"""Save an adapter, look at its files, load it in every way there is, hold two of them, swap one for the other.
+"""Save an adapter, print its files, load it in all possible ways, hold two adapters, and swap one for the other.
 
     python examples/share_and_load.py --model HuggingFaceTB/SmolVLM-256M-Instruct --output crome-shared
 
-The two adapters are random stand-ins for trained ones (`init_weights=False`), so that each gives other logits. After
-each way of loading, the logits are compared with those of the adapter that was saved. `--push user/name` uploads the
+The two adapters are random stand-ins for trained ones (`init_weights=False`), so they give different logits. After
+each way of loading, the logits are compared with those of the saved adapter. `--push user/name` uploads the
 first one (log in with `hf auth login`); `PeftModel.from_pretrained(model, "user/name")` then loads it anywhere.
 """
 
@@ -25,7 +25,7 @@ import peft_crome
 
 
 def show(folder: Path) -> None:
-    """Print an adapter's files, its tensors, and how its model card says to load it."""
+    """Print an adapter's files, its tensors, and the loading instructions of its model card."""
     for file in sorted(folder.iterdir()):
         print(f"{file.name}: {file.stat().st_size:,} bytes")
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as weights:
@@ -40,7 +40,7 @@ def main(
     output: Path = Path("crome-shared"),
     push: Annotated[str | None, typer.Option(help="Hub repository to upload the first adapter to.")] = None,
 ) -> None:
-    """Make, save, show, load and swap."""
+    """Make, save, print, load and swap adapters."""
     processor = AutoProcessor.from_pretrained(model)
     content = [{"type": "image", "image": Image.new("RGB", (64, 64), "teal")}, {"type": "text", "text": "What color?"}]
     inputs = processor.apply_chat_template(

@@ -2,14 +2,14 @@
 # requires-python = ">=3.10"
 # dependencies = ["peft-crome[train]", "accelerate", "peft", "torch", "transformers", "pillow", "typer"]
 # ///
-"""Train an adapter with transformers' own Trainer: rows, a collator, nothing that is special to CROME.
+"""Train an adapter with transformers' Trainer: rows and a collator, and nothing special to CROME.
 
     python examples/train_with_trainer.py --model HuggingFaceTB/SmolVLM-256M-Instruct --data my_data.json \
         --images photos --steps 200 --output crome-trainer
 
-Any image-text-to-text model with a chat template will do. `--data` is whatever `peft_crome.data.read_rows` reads:
+Any image-text-to-text model with a chat template works. `--data` takes all that `peft_crome.data.read_rows` reads:
 LLaVA's conversations, chat messages, or a table. Only the answers count in the loss; only the adapter is trained and
-saved. The same in one line, with checks before the first step and restarts that are exact: `peft-crome finetune`.
+saved. `peft-crome finetune` does the same in one line, with checks before the first step and exact restarts.
 """
 
 from pathlib import Path
@@ -46,8 +46,8 @@ def main(
         logging_steps=max(1, steps // 20),
         save_strategy="no",
         report_to="none",
-        remove_unused_columns=False,  # the rows are the collator's, not the model's
-        label_names=["labels"],  # the Trainer does not look for them through a PeftModel
+        remove_unused_columns=False,  # the collator reads the columns, not the model
+        label_names=["labels"],  # the Trainer does not find them through a PeftModel
     )
     trainer = Trainer(
         vlm,

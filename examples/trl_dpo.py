@@ -2,13 +2,13 @@
 # requires-python = ">=3.10"
 # dependencies = ["peft-crome[train,trl]", "torch", "transformers", "pillow", "typer"]
 # ///
-"""Train an adapter on preferred answers with TRL's DPOTrainer; the model without its adapter is the reference.
+"""Train an adapter on preferred answers with TRL's DPOTrainer. The model without its adapter is the reference.
 
     python examples/trl_dpo.py --model HuggingFaceTB/SmolVLM-256M-Instruct --data preferences.json --images photos \
         --steps 200 --output crome-dpo
 
-Each row of `--data` has an answer and a worse one, `rejected`: a conversation that ends with the answer or with a
-question and `chosen`, or TRL's `prompt`, `chosen` and `rejected`. For a table such as RLAIF-V, pass to `read_rows`
+Each row of `--data` has an answer and a worse one, `rejected`: either a conversation that ends with the answer or with
+a question and `chosen`, or TRL's `prompt`, `chosen` and `rejected`. For a table such as RLAIF-V, pass to `read_rows`
 columns={"question": "question", "answer": "chosen", "rejected": "rejected", "image": "image"}.
 """
 

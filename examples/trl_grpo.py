@@ -7,8 +7,8 @@
     python examples/trl_grpo.py --model HuggingFaceTB/SmolVLM-256M-Instruct --data my_data.json --images photos \
         --steps 200 --output crome-grpo
 
-`--data` is whatever `peft_crome.data.read_rows` reads, with images in all rows or in none. The model does not see the
-last answer of a row. The reward compares with it, or with the answers of several people where a row has them.
+`--data` takes all that `peft_crome.data.read_rows` reads, with images in all rows or in none. The model does not
+see the last answer of a row. The reward compares with it, or with the answers of several people if a row has them.
 """
 
 from pathlib import Path
@@ -24,13 +24,13 @@ import peft_crome.data
 
 
 def is_right(completions: list[list[dict[str, str]]], answers: list[list[str]], **_: Any) -> list[float]:
-    """1 for a completion that is one of its row's answers, apart from case, spaces and a final period, else 0."""
+    """Return 1 for a completion that equals one of its row's answers up to case, spaces and a final period, else 0."""
     said = [plain(completion[0]["content"]) for completion in completions]
     return [float(one in map(plain, right)) for one, right in zip(said, answers, strict=True)]
 
 
 def plain(text: str) -> str:
-    """What is compared of an answer."""
+    """Normalize an answer for the comparison."""
     return text.strip().rstrip(".").lower()
 
 

@@ -2,14 +2,14 @@
 # requires-python = ">=3.10"
 # dependencies = ["peft-crome[train,trl]", "torch", "transformers", "pillow", "typer"]
 # ///
-"""Train an adapter on conversations with TRL's SFTTrainer: pass CromeConfig() where a LoraConfig would be.
+"""Train an adapter on conversations with TRL's SFTTrainer: pass CromeConfig() instead of a LoraConfig.
 
     python examples/trl_sft.py --model HuggingFaceTB/SmolVLM-256M-Instruct --data my_data.json --images photos \
         --steps 200 --output crome-sft
 
-Any image-text-to-text model with a chat template will do. `--data` is whatever `peft_crome.data.load_rows` reads:
-LLaVA's conversations, chat messages, or a table. All answers of a row are learned. TRL's own collator, which takes the
-rows of `peft_crome.data.to_trl`, learns the last answer alone.
+Any image-text-to-text model with a chat template works. `--data` takes all that `peft_crome.data.load_rows` reads:
+LLaVA's conversations, chat messages, or a table. All answers of a row are learned. TRL's collator, which takes the
+rows of `peft_crome.data.to_trl`, learns only the last answer.
 """
 
 from pathlib import Path
@@ -46,7 +46,7 @@ def main(
         bf16=torch.cuda.is_bf16_supported(),  # TRL's default, True, is an error without a GPU
         save_strategy="no",
         report_to="none",
-        remove_unused_columns=False,  # the collator reads them all
+        remove_unused_columns=False,  # the collator reads all columns
     )
     trainer = SFTTrainer(
         model=AutoModelForImageTextToText.from_pretrained(model, dtype="auto"),

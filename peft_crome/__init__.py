@@ -43,7 +43,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name.startswith("CromeVLM"):
-        from . import vlm  # says which transformers it needs
+        from . import vlm  # raises if transformers is too old
 
         return getattr(vlm, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""python -m peft_crome: the command line."""
+"""Run the command line: python -m peft_crome."""
 
 from .cli import app
 

@@ -1,4 +1,4 @@
-"""Make CROME one of PEFT's methods: extend its enum and its tables. The only place that changes PEFT."""
+"""Make CROME one of PEFT's methods by extending its enum and tables. Only this module changes PEFT."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ COMPOSITE = f"{__package__}.vlm.modeling_crome_vlm"
 
 
 def extend_peft_type() -> None:
-    """Add the member `PeftType.CROME`; a second call, or a PEFT that has it, changes nothing.
+    """Add the member `PeftType.CROME`. Do nothing if PEFT has it already.
 
-    PEFT has no plug-in point, and an enum with members cannot be subclassed, so the member is entered where `enum`
-    itself keeps members: by name, by value, in order and, where a Python keeps them, among the hashable values.
+    PEFT has no plug-in point, and an enum with members cannot be subclassed. So the member is entered where `enum`
+    keeps members: by name, by value, in order and, in some releases of Python, among the hashable values.
     """
     if NAME in PeftType.__members__:
         return
@@ -41,10 +41,10 @@ def extend_peft_type() -> None:
 
 
 def allow_import() -> None:
-    """Let `AutoPeftModel` import the composite's class, as it imports transformers' own; idempotent.
+    """Let `AutoPeftModel` import the composite's class, like transformers' classes; idempotent.
 
-    The list keeps an adapter's file from importing a package that nobody asked for. This one module has been
-    imported; a file that names another of this package's, `__main__` for one, would run it.
+    The allowlist keeps an adapter's file from importing an arbitrary package. Only this module, which is imported
+    already, is added: a file that names another one, such as `__main__`, would run it.
     """
     listed = getattr(peft.auto, "get_default_import_allowlist", None)  # PEFT before 0.21.2 has no such list
     if listed is not None and COMPOSITE not in listed():
@@ -52,11 +52,11 @@ def allow_import() -> None:
 
 
 def keep_card() -> None:
-    """Let an adapter's card keep what loads it, wherever cards are written and whatever uploads them; idempotent.
+    """Keep the loading instructions in an adapter's card, whoever writes or uploads the card; idempotent.
 
-    transformers' `push_to_hub`, its `Trainer` and TRL's write cards of their own beside an adapter. All of them save
-    one by `RepoCard.save`, or upload by `HfApi.create_commit`, or by `HfApi.upload_folder`, which makes commits in
-    another way where Xet is installed.
+    transformers' `push_to_hub`, its `Trainer` and TRL write their cards beside an adapter. They save by
+    `RepoCard.save`, or upload by `HfApi.create_commit`, or by `HfApi.upload_folder`, which commits in another way
+    if Xet is installed.
     """
     from transformers import PreTrainedModel
 
@@ -94,12 +94,12 @@ def keep_card() -> None:
     save_and_correct.keeps_card = True  # type: ignore[attr-defined]
     RepoCard.save = save_and_correct  # type: ignore[method-assign]
     _replace_methods({"create_commit": commit_corrected, "upload_folder": upload_corrected})
-    # `Trainer` calls it where a card says that a model is PEFT's; that of an integrated adapter says so, too.
+    # `Trainer` calls it if a card names PEFT, and so does the card of an integrated adapter.
     PreTrainedModel.create_or_update_model_card = lambda self, output_dir: _correct_card(output_dir)
 
 
 def _replace_methods(methods: dict[str, Callable[..., Any]]) -> None:
-    """Replace methods of `HfApi`, also where a module has bound them: huggingface_hub, or whoever imported them."""
+    """Replace methods of `HfApi`, also where huggingface_hub or another importer has bound them."""
     new = {id(getattr(HfApi, name)): method for name, method in methods.items()}
     for name, method in methods.items():
         setattr(HfApi, name, method)
@@ -116,7 +116,7 @@ def _correct_card(folder: Any) -> None:
 
 
 def resize_under_adapters() -> None:
-    """Let a vocabulary change its size under an adapter, which does not depend on it; idempotent."""
+    """Let a vocabulary be resized under an adapter, which does not depend on its size; idempotent."""
     from transformers import PreTrainedModel
 
     resize = PreTrainedModel.resize_token_embeddings

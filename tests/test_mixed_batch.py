@@ -168,7 +168,7 @@ def test_modules_that_train_as_well_have_their_row_too() -> None:
     batch = make_batch(model.get_base_model(), images_per_row=(1, 1, 1))
     assert_rows(model, batch, ["first", "second", "__base__"])
     batch = make_batch(model.get_base_model(), images_per_row=(1, 0, 1))
-    with pytest.raises(ValueError, match=r"is given 2 inputs for 3 rows; adapter_names takes one image per row there"):
+    with pytest.raises(ValueError, match=r"got 2 inputs for 3 rows; with adapter_names it takes one image per row"):
         model(**batch, adapter_names=["first", "second", "__base__"])
 
 
@@ -189,7 +189,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     ("names", "message"),
     [
         (["default"], r"Length of `adapter_names` should be the same .* got 1 and 2"),
-        (["default", "other"], r"non-existing adapter\(s\): other\. There are \['default'\]"),
+        (["default", "other"], r"non-existing adapter\(s\): other\. The model has \['default'\]"),
     ],
     ids=["too few", "unknown"],
 )
@@ -236,7 +236,7 @@ def test_embeddings_instead_of_ids_are_one_image_per_row() -> None:
     for row, name in enumerate(("first", "second")):
         torch.testing.assert_close(mixed[row], expected[name][row], rtol=1e-4, atol=1e-5)
     batch["pixel_values"] = torch.cat([batch["pixel_values"]] * 2)[:3]
-    with pytest.raises(ValueError, match="the rows' placeholders do not say whose they are"):
+    with pytest.raises(ValueError, match="do not match the placeholders of the rows"):
         model(**batch, adapter_names=["first", "second"])
 
 
@@ -306,7 +306,7 @@ def test_tiles_in_the_number_of_rows_are_no_image_per_row() -> None:
         "image_sizes": torch.cat([given["image_sizes"]] * 2)[:3],
     }
     logits(model, batch)
-    with pytest.raises(ValueError, match=r"do not say whose they are"):
+    with pytest.raises(ValueError, match=r"do not match the placeholders of the rows"):
         model(**batch, adapter_names=["first", "second"] * 3)
 
 
@@ -377,7 +377,7 @@ def test_which_came_first_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("peft_crome.tuner.mixed_batch.owners.METHODS", {})
     model, batch = image_and_video("qwen2_vl")
     model = with_adapters(model)
-    with pytest.raises(ValueError, match=r"\['image', 'video'\] came, and which came first is not known"):
+    with pytest.raises(ValueError, match=r"\['image', 'video'\] in unknown order"):
         model(**batch, adapter_names=["first", "second"])
     logits(model, {**batch, "adapter_names": ["first", "first"]})  # whichever: all rows have one adapter
 

@@ -1,1 +1,1 @@
-"""Speed and memory on a GPU, by one command: see `__main__`."""
+"""Measure speed and memory on a GPU with one command: see `__main__`."""

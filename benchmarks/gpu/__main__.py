@@ -1,12 +1,12 @@
-"""Speed and memory on a GPU, against PEFT's LoRA, in less than nine minutes.
+"""Measure speed and memory on a GPU, against PEFT's LoRA, in less than nine minutes.
 
-    python -m benchmarks.gpu --device cuda                  # LLaVA-1.5-7B's shape, and one of 0.5B for small cards
+    python -m benchmarks.gpu --device cuda                  # the shapes of LLaVA-1.5-7B and of a 0.5B for small cards
     python -m benchmarks.gpu --device cuda --size 0.5b      # one of them
-    python -m benchmarks.gpu --report                       # the tables of docs/speed.md, from the results alone
+    python -m benchmarks.gpu --report                       # the tables of docs/speed.md from existing results
     python -m benchmarks.gpu --device cpu --size tiny       # the same code in seconds, without a GPU
 
-Weights are random and made on the device, so nothing is downloaded. Each section's record is written when it ends.
-A section that fails, does not fit the memory or has no time left is recorded as such, and the next one begins.
+Weights are random and created on the device, so nothing is downloaded. Each section's record is written when it ends.
+A section that fails, does not fit into memory or has no time left is recorded as such, and the next one begins.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from benchmarks.interleaved import OUT_OF_MEMORY, machine
 from examples.easy_vqa.records import write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
-MINUTES = 8.0  # imports come before, and the last section may end a little late
+MINUTES = 8.0  # imports come before it, and the last section may end a little late
 console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
 def run(sections: list[Section], device: str, minutes: float, file: Path) -> dict[str, Any]:
-    """Measure the sections and write the record after each of them."""
+    """Measure the sections, and write the record after each of them."""
     start = time.perf_counter()
     deadline = start + 60 * minutes
     hosts = Hosts(device)
@@ -60,14 +60,14 @@ def run(sections: list[Section], device: str, minutes: float, file: Path) -> dic
 
 
 def _attempt(section: Section, hosts: Hosts, now: float, until: float, deadline: float) -> dict[str, Any]:
-    """What was measured; or under "left_out" why nothing was."""
+    """Return the measurements of a section, or the reason under "left_out" why there are none."""
     if deadline - now < section.least:
         return {"left_out": "no time was left"}
     try:
         return measure(section, hosts, until)
     except torch.OutOfMemoryError:
         return {"left_out": OUT_OF_MEMORY}
-    except Exception as error:  # a GPU may be there once: what the other sections measure is not lost
+    except Exception as error:  # a GPU may be available only once, so keep the other sections
         traceback.print_exc()
         return {"left_out": f"{type(error).__name__}: {error}", "failed": True}
 
@@ -81,12 +81,12 @@ def _check(device: str) -> None:
 
 def main(
     device: Device = "cuda",
-    size: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SHAPES)}; 7b and 0.5b if left out.")] = None,
-    minutes: Annotated[float, typer.Option(help="For all sections together.")] = MINUTES,
+    size: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SHAPES)}. Default: 7b and 0.5b.")] = None,
+    minutes: Annotated[float, typer.Option(help="Minutes for all sections together.")] = MINUTES,
     results: Annotated[Path, typer.Option(help="Folder of the record, cuda.json or cpu.json.")] = RESULTS,
     report: Annotated[bool, typer.Option("--report", help="Only write the page from the record.")] = False,
 ) -> None:
-    """Measure, write and print. Ends with status 1 where a section failed."""
+    """Measure, write and print. Exits with status 1 if a section failed."""
     sizes = size or ["7b", "0.5b"]
     if unknown := [name for name in sizes if name not in SHAPES]:
         raise typer.BadParameter(f"--size {unknown[0]} is unknown. Write one of {', '.join(SHAPES)}.")

@@ -1,4 +1,4 @@
-"""Frozen vision-language models with random weights, made on the device that they run on; nothing is downloaded."""
+"""Build frozen vision-language models with random weights on their device, without downloads."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ CLIP_LARGE = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A LLaVA and the work that is measured on it.
+    """A LLaVA and the work to measure on it.
 
     Args:
-        name: as the tables have it.
+        name: name in the tables.
         vision: CLIP's configuration.
         text: the language model's configuration.
-        rows, tokens: of a training step.
-        prompt, decoded: tokens of the one row that is decoded.
-        batch, read, more: rows of a batch of many adapters, tokens of their prompts, and tokens that are decoded.
+        rows, tokens: size of a training step.
+        prompt, decoded: tokens of the single row to decode.
+        batch, read, more: rows of a batch of many adapters, tokens of their prompts, and tokens to decode.
         adapters: numbers of different adapters in this batch.
-        small_image: pixels of that batch's images, so that its prompts are short.
-        repeats: of each way, at most.
-        frozen: what it is held in: "bf16", and "nf4" where that is measured too.
-        share: of the time, relative to other shapes.
+        small_image: size in pixels of that batch's images, so that its prompts are short.
+        repeats: largest number of repeats of each way.
+        frozen: formats of the frozen weights: "bf16", and "nf4" if that is measured as well.
+        share: share of the time, relative to other shapes.
     """
 
     name: str
@@ -93,7 +93,7 @@ SHAPES = {
 
 
 def configuration(shape: Shape, image_size: int) -> LlavaConfig:
-    """A LLaVA's, with the last word but one as the image's placeholder."""
+    """Configure a LLaVA whose second to last word is the image placeholder."""
     vision = CLIPVisionConfig(**{**shape.vision, "image_size": image_size})
     text = copy.deepcopy(shape.text)
     return LlavaConfig(
@@ -106,11 +106,11 @@ def configuration(shape: Shape, image_size: int) -> LlavaConfig:
 
 
 def build(shape: Shape, device: str, frozen: str = "bf16", image_size: int | None = None) -> nn.Module:
-    """A frozen LLaVA of this shape on the device.
+    """Build a frozen LLaVA of this shape on the device.
 
     Args:
         frozen: "bf16", or "nf4" for the language model's layers in 4 bits.
-        image_size: in pixels; None: the shape's.
+        image_size: size in pixels; None: the shape's.
     """
     torch.manual_seed(0)
     config = configuration(shape, image_size or shape.vision["image_size"])
@@ -123,8 +123,8 @@ def build(shape: Shape, device: str, frozen: str = "bf16", image_size: int | Non
 
 
 def quantize(model: Any, device: str) -> None:
-    """Put the language model's linear layers into 4 bits, one after the other, on the device; as QLoRA does."""
-    from bitsandbytes.nn import Linear4bit, Params4bit  # here: the rest runs without it
+    """Quantize the language model's linear layers to 4 bits one by one on the device, as QLoRA does."""
+    from bitsandbytes.nn import Linear4bit, Params4bit  # imported only here: the rest runs without it
 
     kind = {"compress_statistics": True, "quant_type": "nf4"}
     decoder = model.get_decoder()
@@ -134,7 +134,7 @@ def quantize(model: Any, device: str) -> None:
         packed = Linear4bit(
             layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=DTYPE, device="meta", **kind
         )
-        setattr(packed, REPACKS, False)  # on a CPU: other models share the weights
+        setattr(packed, REPACKS, False)  # on a CPU, since other models share the weights
         weight = Params4bit(layer.weight.data, requires_grad=False, module=packed, **kind)
         packed.weight, packed.bias = weight.to(device), layer.bias
         decoder.set_submodule(path, packed)
@@ -142,15 +142,15 @@ def quantize(model: Any, device: str) -> None:
 
 
 def share(model: nn.Module) -> Any:
-    """Another model of the same frozen weights: what is attached to it leaves the first one as it was."""
+    """Make another model of the same frozen weights, so that attaching to it leaves the first one unchanged."""
     memo = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, memo)
 
 
 def compile_layers(model: Any) -> Any:
-    """Compile each layer of the language model; they share one graph, which takes seconds and not minutes.
+    """Compile each layer of the language model. The layers share one graph, which takes seconds and not minutes.
 
-    On a CPU no kernels are written, which would need a C++ compiler.
+    On a CPU no kernels are generated, which would need a C++ compiler.
     """
     for layer in model.get_decoder().layers:
         layer.compile(backend="eager" if model.device.type == "cpu" else "inductor")
@@ -158,7 +158,7 @@ def compile_layers(model: Any) -> Any:
 
 
 class Hosts:
-    """The model that was asked for last, so that a device holds one at a time."""
+    """Keep only the model that was requested last, so that a device holds one at a time."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -166,7 +166,7 @@ class Hosts:
         self.model: Any = None
 
     def get(self, size: str, frozen: str, image_size: int | None = None) -> Any:
-        """The frozen model; made unless it is the last one."""
+        """Return the frozen model, and build it unless it is the last one."""
         key = (size, frozen, image_size)
         if key != self.key:
             self.key, self.model = (), None

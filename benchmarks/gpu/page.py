@@ -1,4 +1,4 @@
-"""The tables of a run on a GPU, and their section of docs/speed.md."""
+"""Write the tables of a run on a GPU into docs/speed.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rows = list[list[object]]
 
 
 def tables(record: dict[str, Any]) -> str:
-    """What was measured, as Markdown."""
+    """Format the measurements as Markdown."""
     parts = [_machine(record["machine"]), ""]
     for title, kind, header, rows_of in KINDS:
         sections = [section for section in record["sections"] if section["kind"] == kind]
@@ -31,19 +31,19 @@ def tables(record: dict[str, Any]) -> str:
 
 
 def write_page(record: dict[str, Any] | None) -> None:
-    """Put the tables between the marks of docs/speed.md; without a record, a sentence."""
+    """Put the tables between the marks of docs/speed.md, or a sentence if there is no record."""
     head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     body = tables(record) if record else f"{NOT_RUN}\n"
     PAGE.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def section_of_the_page() -> str:
-    """What is between the marks now."""
+    """Return the text between the marks."""
     return PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip("\n") + "\n"
 
 
 def _machine(facts: dict[str, Any]) -> str:
-    """What it ran on, in a sentence."""
+    """Describe the machine in a sentence."""
     if "gpu" not in facts:
         return f"Measured on a processor ({facts['processor']}), PyTorch {facts['torch']}."
     memory = f"{facts['gpu_memory'] / 2**30:.0f} GiB"
@@ -51,7 +51,7 @@ def _machine(facts: dict[str, Any]) -> str:
 
 
 def _name(section: dict[str, Any]) -> str:
-    """The model, and how it is held and run."""
+    """Name the model, and how it is stored and run."""
     return ", ".join([SHAPES[section["size"]].name, section["frozen"], *["compiled"] * section["compiled"]])
 
 
@@ -86,7 +86,7 @@ def _many_rows(section: dict[str, Any]) -> Rows:
 
 
 def _to(values: list[float], base: list[float]) -> str:
-    """To the first row's way."""
+    """Format the ratio to the first row's way."""
     return "1" if values is base and values else middle(ratios(values, base)) if values and base else ""
 
 

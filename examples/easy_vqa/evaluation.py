@@ -23,10 +23,10 @@ def answer(
     batch_size: int = 64,
     description: str = "answering",
 ) -> list[str]:
-    """Greedy free generation, one answer per question; an image is read once for all its questions in a batch.
+    """Generate one greedy answer per question. An image is read once for all its questions in a batch.
 
     Args:
-        features: (images, tokens, vision_width) by image_id; one row answers every question blindly.
+        features: (images, tokens, vision_width) by image_id; a single row answers every question blindly.
     """
     model.eval()
     composite = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -56,13 +56,13 @@ def answer(
         row_of = {image: row for row, image in enumerate(seen)}
         rows = torch.tensor([row_of[images[i]] for i in chosen], device=model.device)
         read.past_key_values.batch_select_indices(rows)
-        cached = torch.ones_like(prefix["input_ids"][rows])  # the ids do not count: their keys and values are there
+        cached = torch.ones_like(prefix["input_ids"][rows])  # any ids: their keys and values are cached
         input_ids = torch.cat([cached, asked["input_ids"]], dim=1)
         output = composite.language_model.generate(
             input_ids=input_ids,
             attention_mask=torch.cat([cached, asked["attention_mask"]], dim=1),
             past_key_values=read.past_key_values,
-            # The number 1, generate's own choice, slices a view; PyTorch then copies the head's weight for each row.
+            # generate's default, the number 1, slices a view, and PyTorch then copies the head's weight per row.
             logits_to_keep=torch.tensor([-1], device=model.device),
             max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
@@ -74,13 +74,13 @@ def answer(
 
 
 def score(questions: list[dict[str, Any]], answers: list[str]) -> dict[str, dict[str, float]]:
-    """Exact match by kind: kind -> accuracy, standard error, n."""
+    """Compute exact match by kind: kind -> accuracy, standard error, n."""
     return accuracies(data.KINDS, [row["kind"] for row in questions], questions, answers)
 
 
 def score_yes_no(questions: list[dict[str, Any]], answers: list[str]) -> dict[str, dict[str, float]]:
-    """Exact match of the yes/no questions by wording and truth: who answers by the wording alone is right where the
-    thing asked for is not shown, and wrong where it is."""
+    """Compute exact match of the yes/no questions by wording and truth. Answering by the wording alone is right if the
+    image does not show the object, and wrong if it does."""
     groups = [data.yes_no_group(row) for row in questions]
     return accuracies(data.YES_NO_GROUPS, groups, questions, answers)
 
@@ -88,7 +88,7 @@ def score_yes_no(questions: list[dict[str, Any]], answers: list[str]) -> dict[st
 def accuracies(
     names: tuple[str, ...], groups: list[str | None], questions: list[dict[str, Any]], answers: list[str]
 ) -> dict[str, dict[str, float]]:
-    """Exact match of the questions of each group: name -> accuracy, standard error, n; groups without any left out."""
+    """Compute exact match per group of questions: name -> accuracy, standard error, n; empty groups are left out."""
     result = {}
     for name in names:
         rows = zip(groups, questions, answers, strict=True)

@@ -1,4 +1,4 @@
-"""What the language model keeps: its loss on English prose, and a fact that it knew, asked without an image."""
+"""Measure what the language model keeps: its loss on English prose, and a known fact, asked without an image."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ MAX_NEW_TOKENS = 20
 
 
 def language_kept(model: Any, processor: Any, text: str | None = None) -> dict[str, Any]:
-    """Measure a model on text alone, with its adapter and without it; about three minutes on two cores.
+    """Measure a model on text alone, with its adapter and without it. It takes about three minutes on two cores.
 
     Args:
-        model: the composite, adapted or not.
-        processor: the composite's.
-        text: plain text; None: `english_text`.
+        model: a composite, adapted or not.
+        processor: the composite's processor.
+        text: plain text; None: the result of `english_text`.
     Returns:
         text_loss (the fields of `peft_crome.evaluation.TextLoss`, nats a token), question, answer (with the adapter),
         base_answer (without it) and seconds.
     """
     start = time.perf_counter()
-    # One chunk at a time is 15% faster than four: the logits of four chunks take 400 MB.
+    # One chunk at a time is 15% faster than four, whose logits take 400 MB.
     loss = text_loss(model, processor.tokenizer, text or english_text(), batch_size=1)
     answer = answer_without_image(model, processor)
     with adapters_off(model):
@@ -45,7 +45,7 @@ def language_kept(model: Any, processor: Any, text: str | None = None) -> dict[s
 
 @torch.inference_mode()
 def answer_without_image(model: Any, processor: Any, question: str = QUESTION) -> str:
-    """The model's greedy answer to a question of text alone, under its own chat template."""
+    """Answer a text question greedily, under the model's chat template."""
     model.eval()
     tokenizer = processor.tokenizer
     chat = [{"role": "user", "content": question}]
@@ -56,10 +56,10 @@ def answer_without_image(model: Any, processor: Any, question: str = QUESTION) -
 
 
 def columns(kept: list[dict[str, Any]]) -> list[str]:
-    """A table's cells for one method: the loss with the adapter and its cost, the loss without, and the answers.
+    """Format a table's cells for one method: the loss with the adapter, its cost, the loss without, and the answers.
 
     Args:
-        kept: what `language_kept` returned, by seed; empty where nothing was measured.
+        kept: results of `language_kept` by seed; empty if nothing was measured.
     """
     if not kept:
         return ["-", "-", "-"]
@@ -76,10 +76,10 @@ def columns(kept: list[dict[str, Any]]) -> list[str]:
 
 
 def base_columns(kept: list[dict[str, Any]]) -> list[str]:
-    """The same cells for a projection alone, which attaches nothing to the language model.
+    """Format the same cells for a projection alone, which attaches nothing to the language model.
 
     Args:
-        kept: what `language_kept` returned for any method; what it measured without the adapter is shown.
+        kept: results of `language_kept` for any method; the values without the adapter are shown.
     """
     if not kept:
         return ["-", "-", "-"]

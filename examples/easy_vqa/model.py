@@ -1,4 +1,4 @@
-"""The quick start's composite: frozen DINOv2-small and SmolLM2-135M, joined and adapted in one of several ways."""
+"""Build the quick start's composite: frozen DINOv2-small and SmolLM2-135M, joined, with one of several methods."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ POOL_SIZE = 2  # 8 x 8 patches of a 112 px image -> 16 image tokens
 
 
 def processor() -> Any:
-    """The composite's processor: DINOv2's images, SmolLM2's chat template."""
+    """Build the composite's processor: DINOv2's images, SmolLM2's chat template."""
     return CromeVLMProcessor.from_backbones(config=backbone("projection").config)
 
 
 @cache
 def frozen_dtype() -> torch.dtype:
-    """What the frozen backbones are held in: bfloat16, or float32 where this machine multiplies faster in it.
+    """Return the dtype of the frozen backbones: bfloat16, or float32 if this machine multiplies faster in it.
 
     A CPU without AMX and AVX-512 BF16 took four times as long in bfloat16.
     """
@@ -45,7 +45,7 @@ def frozen_dtype() -> torch.dtype:
 
 
 def nf4() -> BitsAndBytesConfig:
-    """QLoRA's 4 bits, computed in the dtype that this machine is fast in."""
+    """Return QLoRA's 4-bit configuration, computed in the dtype that is fast on this machine."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -55,9 +55,9 @@ def nf4() -> BitsAndBytesConfig:
 
 
 def backbone(method: str, dtype: torch.dtype | None = None) -> CromeVLMForConditionalGeneration:
-    """Both frozen backbones (the language model in nf4 for "crome-both-4bit") and a fresh projection in fp32.
+    """Load both frozen backbones (the language model in nf4 for "crome-both-4bit") and a new projection in fp32.
 
-    Without `dtype` the backbones are held in the one that this machine is fast in.
+    Without `dtype` the backbones get the dtype that is fast on this machine.
     """
     model = CromeVLMForConditionalGeneration.from_backbones(
         vision=str(dinov2_small()),
@@ -78,7 +78,7 @@ def _eager(model: CromeVLMForConditionalGeneration) -> CromeVLMForConditionalGen
 
 
 def adapter_config(method: str, stage: str) -> PeftConfig | None:
-    """What PEFT attaches in a stage; None where the projection alone trains."""
+    """Return the PEFT configuration of a stage; None if only the projection trains."""
     projection = [PROJECTION] if stage == "align" else None
     if method == "projection":
         return None
@@ -91,7 +91,7 @@ def adapter_config(method: str, stage: str) -> PeftConfig | None:
 
 
 def attach(method: str, stage: str, previous: Path | None = None) -> torch.nn.Module:
-    """The model of a stage, ready to train: "align" from scratch, "finetune" from the directory of "align"."""
+    """Build the trainable model of a stage: "align" from scratch, "finetune" from the directory of "align"."""
     if previous is None:
         model = backbone(method)
     else:
@@ -112,14 +112,14 @@ def save_stage(model: torch.nn.Module, directory: Path) -> int:
     """Write the stage's directory: `adapter/` (PEFT) and `composite/` (the projection); return the size in bytes."""
     if isinstance(model, PeftModel):
         model.save_pretrained(directory / "adapter")
-        model = model.unload()  # leaves the trained projection in the plain composite
+        model = model.unload()  # keeps the trained projection in the plain composite
     model.save_pretrained(directory / "composite")
     files = [file for part in ("adapter", "composite") for file in (directory / part).glob("*.safetensors")]
     return sum(file.stat().st_size for file in files)
 
 
 def load_stage(directory: Path) -> torch.nn.Module:
-    """The trained model of a stage for answering, from its directory and the backbones that it names."""
+    """Load the trained model of a stage for answering, from its directory and the backbones that it names."""
     model: torch.nn.Module = _eager(CromeVLMForConditionalGeneration.from_pretrained(directory / "composite"))
     if (directory / "adapter").is_dir():
         model = PeftModel.from_pretrained(model, str(directory / "adapter"))
@@ -127,9 +127,9 @@ def load_stage(directory: Path) -> torch.nn.Module:
 
 
 def vision_features(split: str, image_processor: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The frozen tower's pooled features of all easy-VQA images of a split, (images, 16, 384) fp16, computed once.
+    """Compute the frozen tower's pooled features of a split's images, (images, 16, 384) fp16, once.
 
-    `dtype` is the tower's, as in `backbone`.
+    `dtype` is the tower's dtype, as in `backbone`.
     """
     folder = easy_vqa_dir() / split / "images"
     count = len(list(folder.glob("*.png")))
@@ -143,18 +143,18 @@ def cached_features(
     image_processor: Any,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The frozen tower's pooled features of some images, (images, 16, 384) fp16, computed once and kept.
+    """Compute the frozen tower's pooled features of some images, (images, 16, 384) fp16, once, and cache them.
 
     Args:
-        name: of the file in the cache; another set of images takes another name.
+        name: name of the cache file, different for each set of images.
         count: number of images.
-        image: gives image i.
-        dtype: the tower's, as in `backbone`.
+        image: function that returns image i.
+        dtype: dtype of the tower, as in `backbone`.
     """
     dtype = dtype or frozen_dtype()
     held = str(dtype).removeprefix("torch.")
     path = cache_dir() / f"features-{name}-{dinov2_small().name}-112px-pool{POOL_SIZE}-{held}.safetensors"
-    with FileLock(path.with_suffix(".lock")):  # minutes of work, which another process may be at
+    with FileLock(path.with_suffix(".lock")):  # minutes of work, which another process may be doing
         if not path.is_file():
             model = backbone("projection", dtype).eval()
             batches = []
@@ -169,7 +169,7 @@ def cached_features(
 
 
 def blank_features(image_processor: Any) -> torch.Tensor:
-    """The tower's pooled features of one black image, (1, 16, 384) fp16."""
+    """Compute the tower's pooled features of one black image, (1, 16, 384) fp16."""
     image = Image.new("RGB", (64, 64))
     pixel_values = image_processor([image], return_tensors="pt")["pixel_values"]
     return backbone("projection").eval().get_vision_features(pixel_values).half()

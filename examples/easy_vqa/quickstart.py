@@ -1,6 +1,6 @@
 """The quick start: align, fine-tune, evaluate with and without images, reload in a fresh process, draw.
 
-Each step is done once.
+Finished steps are not repeated.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ console = Console()
 ALIGN = Stage("align", steps=200, images_per_step=16, questions_per_image=1, learning_rate=1e-3)
 FINETUNE = Stage("finetune", steps=200, images_per_step=6, questions_per_image=4, learning_rate=1e-3)
 LARGE_SAMPLE = {"what": 2000, "yes/no": 1000}  # test questions for the result
-SMALL_SAMPLE = {"what": 300, "yes/no": 150}  # for what it is compared with
-TINY_SAMPLE = {"what": 100, "yes/no": 50}  # before training, where no answer is right
+SMALL_SAMPLE = {"what": 300, "yes/no": 150}  # for the models that the result is compared with
+TINY_SAMPLE = {"what": 100, "yes/no": 50}  # before training, when no answer is right
 RELOADED = 64  # questions asked again in a fresh process: one batch
 
 
@@ -45,15 +45,15 @@ def run(
     tiny: dict[str, int] = TINY_SAMPLE,
     text: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Run what is not done yet and return the rows of the table.
+    """Run the unfinished steps and return the rows of the table.
 
     Args:
         output: directory of checkpoints, answers, table and images.
         align, finetune: the two stages.
-        seed: of the adapter's weights and the order of the data.
-        large, small, tiny: test questions per kind, for the final model, for what it is compared with, and for the
-            model before training.
-        text: what the loss on text is measured on; None: `english_text`.
+        seed: seed of the adapter's weights and of the order of the data.
+        large, small, tiny: test questions per kind, for the final model, for the models that it is compared with, and
+            for the model before training.
+        text: text to measure the loss on; None: the result of `english_text`.
     """
     start = time.perf_counter()
     train, test = data.load_questions("train"), data.load_questions("test")
@@ -126,7 +126,7 @@ def answer_again(output: Path) -> None:
 
 
 def _ask_again_in_fresh_process(output: Path, questions: list[dict[str, Any]], answers: list[str]) -> int:
-    # The first batch, whole, on as many threads: otherwise bf16 would round differently.
+    # The whole first batch on equally many threads, since bf16 would round differently otherwise.
     order = sorted(range(len(questions)), key=lambda i: questions[i]["image_id"])[:RELOADED]
     chosen, first = [questions[i] for i in order], [answers[i] for i in order]
     write_json(output / "again.json", chosen)
@@ -141,5 +141,5 @@ def _ask_again_in_fresh_process(output: Path, questions: list[dict[str, Any]], a
 
 
 def _timed(row: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation without its memory: that of a trained row is the training's."""
+    """Drop the memory of an evaluation: the memory in a trained row is that of the training."""
     return {key: row[key] for key in ("name", "score", "answers", "answering_seconds")}

@@ -1,4 +1,4 @@
-"""The table, the contact sheet and the learning curves."""
+"""Draw the table, the contact sheet and the learning curves."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rich.table import Table
 from . import data
 from .parts import easy_vqa_dir
 
-Row = dict[str, Any]  # name, score (by kind), and of trained rows also the fields of a training record
+Row = dict[str, Any]  # name, score (by kind); trained rows also have the fields of a training record
 
 
 def columns(row: Row) -> list[str]:
-    """A row of the table as text."""
+    """Format a row of the table."""
     cells = [row["name"]]
     for kind in data.KINDS:
         score = row["score"].get(kind)
@@ -46,7 +46,7 @@ HEADER = [
 
 
 def print_table(rows: list[Row], title: str) -> None:
-    """Show the table in the terminal."""
+    """Print the table to the terminal."""
     table = Table(title=title, caption="accuracy ± standard error (number of test questions)")
     for name in HEADER:
         table.add_column(name, justify="left" if not name else "right")
@@ -56,7 +56,7 @@ def print_table(rows: list[Row], title: str) -> None:
 
 
 def print_language(kept: dict[str, Any]) -> None:
-    """Show what `language_kept` measured."""
+    """Print the results of `language_kept`."""
     loss = kept["text_loss"]
     table = Table(title="Without an image", caption=f"nats a token, over {loss['tokens']:,} tokens of English prose")
     for name in ("", "text loss", kept["question"]):
@@ -67,13 +67,13 @@ def print_language(kept: dict[str, Any]) -> None:
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """The same table for a README."""
+    """Format the same table in Markdown for a README."""
     lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
     return "\n".join(lines + ["| " + " | ".join(columns(row)) + " |" for row in rows]) + "\n"
 
 
 def contact_sheet(questions: list[Row], answers: list[str], path: Path, count: int = 24) -> None:
-    """Draw test images with question, answer and whether it was right (green) or wrong (red, with the truth)."""
+    """Draw test images with question and answer, in green if it is right and in red with the truth if it is wrong."""
     figure, axes = plt.subplots(4, count // 4, figsize=(2.3 * count // 4, 10.5))
     step = max(1, len(questions) // count)
     for axis, i in zip(axes.flat, range(0, step * count, step), strict=True):
@@ -92,7 +92,7 @@ def contact_sheet(questions: list[Row], answers: list[str], path: Path, count: i
 
 
 def learning_curves(curves: dict[str, list[list[float]]], path: Path) -> None:
-    """Draw the training losses on a logarithmic axis; what is called "... seed N" has one color for all seeds."""
+    """Draw the training losses on a logarithmic axis. Curves called "... seed N" have one color for all seeds."""
     figure, axis = plt.subplots(figsize=(7, 4))
     colors: dict[str, str] = {}
     for name, points in curves.items():

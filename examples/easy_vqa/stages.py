@@ -1,11 +1,11 @@
-"""The paper's three stages on real weights: easy-VQA as LLaVA files, recipes as YAML, a fresh process per stage.
+"""Run the paper's three stages on real weights: easy-VQA as LLaVA files, recipes as YAML, a fresh process per stage.
 
     python -m examples.easy_vqa stages --output outputs/three_stages
 
-joins DINOv2-small and SmolLM2-135M (fetched as for the quick start) by two projections and a small new Q-Former.
-`pretrain` learns captions ("red circle"), `instruct` questions on colors and yes/no, `finetune` the shapes, which
-`instruct` was never asked for. Each stage is asked the same test questions before and after. A stage that is done is
-not trained again.
+joins DINOv2-small and SmolLM2-135M (the quick start's parts) by two projections and a small new Q-Former.
+`pretrain` learns captions ("red circle"), `instruct` questions on colors and yes/no questions, and `finetune` the
+shapes, which `instruct` did not contain. Each stage answers the same test questions before and after. Finished stages
+are not trained again.
 """
 
 import json
@@ -24,7 +24,7 @@ from .records import write_json
 from .report import print_language
 
 SIZES = {"pretrain": 200, "instruct": 600, "finetune": 100}  # optimizer steps
-ROWS = {"pretrain": 16, "instruct": 8, "finetune": 8}  # of a step
+ROWS = {"pretrain": 16, "instruct": 8, "finetune": 8}  # rows of a step
 QFORMER = {
     "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768,
     "cross_attention_frequency": 2, "vocab_size": 49_152, "max_position_embeddings": 512,
@@ -33,7 +33,7 @@ KINDS = {"pretrain": "captions", "instruct": "colors and yes/no", "finetune": "s
 
 
 def write_data(folder: Path, test_questions: int) -> None:
-    """easy-VQA in the LLaVA format: a training and a test file per stage."""
+    """Write easy-VQA in the LLaVA format: a training and a test file per stage."""
     for split in ("train", "test"):
         questions = data.load_questions(split)
         captions = [(i, [("Describe the image.", text)]) for i, text in data.captions(questions).items()]
@@ -49,12 +49,12 @@ def write_data(folder: Path, test_questions: int) -> None:
 
 
 def every(rows: list[Any], count: int) -> list[Any]:
-    """About `count` rows, evenly spread."""
+    """Pick about `count` rows, evenly spread."""
     return rows[:: max(1, len(rows) // count)][:count]
 
 
 def together(rows: list[Any]) -> list[Any]:
-    """Up to four questions about one image in one conversation: it is read once for all of them."""
+    """Join up to four questions about one image to one conversation, so that the image is read once."""
     by_image: dict[int, list[Any]] = {}
     for image, turns in rows:
         by_image.setdefault(image, []).extend(turns)
@@ -62,7 +62,7 @@ def together(rows: list[Any]) -> list[Any]:
 
 
 def conversation(number: int, image: int | None, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    """A row in the LLaVA format; no image: text alone."""
+    """Build a row in the LLaVA format; without an image it is text alone."""
     said = []
     for place, (question, answer) in enumerate(turns):
         question = f"<image>\n{question}" if place == 0 and image is not None else question
@@ -71,7 +71,7 @@ def conversation(number: int, image: int | None, turns: list[tuple[str, str]]) -
 
 
 def recipe(stage: str, output: Path, folder: Path, steps: int, rows: int, previous: str | None) -> dict[str, Any]:
-    """A recipe with the rates that suit these small models; the paper's presets are for Vicuna."""
+    """Write a recipe with learning rates for these small models, since the paper's presets are for Vicuna."""
     values: dict[str, Any] = {
         "stage": stage,
         "output": str(output / stage),
@@ -103,7 +103,7 @@ def recipe(stage: str, output: Path, folder: Path, steps: int, rows: int, previo
 
 
 def evaluate(directory: Path, stage: str, folder: Path) -> dict[str, Any]:
-    """`scores` of a stage's test questions, answered in a fresh process."""
+    """Compute `scores` of a stage's test questions, answered in a fresh process."""
     answers = directory.parent / f"{directory.name}-on-{stage}.jsonl"
     if not answers.is_file():
         images = ["--images", str(easy_vqa_dir() / "test" / "images")]
@@ -122,7 +122,7 @@ def evaluate(directory: Path, stage: str, folder: Path) -> dict[str, Any]:
 
 
 def scores(answers: list[str], expected: list[str]) -> dict[str, Any]:
-    """Exact match of all questions; where some are answered by yes or no and others by a word, also of each kind."""
+    """Compute exact match of all questions; also of each kind if there are yes/no questions and others."""
     from peft_crome.training import exact_match
 
     kinds: dict[str, list[tuple[str, str]]] = {}
@@ -135,7 +135,7 @@ def scores(answers: list[str], expected: list[str]) -> dict[str, Any]:
 
 
 def by_words(stage: str, folder: Path) -> dict[str, Any]:
-    """`scores` of the most frequent answer to each question's text, which needs no image."""
+    """Compute `scores` of the most frequent answer to each question's text, which needs no image."""
     train, test = (
         [
             {"question": ask["value"].removeprefix("<image>\n"), "answer": answer["value"]}
@@ -149,7 +149,7 @@ def by_words(stage: str, folder: Path) -> dict[str, Any]:
 
 
 def untrained(file: Path, stage: str, folder: Path) -> dict[str, Any]:
-    """The same before any training, when there is no directory yet."""
+    """Evaluate the same questions before any training, when there is no directory yet."""
     answers = file.with_name(f"untrained-on-{stage}.json")
     from peft_crome import training
     from peft_crome.data import read_rows
@@ -163,7 +163,7 @@ def untrained(file: Path, stage: str, folder: Path) -> dict[str, Any]:
 
 
 def language(directory: Path, text: str | None) -> dict[str, Any]:
-    """`language_kept` of a stage's directory, measured once."""
+    """Measure `language_kept` of a stage's directory once."""
     from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
 
     file = directory.with_name(f"{directory.name}-language.json")
@@ -186,11 +186,11 @@ def run(
     image_size: int | None = None,
     text: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Train and evaluate what is not done yet; one row per stage, with its accuracy before and after.
+    """Train and evaluate what is not finished; return one row per stage, with its accuracy before and after.
 
     Args:
-        image_size: of the images, in pixels; the tower's own if None.
-        text: what the loss on text is measured on; None: `english_text`.
+        image_size: size of the images in pixels; None: the tower's.
+        text: text to measure the loss on; None: the result of `english_text`.
     """
     folder = output / "data"
     if not (folder / "finetune-test.json").is_file():
@@ -218,7 +218,7 @@ def run(
 
 
 def settings_of(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A stage's recipe without what is another on each machine: names instead of folders."""
+    """Return a stage's recipe without values that depend on the machine: names instead of folders."""
     backbones = recipe["backbones"] and {
         key: Path(value).name if key in ("vision", "language", "qformer_tokenizer") else value
         for key, value in recipe["backbones"].items()
@@ -227,12 +227,12 @@ def settings_of(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def report(output: Path, test_questions: int, scale: float) -> None:
-    """Run the three stages and print what each improved.
+    """Run the three stages and print the improvement of each.
 
     Args:
-        output: where everything goes.
-        test_questions: per stage.
-        scale: share of the steps.
+        output: folder for all files.
+        test_questions: number of test questions per stage.
+        scale: share of the steps to run.
     """
     sizes = {stage: max(2, round(steps * scale)) for stage, steps in SIZES.items()}
     for row in run(output, sizes, test_questions):

@@ -1,4 +1,4 @@
-"""One stage of training on the ordinary `Trainer`; it continues from its last checkpoint."""
+"""Train one stage with the standard `Trainer`; it continues from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ SAVE_STEPS = 50
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage trains on and how long.
+    """The data and the length of one stage.
 
     Args:
         name: "align" (projection + adapter, on captions) or "finetune" (adapter alone, on questions).
-        steps: optimizer steps.
-        images_per_step: rows of a batch, one image each.
-        questions_per_image: question turns of a row; captions have one.
-        learning_rate: AdamW's peak, after a warm-up over 5% of the steps, then cosine to 0.
+        steps: number of optimizer steps.
+        images_per_step: number of rows in a batch, one image each.
+        questions_per_image: number of question turns in a row; captions have one.
+        learning_rate: peak of AdamW, after a warm-up over 5% of the steps, followed by a cosine to 0.
         draws: which questions, in order: pairs of a draw (see `data.question_rows`) and its steps; "any" if empty.
-        isolated: whether questions about one image do not see one another.
-        word_weight: of a term that draws image tokens toward the words of their caption (see `WordLoss`).
+        isolated: whether questions about one image are hidden from one another.
+        word_weight: weight of a term that draws image tokens toward the words of their caption (see `WordLoss`).
     """
 
     name: str
@@ -57,11 +57,11 @@ def train_stage(
     rows: list[dict[str, Any]] | None = None,
     use_cpu: bool = False,
 ) -> dict[str, Any]:
-    """Train a stage, save it to `directory` and return its record; a finished stage is not trained again.
+    """Train a stage, save it to `directory` and return its record. A finished stage is not trained again.
 
     Args:
-        previous: directory of the stage before.
-        rows, use_cpu: as for `fit`.
+        previous: directory of the previous stage.
+        rows, use_cpu: as in `fit`.
     Returns:
         settings, seconds, peak_memory_bytes, trained_parameters, file_bytes and the loss curve [[step, loss], ...].
     """
@@ -92,14 +92,14 @@ def fit(
     rows: list[dict[str, Any]] | None = None,
     use_cpu: bool = False,
 ) -> dict[str, Any]:
-    """Train what requires a gradient.
+    """Train all parameters that require a gradient.
 
     Args:
         checkpoints: directory to continue from and to save to; None: neither.
-        rows: what to train on, one row per image of each step; None: easy-VQA's, as `stage` draws them.
-        use_cpu: whether a GPU is left alone.
+        rows: training rows, one per image of each step; None: easy-VQA's, as `stage` draws them.
+        use_cpu: whether to leave a GPU unused.
     Returns:
-        seconds, whether it was resumed (then seconds count the last part only), losses [[step, loss], ...].
+        seconds, whether it was resumed (seconds then cover the last part only), losses [[step, loss], ...].
     """
     rows = easy_vqa_rows(stage, seed) if rows is None else rows
     if stage.word_weight:
@@ -140,10 +140,10 @@ def fit(
 
 
 def easy_vqa_rows(stage: Stage, seed: int, questions: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    """The captions or questions that a stage draws, one row per image of each step.
+    """Draw the captions or questions of a stage, one row per image of each step.
 
     Args:
-        questions: to draw from; None: easy-VQA's training questions.
+        questions: questions to draw from; None: easy-VQA's training questions.
     """
     questions = data.load_questions("train") if questions is None else questions
     if stage.name == "align":
@@ -156,23 +156,23 @@ def easy_vqa_rows(stage: Stage, seed: int, questions: list[dict[str, Any]] | Non
 
 
 def answer_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean cross-entropy over the answers' tokens; logits and labels are aligned by `data.Collator`."""
+    """Compute mean cross-entropy over the answers' tokens; `data.Collator` aligns logits and labels."""
     logits = outputs.logits.flatten(0, 1).float()
     count = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum()
     return F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum") / count
 
 
 class WordLoss:
-    """The answers' loss, and how far an image's tokens are from the words of its caption.
+    """Compute the answers' loss plus the distance of an image's tokens from the words of its caption.
 
-    The distance is that of the image tokens' mean to the mean of the words' embeddings, squared, relative to the
-    latter's square. Image tokens that lie among words can be compared with words by what the language model has
-    learned on text; captions alone do not put them there.
+    The distance is that of the image tokens' mean from the mean of the words' embeddings, squared, relative to the
+    square of the latter. The language model can compare image tokens among words with words, as it learned on text.
+    Captions alone do not move the tokens there.
 
     Args:
         model: the composite, adapted or not.
-        processor: the composite's.
-        weight: of the distance.
+        processor: the composite's processor.
+        weight: weight of the distance.
     """
 
     def __init__(self, model: torch.nn.Module, processor: Any, weight: float) -> None:
@@ -183,11 +183,11 @@ class WordLoss:
     def __call__(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`labels`: one caption a row."""
+        """Compute the loss. `labels` has one caption per row."""
         captions = [self.tokenizer.decode(row[row != -100], skip_special_tokens=True) for row in labels]
-        # As words in a sentence are written, with a space before them.
+        # With a space in front, as words in a sentence.
         ids = [self.tokenizer.encode(f" {caption}", add_special_tokens=False) for caption in captions]
-        table = word_table(self.model)  # read here: Trainer moves the model
+        table = word_table(self.model)  # not in __init__: Trainer moves the model
         words = torch.stack([table[row].float().mean(dim=0) for row in ids])
         tokens = outputs.image_hidden_states.float().mean(dim=1)
         distance = (tokens - words).square().sum(dim=-1).mean() / words.square().sum(dim=-1).mean()
@@ -195,14 +195,14 @@ class WordLoss:
 
 
 def word_table(model: torch.nn.Module) -> torch.Tensor:
-    """The frozen language model's own embedding table, (vocabulary, hidden)."""
+    """Return the frozen language model's embedding table, (vocabulary, hidden)."""
     table = model.get_input_embeddings()  # type: ignore[operator]
     return getattr(table, "base_layer", table).weight.detach()
 
 
 @torch.no_grad()
 def start_at_words(model: torch.nn.Module, features: torch.Tensor) -> None:
-    """Scale the fresh projection so that image tokens are as large as words; they would be eight times that."""
+    """Scale the new projection so that image tokens are as large as words, instead of eight times as large."""
     weight = next(p for name, p in model.named_parameters() if "image_projection" in name and p.requires_grad)
     size = word_table(model)[::48].float().square().mean(dim=-1).sqrt().median()
     given = (features[:200].to(weight) @ weight.T).square().mean().sqrt()

@@ -1,4 +1,4 @@
-"""Try other settings of the long demo on validation: a tenth of the training images, which no trial trains on."""
+"""Try other settings of the long demo on validation images: a tenth of the training images, unused in all trials."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUESTIONS = {"what": 200, "yes/no": 400}
 
 
 def split(questions: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The training questions about images to train on, and about images to validate on."""
+    """Split the training questions by image into questions to train on and questions to validate on."""
     held_out = [row["image_id"] % VALIDATION == 0 for row in questions]
     pairs = list(zip(questions, held_out, strict=True))
     return [row for row, out in pairs if not out], [row for row, out in pairs if out]
@@ -30,9 +30,9 @@ def run(
     """Train both stages, the second one at `rate`, and write the scores on validation.
 
     Args:
-        output: of checkpoints; a stage that is done is not trained again.
+        output: folder of checkpoints; a finished stage is not trained again.
         results: a JSON file.
-        method: of `model.METHODS`.
+        method: one of `model.METHODS`.
         rate: peak learning rate of the questions' stage.
     """
     shared = processor()

@@ -1,1 +1,1 @@
-"""Two real data sets in one recipe."""
+"""Train on two real data sets in one recipe."""

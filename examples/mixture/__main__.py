@@ -1,4 +1,4 @@
-"""python -m examples.mixture"""
+"""Run the example: python -m examples.mixture."""
 
 import typer
 

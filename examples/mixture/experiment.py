@@ -1,10 +1,10 @@
-"""Two real data sets in one recipe, easy-VQA and digits, from the command line.
+"""Train on two real data sets in one recipe, easy-VQA and digits, from the command line.
 
     python -m examples.mixture --output outputs/mixture
 
 writes the data as LLaVA files and two recipes, and runs `peft-crome train` and `peft-crome evaluate` on them, each in
-a process of its own: `pretrain` on what is shown ("red circle", "seven"), `finetune` on questions about it. Both data
-sets are asked before and after each stage. What is done is not done again. Needs the extras `train` and `dev`.
+a separate process. `pretrain` learns what is shown ("red circle", "seven"), and `finetune` learns questions about it.
+Both sets are evaluated before and after each stage. Finished steps are skipped. Needs the extras `train` and `dev`.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from examples.easy_vqa.records import write_json
 from examples.easy_vqa.stages import conversation, every, together
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-TRAINING_DIGITS = 1400  # of 1,797, in the order of the people who wrote them
+TRAINING_DIGITS = 1400  # of 1,797, which are ordered by the people who wrote them
 SETS = ("easy_vqa", "digits")
 
 
 def write_data(folder: Path, test_rows: int) -> None:
-    """Captions and questions of both sets, and their tests."""
+    """Write captions and questions of both sets, and their tests."""
     for split in ("train", "test"):
         questions = data.load_questions(split)
         captions = [(i, [("Describe the image.", text)]) for i, text in data.captions(questions).items()]
@@ -52,14 +52,14 @@ def write_data(folder: Path, test_rows: int) -> None:
         write_json(folder / f"digits-{split}.json", [conversation(n, *row) for n, row in enumerate(asked)])
         write_json(folder / f"digits-captions-{split}.json", [conversation(n, *r) for n, r in enumerate(captions)])
     (folder / "digits").mkdir(exist_ok=True)
-    for number, pixels in enumerate(digits.images):  # 8 x 8, of 0 to 16
+    for number, pixels in enumerate(digits.images):  # 8 x 8 values from 0 to 16
         image = Image.fromarray((pixels * (255 / 16)).round().astype("uint8"))
         image.resize((64, 64), Image.Resampling.BICUBIC).save(folder / "digits" / f"{number}.png")
-    (folder / "complete").touch()  # last
+    (folder / "complete").touch()  # must come last
 
 
 def recipe(stage: str, output: Path, steps: int, rows: int) -> dict[str, Any]:
-    """A stage's recipe: both sets, drawn by the square root of their sizes."""
+    """Build a stage's recipe: both sets, drawn by the square root of their sizes."""
     folder = output / "data"
     images = {"easy_vqa": str(easy_vqa_dir() / "train" / "images"), "digits": str(folder / "digits")}
     captions = "-captions" if stage == "pretrain" else ""
@@ -89,12 +89,12 @@ def recipe(stage: str, output: Path, steps: int, rows: int) -> dict[str, Any]:
 
 
 def peft_crome(*arguments: str) -> None:
-    """The command line, in a process of its own."""
+    """Run the command line in a separate process."""
     subprocess.run([sys.executable, "-m", "peft_crome", *arguments], check=True)
 
 
 def accuracy(output: Path, stage: str, name: str) -> dict[str, float]:
-    """Exact match of a set's test questions after a stage."""
+    """Measure exact match of a set's test questions after a stage."""
     from peft_crome.training import exact_match
 
     answers = output / f"{stage}-on-{name}.jsonl"
@@ -108,7 +108,7 @@ def accuracy(output: Path, stage: str, name: str) -> dict[str, float]:
 
 
 def run(output: Path, steps: dict[str, int], rows: int, test_rows: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Train and evaluate what is not done yet; accuracy by stage and set."""
+    """Train and evaluate what is not finished; return accuracy by stage and set."""
     if not (output / "data" / "complete").is_file():
         write_data(output / "data", test_rows)
     results = {}
@@ -123,12 +123,12 @@ def run(output: Path, steps: dict[str, int], rows: int, test_rows: int) -> dict[
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where everything goes; a second run continues there.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for all files. A second run continues from it.")] = Path(
         "outputs/mixture"
     ),
-    steps: Annotated[int, typer.Option(help="Of each stage.")] = 200,
-    rows: Annotated[int, typer.Option(help="Of a step.")] = 16,
-    test_rows: Annotated[int, typer.Option(help="Of each set.")] = 397,
+    steps: Annotated[int, typer.Option(help="Steps of each stage.")] = 200,
+    rows: Annotated[int, typer.Option(help="Rows of a step.")] = 16,
+    test_rows: Annotated[int, typer.Option(help="Test rows of each set.")] = 397,
 ) -> None:
     """Run both stages and print both accuracies after each."""
     for stage, scores in run(output, {"pretrain": steps, "finetune": steps}, rows, test_rows).items():

@@ -1,1 +1,1 @@
-"""A second task for a model that sees, from the command line."""
+"""Teach a second task to a model with vision, from the command line."""

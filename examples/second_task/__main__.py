@@ -1,4 +1,4 @@
-"""python -m examples.second_task"""
+"""Run the example: python -m examples.second_task."""
 
 import typer
 

@@ -1,11 +1,11 @@
-"""A model that sees learns a second task from the command line, and keeps the first when the adapter is off.
+"""Teach a second task to a model with vision; with the adapter off, the model keeps the first task.
 
     python -m examples.second_task --output outputs/second_task
 
-The model is the quick start's composite (SmolLM2-135M and DINOv2-small), whose projection has learned easy-VQA's
-captions and questions, saved as an ordinary model. `peft-crome finetune` teaches it handwritten digits. Both tasks and
-a book are measured before, and after with the adapter on and off. What is done is not done again. Needs the extras
-`train` and `dev`.
+The model is the quick start's composite (SmolLM2-135M and DINOv2-small). Its projection has learned easy-VQA's
+captions and questions and is saved with it. `peft-crome finetune` teaches it handwritten digits. Both tasks and a book
+are measured before, and afterwards with the adapter on and off. Finished steps are skipped. Needs the extras `train`
+and `dev`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TASKS = {"digits": "digits", "easy_vqa": "easy-VQA, what color / what shape"}
 
 
 def save_model(output: Path, steps: int) -> Path:
-    """The composite whose projection has learned easy-VQA, as `AutoModelForImageTextToText` loads it."""
+    """Save the composite whose projection has learned easy-VQA, so that `AutoModelForImageTextToText` loads it."""
     directory = output / "model-that-sees"
     if not directory.is_dir():
         shared = processor()
@@ -54,7 +54,7 @@ def save_model(output: Path, steps: int) -> Path:
 
 
 def score(model: Path, name: str, output: Path) -> dict[str, float]:
-    """`peft-crome evaluate`'s exact match on a task's test questions."""
+    """Measure exact match on a task's test questions with `peft-crome evaluate`."""
     answers = output / f"{model.name}-on-{name}.jsonl"
     if not answers.is_file():
         folder = output / "data"
@@ -67,7 +67,7 @@ def score(model: Path, name: str, output: Path) -> dict[str, float]:
 
 
 def text_loss(model: Path, output: Path, text: str) -> dict[str, float]:
-    """`peft-crome evaluate --text` on a book."""
+    """Measure the loss on a book with `peft-crome evaluate --text`."""
     found = output / f"{model.name}-on-text.json"
     book = output / "book.txt"
     if not found.is_file():
@@ -77,15 +77,15 @@ def text_loss(model: Path, output: Path, text: str) -> dict[str, float]:
 
 
 def run(output: Path, steps: int, rows: int, test_rows: int, text: str | None = None) -> dict[str, Any]:
-    """Do what is not done yet.
+    """Run the unfinished steps.
 
     Args:
-        steps: of each of the model's two stages, and of the second task.
-        rows: of a step of the second task.
-        test_rows: of each task.
-        text: what the loss on text is measured on; None: a book.
+        steps: number of steps of each of the model's two stages, and of the second task.
+        rows: number of rows in a step of the second task.
+        test_rows: number of test rows of each task.
+        text: text to measure the loss on; None: a book.
     Returns:
-        Scores of both tasks and the loss on text, of the model and with the adapter.
+        Scores of both tasks and the loss on text, for the model and with the adapter.
     """
     if not (output / "data" / "complete").is_file():
         write_data(output / "data", test_rows)
@@ -104,14 +104,14 @@ def run(output: Path, steps: int, rows: int, test_rows: int, text: str | None = 
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where everything goes; a second run continues there.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for all files. A second run continues from it.")] = Path(
         "outputs/second_task"
     ),
-    steps: Annotated[int, typer.Option(help="Of the model's two stages, and of the second task.")] = 200,
-    rows: Annotated[int, typer.Option(help="Of a step of the second task.")] = 16,
-    test_rows: Annotated[int, typer.Option(help="Of each task.")] = 397,
+    steps: Annotated[int, typer.Option(help="Steps of each of the two stages, and of the second task.")] = 200,
+    rows: Annotated[int, typer.Option(help="Rows of a step of the second task.")] = 16,
+    test_rows: Annotated[int, typer.Option(help="Test rows of each task.")] = 397,
 ) -> None:
-    """Run it and print the table."""
+    """Run the example and print the table."""
     results = run(output, steps, rows, test_rows)
     table = Table("", "the model", "with the adapter")
     for name, title in TASKS.items():

@@ -1,1 +1,1 @@
-"""What the adapter reads off a frozen language model."""
+"""Read what the adapter needs from a frozen language model."""

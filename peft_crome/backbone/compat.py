@@ -1,6 +1,6 @@
-"""Releases of transformers and PEFT: which work, and what moved between them.
+"""Check the releases of transformers and PEFT, and bridge their differences.
 
-The only place that compares versions. Each entry says with which lower bound in pyproject.toml it can go.
+Only this module compares versions. Each entry names the lower bound in pyproject.toml with which it can go.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-# As in pyproject.toml. transformers 5.0 to 5.5 load an adapter's file and leave its weights out, with a report alone.
+# As in pyproject.toml. transformers 5.0 to 5.5 load an adapter's file without its weights, and only log a report.
 SUPPORTED = {
     "transformers": ">=4.57.6,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,!=5.4.*,!=5.5.*,<6",
     "peft": ">=0.20,<1",
@@ -26,10 +26,10 @@ COMPOSITE = ">=5.12,<6"  # goes with transformers 5.12
 
 
 def check_installed() -> None:
-    """Look at the installed releases before they are imported.
+    """Check the installed releases before they are imported.
 
     Raises:
-        ImportError: one is too old or too new; names it, the range and the line to write.
+        ImportError: one is too old or too new; names it, the range and what to write.
     """
     for name, supported in SUPPORTED.items():
         installed = Version(version(name))
@@ -50,10 +50,10 @@ def has_composite() -> bool:
 
 
 def check_composite() -> None:
-    """Look at the installed transformers before the composite is imported.
+    """Check the installed transformers before the composite is imported.
 
     Raises:
-        ImportError: it is too old for the composite.
+        ImportError: transformers is too old for the composite.
     """
     if not has_composite():
         raise ImportError(_wrong_release("transformers", COMPOSITE, "CromeVLMForConditionalGeneration"))
@@ -67,28 +67,28 @@ def _wrong_release(name: str, supported: str, what: str) -> str:
 
 
 def chat_arguments(processor_kwargs: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """The further arguments of transformers' `apply_chat_template`.
+    """Build the further arguments of transformers' `apply_chat_template`.
 
-    Before transformers 5.23 those that no chat template reads replaced `processor_kwargs` instead of joining them, so
-    there they are handed over together. Goes with transformers 5.23.
+    Before transformers 5.23, arguments that no chat template reads replaced `processor_kwargs` instead of joining
+    them. There they are passed together. Goes with transformers 5.23.
 
     Args:
-        processor_kwargs: for the processor's call.
-        others: what the caller gave beside them.
+        processor_kwargs: arguments of the processor's call.
+        others: further arguments of the caller.
     """
     replaced = bool(others) and Version(version("transformers")) < Version("5.23")
     return {**processor_kwargs, **others} if replaced else others
 
 
 def keeps_logits_by_token() -> bool:
-    """Whether `logits_to_keep` may be a mask of tokens, not only places of all rows. Goes with transformers 5.21."""
+    """Whether `logits_to_keep` may be a mask of tokens, not only common positions. Goes with transformers 5.21."""
     return Version(version("transformers")) >= Version("5.21")
 
 
 def names_of_ties(model: Any) -> set[str]:
-    """Names of the weights that a model's configurations tie together.
+    """Return the names of the weights that a model's configurations tie together.
 
-    Before 5.0 transformers does not list them. Goes with transformers 5.0.
+    transformers before 5.0 does not list them. Goes with transformers 5.0.
     """
     if hasattr(model, "get_expanded_tied_weights_keys"):
         tied = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -102,10 +102,10 @@ def names_of_ties(model: Any) -> set[str]:
 
 
 def check_before_loading(peft_type: str, check: Callable[[Any, str, dict[str, Any]], None]) -> None:
-    """Let a method look at tensors before PEFT loads them; PEFT 0.21 asks the tuner itself. Goes with it; idempotent.
+    """Let a method check tensors before PEFT loads them; PEFT 0.21 asks the tuner. Goes with PEFT 0.21; idempotent.
 
     Args:
-        peft_type: of the method.
+        peft_type: type of the method.
         check: called with model, adapter name and tensors; raises ValueError or returns.
     """
     import peft
@@ -122,7 +122,7 @@ def check_before_loading(peft_type: str, check: Callable[[Any, str, dict[str, An
     ) -> Any:
         if model.peft_config[adapter_name].peft_type == peft_type:
             tensors = dict(peft_model_state_dict)
-            for path, module in model.named_modules():  # as PEFT renames what these hold, before it asks a tuner
+            for path, module in model.named_modules():  # PEFT renames these tensors before it asks a tuner
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     for stored, name in module.adapter_state_dict_load_map(adapter_name).items():
                         if f"{path}.{stored}" in tensors:
@@ -131,25 +131,25 @@ def check_before_loading(peft_type: str, check: Callable[[Any, str, dict[str, An
         return load(model, peft_model_state_dict, adapter_name, *args, **kwargs)
 
     check_and_load.checks_first = True  # type: ignore[attr-defined]
-    for module in list(sys.modules.values()):  # whoever has imported the function by name
+    for module in list(sys.modules.values()):  # every module that has imported the function
         if getattr(module, "__dict__", {}).get("set_peft_model_state_dict") is load:
             module.set_peft_model_state_dict = check_and_load  # type: ignore[attr-defined]
 
 
 def load_copies(model: Any, path: str, hub_arguments: dict[str, Any]) -> None:
-    """Load what `modules_to_save` trained into a model that has just loaded an adapter.
+    """Load the weights that `modules_to_save` trained into a model that has just loaded an adapter.
 
     Before 5.17 transformers' `load_adapter` silently leaves these tensors out. Goes with transformers 5.17.
 
     Args:
         path: directory or repository of the adapter.
-        hub_arguments: of `hf_hub_download`.
+        hub_arguments: arguments of `hf_hub_download`.
     """
     from peft import load_peft_weights, set_peft_model_state_dict
     from peft.utils import AuxiliaryTrainingWrapper
 
     if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
         tensors = load_peft_weights(path, device="cpu", **hub_arguments)
-        # An adapter that lies in the model itself has no such prefix.
+        # An adapter inside the model has no such prefix.
         tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
         set_peft_model_state_dict(model, tensors)

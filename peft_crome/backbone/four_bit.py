@@ -1,8 +1,8 @@
-"""bitsandbytes' 4-bit layers on a CPU with AVX-512 BF16, where they repack their weights when they are evaluated.
+"""Keep 4-bit layers of bitsandbytes trainable on a CPU with AVX-512 BF16, where an evaluation repacks their weights.
 
-What is repacked lets no gradient through, of which PyTorch only warns (bitsandbytes 0.50.2, `Linear4bit.forward` and
-`matmul_4bit`): a model that was asked something, or evaluated between two steps, would not train on. A layer whose
-sizes do not fit the other order fails. On other devices nothing is repacked.
+Repacked weights let no gradient through, and PyTorch only warns (bitsandbytes 0.50.2, `Linear4bit.forward` and
+`matmul_4bit`). A model that was evaluated between two steps would stop training. A layer whose sizes do not fit the
+packed order fails. On other devices nothing is repacked.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-REPACKS = "support_avx512bf16_for_cpu"  # the layer's own switch
-ROWS = 32  # that the other order puts together
-BLOCK = 64  # weights to a scale, in a layer that is not quantized yet
+REPACKS = "support_avx512bf16_for_cpu"  # the layer's switch
+ROWS = 32  # rows that the packed order joins
+BLOCK = 64  # weights per scale in a layer that is not quantized yet
 
 
 def mend_repacking(model: nn.Module) -> None:
-    """Have layers that fit go back to the usual order when a gradient has to pass, and keep others from repacking.
+    """Unpack layers when a gradient has to pass, and keep layers that do not fit from repacking.
 
-    An evaluation packs anew what fits. What does not: the MLP of SigLIP so400m (1152 and 4304), for one.
+    The next evaluation packs again what fits. The MLP of SigLIP so400m (1152 and 4304), for example, does not fit.
     """
     for module in model.modules():
         if not getattr(module, REPACKS, False):
@@ -35,4 +35,4 @@ def mend_repacking(model: nn.Module) -> None:
 def _unpack(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
     repacked = getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
     if repacked and torch.is_grad_enabled() and inputs[0].requires_grad:
-        module.state_dict()  # bitsandbytes' own way back: what it stores is in the usual order
+        module.state_dict()  # bitsandbytes unpacks here: it stores the usual order

@@ -1,4 +1,4 @@
-"""Logits where there are labels: the output head runs on the tokens that are learned, and on no others."""
+"""Compute logits only where there are labels: the output head skips all other tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .four_bit import mend_repacking
 from .model import COMPILED, KNOWN_ROWS, input_embeddings, placeholder_ids, text_config, unwrapped
 
 IGNORED = -100
-TOLERANCE = 1e-2  # of two losses by different kernels in bfloat16; a loss at wrong places fails by its shape
+TOLERANCE = 1e-2  # between losses of two kernels in bfloat16; wrong positions fail by shape
 
 Choice = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
@@ -26,24 +26,24 @@ _choices: WeakKeyDictionary[nn.Module, Choice | None] = WeakKeyDictionary()
 
 
 def logits_at_labels(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Ask for logits at the tokens that predict a label; the loss and its gradient stay what they are.
+    """Request logits at the tokens that predict a label. The loss and its gradient do not change.
 
-    Write `loss = model(**logits_at_labels(model, batch)).loss` in your own loop. The model computes the loss as it
-    always does, so scales, caps, biases and auxiliary losses are its own. Images, questions and padding cost nothing
-    in the output head, in the loss and in their gradients.
+    Write `loss = model(**logits_at_labels(model, batch)).loss` in your training loop. The model computes the loss
+    itself, with its scales, caps, biases and auxiliary losses. Images, questions and padding cost nothing in the
+    output head, in the loss and in their gradients.
 
     The first call tries the model on two short rows of text, without a gradient and without drawing random numbers.
-    A model whose loss is another one then, or that has no such argument, is trained on all logits, and the log says
-    why. In a run of several processes, each of them must make this call.
+    A model whose loss changes, or that has no such argument, is trained on all logits, and the log gives the reason.
+    In a run of several processes, each of them must make this call.
 
     Args:
-        model: what the loop calls, inside DDP, FSDP, DeepSpeed or `torch.compile` or not.
-        batch: what `model(**batch)` takes; "labels", (batch, tokens), are those of the tokens themselves, and -100
-            where there is none.
+        model: the model that the loop calls. It may be wrapped by DDP, FSDP, DeepSpeed or `torch.compile`.
+        batch: arguments of `model(**batch)`; "labels", (batch, tokens), are those of the tokens themselves; -100 marks
+            a token without a label.
     Returns:
-        The batch with `logits_to_keep` and `shift_labels`. The model's `logits` are (labels, vocabulary) then. With
-        `torch.compile` and before transformers 5.21 they are (batch, places with a label in any row, vocabulary).
-        The batch as it is where it has no labels, has one of these keys, or the model takes none.
+        The batch with `logits_to_keep` and `shift_labels`. The model's `logits` are then (labels, vocabulary). With
+        `torch.compile` before transformers 5.21 they are (batch, positions with a label in any row, vocabulary).
+        The batch is unchanged if it has no labels, has one of these keys, or the model takes none of them.
     """
     labels = batch.get("labels")
     if labels is None or not {"logits_to_keep", "shift_labels"}.isdisjoint(batch):
@@ -55,22 +55,22 @@ def logits_at_labels(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str,
 
 
 def _by_token(labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Each token before a label."""
+    """Keep each token before a label."""
     targets, wanted = _targets(labels)
     return {"logits_to_keep": wanted, "shift_labels": targets[wanted]}
 
 
 def _by_place(labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Each place before a label of any row: a model compiled as one graph can have no number of tokens by value."""
+    """Keep each position before a label of any row, since a compiled graph cannot count tokens by value."""
     targets, wanted = _targets(labels)
     places = wanted.any(dim=0).nonzero().flatten()
     return {"logits_to_keep": places, "shift_labels": targets[:, places]}
 
 
 def _targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each token predicts, (batch, tokens), and where that is a label.
+    """Return what each token predicts, (batch, tokens), and a mask where that is a label.
 
-    Of a batch without labels the first token is taken, so that the loss depends on the model as it always does.
+    In a batch without labels the first token is kept, so that the loss still depends on the model.
     """
     targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     wanted = targets != IGNORED
@@ -79,7 +79,7 @@ def _targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _choice_of(model: nn.Module) -> Choice | None:
-    """The first way to choose tokens that a model takes; None, with a line in the log, where it takes none."""
+    """Find the first way to choose tokens that a model takes; None, with a line in the log, if it takes none."""
     host = unwrapped(model)
     compiled = any(COMPILED in module._modules or module._compiled_call_impl for module in model.modules())
     choices = (_by_token, _by_place) if keeps_logits_by_token() and not compiled else (_by_place,)
@@ -93,7 +93,7 @@ def _choice_of(model: nn.Module) -> Choice | None:
 
 
 def _no_argument(host: nn.Module) -> str | None:
-    """Why a model's logits cannot be chosen, as its class says it; None: perhaps they can."""
+    """Return why a model's class rules out chosen logits; None if it may take them."""
     if getattr(getattr(host, "config", None), "is_encoder_decoder", False):
         return "the labels of an encoder-decoder are all that its decoder reads"
     if "logits_to_keep" not in inspect.signature(type(host).forward).parameters:
@@ -102,7 +102,7 @@ def _no_argument(host: nn.Module) -> str | None:
 
 
 def _trial(model: nn.Module, host: nn.Module, choose: Choice) -> str | None:
-    """Compare both losses on two rows of text. Every process of a run does the same, whatever rows it has."""
+    """Compare both losses on two rows of text. All processes of a run do the same, whatever their rows."""
     size, taken = text_config(host).vocab_size, placeholder_ids(host)
     words = [number % size for number in KNOWN_ROWS if number % size not in taken]
     table = next(iter(input_embeddings(host).parameters()))  # type: ignore[union-attr]
@@ -111,7 +111,7 @@ def _trial(model: nn.Module, host: nn.Module, choose: Choice) -> str | None:
     labels[0, :-3] = labels[1, :-1] = IGNORED
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     chosen = choose(labels)
-    mend_repacking(host)  # else an evaluation ends training in 4 bits on a CPU
+    mend_repacking(host)  # an evaluation would end 4-bit training on a CPU
     modes = [(module, module.training) for module in model.modules()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:

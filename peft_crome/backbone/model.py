@@ -1,4 +1,4 @@
-"""What the adapter reads off a backbone: widths, embeddings, device and dtype; and how a module is replaced in it."""
+"""Read widths, embeddings, device and dtype from a backbone, and replace a module in it."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ KNOWN_ROWS = (
     907,
     1009,
 )  # beyond bytes and special tokens, within every vocabulary that is trained
-COMPILED = "_orig_mod"  # what `torch.compile` calls the module that it wraps
+COMPILED = "_orig_mod"  # `torch.compile`'s name for the module that it wraps
 PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
 
 
 @dataclass(frozen=True)
 class Host:
-    """What an adapter needs to know of a model.
+    """Facts about a model that an adapter needs.
 
     Attributes:
         name: the name or path that it was loaded from, else its class.
-        embeddings: the module that turns token ids into embeddings; None where the model names none.
-        rows: about 1,000 of its embeddings, (rows, width), fp32; None where there are no values.
-        rms: root mean square of these; 1 where there are no values.
-        placeholders: token ids in whose place images, videos and sounds are put.
-        device, dtype: of the embeddings; no device for a model on the meta device.
+        embeddings: the module that turns token ids into embeddings; None if the model names none.
+        rows: about 1,000 of its embeddings, (rows, width), fp32; None if they have no values.
+        rms: root mean square of these rows; 1 if they have no values.
+        placeholders: token ids that images, videos and sounds replace.
+        device, dtype: of the input embeddings; device is None for a model on the meta device.
     """
 
     name: str
@@ -53,24 +53,24 @@ class Host:
 
 
 def read_host(model: nn.Module) -> Host:
-    """Read a model once, for all that attaching an adapter asks of it."""
+    """Read everything from a model, once, that attaching an adapter needs."""
     rows = embedding_rows(model)
     device, dtype = device_and_dtype(model)
     return Host(backbone_name(model), input_embeddings(model), rows, _rms(rows), placeholder_ids(model), device, dtype)
 
 
 def unwrapped(model: Any, kind: type[nn.Module] = PreTrainedModel) -> Any:
-    """The model inside `torch.compile`, DDP, DataParallel, PEFT or a user's wrapper, the outermost of a kind.
+    """Return the outermost model of a kind inside `torch.compile`, DDP, DataParallel, PEFT or a user's wrapper.
 
     Args:
-        model: itself of that kind, or a chain of modules that each hold one other.
-        kind: of the model that is looked for.
+        model: a model of that kind, or a chain of modules that each wrap one other.
+        kind: class of the model to find.
     Returns:
-        The model; what was given where none is found.
+        The model; `model` itself if none is found.
     """
     inner = model
     while isinstance(inner, nn.Module) and not isinstance(inner, kind):
-        # The adapters' weights lie beside the module that a wrapper holds.
+        # The adapters' weights are beside the wrapped module.
         children = [child for child in inner.children() if not isinstance(child, BaseTunerLayer)]
         only = children[0] if len(children) == 1 else None
         inner = inner._modules.get("module", only)
@@ -79,7 +79,7 @@ def unwrapped(model: Any, kind: type[nn.Module] = PreTrainedModel) -> Any:
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """The modules that `torch.compile` wraps inside a model in the wrappers' places, as long as the block runs."""
+    """Put the modules that `torch.compile` wraps inside a model in their wrappers' places while the block runs."""
     places = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
     places = [place for place in places if place[2] is not None and COMPILED in place[2]._modules]
     for parent, name, child in reversed(places):
@@ -92,28 +92,28 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 def backbone_name(model: nn.Module) -> str:
-    """The name or path that a model was loaded from, else its class."""
+    """Return the name or path that a model was loaded from, else its class."""
     model = unwrapped(model)
     return getattr(model, "name_or_path", "") or type(model).__name__
 
 
 def text_config(model: nn.Module) -> Any:
-    """The language model's part of a model's configuration; None for a model without one."""
+    """Return the language model's part of a model's configuration; None for a model without one."""
     config = getattr(unwrapped(model), "config", None)
     return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
 
 
 def text_hidden_size(model: nn.Module) -> int | None:
-    """The language model's embedding width: its table's, else its configuration's; None for a model without one.
+    """Return the embedding width of the language model: its table's, else its configuration's; None without one.
 
-    Where they differ, as in OPT-350m, embeddings have the table's width and the model projects them.
+    If they differ, as in OPT-350m, embeddings have the table's width and the model projects them.
     """
     width = getattr(input_embeddings(model), "embedding_dim", None)
     return width if isinstance(width, int) else getattr(text_config(model), "hidden_size", None)
 
 
 def possible_widths(module: nn.Module) -> set[int]:
-    """Output widths that a module can have: exact for layers that state it, every part's for a container."""
+    """Collect output widths that a module can have: exact for layers that state it, every part's for a container."""
     stated_width = _stated_width(module)
     return {stated_width} if stated_width else {width for part in module.modules() if (width := _stated_width(part))}
 
@@ -130,7 +130,7 @@ def _stated_width(module: nn.Module) -> int | None:
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """The module that turns token ids into embeddings, or None where the model names none."""
+    """Return the module that turns token ids into embeddings, or None if the model names none."""
     try:
         return unwrapped(model).get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -138,7 +138,7 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The module that turns hidden states into logits, or None where the model names none."""
+    """Return the module that turns hidden states into logits, or None if the model names none."""
     try:
         return model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -146,14 +146,14 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def original_module(module: Any) -> Any:
-    """What PEFT keeps of a module beside a copy that trains, or `torch.compile` wraps; else the module itself."""
+    """Return the original beside PEFT's trained copy, or the module that `torch.compile` wraps, else the module."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
     return module._modules.get(COMPILED, module) if isinstance(module, nn.Module) else module
 
 
 def placeholder_ids(model: nn.Module) -> tuple[int, ...]:
-    """The token ids in whose place a model puts images, videos and sounds, as its configuration names them."""
+    """Return the token ids that images, videos and sounds replace, as the model's configuration names them."""
     model = unwrapped(model)
     settings = vars(model.config) if hasattr(model, "config") else {}
     ids = {value for name, value in settings.items() if PLACEHOLDER.fullmatch(name) and isinstance(value, int)}
@@ -161,15 +161,15 @@ def placeholder_ids(model: nn.Module) -> tuple[int, ...]:
 
 
 def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` in the place of `old`, which may have several: BART's halves can hold one embedding module."""
+    """Put `new` in every place of `old`: both halves of BART can hold one embedding module."""
     for parent in list(model.modules()):
         if parent is not new:
             for name in [name for name, child in parent.named_children() if child is old]:
-                parent._modules[name] = new  # a compiled module hands attributes on
+                parent._modules[name] = new  # a compiled module would forward a set attribute
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtype]:
-    """Where the input embeddings are and in which dtype; no device for a model on the meta device."""
+    """Return device and dtype of the input embeddings; device is None for a model on the meta device."""
     for module in (input_embeddings(model), model):
         for parameter in module.parameters() if module is not None else ():
             if parameter.is_floating_point() and not parameter.is_meta:
@@ -178,25 +178,25 @@ def device_and_dtype(model: nn.Module) -> tuple[torch.device | None, torch.dtype
 
 
 def tied_weights(model: nn.Module) -> set[str]:
-    """Names of the weights that a model's configurations tie together; of a model without sites around its tables."""
+    """Return the names of the weights that a model's configurations tie; the model has no sites around its tables."""
     host = unwrapped(model)
     return names_of_ties(host) if isinstance(host, PreTrainedModel) else set()
 
 
 def separate(model: nn.Module, tied: set[str]) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Give a copy of its own to each weight that is tied no longer, since a checkpoint has to hold them all.
+    """Give a separate copy to each weight that is no longer tied, since a checkpoint has to store them all.
 
     Args:
-        tied: `tied_weights(model)` as it was before its configurations were changed.
+        tied: `tied_weights(model)` before the model's configurations were changed.
     Returns:
-        Each module that has a copy now, the weight's name in it, and the weight that was there.
+        Each module that has a copy now, the weight's name in it, and the earlier weight.
     """
     host, before, seen = unwrapped(model), [], set()
     for name in sorted(tied - tied_weights(model)):
         path, _, leaf = name.rpartition(".")
         try:
             module = host.get_submodule(path)
-        except AttributeError:  # a head that this model has not
+        except AttributeError:  # this model lacks that head
             continue
         weight = module._parameters.get(leaf)
         if weight is not None and id(weight) in seen and not weight.is_meta:
@@ -207,7 +207,7 @@ def separate(model: nn.Module, tied: set[str]) -> list[tuple[nn.Module, str, nn.
 
 
 def part_for_good(model: nn.Module, tied: set[str]) -> None:
-    """`separate`, of a model that stays so: transformers forgets the tie, or a composite made of it would renew it."""
+    """Run `separate` for good: transformers forgets the tie, or a composite made of the model would tie again."""
     separate(model, tied)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and hasattr(module, "all_tied_weights_keys"):
@@ -215,15 +215,15 @@ def part_for_good(model: nn.Module, tied: set[str]) -> None:
 
 
 def embed_scale(module: nn.Embedding) -> torch.Tensor:
-    """The factor that scaled embeddings (Gemma, BART) apply to each row, in the table's dtype; 1 for the others."""
+    """Return the factor of scaled embeddings (Gemma, BART) for each row, in the table's dtype; 1 for other tables."""
     scale = getattr(module, "embed_scale", 1.0)
     return torch.as_tensor(scale, device=module.weight.device).to(module.weight.dtype)
 
 
 def embedding_rows(model: nn.Module) -> torch.Tensor | None:
-    """About 1,000 rows, evenly spread, of what the text branch reads, in fp32; None where there are no values.
+    """Return about 1,000 evenly spread rows that the text branch reads, in fp32; None if there are no values.
 
-    The first eight are fixed tokens, so that they stay when a vocabulary grows.
+    The first eight are fixed tokens, so they do not change when a vocabulary grows.
     """
     embeddings = input_embeddings(model)
     table = original_module(embeddings.get_base_layer() if isinstance(embeddings, BaseTunerLayer) else embeddings)
@@ -243,7 +243,7 @@ def _some_ids(count: int) -> list[int]:
 
 @torch.no_grad()
 def _called_rows(table: Any) -> torch.Tensor | None:
-    """What a table gives whose weight is packed, or offloaded (accelerate's hook fetches it); None: nothing."""
+    """Look rows up in a table whose weight is packed or offloaded (accelerate fetches it); None if impossible."""
     if not isinstance(getattr(table, "num_embeddings", None), int):
         return None
     device = "cpu" if table.weight.is_meta else table.weight.device
@@ -255,5 +255,5 @@ def _called_rows(table: Any) -> torch.Tensor | None:
 
 
 def _rms(rows: torch.Tensor | None) -> float:
-    # The median, since rows of tokens that no training met may be zero or far off.
+    # The median, since rows of tokens that never trained may be zero or outliers.
     return 1.0 if rows is None else float(rows[len(KNOWN_ROWS) :].square().mean(-1).sqrt().median()) or 1.0

@@ -13,8 +13,8 @@ from transformers.utils import ModelOutput
 def map_embeddings(output: Any, hidden_size: int, adapt: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Apply `adapt` to the embeddings in a module's output and keep the container.
 
-    A list or tuple of embeddings (one per image) is adapted whole; of a tuple that also carries something else, only
-    the first element that holds embeddings; of a ModelOutput, `pooler_output`, else `last_hidden_state`.
+    A list or tuple of embeddings (one per image) is adapted whole. In a tuple that carries something else as well,
+    only the first element with embeddings is. In a ModelOutput it is `pooler_output`, else `last_hidden_state`.
 
     Raises:
         ValueError: nothing in `output` has the last axis `hidden_size`.
@@ -42,7 +42,7 @@ def map_embeddings(output: Any, hidden_size: int, adapt: Callable[[torch.Tensor]
 
 
 def embeddings_in(output: Any, hidden_size: int) -> list[torch.Tensor]:
-    """The tensors that `map_embeddings` adapts."""
+    """List the tensors that `map_embeddings` adapts."""
     tensors: list[torch.Tensor] = []
     map_embeddings(output, hidden_size, lambda x: tensors.append(x) or x)  # type: ignore[func-returns-value]
     return tensors

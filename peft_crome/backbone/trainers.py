@@ -1,4 +1,4 @@
-"""Look at each `transformers.Trainer` once it is made: the adapter and the composite each have something to refuse."""
+"""Check each `transformers.Trainer` once it is made; the adapter and the composite register their checks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-CHECKS: list[Callable[[Any], None]] = []  # called with the trainer; each raises ValueError or returns
+CHECKS: list[Callable[[Any], None]] = []  # each gets the trainer and raises ValueError or returns
 
 
 def watch_trainers() -> None:
     """Run `CHECKS` on each trainer that is made from now on; idempotent.
 
-    Called when an adapter is attached or a composite is made, not at import: importing the trainer takes half a
+    Called when an adapter is attached or a composite is made, and not at import: importing the trainer takes half a
     second.
     """
     from transformers import Trainer

@@ -1,4 +1,4 @@
-"""peft-crome: a command per task, each in a file of its own. Imported by nothing else."""
+"""peft-crome: one command per task, each in a separate file. No other module imports this package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ try:
     from .inspect import inspect
     from .plan import plan
     from .train import finetune, preset, train
-except ImportError as error:  # typer, rich, pydantic, datasets: none is needed by the method itself
+except ImportError as error:  # typer, rich, pydantic, datasets: the method itself needs none of them
     sys.exit(f"peft-crome needs {error.name!r}, which is not installed. Write: {EXTRA}")
 
 for command in (finetune, train, preset, evaluate, doctor, plan, inspect, export):

@@ -1,4 +1,4 @@
-"""What `peft-crome train` says before the first step."""
+"""Print what `peft-crome train` reports before the first step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def announce(recipe: Recipe, report: Any) -> None:
 
 
 def parts_table(trained: dict[str, int], cost: Any) -> Table:
-    """Parts of the model: weights that train, and what all its weights take."""
+    """Build a table of the model's parts: trained weights, and the memory of all weights."""
     table = Table()
     table.add_column("part")
     table.add_column("weights that train", justify="right")
@@ -50,5 +50,5 @@ def parts_table(trained: dict[str, int], cost: Any) -> Table:
 
 
 def say(line: str) -> None:
-    """One line, unbroken, so that it can be searched."""
+    """Print one line without line breaks, so that it can be searched."""
     console.print(line, soft_wrap=True, highlight=False)

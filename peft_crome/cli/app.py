@@ -1,4 +1,4 @@
-"""The command line's frame, and how it says what is wrong."""
+"""Frame of the command line: the app, its errors and its devices."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def main(
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Print what is wrong and end with status 1."""
+    """Print an error and exit with status 1."""
     Console(stderr=True).print(f"[red]{type(error).__name__}[/red]", end=" ")
     print(error, file=sys.stderr)
     raise typer.Exit(1)
 
 
 def place(device: str | None) -> str | None:
-    """Where a model goes: what `--device` says, else the accelerator, where there is one.
+    """Return the device of a model: the value of `--device`, else the accelerator if there is one.
 
     Raises:
         ValueError: this PyTorch has no such device.

@@ -1,4 +1,4 @@
-"""peft-crome doctor."""
+"""The command peft-crome doctor."""
 
 from __future__ import annotations
 
@@ -107,12 +107,12 @@ def _collator(model: str, max_length: int | None, system: str | None) -> Any:
 
 
 def _show(row: dict[str, Any], collator: Any) -> None:
-    """One row's tokens: those that are learned in green, images, videos and sounds in blue, the rest as it is."""
+    """Print one row's tokens: learned ones in green, images, videos and sounds in blue, the others unchanged."""
     from ..data import RowError
 
     try:
         encoded = collator.encode(row)
-    except RowError as error:  # the report has named it
+    except RowError as error:  # the report has named the error
         console.print(f"row {short(row['id'])} cannot be shown: {error}", markup=False, soft_wrap=True)
         return
     processor = collator.processor

@@ -1,4 +1,4 @@
-"""peft-crome evaluate."""
+"""The command peft-crome evaluate."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def evaluate(
             raise ValueError(f"{data} holds no rows.")
         metrics.check_metrics(rows, wanted)
         check_files(rows)
-        if shows_more_than_images(rows):  # what the model does not take is refused before its weights are loaded
+        if shows_more_than_images(rows):  # refuse media that the model does not take before loading it
             check_rows(rows, read_reader(directory)[1])
         model, processor = _load(directory, device)
         system = system if system is not None else system_of(directory)
@@ -88,7 +88,7 @@ def evaluate(
     for heading in ("metric", "score", "± standard error", "rows"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
     for key, result in scores.items():
-        spread = f"{result['stderr']:.1%}" if metrics.plain(result["stderr"]) is not None else ""  # of one row
+        spread = f"{result['stderr']:.1%}" if metrics.plain(result["stderr"]) is not None else ""  # "" for one row
         table.add_row(key, f"{result['score']:.1%}", spread, f"{result['n']:,}")
     console.print(table)
     if output is not None:
@@ -118,7 +118,7 @@ def _scores_file(output: Path) -> Path:
 
 
 def _check_output(output: Path) -> None:
-    """Refuse, before anything is loaded, what could not be written when all is answered, and to write over a file."""
+    """Refuse an output that could not be written, or that exists, before anything is loaded."""
     folder = output.absolute().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"--output {output}: there is no folder {folder}.")
@@ -141,7 +141,7 @@ def _load(directory: str, device: str | None) -> tuple[Any, Any]:
 
 
 def system_of(directory: str) -> str | None:
-    """The system message that a stage was trained with."""
+    """Return the system message that a stage was trained with."""
     from transformers.utils import cached_file
 
     from ..training.directory.stage import RECORD

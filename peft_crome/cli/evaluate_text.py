@@ -1,4 +1,4 @@
-"""peft-crome evaluate --text: the loss on plain text, with an adapter and without it."""
+"""The command peft-crome evaluate --text: the loss on plain text, with an adapter and without it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .app import console, fail, place
 def evaluate_text(
     directory: str, data: str | None, files: list[Path], batch_size: int, device: str | None, output: Path | None
 ) -> None:
-    """Print, and write where `output` is given, what `peft_crome.evaluation.text_loss` measures on each file."""
+    """Print the results of `peft_crome.evaluation.text_loss` for each file, and write them to `output` if given."""
     try:
         if data is not None:
             raise ValueError(f"Got the data set {data} and --text; expected one of them. Run the command twice.")
@@ -51,7 +51,7 @@ def _measure(model: Any, tokenizer: Any, name: str, text: str, batch_size: int) 
 
 
 def _load(directory: str, device: str | None) -> tuple[Any, Any]:
-    """A stage's composite, or the model that an adapter names with the adapter on it; and a tokenizer."""
+    """Load a stage's composite, or the model of an adapter with the adapter on it; and a tokenizer."""
     from ..training.model.host import load_adapted
 
     model, processor = load_adapted(directory, place(device))

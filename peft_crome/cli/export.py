@@ -1,4 +1,4 @@
-"""peft-crome export."""
+"""The command peft-crome export."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def export(
 
 
 def adapter_names(adapters: list[str]) -> dict[str, str]:
-    """Name -> place; a place without a name has that of its last part, and a single one is "default".
+    """Map names to places. A place without a name gets that of its last part; a single one is "default".
 
     Raises:
-        ValueError: two have one name, or a name has a dot, which names of modules cannot have.
+        ValueError: two adapters have one name, or a name has a dot, which names of modules cannot have.
     """
     names: dict[str, str] = {}
     for item in adapters:

@@ -1,4 +1,4 @@
-"""peft-crome inspect."""
+"""The command peft-crome inspect."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def inspect(
         if output is not None:
             check_output(output, overwrite)
         for path in image or []:
-            open_image(path, f"--image {path}")  # before a backbone is loaded
+            open_image(path, f"--image {path}")  # check images before a backbone is loaded
         names = [adapter] if other is None else [adapter, other]
         views = []
         for name, short in zip(names, _short(names), strict=True):
@@ -63,7 +63,7 @@ def inspect(
 
 
 def _short(names: list[str]) -> list[str]:
-    """The last part of each path, without the parts in which both end alike; numbered where none differs."""
+    """Shorten paths to their last part without the common end; number them if they do not differ."""
     parts = [list(Path(name).absolute().parts) for name in names]
     if len(parts) == 1:
         return [parts[0][-1]]

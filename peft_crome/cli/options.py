@@ -1,4 +1,4 @@
-"""Options of several commands, as they are read."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ COLUMN = "Column of a table: question=NAME, answer=, image=, video=, audio=, id=
 
 
 def pairs(items: list[str], option: str) -> dict[str, str]:
-    """beginning=folder, or a folder for all the rest, under the key "".
+    """Parse beginning=folder; a folder alone is for all other paths, under the key "".
 
     Raises:
-        ValueError: `option` is --column, which has no rest.
+        ValueError: `option` is --column, which has no such default.
     """
     mapping = {}
     for item in items:

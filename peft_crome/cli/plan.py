@@ -1,4 +1,4 @@
-"""peft-crome plan."""
+"""The command peft-crome plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .app import console, fail
 from .train import Settings, start_of
 
 GB = 1e9
-UNREAD: dict[str, Any] = {"output": "planned", "data": [{"path": "planned"}]}  # a plan looks at neither
+UNREAD: dict[str, Any] = {"output": "planned", "data": [{"path": "planned"}]}  # a plan reads neither
 
 
 def plan(

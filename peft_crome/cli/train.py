@@ -1,4 +1,4 @@
-"""peft-crome train, peft-crome preset."""
+"""The commands peft-crome train, finetune and preset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .announce import announce
 from .app import console, fail
 from .options import COLUMN, IMAGES, pairs
 
-# The rate is the best of the ablation (docs/ablation.md), for an adapter alone.
+# The learning rate is the best in the ablation (docs/ablation.md) for an adapter alone.
 FINETUNE: dict[str, Any] = {
     "batch_size": 16,
     "epochs": 3,
@@ -90,10 +90,10 @@ def finetune(
 
 
 def start_of(model: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe that teaches a task to a model, or goes on from an adapter or a stage.
+    """Return the keys of a recipe that teaches a task to a model, or continues from an adapter or a stage.
 
     Args:
-        overrides: of `--set`; epochs make room for a number of steps.
+        overrides: values of `--set`; a number of steps replaces the epochs.
     """
     from ..training.model.host import has_been_trained
 

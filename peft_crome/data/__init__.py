@@ -1,4 +1,4 @@
-"""Data sets as conversations: read them, prepare images, make batches with labels on the answers alone."""
+"""Read data sets as conversations, prepare images, and make batches with labels only on the answers."""
 
 from ..utils.extras import missing
 

@@ -1,4 +1,4 @@
-"""Where a chat template writes the answers of a conversation, in a time that grows with its length alone."""
+"""Find the answers in a conversation that a chat template has rendered, in time linear in its length."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 
-OPEN, CLOSE = "\ufdd0", "\ufdd1"  # around an answer; no text holds them, since they are no characters
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # marks around an answer; noncharacters, so no text contains them
 QUESTION, ANSWER = "(question)", "(answer)"
-FEW = 8  # answers that are all found by rendering what comes before each
-OF_OTHER_TURNS = {"nextitem", "previtem", "length", "revindex", "revindex0", "changed", "cycle"}  # of a loop
+FEW = 8  # up to this number, each answer is found by its own prompt
+OF_OTHER_TURNS = {"nextitem", "previtem", "length", "revindex", "revindex0", "changed", "cycle"}  # attributes of loop
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 
 
 def turn(role: str, text: str) -> dict[str, Any]:
-    """A message of text alone."""
+    """Build a message that is only text."""
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 class PromptRewritten(ValueError):
-    """A prompt is no beginning of the conversation that goes on from it.
+    """A prompt is not the beginning of the conversation that continues it.
 
     Args:
-        prompt: as generation would be given it.
+        prompt: the prompt as generation would get it.
     """
 
     def __init__(self, prompt: str) -> None:
@@ -39,17 +39,16 @@ class PromptRewritten(ValueError):
 class AnswerSpans:
     """Find answers in a rendered conversation.
 
-    An answer begins where the prompt ends that generation is given, and ends with what ends its turn. What stands
-    beside an answer is the same for all turns of most templates; if it stands in the text as often as there are
-    answers, the answers are between. Else the last one is found by its prompt, and in the same rendering the earlier
-    answers have marks around them. Where what stands beside them may differ, an earlier answer is found by rendering
-    it after the first exchange and the one before it, and some are compared with what rendering the whole conversation
-    up to them finds. Where that differs, each is found so, in a time that grows with the square of their number.
-
+    An answer begins where the prompt for generation ends, and ends with the end of its turn. Most templates write the
+    same text before and after every answer. If that text occurs once per answer, the answers are between. Else the
+    last answer is found by its prompt, and the same rendering has marks around the earlier answers. If the text around
+    them may differ, an earlier answer is found by rendering it after the first exchange and the one before it. Some of
+    these are checked by rendering the whole conversation up to them. If a check fails, all answers are found that way,
+    in time quadratic in their number.
     Args:
-        render: messages, and whether a prompt for an answer ends them -> text.
-        template: Jinja, or what else a processor has.
-        before: messages that the template demands before a question.
+        render: function of messages, and whether a prompt for an answer ends them -> text.
+        template: Jinja, or another kind of template that a processor has.
+        before: messages that the template requires before a question.
     """
 
     def __init__(self, render: Callable[[Messages, bool], str], template: Any, before: Messages) -> None:
@@ -59,14 +58,14 @@ class AnswerSpans:
             self._beside = self._what_stands_beside_answers(before)
 
     def find(self, messages: Messages, text: str, *, earlier: bool) -> list[Span]:
-        """The first character of each answer, and the one after its last.
+        """Find the first character of each answer, and the one after its last.
 
         Args:
-            messages: the last is an answer.
-            text: as they are rendered.
+            messages: messages that end with an answer.
+            text: the rendered messages.
             earlier: whether to find the answers before the last.
         Raises:
-            PromptRewritten: a prompt is written in another way once an answer follows.
+            PromptRewritten: a prompt is written differently once an answer follows.
         """
         if self._beside is not None:
             answers = [_text_of(message) for message in messages if message["role"] == "assistant"]
@@ -85,10 +84,10 @@ class AnswerSpans:
         return [*spans, self._last(messages, text)]
 
     def _in_exchanges(self, messages: Messages, ends: list[int], text: str) -> list[Span] | None:
-        """The answers that end with these messages; None: an exchange is written otherwise in the whole conversation.
+        """Find the answers at these messages; None: the whole conversation writes an exchange differently.
 
-        What depends on words further back than an exchange is seen where it reaches the whole text, or one of the
-        first, second, fourth, eighth... prompts.
+        Dependence on words before the last exchange is detected if it affects the whole text, or one of the
+        first, second, fourth, eighth, ... prompts.
         """
         exchanges = [messages[first:end] for first, end in pairwise([0, *(end + 1 for end in ends)])]
         written: list[str] = []
@@ -115,7 +114,7 @@ class AnswerSpans:
         return spans
 
     def by_prefix(self, messages: Messages, end: int, text: str) -> Span:
-        """One answer, by rendering what comes before it and what ends with it."""
+        """Find one answer by rendering the messages before it and those up to its end."""
         prompt = self._render(messages[:end], True)
         rendered = self._render(messages[: end + 1], False).rstrip()
         if not (text.startswith(prompt) and text.startswith(rendered)):
@@ -129,7 +128,7 @@ class AnswerSpans:
         return len(prompt), len(text.rstrip())
 
     def _what_stands_beside_answers(self, before: Messages) -> tuple[str, str, str] | None:
-        """The end of a prompt, what comes between it and an answer, and what ends an answer; None: not the same."""
+        """Return the end of a prompt, the text between it and an answer, and the end of an answer; None: it varies."""
         asked = [*before, turn("user", QUESTION)]
         try:
             prompt, rendered = self._render(asked, True), self._render([*asked, turn("assistant", ANSWER)], False)
@@ -150,7 +149,7 @@ class AnswerSpans:
         try:
             text = self._render(messages, False)
         except TemplateError:
-            return bool(before)  # it takes no system message, so no row with one comes that far
+            return bool(before)  # a template without system messages never gets such a row
         ends = [number for number, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
         prompt = self._render(_marked(messages[:-1]), True)
         spans = _between_marks(prompt, text, [_text_of(messages[end]) for end in ends], beside)
@@ -163,7 +162,7 @@ def _text_of(message: dict[str, Any]) -> str:
 
 
 def _marked(messages: Messages) -> Messages:
-    """The same with marks around each answer, inside of its white space, which a template may take off."""
+    """Put marks around each answer, inside its white space, which a template may strip."""
     marked = []
     for message in messages:
         if message["role"] == "assistant":
@@ -175,7 +174,7 @@ def _marked(messages: Messages) -> Messages:
 
 
 def _beside_alike(text: str, answers: Sequence[str], beside: tuple[str, str, str]) -> list[Span] | None:
-    """Where the answers stand in a text, the last at its end; None: what stands beside them does not tell it."""
+    """Find the answers in a text, the last at its end; None: the text around them does not determine it."""
     before_answer, gap, ending = beside
     if not before_answer.strip() or text.count(before_answer) != len(answers):
         return None
@@ -183,7 +182,7 @@ def _beside_alike(text: str, answers: Sequence[str], beside: tuple[str, str, str
     for answer in answers:
         first = text.index(before_answer, end) + len(before_answer)
         core = answer.strip()
-        # Whose the white space behind an answer is cannot be seen where nothing ends it.
+        # Without an ending, white space after an answer is ambiguous.
         written = [kept for kept in (answer, core) if core and (ending or kept == core)]
         fits = next((kept for kept in written if text.startswith(gap + kept + ending, first)), None)
         if fits is None:
@@ -194,7 +193,7 @@ def _beside_alike(text: str, answers: Sequence[str], beside: tuple[str, str, str
 
 
 def _between_marks(prompt: str, text: str, answers: Sequence[str], beside: tuple[str, str, str]) -> list[Span] | None:
-    """Where the answers before a marked prompt's end stand in the text; None: the marks do not tell it."""
+    """Find the answers before the end of a marked prompt in the text; None: the marks do not determine them."""
     pieces = prompt.replace(CLOSE, OPEN).split(OPEN)
     if len(pieces) != 2 * len(answers) + 1 or not text.startswith("".join(pieces)):
         return None
@@ -209,7 +208,7 @@ def _between_marks(prompt: str, text: str, answers: Sequence[str], beside: tuple
             return None
         left, right = answer[: answer.index(core)], answer[answer.index(core) + len(core) :]
         if left and not before_answer.strip():
-            return None  # whose white space it is cannot be seen
+            return None  # the white space is ambiguous
         starts = [
             first - len(gap + kept) for kept in (left, "") if text.endswith(before_answer + gap + kept, 0, first)
         ]
@@ -221,20 +220,20 @@ def _between_marks(prompt: str, text: str, answers: Sequence[str], beside: tuple
 
 
 class Generation(Extension):
-    """transformers' `{% generation %}` around what an assistant says, which writes nothing itself."""
+    """Support transformers' `{% generation %}` around the assistant's text; the tag writes nothing."""
 
-    tags = {"generation"}  # noqa: RUF012  # as in Jinja
+    tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """What stands between the tags."""
+        """Return the nodes between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def writes_turns_alone(template: str) -> bool:
-    """Whether a template writes each turn, and each prompt, by the words of no other turn but the first.
+    """Whether each turn and each prompt depends on the words of no other turn but the first.
 
-    What a template makes of roles and numbers is seen by trying it; of words it is not. False where it is not clear.
+    Effects of roles and numbers are found by trying the template; effects of words are not. False if unclear.
     """
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(template)
@@ -265,7 +264,7 @@ def _all(tree: nodes.Node) -> Iterator[nodes.Node]:
 
 
 def _attribute(node: nodes.Node | None) -> Any:
-    """The name that an expression takes from an object; None: it is none of that kind."""
+    """Return the name of the attribute that an expression reads; None: the expression is of another kind."""
     if isinstance(node, nodes.Getattr):
         return node.attr
     if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
@@ -280,7 +279,7 @@ def _reads_in_order(
     loops: list[nodes.For],
     known: frozenset[str] = frozenset(),
 ) -> bool:
-    """Whether the messages are used in one loop, else for the first of them and for roles alone."""
+    """Whether the messages are used in one loop, and elsewhere only for the first message and for roles."""
     for used in tree.find_all(nodes.Name):
         if used.name != name or used.ctx != "load":
             continue
@@ -306,7 +305,7 @@ def _reads_in_order(
 
 
 def _reads_behind(loop: nodes.For, tree: nodes.Template, parents: dict[int, nodes.Node]) -> bool:
-    """Whether a macro, or a namespace, which may hold what a turn has left there, is read behind the loop."""
+    """Whether a macro or a namespace, which may keep what a turn has left, is read after the loop."""
     order = {id(node): number for number, node in enumerate(_all(tree))}
     end = max(order[id(node)] for node in _all(loop))
     names = {node.name for node in _all(tree) if isinstance(node, nodes.NSRef | nodes.Macro)}
@@ -321,7 +320,7 @@ def _reads_behind(loop: nodes.For, tree: nodes.Template, parents: dict[int, node
 
 
 def _gives_messages(parent: nodes.Node, node: nodes.Node) -> bool:
-    """Whether an expression has the value of its part, the messages, or those after the first."""
+    """Whether the value of an expression is its part: the messages, or those after the first."""
     if isinstance(parent, nodes.Getitem) and isinstance(parent.arg, nodes.Slice):
         start, stop, step = parent.arg.start, parent.arg.stop, parent.arg.step
         first = start is None or (isinstance(start, nodes.Const) and start.value in (0, 1))
@@ -330,14 +329,14 @@ def _gives_messages(parent: nodes.Node, node: nodes.Node) -> bool:
 
 
 def _compares_with_few(node: nodes.Node) -> bool:
-    """Whether a number of messages is compared with one that the conversation exceeds by which templates are tried."""
+    """Whether the number of messages is compared with a number above those that are tried."""
     return isinstance(node, nodes.Compare) and all(
         isinstance(operand.expr, nodes.Const) and operand.expr.value in range(4) for operand in node.ops
     )
 
 
 def _writes_by_roles(used: nodes.Node, parents: dict[int, nodes.Node], inputs: set[str], loop: nodes.For) -> bool:
-    """Whether what is written at the end alone, and when it is, follows from roles and the template's inputs."""
+    """Whether text that is written only at the end, and its condition, depend on roles and the template's inputs."""
     turns = {target.name for target in [loop.target] if isinstance(target, nodes.Name)}
     node, read = used, []
     whole = None

@@ -1,4 +1,4 @@
-"""How a processor's chat template writes conversations, found by trying it."""
+"""Find out how a processor's chat template writes conversations, by trying it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ REMEDY = "Write another chat_template in the recipe."
 
 
 class ChatTemplate:
-    """A processor's chat template, and what was found by rendering a question and its answer.
+    """A processor's chat template, with facts from rendering a question and its answer.
 
     Args:
-        processor: with a fast tokenizer.
+        processor: processor with a fast tokenizer.
         system: a system message for conversations without one.
-        ends_answers: put the tokenizer's end token behind answers where the template writes nothing.
+        ends_answers: put the tokenizer's end token after answers if the template writes none.
     Attributes:
-        processor: what was given, or a copy with the template that its tokenizer brings.
-        before: messages that the template demands before a question, or the system message.
-        writes_prompts_apart: a prompt for generation is no beginning of the conversation with its answer. Gemma 4's
-            closes an empty thought before the answer, DeepSeek R1's opens one, and neither stands in what they write
-            of a conversation. An answer is learned after the prompt that it will follow.
-        keeps_earlier_turns: a conversation's beginning is written alike, whatever follows; Qwen 3's is not.
+        processor: the processor, or a copy with its tokenizer's template.
+        before: messages that the template requires before a question, or the system message.
+        writes_prompts_apart: a prompt for generation is not the beginning of the conversation with its answer. Gemma 4
+            closes an empty thought before the answer, and DeepSeek R1 opens one. Neither is part of a rendered
+            conversation. An answer is learned after the prompt that precedes it in generation.
+        keeps_earlier_turns: the beginning of a conversation does not depend on later turns; Qwen 3's does.
     Raises:
         ValueError: as `ConversationCollator`.
     """
@@ -46,10 +46,10 @@ class ChatTemplate:
         self._spans = AnswerSpans(self.render, self.processor.chat_template, self.before)
 
     def render(self, messages: Messages, prompt: bool = False) -> str:
-        """The text of messages.
+        """Render messages to text.
 
         Args:
-            prompt: whether what begins an answer stands at the end.
+            prompt: whether the text ends with the beginning of an answer.
         """
         if not messages:
             return ""
@@ -57,7 +57,7 @@ class ChatTemplate:
         return text
 
     def completed(self, messages: Messages) -> Messages:
-        """The messages with the system message and the end tokens that they lack."""
+        """Add the system message and the end tokens that the messages lack."""
         messages = list(messages)
         if self.system is not None and messages[0]["role"] != "system":
             messages = [turn("system", self.system), *messages]
@@ -68,14 +68,14 @@ class ChatTemplate:
         return messages
 
     def with_answers(self, messages: Messages, name: str, *, earlier: bool) -> tuple[str, list[Span]]:
-        """The text that a decoder-only model learns from, and where its answers stand in it.
+        """Return the text that a decoder-only model learns from, and the spans of its answers.
 
         Args:
-            messages: the last is an answer.
-            name: of the row.
+            messages: messages that end with an answer.
+            name: name of the row.
             earlier: whether to find the answers before the last.
         Raises:
-            RowError: the template hides where an answer begins, or does not take the conversation.
+            RowError: the template hides where an answer begins, or rejects the conversation.
         """
         try:
             if self.writes_prompts_apart:
@@ -95,10 +95,10 @@ class ChatTemplate:
             raise refused(name, error) from error
 
     def prompt(self, messages: Messages, name: str) -> str:
-        """The text that an encoder reads.
+        """Return the text that an encoder reads.
 
         Raises:
-            RowError: the template does not take the conversation.
+            RowError: the template rejects the conversation.
         """
         try:
             return self.render(messages, True)
@@ -106,7 +106,7 @@ class ChatTemplate:
             raise refused(name, error) from error
 
     def _turns_before_probes(self) -> Messages:
-        """A system message where one is given, or where the template demands one, which rows may have."""
+        """Return a system message if one is given, or if the template requires one, which rows may have."""
         system = [turn("system", self.system if self.system is not None else "(system)")]
         turns = [turn("user", QUESTION), turn("assistant", ANSWER)]
         errors = []
@@ -127,21 +127,21 @@ class ChatTemplate:
         messages = [*self.before, *(turn(role, role) for role in ("user", "assistant") * 2)]
         try:
             return self.render(messages).startswith(self.render(messages[:-2]).rstrip())
-        except TemplateError:  # it takes one question alone
+        except TemplateError:  # it takes a single question
             return False
 
     def _missing_end(self) -> tuple[str, bool]:
-        """The token to put behind answers, empty where the template ends them; and whether only the last lacks it."""
+        """Return the token to put after answers (empty if the template ends them), and if only the last lacks it."""
         end = self.processor.tokenizer.eos_token or ""
         if self.render(self._exchange).rpartition(ANSWER)[2].strip():
             return "", False
         try:
-            return end, end in self.render([*self._exchange, *self._exchange[-2:]])  # as DeepSeek-VL's
-        except TemplateError:  # it takes one question alone
+            return end, end in self.render([*self._exchange, *self._exchange[-2:]])  # as in DeepSeek-VL
+        except TemplateError:  # it takes a single question
             return end, True
 
     def _answer(self, messages: Messages, name: str) -> str:
-        """The last answer as the template writes it, with what ends it."""
+        """Return the last answer as the template writes it, with its ending."""
         before, _, ending = self.render([*messages[:-1], turn("assistant", ANSWER)]).rpartition(ANSWER)
         rendered = self.render(messages)
         if not (rendered.startswith(before) and rendered.endswith(ending)):
@@ -151,7 +151,7 @@ class ChatTemplate:
 
 
 def refused(name: str, error: TemplateError) -> RowError:
-    """The template does not take a row: Gemma's takes no system message, Mistral's no two turns of one role."""
+    """Build the error for a rejected row: Gemma takes no system message, Mistral no two turns of one role."""
     return row_error(
         name,
         "template",
@@ -161,17 +161,17 @@ def refused(name: str, error: TemplateError) -> RowError:
 
 
 def row_error(name: str, kind: str, message: str) -> RowError:
-    """A fault of the row of this name."""
+    """Build the error for a fault of the row of this name."""
     return RowError(f"Row {short(name)}", [Fault(kind, message)])
 
 
 def checked(processor: Any) -> Any:
-    """A processor that tells where its tokens come from, and how conversations are written.
+    """Check that a processor reports where its tokens come from and how conversations are written.
 
     Returns:
-        The processor, or a copy with the chat template that its tokenizer brings.
+        The processor, or a copy with its tokenizer's chat template.
     Raises:
-        ValueError: says what to load or write instead.
+        ValueError: the processor does not; names what to load or write instead.
     """
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
@@ -185,7 +185,7 @@ def checked(processor: Any) -> Any:
             "separated from questions. Load the fast tokenizer of this model."
         )
     if "suffix" in inspect.signature(type(processor).__call__).parameters:
-        # A model that reads a prompt in both directions must be told which tokens answer it.
+        # A model that reads a prompt in both directions needs to know the tokens of the answer.
         raise ValueError(
             f"{type(processor).__name__} takes the answer apart from the prompt (suffix=), and conversations have "
             "both in one. Make the batches with it: processor(images=images, text=prompts, suffix=answers, "

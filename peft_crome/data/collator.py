@@ -1,4 +1,4 @@
-"""Conversations -> a model's inputs, with labels on the answers' tokens alone."""
+"""Turn conversations into a model's inputs, with labels only on the answers' tokens."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .rows import COUNTS, DRAW, DRAWN
 from .taken import check_batch, check_row, naming_batch
 
 IGNORE = -100
-ORDINARY: Header = ("image", (640, 480))  # where nothing else is known
+ORDINARY: Header = ("image", (640, 480))  # if no size is known
 
 
 class ConversationCollator:
     """Make batches of conversations for training any model whose processor has a chat template.
 
-    A batch holds what `processor.apply_chat_template(conversation, tokenize=True, return_dict=True)` gives, padded on
+    A batch is the result of `processor.apply_chat_template(conversation, tokenize=True, return_dict=True)`, padded on
     the right. The processor chooses the frames of a video file, and sound is read at its sampling rate. Only the
     assistant's words count in the loss, with the token that ends them. Images, videos, sounds, instructions and
     padding do not count.
@@ -41,22 +41,22 @@ class ConversationCollator:
     writes an answer in another way once more turns follow, or a prompt unlike the one for generation.
 
     Args:
-        processor: The model's processor, with a fast tokenizer.
-        is_encoder_decoder: The same value as in the model's configuration.
-        augmentation: How training images are cropped and mirrored. None leaves them as they are.
-        max_length: Number of tokens at which a row of a decoder-only model is cut. None cuts nothing.
-        max_positions: Number of tokens that the language model, or the encoder of an encoder-decoder, takes. A longer
+        processor: the model's processor, with a fast tokenizer.
+        is_encoder_decoder: the same value as in the model's configuration.
+        augmentation: how training images are cropped and mirrored. None leaves them unchanged.
+        max_length: number of tokens at which a row of a decoder-only model is cut. None cuts nothing.
+        max_positions: number of tokens that the language model, or the encoder of an encoder-decoder, takes. A longer
             row raises an error, after the cut. None means no limit.
-        max_target_length: Number of tokens that the decoder of an encoder-decoder takes. None means no limit.
-        max_instruction_length: Number of tokens that a Q-Former reads. None means no limit.
-        system: A system message for conversations that have none.
-        ends_answers: Put the tokenizer's end token behind answers if the chat template writes none, as LLaVA 1.5's,
+        max_target_length: number of tokens that the decoder of an encoder-decoder takes. None means no limit.
+        max_instruction_length: number of tokens that a Q-Former reads. None means no limit.
+        system: a system message for conversations that have none.
+        ends_answers: put the tokenizer's end token after answers if the chat template writes none, as in LLaVA 1.5,
             so that the model learns to stop.
-        seed: Seed of the augmentation. An image's crop depends on the seed and on the row's "draw" alone (see
+        seed: seed of the augmentation. An image's crop depends only on the seed and the row's "draw" (see
             `draws`), and not on the worker that makes it.
     Raises:
-        ValueError: The processor is a bare tokenizer or has no fast one, has no chat template, or has one that does
-            not take a question with its answer. Or its text cannot be separated from its images.
+        ValueError: the processor is a bare tokenizer or has no fast one, has no chat template, or has one that rejects
+            a question with its answer. Or its text cannot be separated from its images.
     """
 
     def __init__(
@@ -102,13 +102,13 @@ class ConversationCollator:
         return MediaReader(self.processor)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the watched tokenizer, whose class is made when it is needed: for workers that are spawned."""
+        """Leave out the recording tokenizer, whose class is made when needed, so that spawned workers can unpickle."""
         made = ("_processed", "_expansion", "_reader")
         return {name: value for name, value in vars(self).items() if name not in made}
 
     @staticmethod
     def limits(config: Any) -> dict[str, Any]:
-        """The arguments that follow from a model's configuration: its kind, and how many tokens its parts read."""
+        """Read the arguments from a model's configuration: its kind, and how many tokens its parts read."""
         text = config.get_text_config()
         is_encoder_decoder = bool(config.is_encoder_decoder)
         decoder = position_limit(text, "decoder")
@@ -123,7 +123,7 @@ class ConversationCollator:
 
     @cached_property
     def image_tokens(self) -> int:
-        """Tokens that an image of an ordinary size takes."""
+        """Number of tokens of an image of an ordinary size."""
         image, left_out = shortened(self._expansion.expand(["", ""], [0], [ORDINARY]))
         shown, alone = self._processed.encodings([image, ""])
         return len(shown) + left_out - len(alone)
@@ -133,14 +133,14 @@ class ConversationCollator:
 
         Returns:
             input_ids, attention_mask, labels, (rows, tokens), padded on the right; with images, videos or sounds also
-            pixel_values and what else the processor makes of them.
+            the processor's other outputs, such as pixel_values.
         Raises:
             ValueError: an image, a video or a sound cannot be read, an instruction is too long for the Q-Former, or
                 as in `encode`; the message names the row.
             ImportError: a package that reads videos or sound is missing.
         """
         if DRAWN in rows[0]:
-            return {}  # of a stream that goes on: the Trainer throws these away
+            return {}  # rows that a resumed stream skips; the Trainer discards the batch
         read = [self._read(row) for row in rows]
         check_batch(rows, self.processor)
         groups = [[n for n, row in enumerate(rows) if bool(media_of(row)) is shown] for shown in (True, False)]
@@ -152,14 +152,14 @@ class ConversationCollator:
         return batch
 
     def encode(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Give one row's input_ids, labels and instruction for a Q-Former, and read the headers of its files alone.
+        """Return one row's input_ids, labels and instruction for a Q-Former. Only headers of its files are read.
 
         Returns:
             The row, with "length", the number of tokens before a cut.
         Raises:
-            RowError: the last turn is no answer, a decoder cannot hold it, a Q-Former cannot read the instruction, a
-                cut would leave no answer or part of an image, the text holds image tokens of its own, the model takes
-                no such media, or the chat template hides where an answer begins or does not take the conversation.
+            RowError: the last turn is not an answer, a decoder cannot hold it, the instruction is too long, a
+                cut would leave no answer or part of an image, the text contains image tokens, the model takes no such
+                media, or the chat template hides where an answer begins or rejects the conversation.
             ValueError: a file's header cannot be read; the message names the row.
             ImportError: a package that reads videos or sound is missing.
         """
@@ -224,7 +224,7 @@ class ConversationCollator:
         return self._expansion.expand(read.pieces, read.order, self._headers(row))
 
     def _read(self, row: dict[str, Any]) -> RowText:
-        """What is said in a row, as the chat template writes it; no file is opened."""
+        """Render a row with the chat template. No file is opened."""
         name = row["id"]
         if row["messages"][-1]["role"] != "assistant":
             raise row_error(name, "order", "the last turn is not an answer. Take that turn out.")
@@ -251,7 +251,7 @@ class ConversationCollator:
         return RowText(messages, text, pieces, order, spans, target, instruction_text)
 
     def _headers(self, row: dict[str, Any]) -> list[Header]:
-        """What the number of tokens of each medium depends on, in the order of the row's parts."""
+        """Return what the number of tokens of each medium depends on, in the order of the row's parts."""
         media = {kind: iter(values) for kind, values in media_of(row).items()}
         name = f"Row {short(row['id'])}"
         return [
@@ -262,7 +262,7 @@ class ConversationCollator:
         ]
 
     def _target(self, messages: Messages, name: str) -> list[int]:
-        """What a decoder learns."""
+        """Return the tokens that a decoder learns."""
         answer = "".join(part["text"] for part in messages[-1]["content"])
         target: list[int] = self.processor.tokenizer(text_target=answer)["input_ids"]
         if self.max_target_length is not None and len(target) > self.max_target_length:
@@ -275,7 +275,7 @@ class ConversationCollator:
         return target
 
     def _batch(self, rows: Sequence[dict[str, Any]], read: Sequence[RowText]) -> dict[str, torch.Tensor]:
-        """Rows that all have media, or none of which has."""
+        """Batch rows that all have media, or rows that have none."""
         last = -1 if self.is_encoder_decoder else None
         shown = [
             with_media(one.messages[:last], self._reader.read(row, self._augment(row)))
@@ -298,7 +298,7 @@ class ConversationCollator:
         return made
 
     def _labels(self, tokens: Tokens, read: RowText, row: dict[str, Any]) -> list[int]:
-        """Labels where a token is part of what stands between a span's first and last character; nothing is cut."""
+        """Label the tokens that overlap the spans. Nothing is cut."""
         name = row["id"]
         try:
             spans, media = self._expansion.spans(read.spans, read.pieces, read.text, tokens.text)
@@ -308,7 +308,7 @@ class ConversationCollator:
         if read.target is not None:
             labels = read.target
         else:
-            # A token may hold the space before an answer too; one that ends before it is none of it.
+            # A token may also contain the space before an answer. A token that ends before an answer is no part of it.
             learned = set(tokens_in(tokens, spans))
             labels = [token if number in learned else IGNORE for number, token in enumerate(tokens.ids)]
             if not learned:
@@ -346,15 +346,15 @@ class ConversationCollator:
 
 
 def _by_token(value: Any, shape: torch.Size) -> bool:
-    """Whether a value of a batch has a number for each token."""
+    """Whether a value of a batch has one number per token."""
     return isinstance(value, torch.Tensor) and value.shape[:2] == shape
 
 
 def _merge(parts: list[dict[str, Any]], groups: list[list[int]], pad_token: int) -> dict[str, Any]:
-    """A batch with media and one without as one, in the rows' order.
+    """Merge a batch with media and one without, in the rows' order.
 
     Args:
-        groups: the rows of each part.
+        groups: row numbers of each part.
     """
     merged = {}
     for key, value in parts[0].items():
@@ -365,7 +365,7 @@ def _merge(parts: list[dict[str, Any]], groups: list[list[int]], pad_token: int)
         fill = {"labels": IGNORE, "input_ids": pad_token}.get(key, 0)
         rows: dict[int, torch.Tensor] = {}
         for part, group in zip(parts, groups, strict=True):
-            # What a processor gives for media alone is zero for a row of text.
+            # Values that a processor makes only for media are zero for a row of text.
             like = part["labels" if is_label else "input_ids"]
             tensor = part[key] if key in part else value.new_zeros((*like.shape, *value.shape[2:]))
             rows.update(zip(group, tensor, strict=True))

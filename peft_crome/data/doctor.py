@@ -1,4 +1,4 @@
-"""Look through a data set before a run does: every row, every image, video and sound, and how long rows are."""
+"""Check a data set before a run: every row, every image, video and sound, and the lengths of rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .videos import first_frame, frames_of, read_video, video_header
 
 CHUNK = 256
 EXACT = {"images in a row", "videos in a row", "sounds in a row", "turns in a row", "samples a second of sounds"}
-Numbers = dict[str, int]  # the name of a histogram -> what a medium adds to it
+Numbers = dict[str, int]  # name of a histogram -> the value that a medium adds
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Patient:
     """A faulty row.
 
     Args:
-        number: of the row in the file, from 0.
-        name: its id.
-        faults: all that is wrong with it.
+        number: number of the row in the file, from 0.
+        name: id of the row.
+        faults: all faults of the row.
     """
 
     number: int
@@ -55,13 +55,13 @@ class Patient:
 
 @dataclass
 class Findings:
-    """What `examine` found in a file.
+    """Results of `examine` for a file.
 
     Args:
-        rows: Number of rows in the file.
-        text_rows: Number of readable rows that are text alone.
-        ignored: Field that is not read -> number of readable rows that have it.
-        histograms: Name -> value -> count. The names are "images in a row", "turns in a row", "longer side of images"
+        rows: number of rows in the file.
+        text_rows: number of readable rows without media.
+        ignored: field that is not read -> number of readable rows that have it.
+        histograms: name -> value -> count. The names are "images in a row", "turns in a row", "longer side of images"
             (pixels) and "characters in a row". With videos or sounds there are "frames in a video", "seconds of
             videos", "seconds of sounds" and "samples a second of sounds", and with a model "tokens in a row". Values
             of names that are not in `EXACT` are rounded up to powers of two.
@@ -78,7 +78,7 @@ class Findings:
         self.histograms[name][value if name in EXACT else 1 << max(0, value - 1).bit_length()] += 1
 
     def by_kind(self) -> dict[str, list[tuple[str, Fault]]]:
-        """Fault kind -> the ids and faults of its rows."""
+        """Group the ids and faults of rows by kind of fault."""
         kinds: dict[str, list[tuple[str, Fault]]] = {}
         for patient in self.patients:
             for fault in patient.faults:
@@ -104,13 +104,13 @@ def examine(
         images: as in `read_rows`.
         columns: as in `read_rows`.
         prompt: as in `read_rows`.
-        open_images: Decode every image and sound and the first frame of every video. False only checks that the files
+        open_images: decode every image and sound and the first frame of every video. False only checks that the files
             exist.
         measure: `ConversationCollator.measure`, to measure rows in tokens.
-        on_fault: Called with each faulty row as it is found.
-        on_row: Called with the number of rows read so far.
+        on_fault: called with each faulty row as it is found.
+        on_row: called with the number of rows read so far.
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is neither JSON nor parquet.
+        FileNotFoundError, ValueError: the file does not exist, or is neither JSON nor parquet.
         ImportError: a package that reads videos or sound is missing.
     """
     path = Path(path)
@@ -158,7 +158,7 @@ def examine(
 
 @contextmanager
 def _with_rare_collections() -> Iterator[None]:
-    """Keep the garbage collector from what is there already (PyTorch) and from rows, which have no cycles."""
+    """Keep the garbage collector from scanning existing objects (PyTorch) and rows, which have no cycles."""
     thresholds = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(100 * CHUNK, *thresholds[1:])
@@ -170,7 +170,7 @@ def _with_rare_collections() -> Iterator[None]:
 
 
 def _media(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Each medium of a row with its kind."""
+    """Yield each medium of a row with its kind."""
     return ((kind, medium) for kind, media in media_of(row).items() for medium in media)
 
 
@@ -181,7 +181,7 @@ def _find(medium: tuple[str, Any]) -> Fault | Numbers:
 
 
 def _look(medium: tuple[str, Any]) -> Fault | Numbers:
-    """What a file that can be decoded adds to histograms."""
+    """Return the values that a decodable file adds to histograms, or its fault."""
     kind, source = medium
     missing = _find(medium)
     if isinstance(missing, Fault):
@@ -224,7 +224,7 @@ def _of_media(
 def _twice(row: dict[str, Any], seen: set[bytes]) -> Iterator[Fault]:
     shown = [medium if isinstance(medium, str | dict) else str(medium) for _, medium in _media(row)]
     content = [row["messages"], shown]
-    # Version 0 gives equal bytes for equal values, in a seventh of the time that JSON takes.
+    # Version 0 gives equal bytes for equal values, seven times as fast as JSON.
     digest = blake2b(marshal.dumps(content, 0), digest_size=8).digest()
     if digest in seen:
         yield Fault("duplicate", "the same conversation about the same images stands in an earlier row.")
@@ -240,7 +240,7 @@ def _count_text(row: dict[str, Any], findings: Findings) -> None:
 def _of_size(size: RowSize | ValueError, findings: Findings) -> list[Fault]:
     if isinstance(size, RowError):
         return size.faults
-    if isinstance(size, ValueError):  # a header that was not looked at
+    if isinstance(size, ValueError):  # a header that was not read before
         return [Fault("unreadable", str(size))]
     findings.count("tokens in a row", size.length)
     cut = size.length - size.kept
@@ -248,12 +248,12 @@ def _of_size(size: RowSize | ValueError, findings: Findings) -> list[Fault]:
 
 
 def check_copy(path: Path, output: Path) -> None:
-    """See that a copy can be written, before a long look through the original.
+    """Check that a copy can be written, before the original is read.
 
     Raises:
-        FileExistsError: there is such a file; nothing is ever overwritten.
-        FileNotFoundError: there is no such folder.
-        ValueError: the file is parquet, or the copy is to be something else than JSON.
+        FileExistsError: the file exists; nothing is ever overwritten.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the file is parquet, or the copy's name does not end in .json or .jsonl.
     """
     if output.exists():
         raise FileExistsError(f"{output} exists already, and no file is overwritten. Name another file.")
@@ -271,14 +271,14 @@ def write_fixed(
 ) -> tuple[int, int]:
     """Write a copy without the faulty rows. Rows that can be corrected are corrected, and all others stay as they are.
 
-    NaN and infinity become null: JSON has no words for them.
+    NaN and infinity become null, since JSON cannot write them.
 
     Args:
-        path: The file that was examined, JSON or JSONL. Faulty rows with their answer in `completion` or `chosen` are
+        path: the examined file, JSON or JSONL. Faulty rows with their answer in `completion` or `chosen` are
             left out and not corrected.
-        output: The copy, a JSON list, or JSONL if it ends in .jsonl. It must not exist.
-        findings: The result of `examine`.
-        images: As in `examine`.
+        output: the copy, a JSON list, or JSONL if it ends in .jsonl. It must not exist.
+        findings: the result of `examine`.
+        images: as in `examine`.
     Returns:
         The number of rows written, and the number of them that were corrected.
     Raises:
@@ -311,7 +311,7 @@ def write_fixed(
 def _as_json(row: Any) -> str:
     try:
         return json.dumps(row, ensure_ascii=False, default=float, allow_nan=False)
-    except ValueError:  # a number that is none, or too large for a float
+    except ValueError:  # NaN, or a number too large for a float
         return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
 
 
@@ -326,10 +326,10 @@ def _finite(value: Any) -> Any:
 
 
 def _mend(row: dict[str, Any], number: int, folders: ImageFolders) -> dict[str, Any]:
-    """The row without the turns that are not read, and without what they show; its other fields as they are."""
+    """Leave out the turns that are not read, with the media that they show. Other fields are unchanged."""
     parsed, _ = parse(row, number, folders)
     key = turns_key(row)
-    assert parsed is not None and key is not None  # noqa: PT018  # its faults are mended ones alone
+    assert parsed is not None and key is not None  # noqa: PT018  # only rows whose faults are all mended get here
     kept = [row[key][turn] for turn in kept_turns([ROLES[role_of(turn)] for turn in row[key]])]
     fixed = {**row, key: kept}
     for kind, of_kind in FIELDS.items():

@@ -1,4 +1,4 @@
-"""Which row comes when: a function of the seed and of the number of the draw, and of nothing that happened before."""
+"""Decide which row comes when, from the seed and the number of the draw only, and never from earlier draws."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .rows import COUNTS, DRAW, DRAWN
 
-READ_AT_ONCE = 64  # rows of a stream
-AT_ONCE = 1 << 16  # of an order's numbers as Python's, which take five times the memory
+READ_AT_ONCE = 64  # rows of a stream read at once
+AT_ONCE = 1 << 16  # numbers made Python ints at once, which take five times the memory
 
 
 class Draws(Dataset):
-    """Rows by the number of their draw; a negative number, ~n, is draw n once more, which does not count.
+    """Get rows by the number of their draw. A negative number, ~n, repeats draw n without counting it.
 
     Args:
         rows: the data set.
@@ -36,17 +36,17 @@ class Draws(Dataset):
 
 
 class DrawOrder(Sampler[int]):
-    """The draws of an epoch: every row once, in an order that follows from seed and epoch.
+    """Order the draws of an epoch: every row once, in an order that follows from seed and epoch.
 
-    The last rows are made up to a `multiple` by rows that do not count. Between processes that have rows left and
-    processes that have none, nothing could be exchanged; and rows that came twice would be learned twice.
+    The order is padded to a `multiple` by rows that do not count. Otherwise some processes would run out of rows and
+    the others would wait for them; and rows that came twice would be learned twice.
 
     Args:
         rows: number of rows.
-        seed: of the order; each epoch has another one.
-        multiple: rows that all processes take at a time.
-        lengths: of the rows, in any unit; rows of about one length come in one batch then. None: as they come.
-        batch_size: rows of an optimizer step, over all processes.
+        seed: seed of the order, which differs in each epoch.
+        multiple: number of rows that all processes take at a time.
+        lengths: lengths of the rows in any unit, to batch rows of about one length; None: random batches.
+        batch_size: number of rows of an optimizer step, over all processes.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DrawOrder(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that is drawn next."""
+        """Set the epoch to draw next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -81,16 +81,16 @@ class DrawOrder(Sampler[int]):
 
 
 class DrawStream(IterableDataset):
-    """Rows of a stream, again and again without an end.
+    """Repeat the rows of a stream forever.
 
-    Each worker of a `DataLoader` reads them all and gives every n-th block, so that the sequence is the same with any
-    number of workers; images are opened later, by the worker that has the row.
+    Each worker of a `DataLoader` reads all rows and yields every n-th block, so that any number of workers gives the
+    same sequence. The worker that has a row opens its images later.
 
     Args:
         rows: `datasets.IterableDataset`.
-        block: rows that all processes take at a time.
+        block: number of rows that all processes take at a time.
     Attributes:
-        done: rows at the beginning of which only `DRAWN` is given, since a run has had them.
+        done: number of rows that a run has already had. They come as `DRAWN` alone.
     """
 
     def __init__(self, rows: Any, block: int) -> None:
@@ -106,12 +106,12 @@ class DrawStream(IterableDataset):
                 yield {**row, DRAW: draw, COUNTS: True} if draw >= self.done else {DRAWN: True}
 
     def _passes(self) -> Iterator[dict[str, Any]]:
-        # `datasets` holds the epoch in memory that all workers share: one would set another's.
+        # `datasets` holds the epoch in memory that all workers share, so one would set another's.
         rows = deepcopy(self.rows)
         for number in count():
             rows.set_epoch(number)
             some = False
-            for batch in rows.iter(batch_size=READ_AT_ONCE):  # iter(rows) would divide them by itself
+            for batch in rows.iter(batch_size=READ_AT_ONCE):  # iter(rows) would split them between workers
                 some = True
                 for values in zip(*batch.values(), strict=True):
                     yield dict(zip(batch, values, strict=True))

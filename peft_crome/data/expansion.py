@@ -1,4 +1,4 @@
-"""Where a chat template writes an image, a video or a sound, and which tokens a processor makes of it."""
+"""Find where a chat template writes an image, a video or a sound, and which tokens a processor makes of it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .processed import Processed, Tokens, UnknownPlaceholder, user_turn
 from .taken import kinds_taken
 
 PROBES: tuple[Header, ...] = (("image", (64, 64)), ("image", (448, 224)), ("image", (350, 1000)))
-KEPT = 1 << 16  # sizes of images
-Run = tuple[str, int]  # a text, and how often it stands there
+KEPT = 1 << 16  # number of image sizes kept
+Run = tuple[str, int]  # a text and its number of repetitions
 
 
 class Expansion:
-    """What a chat template writes for an image, a video or a sound, and what the processor expands it to.
+    """Find a chat template's placeholder for an image, a video or a sound, and the processor's expansion of it.
 
-    The template is tried with a medium and without one. The text of an expanded prompt is the rendered text with each
-    placeholder replaced, so characters of the one are found in the other.
+    The template is tried with a medium and without one. An expanded prompt is the rendered text with each placeholder
+    replaced, so characters of one can be found in the other.
 
     Args:
-        processed: the processor, watched.
-        render: messages, and whether a prompt for an answer ends them -> text.
-        before: messages that the template demands before a question.
-        reader: makes media of a size to try.
+        processed: the recorded processor.
+        render: function of messages, and whether a prompt for an answer ends them -> text.
+        before: messages that the template requires before a question.
+        reader: makes media of a given size to try.
     Raises:
         UnknownPlaceholder: the processor's text is not the rendered text with placeholders replaced.
     """
@@ -50,27 +50,27 @@ class Expansion:
 
     @cached_property
     def is_fixed(self) -> bool:
-        """Whether all images have the same tokens; then an image's size does not matter."""
+        """Whether all images have the same tokens, so that their sizes do not matter."""
         first, *others = (self._expansions((probe,)) for probe in PROBES)
         return all(other == first for other in others)
 
     def placeholder(self, kind: str) -> str:
-        """What the template writes for the first medium of a kind.
+        """Return the template's text for the first medium of a kind.
 
-        Empty where the processor puts images in by itself, or where the model takes no such media.
+        Empty if the processor inserts images itself, or if the model takes no such media.
         """
         return self._placeholders.get(kind, ("", False))[0]
 
     def pieces(self, text: str, kinds: Sequence[str]) -> tuple[list[str], list[int]]:
-        """A rendered text without its placeholders.
+        """Split a rendered text at its placeholders.
 
         Args:
-            kinds: of the conversation's media, in the order of its parts.
+            kinds: kinds of the conversation's media, in the order of its parts.
         Returns:
-            The text's pieces, one more than it has placeholders; and which medium stands behind each piece but the
-            last, as some templates write all images of a turn before its videos.
+            The text's pieces, one more than placeholders; and the number of the medium after each piece except the
+            last, since some templates write all images of a turn before its videos.
         Raises:
-            UnknownPlaceholder: the text holds more or fewer placeholders than media.
+            UnknownPlaceholder: the numbers of placeholders and media differ.
         """
         for kind in set(kinds) - {"image"}:
             if not self.placeholder(kind):
@@ -99,10 +99,10 @@ class Expansion:
         return [*pieces, rest], order
 
     def starts(self, pieces: Sequence[str], expanded: str) -> list[int]:
-        """Where each piece begins in an expanded text.
+        """Find the beginning of each piece in an expanded text.
 
         Raises:
-            UnknownPlaceholder: the text does not hold the pieces in their order.
+            UnknownPlaceholder: the text does not contain the pieces in their order.
         """
         starts, place = [], 0
         for piece in pieces[:-1]:
@@ -122,14 +122,14 @@ class Expansion:
     def spans(
         self, spans: Sequence[tuple[int, int]], pieces: Sequence[str], text: str, expanded: str
     ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Spans of a rendered text as spans of the expanded one, and those of the media there.
+        """Convert spans of a rendered text to spans of the expanded one, and find those of the media in it.
 
         Raises:
-            UnknownPlaceholder: as `starts`, or a span holds a medium.
+            UnknownPlaceholder: as in `starts`, or a span contains a medium.
         """
         starts = self.starts(pieces, expanded)
         ends = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
-        edges, place = [], 0  # of the pieces in the rendered text
+        edges, place = [], 0  # edges of the pieces in the rendered text
         for piece in pieces:
             place = text.index(piece, place)
             edges.append(place)
@@ -146,13 +146,13 @@ class Expansion:
         return moved, between
 
     def expand(self, pieces: Sequence[str], order: Sequence[int], media: Sequence[Header]) -> list[Run]:
-        """The text that the processor would give its tokenizer.
+        """Build the text that the processor would give to its tokenizer.
 
         Args:
-            pieces, order: of `pieces`.
-            media: the conversation's, in the order of its parts.
+            pieces, order: result of `pieces`.
+            media: headers of the conversation's media, in the order of its parts.
         Returns:
-            In runs: what stands there more than once is a token, as often.
+            Runs. A text that is repeated is a single token.
         """
         first, each, last = self._expansions(tuple(media))
         between = [*(each[number] for number in order), last]
@@ -175,17 +175,17 @@ class Expansion:
         except TemplateError:
             if kind == "image":
                 raise
-            return "", False  # the template takes no such part
+            return "", False  # the template supports no such part
         if not one:
             return "", False
         try:
             two = self._difference(kind, 2)
-        except TemplateError:  # it takes one image
+        except TemplateError:  # it takes a single image
             return one, False
         return one, "1" in one and two.count(one) < 2 and one.replace("1", "2") in two
 
     def _difference(self, kind: str, count: int) -> str:
-        """What a prompt with media has more than one without."""
+        """Return the text that a prompt with media has in addition to one without."""
         blank = self._reader.blank(EXAMPLES[kind]) if kind == "image" else {"type": kind, kind: None}
         without = self._render([*self._before, user_turn([QUESTION])], True)
         shown = self._render([*self._before, user_turn([*[blank] * count, QUESTION])], True)
@@ -196,7 +196,7 @@ class Expansion:
         return shown[first : len(shown) - tail].strip()
 
     def _probe(self, media: tuple[Header, ...]) -> tuple[str, Messages]:
-        """A prompt that shows media, each in a turn of its own, where the template takes several turns."""
+        """Build a prompt that shows media, each in a separate turn if the template takes several turns."""
         shown: list[tuple[Any, ...]] = [
             (self._reader.blank(header), f"({number})") for number, header in enumerate(media)
         ] or [(QUESTION,)]
@@ -209,7 +209,7 @@ class Expansion:
             return self._render(messages, True), messages
 
     def _expand_media(self, media: tuple[Header, ...]) -> tuple[list[Run], list[list[Run]], list[Run]]:
-        """What stands before the text, for each medium, and after the text."""
+        """Return the runs before the text, for each medium, and after the text."""
         text, messages = self._probe(media)
         _, (tokens,) = self._processed.batch([messages], [text])
         pieces, order = self.pieces(text, [kind for kind, _ in media])
@@ -232,17 +232,17 @@ class Expansion:
 
 
 def written_out(runs: Sequence[Run]) -> str:
-    """The text of runs."""
+    """Write runs out as text."""
     return "".join(text * count for text, count in runs)
 
 
 def shortened(runs: Sequence[Run]) -> tuple[str, int]:
-    """The text with each run written once, and how many tokens are left out."""
+    """Write each run once; also return how many tokens are left out."""
     return "".join(text for text, _ in runs), sum(count - 1 for _, count in runs)
 
 
 def tokens_in(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """The numbers of the tokens that hold a character of one of the spans, which are in order."""
+    """Return the numbers of the tokens that overlap one of the spans, which are in order."""
     indices, number = [], 0
     for index, (first, last) in enumerate(tokens.offsets):
         while number < len(spans) and spans[number][1] <= first:

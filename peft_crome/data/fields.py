@@ -1,4 +1,4 @@
-"""The fields of a row: which hold its images, videos and sounds and its system message, and which are not read."""
+"""Find the fields of a row that hold its images, videos, sounds and system message, and those that are not read."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ MEDIA = {
     "audio": re.compile(rf"(audio|speech)s?{KINDS}", re.IGNORECASE),
 }
 ADDRESSES = re.compile(r".*_(url|uri)s?", re.IGNORECASE)
-WRITTEN = ("tools", "functions", "chat_template_kwargs")  # a chat template would write them
+WRITTEN = ("tools", "functions", "chat_template_kwargs")  # fields that a chat template would write
 CALLS_AND_REASONING = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-WEIGHTS = ("weight", "loss", "train")  # of a turn: whether it is learned
+WEIGHTS = ("weight", "loss", "train")  # fields of a turn: whether it is learned
 STILL = "png|jpe?g|webp|bmp|tiff?|avif"
 STILL_FILE = re.compile(rf"[^\n]+\.({STILL})", re.IGNORECASE)
 STILL_BYTES = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\x00", b"MM\x00*")  # JPEG, PNG, BMP, TIFF
@@ -40,9 +40,9 @@ def is_nothing(value: Any) -> bool:
 
 
 def media_fields(row: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The fields that hold a row's media, by their kind; kinds that it has no field of are left out.
+    """Find the fields that hold a row's media, by kind. Kinds without a field are left out.
 
-    `image` and `images` come first, and so for other kinds. An address counts where nothing else holds one.
+    `image` and `images` come first, and likewise for other kinds. An address counts if no other field has a medium.
     """
     fields: dict[str, list[str]] = {}
     for key, value in row.items():
@@ -57,12 +57,12 @@ def media_fields(row: Mapping[str, Any]) -> dict[str, list[str]]:
 
 @lru_cache(1024)
 def _kind(key: str) -> str | None:
-    """The kind of media that a field of this name may hold."""
+    """Return the kind of media that a field of this name may hold."""
     return next((kind for kind, names in MEDIA.items() if names.fullmatch(key)), None)
 
 
 def are_alike(media: Sequence[Any], others: Sequence[Any]) -> bool:
-    """Whether two fields hold the same media: equal ones, files of the same name, or a file and its content."""
+    """Whether two fields hold the same media: equal values, files of the same name, or a file and its content."""
     return len(media) == len(others) and all(
         one == other
         or _file_name(one) == _file_name(other) != ""
@@ -72,12 +72,12 @@ def are_alike(media: Sequence[Any], others: Sequence[Any]) -> bool:
 
 
 def is_a_list_of_frames(value: Any) -> bool:
-    """Whether a field's value is the frames of one video: a list of image files alone."""
+    """Whether a field's value is the frames of one video: a list of nothing but image files."""
     return isinstance(value, list) and bool(value) and all(map(_is_an_image_file, value))
 
 
 def _is_an_image_file(value: Any) -> bool:
-    """Whether a file is a still image, by its name, or where it has none by its first bytes."""
+    """Whether a file is a still image, by its name, or by its first bytes if it has no name."""
     path, content = (value.get("path"), value.get("bytes")) if isinstance(value, Mapping) else (value, None)
     if isinstance(path, str) and PurePosixPath(path).suffix:
         return STILL_FILE.fullmatch(path) is not None
@@ -85,7 +85,7 @@ def _is_an_image_file(value: Any) -> bool:
 
 
 def system_of(row: Mapping[str, Any]) -> tuple[str | None, list[Fault]]:
-    """The system message that stands beside the turns of a row."""
+    """Read the system message beside the turns of a row."""
     fields = {key: row[key] for key in SYSTEM if row.get(key)}
     texts = [text for text in fields.values() if isinstance(text, str)]
     if len(texts) < len(fields):
@@ -96,11 +96,11 @@ def system_of(row: Mapping[str, Any]) -> tuple[str | None, list[Fault]]:
 
 
 def unread_content(row: Mapping[str, Any], fields: Mapping[str, list[str]], has_images: bool) -> list[Fault]:
-    """What a row is about and nothing reads; nothing is trained without it.
+    """Find content of a row that nothing reads. Such a row is not trained on.
 
     Args:
-        fields: that hold its media, as of `media_fields`.
-        has_images: whether the row has images in another place.
+        fields: fields that hold its media, from `media_fields`.
+        has_images: whether the row has images elsewhere.
     """
     keys = [key for key, value in row.items() if isinstance(key, str) and not is_nothing(value)]
     written = [key for key in keys if key in WRITTEN]
@@ -124,7 +124,7 @@ def unread_content(row: Mapping[str, Any], fields: Mapping[str, list[str]], has_
 
 
 def unread_of_turn(turn: Mapping[str, Any]) -> Fault | None:
-    """What a turn holds beside its text and nothing reads."""
+    """Find content of a turn beside its text that nothing reads."""
     if len(turn) <= 2:
         return None
     fields = {key: value for key, value in turn.items() if isinstance(key, str) and not is_nothing(value)}
@@ -143,7 +143,7 @@ def unread_of_turn(turn: Mapping[str, Any]) -> Fault | None:
 
 
 def ignored_fields(row: Any, columns: Mapping[str, str] | None = None) -> Iterator[str]:
-    """The names of a row's fields that are not read, of its turns as `conversations[].name`."""
+    """Yield the names of a row's fields that are not read; fields of its turns as `conversations[].name`."""
     if not isinstance(row, Mapping):
         return
     read = READ.union(*media_fields(row).values()) if columns is None else set(columns.values())
@@ -175,7 +175,7 @@ def _holds_files(value: Any) -> bool:
 
 
 def _is_an_image(value: Any, has_images: bool) -> bool:
-    """Whether a field of any name holds an image, or names its file where the row has no other image."""
+    """Whether a field of any name holds an image, or names an image file in a row without other images."""
     for item in value if isinstance(value, list) else [value]:
         source = (
             next((item[key] for key in SOURCES if not is_nothing(item.get(key))), None)
@@ -193,7 +193,7 @@ def _is_an_image(value: Any, has_images: bool) -> bool:
 
 
 def _file_name(image: Any) -> str:
-    """The name of an image's file without its ending; empty where the image is given by its content."""
+    """Return the name of an image's file without its suffix; empty if the image is given by its content."""
     if isinstance(image, Mapping):
         image = image.get("path") or image.get("url")
     if not isinstance(image, str) or image[:5].lower() == "data:" or embedded_image(image) is not None:

@@ -1,4 +1,4 @@
-"""Rows of a file, one at a time: JSON lists, a row per line, parquet. Memory does not grow with the file."""
+"""Read rows of a file one at a time: JSON lists, JSONL, parquet. Memory does not grow with the file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ BOM = b"\xef\xbb\xbf"
 
 
 def stream(path: Path) -> Iterator[Any]:
-    """Read rows as they are; what follows a place that is not JSON cannot be read, except line by line.
+    """Read rows unchanged. Nothing after invalid JSON can be read, except in a file with one row per line.
 
     Yields:
         Values, with fractions as `Decimal`; a `Fault` in place of a row that is not JSON.
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the file is neither JSON nor parquet, or is empty.
     """
     if not path.is_file():
@@ -68,7 +68,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[Any]:
             continue
         try:
             yield json.loads(line)
-        except ValueError as error:  # of JSON, and of UTF-8
+        except ValueError as error:  # errors of JSON and of UTF-8
             if number == 1 and line.strip() == b"{":
                 raise ValueError(f"{path} holds one object; expected a list of rows, or a row per line.") from error
             yield Fault("json", f"line {number} is not JSON ({error}).")

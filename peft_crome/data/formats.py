@@ -1,4 +1,4 @@
-"""LLaVA's conversations, chat messages, and tables of questions and answers -> rows of one form."""
+"""Convert LLaVA's conversations, chat messages, and tables of questions and answers to rows of one form."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def parse(
     Args:
         row: {"conversations": [{"from", "value"}], "image", "video" or "audio"} (LLaVA), {"messages": [{"role",
             "content"}], "images"}, {"prompt": messages, "completion": messages}, or a record whose fields `columns`
-            names. A list of image files in "video" is the frames of one. Of a preference, "chosen" holds the answer
-            where the turns end with a question, and "rejected" the other one.
-        number: of the row, its id where it has none.
-        folders: that paths of files start from.
+            names. A list of image files in "video" is the frames of one video. In a preference, "chosen" holds the
+            answer if the turns end with a question, and "rejected" the worse answer.
+        number: number of the row, which is its id if it has none.
+        folders: folders that paths of files start from.
         columns: `COLUMNS` -> the record's fields.
-        prompt: the question of records without one, as of captions.
+        prompt: the question for records without one, such as captions.
     Returns:
         The row, {"id": text, "images": [path or {"bytes", "path"}], "videos": [the same, or {"frames": images}],
         "audio": [as images], "messages": [{"role", "content": [{"type": "image", "video" or "audio"} or {"type":
-        "text", "text"}]}]}, or None where a fault is not mended; and the faults. A row that says them also has
-        "answers", of several people, and "options", of a multiple choice: lists of text; and "rejected", a text.
+        "text", "text"}]}]}, or None if a fault is not mended; and the faults. A row may also have "answers" (texts of
+        several people), "options" (texts of a multiple choice) and "rejected" (a text).
     """
     if isinstance(row, Fault):
         return None, [row]
@@ -70,7 +70,7 @@ def parse(
         faults += unread_content(row, fields, any(media.values()))
     if faults:
         return None, faults
-    for kind in reversed(FIELDS):  # images come first
+    for kind in reversed(FIELDS):  # handled last, so that images come first
         faults += _place(messages, kind, len(media[kind])) if kind in media else []
     foreign = [foreign_placeholder(message, bool(media.get("image"))) for message in messages]
     faults += [fault for fault in foreign if fault is not None]
@@ -86,7 +86,7 @@ def parse(
         "options": as_texts(first_of(row, "options", "choices")),
         "rejected": answer_text(row.get("rejected")),
     }
-    if wrong:  # turns are left out, with what they show
+    if wrong:  # turns are left out with the media that they show
         media = {kind: values[: sum(_shown(message, kind) for message in messages)] for kind, values in media.items()}
     shown = {field: media.get(kind, []) for kind, field in FIELDS.items()}
     parsed = {"id": row_name(row, number), **shown, "messages": messages}
@@ -94,13 +94,13 @@ def parse(
 
 
 def row_name(row: Any, number: int) -> str:
-    """A row's id as text; its number where it has none."""
+    """Return a row's id as text, or its number if it has none."""
     name = row.get("id") if isinstance(row, Mapping) else None
     return str(number if name is None else name).encode(errors="backslashreplace").decode()
 
 
 def turns_key(row: Mapping[str, Any]) -> str | None:
-    """Where a row's turns are; None: it has none."""
+    """Return the key of a row's turns; None: it has none."""
     keys = [key for key in TURNS if row.get(key) is not None]
     return next((key for key in keys if row[key]), keys[0] if keys else None)
 
@@ -149,7 +149,7 @@ def _from_columns(
     question = row[columns["question"]] if "question" in columns else prompt
     answer = row[columns["answer"]]
     optional_fields: dict[str, Any] = {}
-    if isinstance(answer, list) and answer:  # VQA's ten people, captions' five
+    if isinstance(answer, list) and answer:  # ten people in VQA, five in captions
         optional_fields["answers"] = answer
         answer = _most_frequent(answer)
     if "options" in columns:
@@ -180,7 +180,7 @@ def _most_frequent(answers: list[Any]) -> Any:
 def _media(
     row: Mapping[str, Any], fields: list[str], kind: str, places: list[Any], folders: ImageFolders
 ) -> tuple[list[Any], list[Fault]]:
-    """The media of a kind in the order in which the turns show them; the row's own that none shows come last."""
+    """Order the media of a kind as the turns show them; media of the row that no turn shows come last."""
     row_media, faults = _row_media(row, fields, kind)
     rest = iter([_medium(medium, kind, folders) for medium in row_media])
     shown = [_medium(medium, kind, folders) if medium is not None else next(rest, None) for medium in places]
@@ -190,7 +190,7 @@ def _media(
 
 
 def _row_media(row: Mapping[str, Any], fields: list[str], kind: str) -> tuple[list[Any], list[Fault]]:
-    """The media of the first field that has some; another field may hold the same ones, by their names."""
+    """Return the media of the first field that has some. Another field may hold the same media, by file name."""
     lists = [
         row[key]
         if isinstance(row[key], list) and not (kind == "video" and is_a_list_of_frames(row[key]))
@@ -206,9 +206,9 @@ def _row_media(row: Mapping[str, Any], fields: list[str], kind: str) -> tuple[li
 
 
 def _medium(value: Any, kind: str, folders: ImageFolders) -> Any:
-    """A file as rows keep it, or what is wrong with it."""
+    """Convert a file to its form in rows, or return its fault."""
     noun = NOUNS[kind]
-    if kind == "video" and isinstance(value, Mapping) and value.get("frames"):  # as rows keep them
+    if kind == "video" and isinstance(value, Mapping) and value.get("frames"):  # the form in rows
         value = value["frames"]
     if isinstance(value, Mapping) and (sources := [value[key] for key in SOURCES if not is_nothing(value.get(key))]):
         file = _medium(sources[0], kind, folders)
@@ -224,13 +224,13 @@ def _medium(value: Any, kind: str, folders: ImageFolders) -> Any:
     if kind == "video" and isinstance(value, list) and value:
         frames = [_medium(frame, "image", folders) for frame in value]
         return next((frame for frame in frames if isinstance(frame, Fault)), {"frames": frames})
-    if kind == "image" and hasattr(value, "convert") and hasattr(value, "size"):  # PIL's
+    if kind == "image" and hasattr(value, "convert") and hasattr(value, "size"):  # a PIL image
         return value
     return Fault("path", f"the {noun} {short(str(value))} is none; expected a path, a list of paths, or bytes.")
 
 
 def _place(messages: list[dict[str, Any]], kind: str, count: int) -> list[Fault]:
-    """Put media without a placeholder before the first user's turn (LAMM); refuse other numbers."""
+    """Put media without a placeholder before the first user's turn (LAMM); refuse other mismatches."""
     if kind == "image" and count and not any(_shown(message, kind) for message in messages):
         place_by_others(messages, count)
     placed = sum(_shown(message, kind) for message in messages)
@@ -247,7 +247,7 @@ def _place(messages: list[dict[str, Any]], kind: str, count: int) -> list[Fault]
 
 
 def _shown(message: dict[str, Any], kind: str) -> int:
-    """How many media of a kind a message has."""
+    """Count the media of a kind in a message."""
     return [part["type"] for part in message["content"]].count(kind)
 
 
@@ -263,7 +263,7 @@ def _empty(role: str) -> Fault:
 
 
 def kept_turns(roles: list[str]) -> list[int]:
-    """Which turns are read: a system turn, then from the first question to the last answer; none without an answer."""
+    """Return the turns to read: a system turn, then from the first question to the last answer; none without one."""
     first = 1 if roles[:1] == ["system"] else 0
     start = first + (roles[first : first + 1] == ["assistant"])
     answers = [number for number in range(start, len(roles)) if roles[number] == "assistant"]

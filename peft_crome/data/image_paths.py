@@ -1,4 +1,4 @@
-"""Where files of images, videos and sounds are: a folder, or a folder per sub-folder that rows name."""
+"""Find files of images, videos and sounds in a folder, or in a folder per beginning of a path."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LONGEST = 4096  # characters of a path
 class ImageFolders:
     """Turn the paths of rows' images, videos and sounds into paths of files.
 
-    A path is refused by its words, without looking at the disk: a link inside a folder may lead wherever its owner
-    wants, a row of a data set may not.
+    A path is refused by its text, without reading the disk. A link inside a folder may lead anywhere, since its owner
+    made it; a row of a data set may not.
 
     Args:
-        folders: one folder, or what rows' paths begin with -> folder: {"coco": "/data/coco", "": "/data/others"}; the
-            longest beginning counts, and it is not repeated in the folder.
-        home: folder of a data set, of which absolute paths are taken too: `datasets` makes them where it reads the
-            images of a folder.
+        folders: one folder, or beginning of a path -> folder: {"coco": "/data/coco", "": "/data/others"}. The longest
+            matching beginning counts, and it is not repeated in the folder.
+        home: folder of a data set. Absolute paths inside it are accepted as well: `datasets` makes them when it reads
+            the images of a folder.
     """
 
     def __init__(self, folders: str | Path | Mapping[str, str | Path], home: str | Path | None = None) -> None:
@@ -37,7 +37,7 @@ class ImageFolders:
         self.homes = tuple(os.path.join(folder, "") for folder in at)
 
     def find(self, path: str, noun: str = "image") -> str | Fault:
-        """The absolute path of a row's image, video or sound, or why there is none."""
+        """Return the absolute path of a row's image, video or sound, or the fault if there is none."""
         path = local_path(path)
         if "://" in path:
             return Fault("path", f"the {noun} {short(path)} is an address. Download it, and name its file.")

@@ -1,4 +1,4 @@
-"""Images of rows, and the paper's augmentation; resizing and normalizing are the image processor's."""
+"""Open images of rows and augment them as in the paper. The image processor resizes and normalizes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.image_utils import load_image
 
 from ..utils.read_image import open_lazily, read_image
 
-AREA = (0.5, 1.0)  # of a random crop; reconstructed: the paper says "random crop", LAVIS's recipes keep 50% or more
+AREA = (0.5, 1.0)  # share of a random crop; reconstructed after LAVIS, which keeps 50% or more
 RATIO = (3 / 4, 4 / 3)
 
 
@@ -24,7 +24,7 @@ class Augmentation:
     Args:
         random_crop: keep 50% to 100% of the area at a ratio of 3:4 to 4:3.
         horizontal_flip: mirror every second image.
-        views: Number of crops and mirror images that each image has. They are always the same, so a feature cache can
+        views: number of crops and mirror images that each image has. They are always the same, so a feature cache can
             keep them, and one of them is drawn each time. None draws a new one each time.
     Source: CROME, arXiv 2408.06610 ("random crop, horizontal flip"); the crop's bounds are reconstructed.
     """
@@ -34,10 +34,10 @@ class Augmentation:
     views: int | None = None
 
     def __call__(self, image: Image.Image, draw: random.Random | None = None) -> Image.Image:
-        """One image in, one out, of the size of the crop.
+        """Augment one image; the result has the size of the crop.
 
         Args:
-            draw: where chance comes from; None: Python's own `random`.
+            draw: source of randomness; None: Python's `random`.
         """
         if not (self.random_crop or self.horizontal_flip):
             return image
@@ -68,11 +68,11 @@ def open_image(image: Any, name: str, processor: Any = None) -> Image.Image:
     """Read an image of a row as the model's processor reads its file.
 
     Args:
-        image: A path, {"path", "bytes"} as `datasets` keeps images, or anything else that `read_image` takes.
-        name: How an error names the image.
-        processor: The model's processor. None stands for the composite's, or any that reads images with `read_image`.
+        image: a path, {"path", "bytes"} as `datasets` keeps images, or anything else that `read_image` takes.
+        name: name of the image in error messages.
+        processor: the model's processor. None stands for the composite's, or any that reads images with `read_image`.
     Raises:
-        ValueError: there is no such file, it is not an image, or it is damaged or larger than Pillow's limit against
+        ValueError: the file does not exist, is not an image, or is damaged or larger than Pillow's limit against
             decompression bombs.
     """
     read = read_image if processor is None or getattr(processor, "reads_images", False) else _as_transformers
@@ -83,10 +83,10 @@ def open_image(image: Any, name: str, processor: Any = None) -> Image.Image:
 
 
 def image_size(image: Any, name: str) -> tuple[int, int]:
-    """Width and height as the image is shown, from its header alone.
+    """Read width and height of the image as shown, from its header only.
 
     Raises:
-        ValueError: as `open_image`.
+        ValueError: as in `open_image`.
     """
     try:
         with open_lazily(image) as opened:
@@ -98,6 +98,6 @@ def image_size(image: Any, name: str) -> tuple[int, int]:
 
 
 def _as_transformers(image: Any) -> Image.Image:
-    """As transformers' processors read a path: without transparency, on the color that a transparent pixel hides."""
+    """Read a path as transformers' processors do: drop transparency and keep the color below it."""
     with open_lazily(image) as opened:
         return load_image(opened)  # type: ignore[no-any-return]

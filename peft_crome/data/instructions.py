@@ -1,4 +1,4 @@
-"""What a Q-Former reads of a conversation: what the user says in it."""
+"""Check the instructions that a Q-Former reads: the user's words in a conversation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .rows import Fault, RowError
 
 
 def check_instruction(processor: Any, name: str, instruction: str, limit: int | None) -> None:
-    """See that a Q-Former can read the instruction of a row with images.
+    """Check that a Q-Former can read the instruction of a row with images.
 
     Args:
-        limit: tokens that it has positions for; None: any number.
+        limit: number of tokens that it has positions for; None: any number.
     Raises:
-        RowError: it is too long; the message names the row.
+        RowError: the instruction is too long; the message names the row.
     """
     if limit is None or processor.qformer_tokenizer is None:
         return
@@ -28,12 +28,12 @@ def check_instruction(processor: Any, name: str, instruction: str, limit: int | 
 
 
 def check_instructions(processor: Any, config: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """See that a Q-Former can read all instructions, before any row is answered.
+    """Check that a Q-Former can read all instructions, before any row is answered.
 
     Args:
-        config: the model's; other models than the composite have no Q-Former that would read them.
+        config: the model's configuration; only the composite has a Q-Former that reads instructions.
     Raises:
-        RowError: as `check_instruction`.
+        RowError: as in `check_instruction`.
     """
     limit = getattr(getattr(config, "qformer_config", None), "max_position_embeddings", None)
     if limit is None or getattr(processor, "qformer_tokenizer", None) is None:

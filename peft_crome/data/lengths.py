@@ -1,4 +1,4 @@
-"""How long rows are, roughly, without a tokenizer and without opening a file."""
+"""Estimate the lengths of rows without a tokenizer and without opening a file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-CHARACTERS_PER_TOKEN = 4  # of English; what matters is which row is longer than which
+CHARACTERS_PER_TOKEN = 4  # in English; only the order of the lengths matters
 
 
 def row_lengths(rows: Any, image_seq_length: int) -> list[int]:
-    """Tokens of each row, reckoned from its characters and its images; a video or a sound counts as an image.
+    """Estimate the tokens of each row from its characters and images. A video or a sound counts as an image.
 
     Args:
-        rows: `datasets.Dataset` of `load_rows`; images that are in the table itself are not read. Or a list of such
-            rows.
+        rows: `datasets.Dataset` of `load_rows`, or a list of such rows. Images inside the table are not read.
         image_seq_length: tokens of an image.
     """
     if not isinstance(rows, Dataset):
@@ -33,7 +32,7 @@ def row_lengths(rows: Any, image_seq_length: int) -> list[int]:
 
 
 def parts_of(batch: pa.Table) -> tuple[pa.Array, np.ndarray]:
-    """The parts of all messages in a batch of rows, and the row that each part is in."""
+    """Return the parts of all messages in a batch of rows, and the row number of each part."""
     messages = batch["messages"].combine_chunks()
     contents = pc.struct_field(pc.list_flatten(messages), "content")
     row_of_part = np.asarray(pc.list_parent_indices(messages))[np.asarray(pc.list_parent_indices(contents))]

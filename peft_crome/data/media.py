@@ -1,4 +1,4 @@
-"""What a row shows beside its text: images, videos and sounds, by their kind."""
+"""Handle the images, videos and sounds of a row by kind."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ NOUNS = {"image": "image", "video": "video", "audio": "sound"}
 
 
 def media_of(row: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The media of a row by their kind; kinds that it has none of are left out."""
+    """Return the media of a row by kind. Kinds without a medium are left out."""
     return {kind: list(row[field]) for kind, field in FIELDS.items() if row.get(field)}
 
 
 def kinds_of(messages: list[dict[str, Any]]) -> list[str]:
-    """The kind of each medium that messages show, in the order of their parts."""
+    """List the kind of each medium that messages show, in the order of their parts."""
     contents = (message["content"] for message in messages if not isinstance(message["content"], str))
     return [part["type"] for content in contents for part in content if part["type"] in FIELDS]
 
 
 def with_media(messages: list[dict[str, Any]], media: Mapping[str, Iterator[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A conversation whose parts hold what they show.
+    """Put media into the parts of a conversation that show them.
 
     Args:
-        media: kind -> what is entered into its parts, in their order, as of `MediaReader.read`.
+        media: kind -> entries for its parts, in their order, from `MediaReader.read`.
     """
     return [
         {
@@ -43,7 +43,7 @@ def with_media(messages: list[dict[str, Any]], media: Mapping[str, Iterator[dict
 
 
 def file_of(medium: Any) -> str | io.BytesIO:
-    """A path or an open file of a row's video or sound.
+    """Return the path or an open file of a row's video or sound.
 
     Args:
         medium: a path, or {"path", "bytes"} as `datasets` keeps files.
@@ -55,15 +55,15 @@ def file_of(medium: Any) -> str | io.BytesIO:
 
 @contextmanager
 def naming(name: str, kind: str, medium: Any) -> Iterator[None]:
-    """Turn what a decoder raises into a `ValueError` with the names of the row and the file.
+    """Turn a decoder's error into a `ValueError` that names the row and the file.
 
-    Packages that are not installed stay an `ImportError`.
+    A missing package stays an `ImportError`.
     """
     try:
         yield
     except ImportError:
         raise
-    except Exception as error:  # each decoder has errors of its own
+    except Exception as error:  # each decoder raises its own errors
         path = medium.get("path") if isinstance(medium, Mapping) else medium
         described = cut(str(path)) if path else short(medium)
         cause = cut(str(error) or type(error).__name__, 200)

@@ -1,4 +1,4 @@
-"""Read a row's images, videos and sounds as the model's own processor would, or their headers alone."""
+"""Read a row's images, videos and sounds as the model's processor would, or only their headers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sounds import read_sound, resampled, sound_header
 from .taken import sound_processor
 from .videos import Sampler, read_video, video_header
 
-Header = tuple[str, tuple[Any, ...]]  # the kind of a medium, and what its number of tokens depends on
+Header = tuple[str, tuple[Any, ...]]  # kind of a medium, and the values that determine its number of tokens
 EXAMPLES: dict[str, Header] = {
     "image": ("image", (64, 64)),  # width and height
     "video": ("video", (64, 64, 16, 8.0, 2.0)),  # width, height, frames, frames a second, seconds
@@ -29,14 +29,14 @@ EXAMPLES: dict[str, Header] = {
 
 
 class _Stopped(Exception):
-    """A processor has asked for the frames of a file."""
+    """Raised when a processor asks for the frames of a file."""
 
 
 class MediaReader:
-    """Read what rows show, for one processor.
+    """Read the media of rows for one processor.
 
     Args:
-        processor: of the model; it is not changed.
+        processor: the model's processor; it is not changed.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -45,19 +45,19 @@ class MediaReader:
     def read(
         self, row: Mapping[str, Any], augmentation: Callable[[Image.Image], Image.Image] | None = None
     ) -> dict[str, Iterator[dict[str, Any]]]:
-        """What is entered into the parts of a row's messages, by kind; each medium is decoded when it is asked for.
+        """Read the entries for the parts of a row's messages, by kind. Each medium is decoded when it is requested.
 
         Args:
-            augmentation: of images.
+            augmentation: augmentation of images.
         """
         name = f"Row {short(row['id'])}"
         return {kind: self._read(kind, media, name, augmentation) for kind, media in media_of(row).items()}
 
     def header(self, kind: str, medium: Any, name: str) -> Header:
-        """What a medium's number of tokens depends on; nothing is decoded.
+        """Read the values that determine a medium's number of tokens, without decoding it.
 
         Raises:
-            ValueError: it cannot be read; the message begins with `name`.
+            ValueError: the medium cannot be read; the message begins with `name`.
         """
         if kind == "image":
             return kind, image_size(medium, name)
@@ -67,7 +67,7 @@ class MediaReader:
         return kind, (metadata.width, metadata.height, metadata.total_num_frames, metadata.fps, metadata.duration)
 
     def blank(self, header: Header) -> dict[str, Any]:
-        """A part with a medium of this header, whose tokens are as many as those of any other."""
+        """Make a part with a blank medium of this header, which has as many tokens as any other of that header."""
         kind, numbers = header
         if kind == "image":
             return {"type": kind, kind: Image.new("RGB", numbers)}
@@ -98,7 +98,7 @@ class MediaReader:
 
     @cached_property
     def _sampler(self) -> Sampler:
-        """How the processor chooses frames of a file, found by giving it one: settings stand in several places."""
+        """The processor's way to choose frames, found by giving it a file, since settings are in several places."""
         asked: list[Sampler | None] = []
 
         def fetch_videos(videos: Any, sample_indices_fn: Sampler | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Rows with an image or another medium: an adapter without a text branch learns from no others."""
+"""Select rows with media: an adapter without a text branch learns from no others."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .mixture import selected
 
 
 def rows_with_media(rows: Any, kinds: Set[str]) -> Any:
-    """The rows that show a medium of one of the kinds, in their order; no file is opened.
+    """Select the rows that show a medium of one of the kinds, in their order. No file is opened.
 
     Args:
-        rows: of `load_rows`, streamed or not.
-        kinds: of "image", "video" and "audio".
+        rows: rows of `load_rows`, streamed or not.
+        kinds: some of "image", "video" and "audio".
     """
     if not isinstance(rows, Dataset):
         return rows.filter(_shows, fn_kwargs={"kinds": kinds})

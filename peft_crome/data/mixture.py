@@ -1,4 +1,4 @@
-"""How often each data set of a mixture is drawn from."""
+"""Draw rows from the data sets of a mixture."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import pyarrow as pa
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 from datasets.table import InMemoryTable
 
-CHUNK = 1 << 16  # draws at a time
-MOST_DRAWS = 1 << 30  # of a mixture: its order takes 8 GiB, and at 1,000 draws a second an epoch takes 12 days
+CHUNK = 1 << 16  # number of draws at a time
+MOST_DRAWS = 1 << 30  # an order of 8 GiB; at 1,000 draws a second an epoch takes 12 days
 
 
 def mixture_probabilities(sizes: Sequence[int], temperature: float = 2.0) -> list[float]:
     """Give the probability of each data set, proportional to N_d ** (1 / temperature).
 
     Args:
-        sizes: Number of rows in each data set, N_d.
+        sizes: number of rows in each data set, N_d.
         temperature: 1 draws by size, and 2 is the paper's square root. The larger it is, the more equal the sets are.
     Raises:
         ValueError: a set is empty, or the temperature is not positive.
@@ -33,20 +33,20 @@ def mixture_probabilities(sizes: Sequence[int], temperature: float = 2.0) -> lis
         raise ValueError(f"temperature={temperature}; expected a positive number: 1 by size, 2 by its square root.")
     if not all(size > 0 for size in sizes):
         raise ValueError(f"sizes={list(sizes)}: a data set without rows cannot be drawn from. Take it out.")
-    # By the largest, so that nothing overflows: what is too rare for a float becomes 0, which `mix` refuses.
+    # Divide by the largest, so that nothing overflows. A share too small for a float becomes 0, which `mix` refuses.
     weights = [(size / max(sizes)) ** (1 / temperature) for size in sizes]
     return [weight / sum(weights) for weight in weights]
 
 
 def normalized(weights: Sequence[float]) -> list[float]:
-    """Weights divided by their sum.
+    """Divide weights by their sum.
 
     Raises:
         ValueError: a weight is not positive, or is infinite.
     """
     if not all(0 < weight < math.inf for weight in weights):
         raise ValueError(f"weights={list(weights)}; expected positive numbers.")
-    shares = [weight / max(weights) for weight in weights]  # whose sum is finite
+    shares = [weight / max(weights) for weight in weights]  # so that their sum is finite
     return [share / sum(shares) for share in shares]
 
 
@@ -54,10 +54,10 @@ def mix(sets: Sequence[Any], probabilities: Sequence[float] | None, seed: int) -
     """Mix several data sets into one. The same seed gives the same order.
 
     Args:
-        sets: Data sets from `load_rows`, streamed or not.
-        probabilities: Probability of drawing from each set. Rows are drawn until every row of every set has come at
+        sets: data sets from `load_rows`, streamed or not.
+        probabilities: probability of drawing from each set. Rows are drawn until every row of every set has come at
             least once, so small sets come several times. None takes every row once.
-        seed: Seed of the draws, and of the order within each set.
+        seed: seed of the draws, and of the order within each set.
     Raises:
         ValueError: a set has no rows, or is drawn so rarely that its rows would not come in 2 ** 30 draws.
     """
@@ -85,14 +85,14 @@ def mix(sets: Sequence[Any], probabilities: Sequence[float] | None, seed: int) -
 
 
 def selected(rows: Dataset, numbers: pa.Array) -> Dataset:
-    """Rows by their numbers; `Dataset.select` would make a list of Python's numbers first."""
-    if rows._indices is not None:  # of a selection itself
+    """Select rows by their numbers. `Dataset.select` would make a list of Python's numbers first."""
+    if rows._indices is not None:  # the rows are a selection already
         numbers = rows._indices.column(0).take(numbers)
     return Dataset(rows.data, rows.info, rows.split, InMemoryTable.from_arrays([numbers], names=["indices"]))
 
 
 def _check_draws(sizes: Sequence[int], probabilities: Sequence[float]) -> None:
-    """See that every row comes in a number of draws that can be had."""
+    """Check that every row comes within a feasible number of draws."""
     draws = [size / share if share > 0 else math.inf for size, share in zip(sizes, probabilities, strict=True)]
     if max(draws) > MOST_DRAWS:
         number = draws.index(max(draws))
@@ -105,9 +105,9 @@ def _check_draws(sizes: Sequence[int], probabilities: Sequence[float]) -> None:
 
 
 def _draw(sizes: Sequence[int], probabilities: Sequence[float], seed: int) -> np.ndarray:
-    """Rows of the concatenated sets, in order.
+    """Draw rows of the concatenated sets, in order.
 
-    `interleave_datasets` draws the same in lists of Python's numbers, which take 150 bytes a row.
+    `interleave_datasets` draws the same rows, in lists of Python's numbers that take 150 bytes a row.
     """
     generator = np.random.default_rng(seed)
     counts = np.zeros(len(sizes), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What stands for an image, a video or a sound in the text of a turn."""
+"""Read placeholders of images, videos and sounds in the text of a turn."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from .fields import is_nothing
 from .media import FIELDS
 from .rows import Fault
 
-Place = tuple[str, Any]  # the kind of what a turn shows, and itself; None: the next one of the row
+Place = tuple[str, Any]  # kind of a medium, and the medium; None: the row's next one
 MARKS = {kind: f"<{kind}>" for kind in FIELDS}
 PLACEHOLDER = MARKS["image"]
 ANY_CASE = {kind: re.compile(mark, re.IGNORECASE) for kind, mark in MARKS.items()}
 SHOWN = re.compile(
     r"<(?P<kind>image|video|audio)>|<(?i:img)>\s*(?P<path>[^<>]*?)\s*</(?i:img)>"
-)  # the latter Qwen-VL's
-NUMBERED = re.compile(r"<(?:image|img)[ _-]?(\d+)>|<\|image_(\d+)\|>", re.IGNORECASE)  # MMMU's, Phi-3's
+)  # the latter is from Qwen-VL
+NUMBERED = re.compile(r"<(?:image|img)[ _-]?(\d+)>|<\|image_(\d+)\|>", re.IGNORECASE)  # from MMMU and Phi-3
 MEDIA = re.compile(
-    # not HTML, and not words about it
+    # neither HTML nor words about it
     r"(?<!`)<(video|audio|speech)>(?!`|\s+(tag|element)|\s*</?(?!image|video|audio)\w)"
     r"|<\|\w*(image|img|vision|video|audio)\w*\|>"
-    r"|(?<!`)<img>\s*[^\s<>]+\.(png|jpe?g|gif|webp|bmp|tiff?)\b",  # Qwen-VL's without its end
+    r"|(?<!`)<img>\s*[^\s<>]+\.(png|jpe?g|gif|webp|bmp|tiff?)\b",  # Qwen-VL without its end
     re.IGNORECASE,
 )
 OF_OTHERS = re.compile(
     r"<(image|img)([ _-]?\d+)?>|<image_?here>|<image[_-](placeholder|token|pad)>|<start_of_image>", re.IGNORECASE
-)  # words, where a row has no image
+)  # plain words if a row has no image
 
 
 OF_ONE_IMAGE = re.compile(
     r"<image_?here>|<image[_-](placeholder|token|pad)>|<start_of_image>|<\|image(_pad|_token|_placeholder)?\|>",
     re.IGNORECASE,
-)  # each stands for an image where there are as many
+)  # each is an image if there are as many images
 
 
 def shown_in(text: str, kinds: Collection[str] = (), before: int = 0) -> tuple[str, list[Place]]:
-    """A text with `<image>`, `<video>` or `<audio>` where it shows one, and what stands at each of these places.
+    """Mark media in a text by `<image>`, `<video>` or `<audio>`, and list the medium at each of these places.
 
     Args:
-        text: of a turn, or of a part of one.
-        kinds: that the row has in fields of its own. Numbered places that go on from `before` are images then, and
-            placeholders are read in any case. In a row of videos without an image `<image>` is a video, as in
-            LLaVA-Video's data. Other text in brackets stays text.
-        before: images shown before it.
+        text: text of a turn, or of a part of one.
+        kinds: kinds that the row has in separate fields. Numbered placeholders that continue after `before` are images
+            then, and placeholders are read in any case. In a row of videos without an image `<image>` is a video, as
+            in LLaVA-Video's data. Other text in brackets stays text.
+        before: number of images shown earlier.
     """
     if "<" not in text:
         return text, []
@@ -70,13 +70,13 @@ def shown_in(text: str, kinds: Collection[str] = (), before: int = 0) -> tuple[s
 
 
 def own_medium(part: Mapping[str, Any], kind: str) -> Any:
-    """What a part of a turn holds itself; None: it stands for the next one of the row."""
+    """Return the medium that a part of a turn holds; None: the part stands for the row's next one."""
     keys = (kind, *(key for key in IMAGE_KEYS if "image" not in key), f"{kind}_url")
     return next((part[key] for key in keys if not is_nothing(part.get(key))), None)
 
 
 def foreign_placeholder(message: Mapping[str, Any], has_images: bool) -> Fault | None:
-    """A placeholder of another model's data in what the user says."""
+    """Find a placeholder of another model's data in the user's text."""
     if message["role"] != "user":
         return None
     for part in message["content"]:

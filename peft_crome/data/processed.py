@@ -1,4 +1,4 @@
-"""What a model's own processor makes of a conversation, and which text each of its tokens comes from."""
+"""Run a model's processor on a conversation, and find the text that each of its tokens comes from."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 from .answer_spans import Messages
 
-# The rendered text travels in the first message, so that the template prints what was rendered before.
+# The first message carries the rendered text, which the template then prints.
 RENDERED = "crome_rendered"
 AS_RENDERED = f"{{{{- messages[0]['{RENDERED}'] -}}}}"
 
-MANY = 64  # more than a token of repeated words has of them
+MANY = 64  # more words than a token of repeated words can contain
 
 
 class UnknownPlaceholder(ValueError):
-    """A processor's text cannot be told apart from what stands for its images, videos and sounds."""
+    """A processor's text cannot be separated from the tokens of its images, videos and sounds."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Tokens:
     """The tokens of one conversation.
 
     Attributes:
-        text: as the tokenizer was given it, with each placeholder expanded to all of its tokens.
+        text: the tokenizer's input, with each placeholder expanded to all of its tokens.
         ids: without padding.
         offsets: the first character of each token in `text`, and the one after its last.
     """
@@ -39,7 +39,7 @@ class Tokens:
 
 
 class _Recording:
-    """A mixin of fast tokenizers: each call is noted with the text and the offsets of the tokens."""
+    """Mix-in of fast tokenizers that records each call, with the text and the offsets of the tokens."""
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
         if text is None:
@@ -66,7 +66,7 @@ def _lists(values: Any, many: bool) -> list[Any]:
 
 
 def recording(tokenizer: Any) -> Any:
-    """A copy of a fast tokenizer that notes its calls in `calls`."""
+    """Copy a fast tokenizer so that it records its calls in `calls`."""
     made = copy.copy(tokenizer)
     made.__class__ = type(type(tokenizer).__name__, (_Recording, type(tokenizer)), {})
     made.calls, made.settings = [], {}
@@ -74,10 +74,10 @@ def recording(tokenizer: Any) -> Any:
 
 
 class Processed:
-    """Give rendered conversations to a processor, and follow their characters to its tokens.
+    """Run a processor on rendered conversations, and trace characters to tokens.
 
     Args:
-        processor: with a fast tokenizer; it is not changed.
+        processor: processor with a fast tokenizer; it is not changed.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -88,16 +88,15 @@ class Processed:
         self.processor.tokenizer = self._tokenizer = recording(processor.tokenizer)
 
     def batch(self, conversations: Sequence[Messages], texts: Sequence[str]) -> tuple[Any, list[Tokens]]:
-        """A padded batch, and the tokens of each conversation.
+        """Make a padded batch, and return the tokens of each conversation.
 
         Args:
-            conversations: with their media in them, as `MediaReader.read` gives them; all of them have some, or none
-                has.
-            texts: as the chat template renders them.
+            conversations: conversations with media from `MediaReader.read`; all of them have some, or none has.
+            texts: the conversations as rendered by the chat template.
         Returns:
-            What `processor.apply_chat_template(..., tokenize=True, return_dict=True)` returns, padded on the right.
+            The result of `processor.apply_chat_template(..., tokenize=True, return_dict=True)`, padded on the right.
         Raises:
-            UnknownPlaceholder: the processor's tokens are not those of a text that it gave to its tokenizer.
+            UnknownPlaceholder: the processor's tokens differ from its tokenizer's.
         """
         self._tokenizer.calls.clear()
         shown = [
@@ -127,12 +126,12 @@ class Processed:
         return made, row_tokens
 
     def tokens(self, text: str) -> Tokens:
-        """The tokens of an expanded text, as the processor's last call asked for them."""
+        """Tokenize an expanded text with the arguments of the processor's last call."""
         (encoding,) = self.encodings([text])
         return Tokens(text, encoding.ids, encoding.offsets)
 
     def encodings(self, texts: Sequence[str]) -> Sequence[Any]:
-        """The `tokenizers.Encoding` of each of many texts, as `tokens` reads one."""
+        """Return the `tokenizers.Encoding` of each of many texts, tokenized as in `tokens`."""
         if not texts:
             return []
         asked = self._tokenizer.settings.get("add_special_tokens", True)
@@ -142,13 +141,13 @@ class Processed:
         return made.encodings  # type: ignore[no-any-return]
 
     def _stands_alone(self, token: str) -> bool:
-        """Whether an added token is the same token beside itself, so that a run of them need not be read."""
+        """Whether an added token stays the same token beside itself, so that a run need not be tokenized."""
         ids = self._unwatched(token * MANY, add_special_tokens=False)["input_ids"]
         return list(ids) == [self._unwatched.convert_tokens_to_ids(token)] * MANY
 
 
 def with_template(processor: Any) -> Any:
-    """The processor, or a copy with the chat template that its tokenizer brings: Phi-4's has none of its own."""
+    """Return the processor, or a copy with its tokenizer's chat template: Phi-4's processor has none."""
     template = getattr(getattr(processor, "tokenizer", None), "chat_template", None)
     if processor.chat_template is not None or template is None:
         return processor
@@ -158,7 +157,7 @@ def with_template(processor: Any) -> Any:
 
 
 def video_arguments(conversations: Sequence[Messages]) -> dict[str, Any]:
-    """What a processor is told of videos whose frames are chosen already; empty where there are none."""
+    """Build a processor's arguments for videos whose frames are chosen already; empty without videos."""
     metadata = [
         part["metadata"]
         for messages in conversations
@@ -170,10 +169,10 @@ def video_arguments(conversations: Sequence[Messages]) -> dict[str, Any]:
 
 
 def user_turn(parts: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
-    """A user's message of texts and other parts."""
+    """Build a user's message from texts and other parts."""
     return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
 
 
 def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-    """Tensors of (tokens, ...) as one of (rows, tokens, ...), padded on the right."""
+    """Join tensors of (tokens, ...) to one of (rows, tokens, ...), padded on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -1,4 +1,4 @@
-"""What an answer is compared with, where a row says more: several people's answers, or the options of a choice."""
+"""Read what an answer is compared with: several people's answers, or the options of a choice."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from string import ascii_uppercase
 from typing import Any
 
 MOST_OPTIONS = len(ascii_uppercase)  # each has a letter
-INSTRUCTION = "Answer with the option's letter from the given choices directly."  # LLaVA-1.5's words
+INSTRUCTION = "Answer with the option's letter from the given choices directly."  # the prompt of LLaVA-1.5
 
 
 def as_texts(value: Any) -> list[str]:
-    """A list of text, from text, numbers, VQA's {"answer": text}, or {"A": text}; empty where it is something else.
+    """Convert text, numbers, VQA's {"answer": text}, or {"A": text} to a list of texts; empty for anything else.
 
     Example:
         >>> as_texts([{"answer": "red", "answer_id": 1}, "dark red", 2])
@@ -25,14 +25,14 @@ def as_texts(value: Any) -> list[str]:
         return []
     items = [item.get("answer") if isinstance(item, Mapping) else item for item in items]
     if not all(isinstance(item, str | Number) and not isinstance(item, bool) for item in items):
-        return []  # a field of another meaning
+        return []  # the field means something else
     return [str(item) for item in items]
 
 
 def as_choice(answer: Any, options: Sequence[str]) -> str | None:
-    """The letter of the right option, given as its number from 0 (ScienceQA, AI2D), its text or its letter.
+    """Return the letter of the right option, given as its number from 0 (ScienceQA, AI2D), its text or its letter.
 
-    None: it is none of the options, or one after the 26th, for which there is no letter.
+    None: the answer matches no option, or one after the 26th, which has no letter.
 
     Example:
         >>> as_choice(1, ["a cell", "a leaf"]), as_choice("a cell", ["a cell", "a leaf"])
@@ -51,6 +51,6 @@ def as_choice(answer: Any, options: Sequence[str]) -> str | None:
 
 
 def with_options(question: str, options: Sequence[str]) -> str:
-    """The question, a line per option, and LLaVA-1.5's request for a letter."""
+    """Append a line per option to the question, and LLaVA-1.5's request for a letter."""
     lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
     return "\n".join([question.strip(), *lines, INSTRUCTION])

@@ -1,4 +1,4 @@
-"""A row as the chat template writes it, and how long it is, before and after it is tokenized."""
+"""Rows as the chat template writes them, and their lengths before and after tokenization."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class RowText:
-    """What is said in a row.
+    """Text of a row.
 
     Attributes:
-        messages: with the system message.
-        text: as the chat template renders it.
-        pieces: of the text, between its media.
-        order: which of the media stands behind each piece but the last.
-        spans: of the answers in the text.
+        messages: messages with the system message.
+        text: the messages as rendered by the chat template.
+        pieces: pieces of the text between its media.
+        order: number of the medium after each piece except the last.
+        spans: spans of the answers in the text.
         target: tokens of an encoder-decoder's answer.
-        instruction: what a Q-Former reads.
+        instruction: text that a Q-Former reads.
     """
 
     messages: Messages
@@ -39,9 +39,9 @@ class Draft:
     """A row before it is tokenized.
 
     Attributes:
-        text: expanded, with each run of a token written once.
-        left_out: tokens of the runs that are not written.
-        spans: of the answers in the text.
+        text: expanded text, with each run of a token written once.
+        left_out: number of tokens in the runs that are not written.
+        spans: spans of the answers in the text.
     """
 
     read: RowText
@@ -50,20 +50,20 @@ class Draft:
     spans: list[Span]
 
     def is_learned(self, encoding: Any) -> bool:
-        """Whether some token holds an end of an answer; else it takes a closer look."""
+        """Whether some token contains an end of an answer; otherwise the row needs a full check."""
         ends = (place for first, last in self.spans if first < last for place in (first, last - 1))
         return self.read.target is not None or any(encoding.char_to_token(place) is not None for place in ends)
 
 
 @dataclass(frozen=True)
 class RowSize:
-    """How long a row is.
+    """Lengths of a row.
 
     Attributes:
-        length: tokens, before a cut.
-        kept: tokens, after it.
-        target: labels, which an encoder-decoder has of the answer alone.
-        instruction: what a Q-Former reads.
+        length: tokens before a cut.
+        kept: tokens after the cut.
+        target: number of labels; an encoder-decoder has labels only for the answer.
+        instruction: text that a Q-Former reads.
     """
 
     length: int
@@ -73,7 +73,7 @@ class RowSize:
 
 
 def or_error(function: Callable[[dict[str, Any]], Made], row: dict[str, Any]) -> Made | ValueError:
-    """What a function makes of a row, or its error."""
+    """Return the result of a function for a row, or its error."""
     try:
         return function(row)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A row of training data, whatever format it came in, and what can be wrong with one."""
+"""Define a row of training data, independent of its format, and its possible faults."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ FAULTS = {
     "cut": "an answer that is cut off at the end",
 }
 
-FORM = 4  # of the rows that are kept; another number where `parse` changes, so that `datasets` serves no older ones
+FORM = 4  # version of stored rows; raise it when `parse` changes, or `datasets` serves old rows
 
-# What `draws` adds to a row.
-DRAW = "draw"  # its number among all that a run draws: what its crops and mirror images depend on
+# Keys that `draws` adds to a row.
+DRAW = "draw"  # its number among all draws of a run, which determines its crops
 COUNTS = "counts"  # whether it counts in the loss
-DRAWN = "drawn"  # stands for a row that the run had before it was interrupted
+DRAWN = "drawn"  # marks a row that the run had before it was interrupted
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with a row.
+    """One fault of a row.
 
     Args:
-        kind: A key of `FAULTS`.
-        message: What was given, and what to write.
-        mended: Whether the row is read all the same, without the part that is wrong.
+        kind: a key of `FAULTS`.
+        message: what was given, and what to write.
+        mended: whether the row is still read, without the faulty part.
     """
 
     kind: str
@@ -46,7 +46,7 @@ class Fault:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be stored; JSON's escapes can write half of a character."""
+    """Whether a text can be stored: escapes in JSON can write half of a character."""
     if text.isascii():
         return True
     try:
@@ -60,8 +60,8 @@ class RowError(ValueError):
     """A row cannot be read; the message names the file and the row.
 
     Args:
-        where: The file and the row's id.
-        faults: All that is wrong with the row.
+        where: the file and the row's id.
+        faults: all faults of the row.
     """
 
     def __init__(self, where: str, faults: list[Fault]) -> None:

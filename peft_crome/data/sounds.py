@@ -1,4 +1,4 @@
-"""Sounds of rows: decoded as transformers decodes them, at the sampling rate of the model."""
+"""Decode sounds of rows as transformers does, at the sampling rate of the model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def read_sound(sound: Any, name: str, sampling_rate: int) -> np.ndarray:
 
     Args:
         sound: a path, or {"path", "bytes"}.
-        name: what the message of an error begins with.
-        sampling_rate: samples a second, to which it is resampled.
+        name: beginning of an error message.
+        sampling_rate: samples a second to resample to.
     Returns:
         (samples,), float32.
     Raises:
@@ -41,10 +41,10 @@ def read_sound(sound: Any, name: str, sampling_rate: int) -> np.ndarray:
 
 
 def sound_header(sound: Any, name: str) -> tuple[int, int]:
-    """Samples of a sound and its own sampling rate, from its header alone where soundfile reads the file.
+    """Return a sound's number of samples and its sampling rate, from its header alone if soundfile reads the file.
 
     Raises:
-        ValueError, ImportError: as `read_sound`.
+        ValueError, ImportError: as in `read_sound`.
     """
     try:
         import soundfile
@@ -54,7 +54,7 @@ def sound_header(sound: Any, name: str) -> tuple[int, int]:
         with naming(name, "audio", sound):
             info = soundfile.info(_file(sound))
     except ValueError:
-        rate = 16_000  # of a format that torchcodec alone reads
+        rate = 16_000  # a format that only torchcodec reads
         return len(read_sound(sound, name, rate)), rate
     if not info.frames:
         return len(read_sound(sound, name, info.samplerate)), info.samplerate
@@ -62,7 +62,7 @@ def sound_header(sound: Any, name: str) -> tuple[int, int]:
 
 
 def resampled(samples: int, rate: int, sampling_rate: int) -> int:
-    """How many samples `read_sound` gives of a sound with this header."""
+    """Return the number of samples that `read_sound` makes of a sound with this header."""
     return math.ceil(samples * sampling_rate / rate)
 
 

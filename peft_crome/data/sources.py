@@ -1,4 +1,4 @@
-"""Data sets by name or file -> `datasets` of rows, converted once and kept on disk; memory does not grow with them."""
+"""Load data sets by name or file as `datasets` of rows, converted once and kept on disk, in constant memory."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def read_rows(
     """Read the rows of a file, or of a data set as `load_rows` takes it, one at a time.
 
     Args:
-        path: A JSON list, JSONL or parquet file. A row is {"id", "image": path or list of paths, "conversations":
+        path: a JSON list, JSONL or parquet file. A row is {"id", "image": path or list of paths, "conversations":
             [{"from", "value"}]} (LLaVA), {"images", "messages": [{"role", "content"}]}, or a record that `columns`
             describes. "video" and "audio" work as "image" does. A row without any of them is text alone. Images
             without an `<image>` in the text come before the first question.
-        images: Folder that paths of images, videos and sounds start from, or a folder for each beginning of a path, as
+        images: folder that paths of images, videos and sounds start from, or a folder for each beginning of a path, as
             in {"coco": "/data/coco"}. None stands for the folder of `path`.
         columns: {"question", "answer", "image", "video", "audio", "id", "options", "rejected"} -> name of a table's
             column.
-        prompt: One question for all rows, for a table that has none.
+        prompt: one question for all rows, for a table that has none.
         name: as in `load_rows`.
         split: as in `load_rows`.
         faulty: "stop" raises an error at the first row that cannot be read. "drop" leaves such rows out and logs how
@@ -77,7 +77,7 @@ def read_rows(
         "text": "". `processor.apply_chat_template` makes the text of the row from it. Some rows also have `answers`
         (texts of several people), `options` (texts of a multiple choice) or `rejected` (the text of the worse answer).
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the file, or a row of it, cannot be read; the message names the row's id and what to write.
     """
     check_columns(columns, prompt)
@@ -99,10 +99,10 @@ def read_rows(
 
 
 def check_columns(columns: Mapping[str, str] | None, prompt: str | None) -> None:
-    """See that a table's columns are told.
+    """Check that the columns of a table are named.
 
     Raises:
-        ValueError: names what is missing.
+        ValueError: a column is missing; names it.
     """
     if columns is None:
         if prompt is not None:
@@ -129,22 +129,22 @@ def load_rows(
 ) -> Dataset | IterableDataset:
     """Load a data set whose rows have the form of `read_rows`.
 
-    A file is converted when it is read first, and again when it has changed; `datasets` keeps the rows in its cache.
+    A file is converted when it is first read, and again when it has changed; `datasets` keeps the rows in its cache.
 
     Args:
-        path: A file as `read_rows` takes it, a folder that `datasets` saved or can load, or a Hub data set.
+        path: a file as in `read_rows`, a folder that `datasets` saved or can load, or a Hub data set.
         images: as in `read_rows`.
         columns: as in `read_rows`.
         prompt: as in `read_rows`.
         faulty: as in `read_rows`.
-        name: Configuration of a Hub data set.
-        split: Split of a folder or a Hub data set.
-        streaming: Read while training, and keep nothing on disk.
+        name: configuration of a Hub data set.
+        split: split of a folder or a Hub data set.
+        streaming: read while training, and keep nothing on disk.
     Returns:
         Rows with `id`, `images` and `audio` ({"path", "bytes"} each), `videos` ({"path", "bytes", "frames"} each) and
         `messages`.
     Raises:
-        FileNotFoundError, ValueError: as `read_rows`, or there is no such data set, or no row in it.
+        FileNotFoundError, ValueError: as in `read_rows`, or the data set does not exist or has no rows.
     """
     check_columns(columns, prompt)
     local = Path(path)
@@ -159,17 +159,17 @@ def load_rows(
             f"{path}: expected a file ending in .json, .jsonl or .parquet, a folder, or a name of the Hub."
         )
     settings["images"] = _absolute(images if images is not None else local.parent)
-    if next(read_rows(path, **settings), None) is None:  # `datasets` has no words for that
+    if next(read_rows(path, **settings), None) is None:  # `datasets` reports this unclearly
         raise ValueError(f"{path} holds no rows that can be read.")
     digest = "" if streaming else file_digest(local)
     arguments = {
         "path": str(local.absolute()),
-        "version": f"{__version__} {FORM} {digest}",  # so that nothing stale is served
+        "version": f"{__version__} {FORM} {digest}",  # no stale rows are served
         **settings,
     }
     if streaming:
         return IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments)
-    # Each group of rows costs memory as long as the table is open: few and large ones, but where they hold images.
+    # Each group of rows costs memory while the table is open. Use few, large groups unless they hold images.
     group = None if local.suffix.lower() == ".parquet" else ROWS_PER_GROUP
     try:
         return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, writer_batch_size=group)
@@ -178,27 +178,27 @@ def load_rows(
 
 
 def _is_table(path: Path) -> bool:
-    """Whether `datasets` opens it: a folder, also one named as a file (Spark, Dask), or a name of the Hub."""
+    """Whether `datasets` opens the path: a folder, even if named like a file (Spark, Dask), or a Hub name."""
     return path.is_dir() or (not path.is_file() and path.suffix.lower() not in SUFFIXES)
 
 
 def _home(path: Path) -> str | None:
-    """The folder of a data set that is one."""
+    """Return the folder of a data set that is a folder."""
     return os.path.abspath(path) if path.is_dir() else None
 
 
 def _absolute(images: str | Path | Mapping[str, str | Path]) -> str | dict[str, str]:
-    """Image folders from the root: `datasets` keeps rows by them, also for runs that start in another folder."""
+    """Make image folders absolute: `datasets` caches rows by them, also for runs started in another folder."""
     if isinstance(images, Mapping):
         return {begin: os.path.abspath(folder) for begin, folder in images.items()}
     return os.path.abspath(images)
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Compute the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):  # hashlib.file_digest came with Python 3.11
+        while block := file.read(1 << 20):  # Python 3.10 has no hashlib.file_digest
             digest.update(block)
     return digest.hexdigest()
 
@@ -209,7 +209,7 @@ def _generate(path: str, version: str, **arguments: Any) -> Iterator[dict[str, A
 
 
 def _stored_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row as it is kept; what it is scored by is not kept for training."""
+    """Convert a row to its stored form. References for scores are not stored for training."""
     files = {field: [_stored(medium) for medium in row[field]] for field in FIELDS.values()}
     files["videos"] = [{"path": None, "bytes": None, "frames": [], **video} for video in files["videos"]]
     return {"id": row["id"], **files, "messages": row["messages"]}
@@ -228,14 +228,14 @@ def _stored(medium: Any) -> dict[str, Any]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What the generator raised; `datasets` wraps it."""
+    """Return the generator's error, which `datasets` wraps."""
     while error.__cause__ is not None and not isinstance(error, RowError):
         error = error.__cause__
     return error
 
 
 def _open_table(path: str, name: str | None, split: str, streaming: bool) -> tuple[Any, dict[str, list[str]]]:
-    """A data set as it is, with its files undecoded, and the names of its classes by column."""
+    """Open a data set with its files undecoded; also return the names of its classes by column."""
     folder = Path(path)
     saved = folder.is_dir() and any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
@@ -261,7 +261,7 @@ def _open_table(path: str, name: str | None, split: str, streaming: bool) -> tup
 
 
 def _undecoded(feature: Any) -> Any:
-    """A column's type with its files as they are stored, wherever they are: decoded JPEG would be encoded again."""
+    """Return a column's type with its files undecoded at any depth: a decoded JPEG would be encoded again."""
     for kind in (datasets.Image, datasets.Video, datasets.Audio):
         if isinstance(feature, kind):
             return kind(decode=False)
@@ -336,7 +336,7 @@ def check_files(rows: Iterable[dict[str, Any]]) -> None:
     """Check that the files of all images, videos and sounds exist, before a run begins. None is opened.
 
     Raises:
-        ValueError: names the first row whose file is missing, and how many there are.
+        ValueError: a file is missing; names the first such row and the number of missing files.
     """
     missing = [(name, kind, path) for name, kind, path in _files(rows) if not os.path.isfile(path)]
     if missing:
@@ -348,7 +348,7 @@ def check_files(rows: Iterable[dict[str, Any]]) -> None:
 
 
 def files_in(medium: Any) -> Iterator[str]:
-    """The paths of files that a medium of a row is read from; none where the row holds their bytes."""
+    """Yield the paths of files that a medium is read from; none if the row holds their bytes."""
     if isinstance(medium, str):
         yield medium
     elif isinstance(medium, dict) and medium.get("frames"):
@@ -359,14 +359,14 @@ def files_in(medium: Any) -> Iterator[str]:
 
 
 def _files(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """The id of a row, the kind of a medium, and its path."""
+    """Yield the id of a row, the kind of a medium, and its path."""
     if not isinstance(rows, Dataset):
         for row in rows:
             for kind, media in media_of(row).items():
                 yield from ((row["id"], kind, path) for medium in media for path in files_in(medium))
         return
     for batch in rows.select_columns(["id", *FIELDS.values()]).with_format("arrow").iter(batch_size=1000):
-        for kind, field in FIELDS.items():  # by column: files that are in the table itself are not read
+        for kind, field in FIELDS.items():  # by column, without reading files inside the table
             media = batch[field].combine_chunks()
             row, files = pc.list_parent_indices(media), pc.list_flatten(media)
             for owner, path in _paths(row, files):

@@ -1,4 +1,4 @@
-"""A row for each of its answers."""
+"""Make a row of each answer."""
 
 from __future__ import annotations
 

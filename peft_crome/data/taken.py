@@ -1,4 +1,4 @@
-"""Which images, videos and sounds a model takes, by its processor."""
+"""Check which images, videos and sounds a model takes, by its processor."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .rows import Fault, RowError
 
 
 def kinds_taken(processor: Any) -> set[str]:
-    """The kinds of media that a processor takes.
+    """Return the kinds of media that a processor takes.
 
     Args:
-        processor: of the model; or the class of the composite's, which takes images alone.
+        processor: the model's processor; or the class of the composite's, which takes only images.
     """
     if isinstance(processor, type):
         return {"image"}
@@ -30,33 +30,33 @@ def kinds_taken(processor: Any) -> set[str]:
 
 
 def sound_processor(processor: Any) -> Any:
-    """The part of a processor that takes sound; None: it has none."""
+    """Return the part of a processor that takes sound; None: it has none."""
     parts = (getattr(processor, name, None) for name in ("audio_processor", "feature_extractor"))
     return next((part for part in parts if hasattr(part, "sampling_rate")), None)
 
 
 def check_rows(rows: Iterable[Mapping[str, Any]], processor: Any) -> None:
-    """See that a model takes the media of all rows, before any of them is opened.
+    """Check that a model takes the media of all rows, before any of them is opened.
 
     Args:
         processor: as in `kinds_taken`.
     Raises:
-        RowError: as `check_row`.
+        RowError: as in `check_row`.
     """
     for name, kinds in _kinds_of_rows(rows):
         _check(name, kinds, processor)
 
 
 def shows_more_than_images(rows: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether some of the rows have videos or sounds."""
+    """Whether some rows have videos or sounds."""
     return any(kinds - {"image"} for _, kinds in _kinds_of_rows(rows))
 
 
 def check_row(row: Mapping[str, Any], processor: Any) -> None:
-    """See that a model takes the media of a row.
+    """Check that a model takes the media of a row.
 
     Raises:
-        RowError: it takes no such media, or no images and videos in one conversation; the message names the row.
+        RowError: the model takes no such media, or no images with videos in one conversation; names the row.
     """
     _check(row["id"], media_of(row).keys(), processor)
 
@@ -72,7 +72,7 @@ def _check(row: str, kinds: Set[str], processor: Any) -> None:
 
 
 def _kinds_of_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Set[str]]]:
-    """The first row with each set of kinds."""
+    """Yield the first row with each set of kinds."""
     seen: set[frozenset[str]] = set()
     for row, kinds in _all_kinds(rows):
         if kinds not in seen:
@@ -81,7 +81,7 @@ def _kinds_of_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Set
 
 
 def _all_kinds(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, frozenset[str]]]:
-    """The kinds of each row; of a table the first row with each set of kinds in a thousand, by column."""
+    """Yield the kinds of each row; for a table only the first row with each set per thousand, by column."""
     if not isinstance(rows, Dataset):
         yield from ((row["id"], frozenset(media_of(row))) for row in rows)
         return
@@ -93,10 +93,10 @@ def _all_kinds(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, frozens
 
 
 def check_batch(rows: Sequence[Mapping[str, Any]], processor: Any) -> None:
-    """See that a batch can hold the media of all its rows.
+    """Check that a batch can hold the media of all its rows.
 
     Raises:
-        ValueError: some have images and some have videos, and the processor gives both the same names.
+        ValueError: some rows have images and some have videos, and the processor gives both the same names.
     """
     with_images, with_videos = ([row for row in rows if kind in media_of(row)] for kind in ("image", "video"))
     if with_images and with_videos and _shares_names(processor):
@@ -109,10 +109,10 @@ def check_batch(rows: Sequence[Mapping[str, Any]], processor: Any) -> None:
 
 @contextmanager
 def naming_batch(rows: Sequence[Mapping[str, Any]], processor: Any, remedy: str) -> Iterator[None]:
-    """Name the rows of which a processor makes no batch: some take no videos of different lengths.
+    """Name the rows in the error of a processor that cannot batch them: some reject videos of different lengths.
 
     Args:
-        remedy: a sentence that says how to take one row at a time.
+        remedy: a sentence on how to take one row at a time.
     """
     try:
         yield
@@ -129,7 +129,7 @@ def naming_batch(rows: Sequence[Mapping[str, Any]], processor: Any, remedy: str)
 
 
 def _shares_names(processor: Any) -> bool:
-    """Whether a processor gives images and videos the same names, as SmolVLM's, so that no batch can have both."""
+    """Whether a processor gives images and videos the same names, as SmolVLM does, so that no batch can have both."""
     parts = (getattr(processor, f"{kind}_processor", None) for kind in ("image", "video"))
     names = [set(getattr(part, "model_input_names", ())) for part in parts]
     return bool(names[0] & names[1])

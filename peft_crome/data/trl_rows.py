@@ -1,4 +1,4 @@
-"""Rows as TRL's trainers take them."""
+"""Convert rows for TRL's trainers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def to_trl(rows: Iterable[dict[str, Any]]) -> Dataset | IterableDataset:
     `to_trl(split_turns(rows))` makes a row of each answer instead.
 
     Args:
-        rows: Rows of `read_rows`, which are kept in a temporary folder until the process ends. Or rows of `load_rows`,
+        rows: rows of `read_rows`, which are kept in a temporary folder until the process ends. Or rows of `load_rows`,
             whose table keeps them on disk or streams them.
     Returns:
         A data set with the columns `id`, `images`, `prompt`, `completion` and `answers`. `images` holds none or more,
@@ -42,7 +42,7 @@ def to_trl(rows: Iterable[dict[str, Any]]) -> Dataset | IterableDataset:
     features = _features(*(("completion",) if first.get("rejected") is None else ("chosen", "rejected")))
     if isinstance(rows, Dataset):
         return rows.map(_row, fn_kwargs={"features": features}, remove_columns=rows.column_names, features=features)
-    if isinstance(rows, IterableDataset):  # whose own `map` leaves images as they are
+    if isinstance(rows, IterableDataset):  # its `map` does not decode images
         return IterableDataset.from_generator(
             _rows, features=features, gen_kwargs={"rows": rows, "features": features}
         )

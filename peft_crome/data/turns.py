@@ -1,4 +1,4 @@
-"""A turn of a conversation as a message: who says it, its text, and the images, videos and sounds that it shows."""
+"""Read a turn of a conversation as a message: its role, its text, and the images, videos and sounds that it shows."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def role_of(turn: Mapping[str, Any]) -> Any:
-    """Who a turn says that it is from."""
+    """Return the role in a turn, under any of its names."""
     return first_of(turn, "from", "role")
 
 
 def value_of(turn: Mapping[str, Any]) -> Any:
-    """What a turn says: text, or a list of parts."""
+    """Return the content of a turn: text, or a list of parts."""
     return first_of(turn, "value", "content")
 
 
 def own_media(turn: Any, kind: str) -> int:
-    """How many media of a kind a turn holds itself, which are none of the row's."""
+    """Count the media of a kind inside a turn, which are not listed in the row."""
     return sum(shown == kind and medium is not None for shown, medium in read_turn(turn)[1])
 
 
 def first_of(fields: Mapping[str, Any], *keys: str) -> Any:
-    """The first of these that is not null: a table of two forms has columns for both, and nulls in the others."""
-    for key in keys:  # every turn comes here, and next() takes twice as long
+    """Return the first value that is not null. A table of two forms has columns for both, with nulls."""
+    for key in keys:  # next() takes twice as long, and every turn needs this
         if fields.get(key) is not None:
             return fields[key]
     return None
 
 
 def said_by(turn: Any) -> tuple[Any, Any]:
-    """A turn's role and what it says."""
+    """Return a turn's role and content."""
     if not isinstance(turn, Mapping):
         return None, turn
     role = role_of(turn)
@@ -50,12 +50,12 @@ def said_by(turn: Any) -> tuple[Any, Any]:
 def read_turn(
     turn: Any, kinds: Collection[str] = (), before: Sequence[Place] = ()
 ) -> tuple[dict[str, Any] | None, list[Place], list[Fault]]:
-    """A turn as a message, what stands at each of its places, and what is wrong with it.
+    """Convert a turn to a message; also return the medium at each of its places, and its faults.
 
     Args:
-        turn: of a row.
-        kinds: that the row has in fields of its own.
-        before: what stands at the places in earlier turns.
+        turn: turn of a row.
+        kinds: kinds that the row has in separate fields.
+        before: media at the places in earlier turns.
     """
     role, value = said_by(turn)
     if role is None or not isinstance(value, str | list):
@@ -81,7 +81,7 @@ def read_turn(
 
 
 def answer_text(answer: Any) -> str | None:
-    """The text of an answer, given as text, as a turn, or as turns that end with it; None: it is nothing of these."""
+    """Return the text of an answer: a text, a turn, or turns that end with the answer; None for anything else."""
     turn = answer[-1] if isinstance(answer, list) and answer else answer
     message, _, faults = read_turn({"role": "assistant", "content": answer} if isinstance(answer, str) else turn)
     if faults or message is None or message["role"] != "assistant":
@@ -94,7 +94,7 @@ def _count(places: Sequence[Place], kind: str) -> int:
 
 
 def _parts(value: list[Any], kinds: Collection[str], before: Sequence[Place]) -> tuple[str, list[Place]] | Fault:
-    """The text of a turn that comes in parts, and what stands at each of its places."""
+    """Join the text of a turn that is a list of parts; also return the medium at each of its places."""
     parts: list[dict[str, Any]] = []
     places: list[Place] = []
     types = [part.get("type") if isinstance(part, dict) else None for part in value]
@@ -120,7 +120,7 @@ def _parts(value: list[Any], kinds: Collection[str], before: Sequence[Place]) ->
 
 
 def place_by_others(messages: list[dict[str, Any]], count: int) -> None:
-    """Read another model's placeholder as `<image>`, where no image has a place and there are as many as images."""
+    """Read another model's placeholder as `<image>`, if no image has a place and their numbers agree."""
     users = [message for message in messages if message["role"] == "user"]
     texts = [turn_text(message["content"], MARKS) for message in users]
     marks = [mark.group() for text in texts for mark in OF_ONE_IMAGE.finditer(text)]
@@ -135,10 +135,10 @@ def _half_a_character(turn: Any) -> Fault:
 
 
 def _split(text: str, kinds: Collection[str]) -> list[dict[str, Any]]:
-    """A turn's text in parts, of which `turn_text` makes the same text again.
+    """Split a turn's text into parts, from which `turn_text` makes the same text again.
 
     Args:
-        kinds: whose marks stand for what the turn shows.
+        kinds: kinds whose marks stand for media of the turn.
     """
     if not kinds:
         return [{"type": "text", "text": text}] if text else []

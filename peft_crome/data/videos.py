@@ -1,4 +1,4 @@
-"""Videos of rows: a file is decoded as transformers decodes it, and frames in files are read as images."""
+"""Decode videos of rows as transformers does, and read frames in files as images."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Sampler = Callable[[VideoMetadata], Any]
 
 
 class _Header(Exception):
-    """Ends the reading of a file once its header is known."""
+    """Raised to stop reading a file once its header is known."""
 
 
 def frames_of(video: Any) -> Sequence[Any] | None:
-    """The image files that a video is given by; None: it is one file."""
+    """Return the image files of a video; None: it is a single file."""
     return (video.get("frames") or None) if isinstance(video, Mapping) else None
 
 
@@ -31,14 +31,14 @@ def read_video(video: Any, name: str, sampler: Sampler, processor: Any = None) -
 
     Args:
         video: a path, {"path", "bytes"}, or {"frames": images}, all of which are read.
-        name: what the message of an error begins with.
-        sampler: what is known of a file -> the numbers of the frames to decode.
-        processor: of the model, as in `open_image`.
+        name: beginning of an error message.
+        sampler: function from a file's metadata to the numbers of the frames to decode.
+        processor: the model's processor, as in `open_image`.
     Returns:
-        RGB frames, (frames, height, width, 3) or as torchcodec gives them (frames, 3, height, width), uint8; and what
-        is known of the video.
+        RGB frames, (frames, height, width, 3) or from torchcodec (frames, 3, height, width), uint8; and the metadata
+        of the video.
     Raises:
-        ValueError: the file is missing, is not a video, has no frames, is cut off, or its frames differ in size.
+        ValueError: the file is missing, is not a video, has no frames, is truncated, or its frames differ in size.
         ImportError: no package that decodes videos is installed.
     """
     files = frames_of(video)
@@ -66,10 +66,10 @@ def read_video(video: Any, name: str, sampler: Sampler, processor: Any = None) -
 
 
 def video_header(video: Any, name: str) -> VideoMetadata:
-    """Size, number of frames and frames a second of a video; no frame is decoded.
+    """Read size, number of frames and frames a second of a video without decoding a frame.
 
     Raises:
-        ValueError, ImportError: as `read_video`; a file that is cut off is not noticed.
+        ValueError, ImportError: as in `read_video`; a truncated file is not detected.
     """
     files = frames_of(video)
     if files is not None:
@@ -89,7 +89,7 @@ def video_header(video: Any, name: str) -> VideoMetadata:
 
 
 def first_frame(metadata: VideoMetadata) -> list[int]:
-    """A sampler that chooses the first frame alone."""
+    """Choose the first frame alone, as a sampler."""
     return [0]
 
 
@@ -114,7 +114,7 @@ def _decoder() -> Callable[..., Any]:
 
 
 def _counted(metadata: VideoMetadata, video: Any) -> VideoMetadata:
-    """The header with the number of frames, which WebM and Matroska do not have: their packets are counted."""
+    """Add the number of frames, which WebM and Matroska do not store, to the header, by counting packets."""
     if not metadata.total_num_frames and metadata.video_backend == "pyav":
         import av
 

@@ -1,4 +1,4 @@
-"""Measure models, with adapters and without them."""
+"""Measure models with and without adapters."""
 
 from .text_loss import TextLoss, adapters_off, text_loss
 

@@ -15,9 +15,9 @@ from ..data.media_reader import MediaReader
 from ..data.processed import video_arguments, with_template
 from ..data.taken import check_rows, naming_batch
 
-# Of a language model's generation configuration, what makes another answer of the likeliest tokens, turned off: BART's
-# has beams and a least length, chat models' a penalty. Tokens that a model is made to begin with, or never to say,
-# belong to it and stay.
+# Settings of a generation configuration that lead away from the likeliest tokens are turned off: BART has beams and
+# a least length, chat models a penalty. Tokens that a model must begin with, or must never write, belong to it and
+# stay.
 GREEDY = {
     "do_sample": False, "num_beams": 1, "early_stopping": False, "num_return_sequences": 1, "min_length": 0,
     "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "repetition_penalty": 1.0,
@@ -25,7 +25,7 @@ GREEDY = {
 }  # fmt: skip
 
 
-@torch.no_grad()  # not inference_mode: what a layer keeps is trained with afterwards
+@torch.no_grad()  # not inference_mode, since training may use what a layer keeps
 def generate_answers(
     model: Any,
     processor: Any,
@@ -36,23 +36,23 @@ def generate_answers(
     system: str | None = None,
     progress: bool = True,
 ) -> list[str]:
-    """Answer the last question of each row, greedily, whatever the model's generation configuration says.
+    """Answer the last question of each row greedily, independent of the model's generation configuration.
 
     Args:
-        model: A composite or any other model whose processor has a chat template, adapted or not.
-        processor: The model's processor.
-        rows: Rows of `read_rows` or `load_rows`. The last turn is the reference, which the model does not see.
-        batch_size: Number of rows in a batch.
-        max_new_tokens: Largest number of tokens in an answer.
-        system: A system message for conversations that have none.
-        progress: Whether to show a progress bar.
+        model: a composite or any other model whose processor has a chat template, adapted or not.
+        processor: the model's processor.
+        rows: rows of `read_rows` or `load_rows`. The last turn is the reference, which the model does not see.
+        batch_size: number of rows in a batch.
+        max_new_tokens: largest number of tokens in an answer.
+        system: a system message for conversations that have none.
+        progress: whether to show a progress bar.
     Returns:
         One text per row, in the order of the rows. Each module of the model stays in its mode.
     Raises:
-        RowError: An instruction is longer than the Q-Former reads, or the model takes no video or no sound. Then no
+        RowError: an instruction is longer than the Q-Former reads, or the model takes no video or no sound. Then no
             row is answered.
-        ValueError: An image, a video or a sound cannot be read. The message names the row.
-        ImportError: A package that reads videos or sound is missing.
+        ValueError: an image, a video or a sound cannot be read. The message names the row.
+        ImportError: a package that reads videos or sound is missing.
     """
     host = unwrapped(model)
     processor = with_template(processor)
@@ -80,7 +80,7 @@ def _generate(
     is_encoder_decoder = host.config.is_encoder_decoder
     greedy: dict[str, Any] = {**GREEDY}
     if getattr(host.generation_config, "min_new_tokens", None):
-        greedy["min_new_tokens"] = 0  # not otherwise: transformers warns of it beside min_length
+        greedy["min_new_tokens"] = 0  # set only here: transformers warns about it beside min_length
     reader = MediaReader(processor)
     answers: dict[int, str] = {}
     for first in tqdm(range(0, len(rows), batch_size), desc="answering", leave=False, disable=not progress):
@@ -109,14 +109,14 @@ def _generate(
 
 
 def _groups(rows: Sequence[dict[str, Any]], chosen: Sequence[int]) -> Iterator[list[int]]:
-    """Rows that are answered together, since not every processor takes all media in one batch."""
+    """Yield rows to answer together, since not every processor takes all media in one batch."""
     kinds = [tuple(media_of(rows[n])) for n in chosen]
     for kind in dict.fromkeys(kinds):
         yield [n for n, other in zip(chosen, kinds, strict=True) if other == kind]
 
 
 def _prompt(row: dict[str, Any], reader: MediaReader, system: str | None) -> list[dict[str, Any]]:
-    """What is asked in a row, with its images, videos and sounds."""
+    """Return the question of a row, with its images, videos and sounds."""
     messages = list(row["messages"])
     if messages[-1]["role"] == "assistant":
         messages.pop()

@@ -1,4 +1,4 @@
-"""Scores of captions: CIDEr and ROUGE-L by the code of the COCO caption challenge, BLEU and chrF by sacrebleu."""
+"""Score captions: CIDEr and ROUGE-L by the code of the COCO caption challenge, BLEU and chrF by sacrebleu."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 RESAMPLES = 1000
-INTERVAL = 1.96  # standard errors in half of sacrebleu's 95% interval
+INTERVAL = 1.96  # number of standard errors in half of sacrebleu's 95% interval
 
 References = Sequence[Sequence[str]]
 
 
 def _words(text: str) -> str:
-    """Lower case, without punctuation: near to the tokenizer of the challenge, which needs Java.
+    """Lower the case and drop punctuation, much like the challenge's tokenizer, which needs Java.
 
     Example:
         >>> _words("A man's dog, on 2 legs.")
@@ -29,7 +29,7 @@ def _by_row(scorer: Any, answers: Sequence[str], expected: References) -> list[f
 
 
 def cider(answers: Sequence[str], expected: References) -> list[float]:
-    """CIDEr-D of each caption, 0 to 10. How much a word counts depends on how many rows' references hold it.
+    """Compute CIDEr-D of each caption, 0 to 10. A word's weight depends on how many rows have it in their references.
 
     Source: Vedantam et al., arXiv 1411.5726; pycocoevalcap's code.
     """
@@ -39,21 +39,21 @@ def cider(answers: Sequence[str], expected: References) -> list[float]:
 
 
 def rouge_l(answers: Sequence[str], expected: References) -> list[float]:
-    """ROUGE-L of each caption, 0 to 1: the longest common subsequence, with recall counting more (beta 1.2)."""
+    """Compute ROUGE-L of each caption, 0 to 1: the longest common subsequence, favoring recall (beta 1.2)."""
     from pycocoevalcap.rouge.rouge import Rouge
 
     return _by_row(Rouge(), answers, expected)
 
 
 def bleu(answers: Sequence[str], expected: References) -> tuple[float, float]:
-    """BLEU-4 of all captions together and its standard error, 0 to 1."""
+    """Compute BLEU-4 of all captions together and its standard error, 0 to 1."""
     from sacrebleu.metrics.bleu import BLEU
 
     return _of_all(BLEU, answers, expected)
 
 
 def chrf(answers: Sequence[str], expected: References) -> tuple[float, float]:
-    """chrF of all captions together and its standard error, 0 to 1: n-grams of letters, for any language."""
+    """Compute chrF of all captions together and its standard error, 0 to 1: letter n-grams, for any language."""
     from sacrebleu.metrics.chrf import CHRF
 
     return _of_all(CHRF, answers, expected)
@@ -62,6 +62,6 @@ def chrf(answers: Sequence[str], expected: References) -> tuple[float, float]:
 def _of_all(metric: Callable[..., Any], answers: Sequence[str], expected: References) -> tuple[float, float]:
     most = max(map(len, expected))
     streams = [[texts[number] if number < len(texts) else None for texts in expected] for number in range(most)]
-    # References are given at once, as `n_bootstrap` asks for; its resampling has a seed of its own.
+    # `n_bootstrap` needs all references at once; its resampling has a fixed seed.
     result = metric().corpus_score(list(answers), streams, n_bootstrap=RESAMPLES)
-    return float(result.score) / 100, float(result._ci) / INTERVAL / 100  # numpy scalars, which no JSON takes
+    return float(result.score) / 100, float(result._ci) / INTERVAL / 100  # from numpy scalars, which JSON rejects

@@ -1,4 +1,4 @@
-"""The field's metrics by name: what each compares an answer with, and the mean over the rows."""
+"""Compute the usual metrics by name, as the mean over the rows."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Row = dict[str, Any]
 
 
 def references(rows: Sequence[Row]) -> list[str]:
-    """Give the text of each row's last turn.
+    """Return the text of each row's last turn.
 
     Raises:
-        ValueError: The last turn of a row is not an answer.
+        ValueError: the last turn of a row is not an answer.
     """
     unanswered = [row["id"] for row in rows if row["messages"][-1]["role"] != "assistant"]
     if unanswered:
@@ -32,7 +32,7 @@ def references(rows: Sequence[Row]) -> list[str]:
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
-    """Give the share of answers that equal the expected ones, up to case and a final full stop.
+    """Compute the share of answers that equal the expected ones, up to case and a final full stop.
 
     Returns:
         `accuracy`, a share from 0 to 1, its standard error `stderr`, and the number of rows `n`.
@@ -100,7 +100,7 @@ def _captioned(score: Callable[[Sequence[str], captions.References], Any]) -> Ca
     return scored
 
 
-# Of each row, whose mean is the score; or of all rows together, with its standard error.
+# Scores of the rows, whose mean is the score; or a score of all rows together, with its standard error.
 METRICS: dict[str, Callable[[Sequence[str], Sequence[Row]], list[float] | tuple[float, float]]] = {
     "exact_match": _exact,
     "vqa_accuracy": _vqa,
@@ -115,21 +115,21 @@ METRICS: dict[str, Callable[[Sequence[str], Sequence[Row]], list[float] | tuple[
 def score(
     answers: Sequence[str], rows: Sequence[Row], metrics: Sequence[str] = ("exact_match",)
 ) -> dict[str, dict[str, float]]:
-    """Compare answers with what their rows expect.
+    """Score answers by the references in their rows.
 
     Args:
-        answers: One answer per row, from `generate_answers`.
-        rows: Rows of `read_rows`. `exact_match` compares with the last turn. `vqa_accuracy` compares with the list
+        answers: one answer per row, from `generate_answers`.
+        rows: rows of `read_rows`. `exact_match` compares with the last turn. `vqa_accuracy` compares with the list
             `answers`, and `multiple_choice` with the option that the last turn names among `options`. The caption
             metrics compare with `answers` if a row has them, and with the last turn otherwise.
-        metrics: Names of metrics, from `METRICS`. "cider", "rouge_l", "bleu" and "chrf" need the extra `metrics`.
+        metrics: names of metrics, from `METRICS`. "cider", "rouge_l", "bleu" and "chrf" need the extra `metrics`.
     Returns:
-        For each metric its score, the standard error and the number of rows. A score of 1 is what people print as 100.
+        For each metric its score, the standard error and the number of rows. A score of 1 is usually printed as 100.
         The standard error is that of the rows' mean, and NaN for one row. "bleu" and "chrf" have no score for each
         row, so theirs comes from 1,000 resamples of the rows.
     Raises:
-        ValueError: A metric is unknown, or a row lacks what a metric needs. The message names it.
-        ImportError: The extra is not installed.
+        ValueError: a metric is unknown, or a row lacks an input of a metric. The message names it.
+        ImportError: the extra is not installed.
     """
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
@@ -148,15 +148,15 @@ def _mean(values: list[float] | tuple[float, float]) -> tuple[float, float]:
 
 
 def plain(value: float) -> float | None:
-    """A number as strict JSON has it: None for NaN, such as the standard error of one row."""
+    """Convert a number for strict JSON: NaN, such as the standard error of one row, becomes None."""
     return None if math.isnan(value) else value
 
 
 def check_metrics(rows: Sequence[Row], metrics: Sequence[str]) -> None:
-    """See, before a model answers anything, that the rows say what the metrics compare with.
+    """Check, before a model answers, that the rows have the references that the metrics need.
 
     Raises:
-        ValueError, ImportError: as `score`.
+        ValueError, ImportError: as in `score`.
     """
     if rows:
         score(references(rows), rows, metrics)

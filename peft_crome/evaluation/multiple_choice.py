@@ -1,4 +1,4 @@
-"""Multiple choice, as in ScienceQA and AI2D: which of the options an answer names, by its letter or in its words."""
+"""Score multiple choice, as in ScienceQA and AI2D: find the option that an answer names by its letter or words."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
-# "B", "(b)", "B.", "B) because": the letter comes first, and ends there or at a mark.
+# "B", "(b)", "B.", "B) because": the letter comes first, followed by a mark or the end.
 LEADING = re.compile(r"\(?([A-Za-z])(?:[).:,]+(?=\s|$)|$)")
 # "The answer is (B)", "Answer: B"; then "option B is right".
 LETTER = r"(?:\(([A-Za-z])\)|([A-Z])\b)"
 NAMED = [re.compile(rf"\b(?i:{word})\s*:?\s*{LETTER}") for word in (r"answer(?:\s+is)?", "option|choice")]
-# Another letter beside one: ") and (B)", " or B", "/B"; and ", B" where the letter ends there, unlike "B is wrong".
+# Another letter beside one: ") and (B)", " or B", "/B"; and ", B" if the letter ends the text, unlike "B is wrong".
 JOINED = re.compile(
     r"\)?(?:,?\s*(?:\b(?:and|or)\b|[&/+])\s*(?:\(([A-Za-z])\)|([A-Zb-z])\b)"
     r"|[,\s]\s*(?:\(([A-Za-z])\)|([A-Za-z]))(?=\s*(?:[.,;:&/)+]|\b(?:and|or)\b|$)))"
 )
-# A further letter as LEADING has it, at the beginning of a sentence or a line; "B:" and "B)" after a comma too.
+# A further letter as in LEADING, at the beginning of a sentence or a line; "B:" and "B)" after a comma as well.
 SET_OFF = re.compile(r"(?:^|[.;:!?]\s+|\n\s*)\(?([A-Za-z])[).:]+(?=\s|$)|,\s*([A-Za-z])[):]+(?=\s|$)")
 # Then "(B)" anywhere.
 BRACKETED = re.compile(r"\(([A-Za-z])\)")
 
 
 def chosen(answer: str, options: Sequence[str]) -> int | None:
-    """The number of the option that an answer names; None: none, or not one alone.
+    """Return the number of the option that an answer names; None if it names none or several.
 
-    Looked for in this order: a letter that the answer begins with, an option's words as the whole answer, "the answer
-    is B", a single option's words within the answer, a single letter in brackets. Where the options are letters
-    themselves, as some of AI2D's, a bare letter is the option's, not its words: that is what was asked for.
+    The ways are tried in this order: a letter at the beginning, an option's words as the whole answer, "the answer
+    is B", a single option's words within the answer, a single letter in brackets. If the options are letters
+    themselves, as some are in AI2D, a bare letter names an option's letter, as the prompt asks, and not its words.
 
-    Where several letters are named in one of these ways, none is chosen: letters joined ("A, B", "(A) and (B)", "the
-    answer is A or B", "A/B"), a later sentence or line that begins with a letter and a mark ("A: no. B: yes"), "the
-    answer is B" after another first letter. A letter in a sentence is no such naming ("B) because A is wrong", "(A),
-    since (B) is wrong"), nor is the article "a", and "option A" counts only where no "answer" is named.
+    If an answer names several letters in one of these ways, none is chosen: joined letters ("A, B", "(A) and (B)",
+    "the answer is A or B", "A/B"), a later sentence or line that begins with a letter and a mark ("A: no. B: yes"),
+    "the answer is B" after another first letter. A letter within a sentence does not count ("B) because A is wrong",
+    "(A), since (B) is wrong"), nor does the article "a". "option A" counts only if no "answer" is named.
 
     Args:
-        answer: of the model, or the reference.
-        options: their texts, in the order of their letters.
+        answer: answer of the model, or the reference.
+        options: texts of the options, in the order of their letters.
 
     Example:
         >>> [chosen(answer, ["a cell", "a leaf"]) for answer in ("B", "(a) since", "A leaf.", "It is a cell", "both")]
         [1, 0, 1, 0, None]
     """
-    text = answer.replace("*", "").strip()  # Markdown's bold
+    text = answer.replace("*", "").strip()  # bold in Markdown
     plain = [_words(option) for option in options]
     whole = plain.index(_words(text)) if _words(text) in plain else None
     match = LEADING.match(text)
@@ -68,7 +68,7 @@ def _number(letter: str, options: Sequence[str]) -> int | None:
 
 
 def _named(pattern: re.Pattern[str], text: str, options: Sequence[str]) -> set[int]:
-    """Options whose letters stand after a word such as "answer", or are joined to such a letter."""
+    """Find options whose letters come after a word such as "answer", or are joined to such a letter."""
     numbers = set()
     for match in pattern.finditer(text):
         number = _number(match[1] or match[2], options)
@@ -78,7 +78,7 @@ def _named(pattern: re.Pattern[str], text: str, options: Sequence[str]) -> set[i
 
 
 def _beside(rest: str, number: int, options: Sequence[str], *patterns: re.Pattern[str]) -> set[int]:
-    """Options whose letters are named beside the one that `rest` follows, whose own words count for nothing."""
+    """Find options whose letters are named beside option `number`, which `rest` follows, ignoring its words."""
     tail = rest.lstrip(" ).:,")
     if options[number] and tail.casefold().startswith(options[number].casefold()):
         rest = tail[len(options[number]) :]
@@ -94,7 +94,7 @@ def _words(text: str) -> str:
 
 
 def _within(text: str, options: Sequence[str]) -> list[int]:
-    """Options whose words stand in the text, but for those inside a longer one's ("leaf" in "leaf blade")."""
+    """Find options whose words are in the text, except inside a longer option's words ("leaf" in "leaf blade")."""
     numbers, rest = [], f" {text} "
     for number in sorted(range(len(options)), key=lambda n: -len(options[n])):
         if options[number] and f" {options[number]} " in rest:

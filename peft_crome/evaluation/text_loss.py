@@ -1,4 +1,4 @@
-"""What an adapter costs the language model on plain text: the loss with the adapter on, and off."""
+"""Measure what an adapter costs the language model on plain text: the loss with the adapter on and off."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class TextLoss:
     """Mean loss on plain text, in nats a token.
 
     Attributes:
-        adapted: The loss with the active adapters.
-        base: The loss without them.
+        adapted: loss with the active adapters.
+        base: loss without them.
         cost: adapted - base. It is exactly 0.0 if the adapters do not change text.
-        adapted_stderr, base_stderr, cost_stderr: Standard errors over the chunks. NaN for a single chunk.
-        tokens: Number of tokens that were predicted.
-        chunks: Number of pieces that the text was cut into.
+        adapted_stderr, base_stderr, cost_stderr: standard errors over the chunks. NaN for a single chunk.
+        tokens: number of predicted tokens.
+        chunks: number of pieces that the text was cut into.
     """
 
     adapted: float
@@ -52,18 +52,18 @@ def text_loss(
     the first half of a chunk and predicts the second.
 
     Args:
-        model: A model that generates text, with adapters of any PEFT method or none. It may be a composite.
-        tokenizer: The model's tokenizer.
-        text: Plain text. 50,000 tokens or more give a small standard error.
-        chunk_tokens: Number of tokens in a chunk.
-        batch_size: Number of chunks in a batch.
-        progress: Whether to show a progress bar.
+        model: a model that generates text, with adapters of any PEFT method or none. It may be a composite.
+        tokenizer: the model's tokenizer.
+        text: plain text. 50,000 tokens or more give a small standard error.
+        chunk_tokens: number of tokens in a chunk.
+        batch_size: number of chunks in a batch.
+        progress: whether to show a progress bar.
     Returns:
         The losses. Each module of the model stays in its mode.
     Raises:
-        ValueError: The text has fewer than two tokens.
+        ValueError: the text has fewer than two tokens.
     """
-    # `verbose` would warn of a text that is longer than the model reads at once.
+    # `verbose` would warn about a text that is longer than the model's context.
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if len(ids) < 2:
         raise ValueError(f"The text has {len(ids)} tokens, and a loss takes two. Pass a longer text.")
@@ -107,8 +107,8 @@ def text_loss(
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """Turn the adapters of a model off, and at the end of the block on again, however they were attached."""
-    if isinstance(model, PeftModel):  # prompt tuning and its kin have no layers
+    """Turn a model's adapters off while the block runs, however they were attached."""
+    if isinstance(model, PeftModel):  # prompt tuning and similar methods have no layers
         with model.disable_adapter():
             yield
         return
@@ -131,7 +131,7 @@ def _config(model: Any) -> Any:
 
 
 def _batch(chunks: list[list[int]], start: list[int], encoder_decoder: bool, device: Any) -> dict[str, torch.Tensor]:
-    """Padded on the right; `labels` has a token that counts, and IGNORED elsewhere."""
+    """Pad chunks on the right; `labels` has the tokens that count, and IGNORED elsewhere."""
     if not encoder_decoder:
         ids, mask = _padded([start + chunk for chunk in chunks], 0)
         labels = ids.masked_fill(mask == 0, IGNORED)
@@ -152,7 +152,7 @@ def _padded(rows: list[list[int]], value: int) -> tuple[torch.Tensor, torch.Tens
 def _row_losses(
     model: Any, batch: dict[str, torch.Tensor], targets: torch.Tensor, encoder_decoder: bool
 ) -> list[float]:
-    """The loss of each row, summed over its tokens in float32."""
+    """Compute the loss of each row, summed over its tokens in float32."""
     inputs = batch if encoder_decoder else {name: value for name, value in batch.items() if name != "labels"}
     logits = model(**inputs).logits
     logits = logits[:, -batch["input_ids"].shape[1] :]  # prompt tuning puts virtual tokens before the text
@@ -164,7 +164,7 @@ def _row_losses(
 
 
 def _mean(sums: Iterable[float], counts: list[int]) -> tuple[float, float]:
-    """The mean over all tokens, and its standard error over the chunks, weighted by their tokens."""
+    """Compute the mean over all tokens, and its standard error over the chunks, weighted by their tokens."""
     values = list(sums)
     total, count = sum(counts), len(counts)
     mean = sum(values) / total

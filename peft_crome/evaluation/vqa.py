@@ -1,12 +1,12 @@
-"""VQA accuracy: an answer is right as far as other people gave it."""
+"""Compute VQA accuracy: an answer counts by the number of people who gave it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-AGREEING = 3  # people who make an answer fully right
-LEAST = AGREEING + 1  # answers, so that leaving one out leaves enough
+AGREEING = 3  # number of people who make an answer fully right
+LEAST = AGREEING + 1  # number of answers, so that leaving one out leaves enough
 
 COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBERS = {word: str(number) for number, word in enumerate(COUNTED)} | {"none": "0"}
@@ -24,13 +24,13 @@ FULL_STOP = re.compile(r"(?<!\d)\.|\.(?!\d)")
 
 
 def normalize(text: str) -> str:
-    """An answer as VQAv2's evaluation compares it.
+    """Normalize an answer as VQAv2's evaluation does.
 
-    Lower case; no full stops but in decimal numbers; punctuation but apostrophe and colon becomes a space; numbers up
-    to ten as digits; no articles; contractions with their apostrophe.
+    Lower case; no full stops except in decimal numbers; punctuation except apostrophe and colon becomes a space;
+    numbers up to ten as digits; no articles; contractions with their apostrophe.
 
-    Source: the rules on visualqa.org/evaluation. Its script leaves both sides as they are where all people agree; here
-    they are always made alike.
+    Source: the rules on visualqa.org/evaluation. Its script skips this if all people agree; this function
+    always normalizes.
 
     Example:
         >>> normalize("The  two dogs, 1,000.5 m-long; dont.")
@@ -42,10 +42,10 @@ def normalize(text: str) -> str:
 
 
 def agreement(answer: str, people: Sequence[str]) -> float:
-    """min(1, n / 3), where n others gave the answer: the mean over leaving each of the people out.
+    """Compute min(1, n / 3) for n other people with the same answer, averaged over leaving each person out.
 
     Args:
-        answer: of the model.
+        answer: answer of the model.
         people: ten answers in VQAv2.
     Returns:
         From 0 to 1.

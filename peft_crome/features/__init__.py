@@ -1,1 +1,1 @@
-"""Image features that are computed once and read again."""
+"""Compute image features once and read them again."""

@@ -1,4 +1,4 @@
-"""Compute a frozen vision tower's features once per image, and read them from a folder ever after."""
+"""Compute a frozen vision tower's features once per image, and read them from a folder afterwards."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..backbone.model import unwrapped
 from .store import FeatureStore
 
 Features = dict[str, torch.Tensor]
-# Names in a file of what a tower gives: one hidden state, their number, which of them is the last hidden state.
+# Names in a file of a tower's output: one hidden state, their number, the index of the last hidden state.
 LAYER, COUNT, LAST = "hidden_states.", "num_hidden_states", "last_is"
 
 
 class _States(tuple):
-    """Hidden states, of which some are not kept."""
+    """Hidden states, some of which are not kept."""
 
     def __getitem__(self, index: Any) -> Any:
         state = super().__getitem__(index)
@@ -41,9 +41,9 @@ class FeatureCache:
     """A cache of a frozen tower's features, as `cache_features` attaches it to a model.
 
     Attributes:
-        hits: Number of images whose features were read.
-        misses: Number of images whose features were computed.
-        store: The folder with the features.
+        hits: number of images whose features were read.
+        misses: number of images whose features were computed.
+        store: the folder with the features.
     """
 
     def __init__(self, model: nn.Module, tower: PreTrainedModel, store: FeatureStore) -> None:
@@ -55,7 +55,7 @@ class FeatureCache:
 
     def detach(self) -> None:
         """Detach the cache from the model. The folder stays."""
-        if hasattr(self.model, "feature_cache"):  # the composite
+        if hasattr(self.model, "feature_cache"):  # only the composite has it
             self.model.feature_cache = None
         else:
             self.tower.__dict__.pop("forward", None)
@@ -63,12 +63,12 @@ class FeatureCache:
     def lookup(
         self, images: torch.Tensor, rows: list[bytes], compute: Callable[[torch.Tensor], list[Features]]
     ) -> list[Features]:
-        """The features of each image: read, or computed together and kept.
+        """Return the features of each image: read from the store, or computed together and stored.
 
         Args:
             images: (images, channels, height, width), as the tower reads them.
-            rows: what else the features of each image depend on.
-            compute: indices of images -> features of each.
+            rows: per image, everything else that its features depend on.
+            compute: function from indices of images to the features of each.
         """
         if any(parameter.requires_grad for parameter in self.tower.parameters()):
             raise ValueError(
@@ -91,7 +91,7 @@ class FeatureCache:
         digest = hashlib.blake2b(self._key, digest_size=20)
         digest.update(f"{image.dtype} {tuple(image.shape)} ".encode())
         device = self.tower.device.type
-        if torch.is_autocast_enabled(device):  # the same weights and pixels give features of another precision
+        if torch.is_autocast_enabled(device):  # autocast changes the precision of the features
             digest.update(f"autocast {torch.get_autocast_dtype(device)} ".encode())
         digest.update(_bytes(image))
         digest.update(row)
@@ -102,7 +102,7 @@ class FeatureCache:
     def of_composite(
         self, pixel_values: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """What the composite's `get_vision_features` gives, (images, tokens, vision_width)."""
+        """Return the result of the composite's `get_vision_features`, (images, tokens, vision_width)."""
         config = self.model.config
         setting = (config.vision_feature_layer, config.vision_feature_select_strategy, config.vision_pool_size)
         row = repr((*setting, config.qformer_config is None)).encode()
@@ -116,7 +116,7 @@ class FeatureCache:
     # ---- any other model ----
 
     def of_tower(self, forward: Callable[..., Any], pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What a tower's forward gives, as a `BaseModelOutputWithPooling`, with the hidden states that are read."""
+        """Return a tower's output as a `BaseModelOutputWithPooling`, with the hidden states that the model reads."""
         names = list(inspect.signature(forward).parameters)
         kwargs = dict(zip(names[1:], args, strict=False)) | kwargs
         count = len(pixel_values)
@@ -135,7 +135,7 @@ class FeatureCache:
         image_features = self.lookup(pixel_values, rows, features_of)
         whole = {name: torch.stack([features[name] for features in image_features]) for name in image_features[0]}
         count, last = (int(whole.pop(name)[0]) for name in (COUNT, LAST))
-        empty = pixel_values.new_empty(0)  # of what the model does not read
+        empty = pixel_values.new_empty(0)  # stands for states that the model does not read
         layers = {int(name.split(".")[1]): value for name, value in whole.items() if name.startswith(LAYER)}
         return BaseModelOutputWithPooling(
             last_hidden_state=whole.get("last_hidden_state", layers.get(last, empty)),
@@ -150,7 +150,7 @@ class FeatureCache:
         kept = {f"{LAYER}{layer}": states[layer] for layer in layers}
         last = fields.get("last_hidden_state")
         same = [layer for layer in layers if states[layer] is last]
-        if same or (layers and len(states) - 1 not in layers):  # there already, or not read
+        if same or (layers and len(states) - 1 not in layers):  # stored already, or not read
             fields.pop("last_hidden_state", None)
         kept |= fields
         wrong = [name for name, value in kept.items() if not isinstance(value, torch.Tensor) or len(value) != count]
@@ -166,19 +166,19 @@ class FeatureCache:
 def cache_features(model: nn.Module, directory: str | os.PathLike, max_gigabytes: float = 50.0) -> FeatureCache:
     """Keep a frozen tower's features in a folder, so that each image goes through the tower once.
 
-    This holds for all epochs and runs. The key of an image is the pixels that the tower gets, so a changed file or
-    other image processing makes another image. Features of different weights, dtypes, settings and autocast are kept
+    This works for all epochs and runs. The key of an image is the pixels that the tower gets, so a changed file or
+    other image processing gives a new key. Features of different weights, dtypes, settings and autocast are kept
     apart. Several processes and runs may share the folder, and a killed process leaves nothing half-written.
 
     Args:
-        model: The composite, a model of transformers whose tower reads `pixel_values` image by image, or a PEFT model
+        model: the composite, a model of transformers whose tower reads `pixel_values` image by image, or a PEFT model
             around either.
-        directory: Folder for the features.
-        max_gigabytes: Limit of the folder, in units of 1e9 bytes. Images beyond it are computed each time.
+        directory: folder for the features.
+        max_gigabytes: limit of the folder, in units of 1e9 bytes. Images beyond it are computed each time.
     Returns:
         The cache, with `hits`, `misses` and `detach()`.
     Raises:
-        ValueError: The tower trains, is not found, or reads several images at once. Or the limit leaves no room.
+        ValueError: the tower trains, is not found, or reads several images at once. Or the limit leaves no room.
 
     Example:
         >>> cache = cache_features(model, "features", max_gigabytes=20)  # doctest: +SKIP
@@ -208,7 +208,7 @@ def cache_features(model: nn.Module, directory: str | os.PathLike, max_gigabytes
 
 
 def weights_key(tower: PreTrainedModel) -> bytes:
-    """What tells two towers apart: class, configuration, and every weight."""
+    """Hash everything that distinguishes towers: class, configuration, and every weight."""
     digest = hashlib.blake2b(type(tower).__name__.encode(), digest_size=20)
     config = {k: v for k, v in tower.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
@@ -243,7 +243,7 @@ def _tower_of(host: nn.Module) -> PreTrainedModel:
 
 
 def _layers_read(config: Any, count: int) -> list[int]:
-    """The hidden states that a model reads; all of them where its configuration does not say."""
+    """Return the hidden states that a model reads; all of them if its configuration does not specify any."""
     layers = getattr(config, "vision_feature_layer", None)
     if layers is None or not count:
         return list(range(count))
@@ -252,7 +252,7 @@ def _layers_read(config: Any, count: int) -> list[int]:
 
 @contextmanager
 def _evaluating(tower: nn.Module) -> Iterator[None]:
-    """Features are those of evaluation mode: with dropout they would be no function of the image."""
+    """Run the tower in evaluation mode: with dropout, features would not be a function of the image."""
     training = tower.training
     tower.eval()
     try:

@@ -1,4 +1,4 @@
-"""Tensors in files, found by a key: written whole or not at all, by any number of processes, up to a size."""
+"""Keep tensors in files by key, written whole or not at all, by any number of processes, up to a size."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ..utils.atomic import replaced
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
-STALE = 3600.0  # seconds after which a file that was never renamed is what a killed process left
+STALE = 3600.0  # seconds after which an unrenamed file counts as left by a killed process
 
 
 class FeatureStore:
     """A folder of tensors.
 
-    Nothing is ever taken out to make room: training goes over its rows in turn, and a row that was dropped for another
-    one would be wanted again just when that one has been dropped. What does not fit is computed each time.
+    Nothing is ever removed to make room. Training reads its rows in turn, so a removed row would be needed again just
+    when its replacement has been removed. Features that do not fit are computed each time.
 
     Args:
-        directory: made where it is missing. Several processes, of several machines, may share it.
-        max_bytes: of all files; processes that write at once may pass it by what they write in a second or so.
+        directory: created if it is missing. Several processes, of several machines, may share it.
+        max_bytes: limit of all files; processes that write at once may exceed it by about a second of writing.
     Raises:
         ValueError: the directory is a file, or max_bytes is not positive.
     """
@@ -45,22 +45,22 @@ class FeatureStore:
         self._warned_full = self._warned_of_failure = False
 
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The tensors of a key, on the CPU; None where there are none, or their file is damaged."""
+        """Return the tensors of a key, on the CPU; None if there are none, or their file is damaged."""
         path = self._path(key)
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
         except FileNotFoundError:
             return None
-        except (SafetensorError, OSError) as error:  # of a disk that failed: the next `put` replaces the file
+        except (SafetensorError, OSError) as error:  # a failed disk: the next `put` replaces the file
             logger.warning("%s cannot be read (%s) and is computed again.", path, error)
             return None
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> bool:
-        """Keep tensors under a key; False where there is no room for them, or the disk does not take them."""
+        """Store tensors under a key; return False if they do not fit, or the disk cannot be written."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self._size + size > self.max_bytes or self._written > self.max_bytes // 50:
-            self._size, self._written = self._measure(), 0  # others write too
+            self._size, self._written = self._measure(), 0  # other processes write as well
         if self._size + size > self.max_bytes:
             if not self._warned_full:
                 logger.warning(
@@ -72,10 +72,10 @@ class FeatureStore:
         path = self._path(key)
         try:
             path.parent.mkdir(exist_ok=True)
-            # A file may not hold one memory twice, and a slice would hold its whole batch.
+            # A file must not store shared memory twice, and a slice would keep its whole batch.
             whole = save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
             with replaced(path) as temporary:
-                temporary.write_bytes(whole)  # not by `save_file`: its files are their owner's alone
+                temporary.write_bytes(whole)  # files of `save_file` are readable only by their owner
         except OSError as error:  # a full disk, or a folder that may only be read
             if not self._warned_of_failure:
                 message = "%s cannot be written to (%s): features that are not there are computed each time."
@@ -90,7 +90,7 @@ class FeatureStore:
         return self.directory / key[:2] / f"{key}{SUFFIX}"
 
     def _measure(self) -> int:
-        """Bytes of all files; removes what killed processes left."""
+        """Sum the bytes of all files, and remove files of killed processes."""
         total = 0
         for folder, _, names in os.walk(self.directory):
             for name in names:
@@ -102,5 +102,5 @@ class FeatureStore:
                     else:
                         total += status.st_size
                 except OSError:
-                    continue  # another process has just renamed it, or the folder may only be read
+                    continue  # just renamed by another process, or a read-only folder
         return total

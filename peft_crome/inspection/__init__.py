@@ -1,4 +1,4 @@
-"""What an adapter holds and what it does on an input: singular values, gates, changes, as numbers and images."""
+"""Show an adapter's weights and its effect on an input: singular values, gates, changes, as numbers and images."""
 
 from .activity import BranchActivity, inspect_activity
 from .files import write_inspection

@@ -1,4 +1,4 @@
-"""What an adapter does on one input: gates, how far it moves each embedding, units that add nothing."""
+"""Measure what an adapter does on one input: gates, the change of each embedding, units that add nothing."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from ..tuner.branches import in_ranges
 from ..tuner.layer import CromeLayer, crome_layers
 from ..tuner.weights import DOWN, GATE
 
-SILENT = 1e-2  # of the root mean square over units and tokens
+SILENT = 1e-2  # share of the root mean square over units and tokens
 
 
 @dataclass(frozen=True, eq=False)
 class BranchActivity:
-    """What one branch did at one site, with a number for each token in the order of the site's output.
+    """One branch's activity at one site, with a number for each token in the order of the site's output.
 
     Attributes:
         branch: the branch's name.
         site: full path of the wrapped module.
         gate: (tokens,), mean over the hidden units of |act(x W_g)|.
-        embedding_norm: (tokens,), norm of what the site gave.
-        change_norm: (tokens,), norm of what the branch added to it.
+        embedding_norm: (tokens,), norm of the site's embedding.
+        change_norm: (tokens,), norm of the branch's addition to it.
         unit_peaks: (m,), the largest norm that each hidden unit added to a token.
-        unit_rms: root mean square over units and tokens of what a unit adds.
-        token_ids: (tokens,), of a table; None: the site reads no ids.
-        positions: (tokens,), each token's place among all that the site gave; placeholders of images leave gaps.
+        unit_rms: root mean square over units and tokens of a unit's addition.
+        token_ids: (tokens,), ids that a table looked up; None: the site reads no ids.
+        positions: (tokens,), each token's place among all embeddings of the site; image placeholders leave gaps.
     """
 
     branch: str
@@ -48,28 +48,28 @@ class BranchActivity:
 
     @property
     def relative_change(self) -> torch.Tensor:
-        """(tokens,), the change's norm as a share of the embedding's; 0 where that is 0."""
+        """(tokens,), the change's norm as a share of the embedding's; 0 if the latter is 0."""
         return torch.where(self.embedding_norm > 0, self.change_norm / self.embedding_norm, 0.0)
 
     @property
     def silent_units(self) -> tuple[int, ...]:
-        """The hidden units that on no token added more than `SILENT` of `unit_rms`."""
+        """The hidden units that added to no token more than `SILENT` of `unit_rms`."""
         return tuple((self.unit_peaks <= SILENT * self.unit_rms).nonzero().flatten().tolist())
 
 
 @torch.no_grad()
 def inspect_activity(model: nn.Module, batch: dict[str, Any]) -> list[BranchActivity]:
-    """Run one batch forward and measure what the active adapter adds. Changes nothing.
+    """Run one batch forward and measure what the active adapter adds. The model is unchanged.
 
-    Padding, and the placeholders in whose place a model puts images, are left out.
+    Padding and image placeholders are left out.
 
     Args:
-        model: A model with one active CROME adapter that is not merged.
-        batch: The arguments of `model(**batch)`.
+        model: a model with one active CROME adapter that is not merged.
+        batch: the arguments of `model(**batch)`.
     Returns:
-        A row for each branch and site that embeddings passed through.
+        An entry for each branch and site that embeddings passed through.
     Raises:
-        ValueError: No adapter is active, several are, or one is merged.
+        ValueError: no adapter is active, several are, or one is merged.
     """
     layers = [(path, layer) for path, layer in crome_layers(model) if layer.acting()]
     if not layers:
@@ -102,8 +102,8 @@ def _recording(
     batch: dict[str, Any],
     records: dict[tuple[str, str], _Record],
 ) -> Iterator[None]:
-    """Hooks on the sites and on what they wrap, for the time of a forward pass."""
-    base_outputs: dict[str, Any] = {}  # site -> what the wrapped module returned
+    """Put hooks on the sites and their wrapped modules for a forward pass."""
+    base_outputs: dict[str, Any] = {}  # site -> output of the wrapped module
     handles = []
     held = placeholder_ids(model)
 
@@ -143,7 +143,7 @@ def _counts(
     batch: dict[str, Any],
     held: tuple[int, ...],
 ) -> torch.Tensor:
-    """Which of the embeddings are the branch's own and stay in the sequence; bool, of the shape of x without d."""
+    """Mark the embeddings that belong to the branch and stay in the sequence; bool, of the shape of x without d."""
     counts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
     if ids is None:
         return counts
@@ -156,7 +156,7 @@ def _counts(
     mask, asked = batch.get("attention_mask"), batch.get("input_ids")
     if mask is not None and mask.shape == ids.shape and asked is not None and asked.shape == ids.shape:
         counts &= mask.to(counts.device).bool()
-    # A model may look up another token where an image will stand, so what it was asked with counts as well.
+    # A model may look up another token at an image placeholder, so the batch's ids count as well.
     for tokens in (ids, asked):
         if held and not ranges and tokens is not None and tokens.shape == ids.shape:
             counts &= ~torch.isin(tokens.to(counts.device), torch.tensor(held, device=counts.device))
@@ -165,7 +165,7 @@ def _counts(
 
 @dataclass
 class _Record:
-    """Collects one branch's tokens at one site over the calls of a forward pass."""
+    """Collect one branch's tokens at one site over the calls of a forward pass."""
 
     gates: list[torch.Tensor] = field(default_factory=list)
     embeddings: list[torch.Tensor] = field(default_factory=list)
@@ -175,7 +175,7 @@ class _Record:
     peaks: torch.Tensor | None = None
     squares: float = 0.0
     tokens: int = 0
-    passed: int = 0  # with those that do not count
+    passed: int = 0  # includes tokens that do not count
 
     def add(
         self,
@@ -186,7 +186,7 @@ class _Record:
         ids: torch.Tensor | None,
         counts: torch.Tensor,
     ) -> None:
-        """Note one call: x is (..., d), ids and counts its shape without d."""
+        """Note one call: x is (..., d); ids and counts have its shape without d."""
         weights = layer._weights[0]
         maps = weights.linears_of(adapter_name)
         kept = x[counts]
@@ -197,7 +197,7 @@ class _Record:
             )
         )
         up = maps["crome_up"].weight.to(x.device).float()
-        added = hidden.abs() * up.norm(dim=0)  # (tokens, m): what each unit alone adds
+        added = hidden.abs() * up.norm(dim=0)  # (tokens, m): norm of each unit's addition
         self.positions.append((counts.flatten().nonzero().flatten() + self.passed).cpu())
         self.passed += counts.numel()
         if not len(kept):
@@ -213,7 +213,7 @@ class _Record:
         self.tokens += len(kept)
 
     def report(self, branch: str, site: str) -> BranchActivity:
-        """What was collected."""
+        """Build the activity from the collected tokens."""
         assert self.peaks is not None
         return BranchActivity(
             branch=branch,

@@ -1,4 +1,4 @@
-"""Panels by matplotlib: singular values, heat maps over images, a bar for each token."""
+"""Draw panels with matplotlib: singular values, heat maps over images, a bar for each token."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from PIL import ImageOps
 
 from .look import BranchView, View
 
-COLORS = "viridis"  # grows evenly in lightness, for every kind of color vision
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's
-DASHES = ("-", "--")  # of the first and the second adapter
+COLORS = "viridis"  # its lightness grows evenly, for every kind of color vision
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # palette of Okabe and Ito
+DASHES = ("-", "--")  # for the first and the second adapter
 PANEL = (4.4, 3.1)  # inches
 DOTS = 150  # per inch
 COLUMNS = 3  # panels side by side in the figure
 MOST_BARS = 48  # tokens with a label below their bar
 
-# What is drawn of a token: title, label with unit, and the numbers.
+# A drawn quantity of a token: title, label with unit, and the numbers.
 Measure = tuple[str, str, Callable[[BranchView], torch.Tensor]]
 
 
 def measures(gate_activation: str) -> tuple[Measure, Measure]:
-    """Gate activity, and the change relative to the embedding."""
+    """Return the drawn quantities: gate activity, and the change relative to the embedding."""
     act = {"silu": "SiLU", "sigmoid": "σ"}[gate_activation]
     return (
         ("gate activity", f"mean over units of |{act}(x W_g)|", lambda view: view.activity.gate),
@@ -42,7 +42,7 @@ def measures(gate_activation: str) -> tuple[Measure, Measure]:
 
 
 def draw_singular_values(axes: Any, views: Sequence[View]) -> None:
-    """All singular values of each matrix, on a logarithmic axis; the second adapter is dashed."""
+    """Draw all singular values of each matrix on a logarithmic axis; the second adapter is dashed."""
     for view, dash in zip(views, DASHES, strict=False):
         report = view.report
         lines = [("W_u", report.up)]
@@ -50,7 +50,7 @@ def draw_singular_values(axes: Any, views: Sequence[View]) -> None:
                   for name, matrix in (("W_g", branch.gate), ("W_d", branch.down))]  # fmt: skip
         for number, (name, matrix) in enumerate(lines):
             values = matrix.singular_values.numpy()
-            values = np.where(values > 0, values, np.nan)  # a logarithm has no zero
+            values = np.where(values > 0, values, np.nan)  # zero has no logarithm
             places = np.arange(1, len(values) + 1)
             axes.plot(
                 places,
@@ -71,19 +71,19 @@ def draw_singular_values(axes: Any, views: Sequence[View]) -> None:
 
 
 def draw_image(axes: Any, view: BranchView, number: int) -> None:
-    """One image, as the tower saw it."""
+    """Draw one image as the tower saw it."""
     image = view.maps[number].image
     axes.imshow(np.asarray(image))
     axes.set(title=f"image {number + 1}, as the tower reads it", xticks=[], yticks=[])
 
 
 def draw_map(axes: Any, view: BranchView, number: int, measure: Measure, top: float) -> None:
-    """A heat map over the image in gray; each square is one token.
+    """Draw a heat map over the image in gray; each square is one token.
 
     Args:
-        number: of the image.
-        measure: what is drawn.
-        top: where the colors end, so that maps can be compared.
+        number: number of the image.
+        measure: the drawn quantity.
+        top: the value of the last color, so that maps can be compared.
     """
     title, label, values = measure
     chosen = view.maps[number]
@@ -103,7 +103,7 @@ def draw_map(axes: Any, view: BranchView, number: int, measure: Measure, top: fl
 
 
 def draw_tokens(axes: Any, view: BranchView, measure: Measure, top: float) -> None:
-    """A bar for each token, with its text where there is room."""
+    """Draw a bar for each token, with its text if there is room."""
     title, label, values = measure
     numbers = values(view).numpy()
     axes.bar(np.arange(len(numbers)), numbers, width=0.8, color=colormaps[COLORS](numbers / (top or 1)))
@@ -124,24 +124,24 @@ def draw_tokens(axes: Any, view: BranchView, measure: Measure, top: float) -> No
 
 
 def scale(views: Sequence[View], branch: str, measure: Measure) -> float:
-    """The largest number of a branch over all adapters: where its colors end."""
+    """Return the largest value of a branch over all adapters, which gets the last color."""
     _, _, values = measure
     maxima = [float(values(shown).max()) for view in views for shown in view.branches or [] if
               shown.activity.branch == branch]  # fmt: skip
     return max(maxima, default=1.0)
 
 
-Panel = tuple[str, Callable[[Any], None]]  # alternative text, and what draws it
+Panel = tuple[str, Callable[[Any], None]]  # alternative text, and the drawing function
 
 
 def rank_panel(views: Sequence[View]) -> Panel:
-    """The singular values of all adapters."""
+    """Build the panel with the singular values of all adapters."""
     ranks = "; ".join(f"{view.name}: effective rank of W_u {view.report.up.effective_rank:.0f}" for view in views)
     return f"Singular values of all matrices. {ranks}", partial(draw_singular_values, views=views)
 
 
 def branch_panels(views: Sequence[View], view: View, shown: BranchView) -> list[Panel]:
-    """The images and heat maps of one branch of one of the views, or bars where its tokens are no cells."""
+    """Build the panels of one branch: images and heat maps, or bars if its tokens are not cells of an image."""
     panels: list[Panel] = [
         (f"Image {number + 1}", partial(draw_image, view=shown, number=number)) for number in range(len(shown.maps))
     ]
@@ -162,7 +162,7 @@ def _range(values: torch.Tensor) -> str:
 
 
 def panel_png(draw: Callable[[Any], None], dark: bool) -> bytes:
-    """One panel as PNG, its ground transparent, for a light or a dark page."""
+    """Draw one panel as PNG with a transparent background, for a light or a dark page."""
     with rc_context(_style("#e6e6e6" if dark else "#1f1f1f")):
         figure = Figure(figsize=PANEL, dpi=DOTS, layout="constrained")
         FigureCanvasAgg(figure)
@@ -173,7 +173,7 @@ def panel_png(draw: Callable[[Any], None], dark: bool) -> bytes:
 
 
 def draw_figure(views: Sequence[View], path: Path) -> None:
-    """All panels as one PNG: singular values above, then a row of panels for each adapter and kind.
+    """Draw all panels as one PNG: singular values on top, then a row of panels for each adapter and kind.
 
     Args:
         views: one adapter, or two with the same prompt and images.
@@ -212,11 +212,11 @@ def _style(ink: str) -> dict[str, Any]:
 
 
 def _aspect(image: Any, rows: int, columns: int) -> float:
-    """Height of a cell by its width, so that the grid has the image's shape."""
+    """Return height by width of a cell, so that the grid has the image's shape."""
     return (image.height / rows) / (image.width / columns)
 
 
 def _drawable(text: str) -> str:
-    """Text with what matplotlib's own font lacks written out."""
+    """Write out characters that matplotlib's font lacks."""
     font = get_font(findfont(FontProperties()))
     return "".join(c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode("ascii") for c in text)

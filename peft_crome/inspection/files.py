@@ -1,4 +1,4 @@
-"""The two files of an inspection, written complete or not at all."""
+"""Write the two files of an inspection, complete or not at all."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ EXTRA = 'pip install "peft-crome[plots]"'
 
 
 def output_files(output: str | Path) -> tuple[Path, Path]:
-    """The page and the figure that belong to one name: `runs/look` or `runs/look.html` gives both."""
+    """Return page and figure for one name: `runs/look` or `runs/look.html` gives both."""
     output = Path(output)
     stem = output.with_suffix("") if output.suffix in (".html", ".png") else output
     return stem.with_name(f"{stem.name}.html"), stem.with_name(f"{stem.name}.png")
 
 
 def check_output(output: str | Path, overwrite: bool = False) -> None:
-    """Refuse, before anything is computed, what `write_inspection` could not write.
+    """Refuse, before anything is computed, files that `write_inspection` could not write.
 
     Raises:
-        ValueError: a file is there already, or there is no such folder.
+        ValueError: a file exists already, or its folder does not exist.
     """
     files = output_files(output)
     folder = files[0].absolute().parent
@@ -39,13 +39,13 @@ def write_inspection(views: Sequence[View], output: str | Path, *, overwrite: bo
     """Write one HTML page with everything in it, and one PNG figure of its panels.
 
     Args:
-        views: Results of `look`, for one adapter, or for two with the same prompt and images.
-        output: Name of both files, without ".html" and ".png".
-        overwrite: Whether to replace files of these names.
+        views: results of `look`, for one adapter, or for two with the same prompt and images.
+        output: name of both files, without ".html" and ".png".
+        overwrite: whether to replace files of these names.
     Returns:
         The paths of the page and of the figure.
     Raises:
-        ValueError: A file exists already, or its folder does not exist.
+        ValueError: a file exists already, or its folder does not exist.
         ImportError: matplotlib or Jinja is not installed.
     """
     check_output(output, overwrite)

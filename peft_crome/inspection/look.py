@@ -1,4 +1,4 @@
-"""Everything that is shown of one adapter: its files, and what it does on a prompt with images."""
+"""Collect everything to show of an adapter: its files, and its effect on a prompt with images."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from .weights import AdapterReport, inspect_adapter
 
 @dataclass(frozen=True, eq=False)
 class BranchView:
-    """One branch's activity, with its tokens in their places.
+    """One branch's activity, with the places of its tokens.
 
     Attributes:
-        activity: The numbers.
-        maps: Images with the tokens laid over them. Empty if the tokens are not cells of an image.
-        words: The tokens as text, each with its number among the activity's tokens, or None in a gap.
+        activity: the numbers.
+        maps: images with the tokens laid over them. Empty if the tokens are not cells of an image.
+        words: the tokens as text, each with its number among the activity's tokens, or None in a gap.
     """
 
     activity: BranchActivity
@@ -47,14 +47,14 @@ class BranchView:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What `look` found in one adapter, with its backbone or without.
+    """Result of `look` for one adapter, with its backbone or without.
 
     Attributes:
-        name: A name that differs from that of the adapter beside it.
-        report: What its files hold.
-        branches: What it does to the input. None without a prompt.
-        prompt: The question.
-        images: Number of images.
+        name: a name that differs from that of the adapter beside it.
+        report: report on its files.
+        branches: its effect on the input. None without a prompt.
+        prompt: the question.
+        images: number of images.
     """
 
     name: str
@@ -76,15 +76,15 @@ def look(
     """Read an adapter's files, and with a prompt load its backbone and run it once.
 
     Args:
-        adapter: A directory or a Hub repository.
-        prompt: What the user says. Without it, only files are read and no backbone is loaded.
+        adapter: a directory or a Hub repository.
+        prompt: the user's message. Without it, only files are read and no backbone is loaded.
         images: PIL images or paths, which come before the prompt in their order.
-        model: Directory or name of the backbone. None stands for the adapter's own directory if it holds one, as a
+        model: directory or name of the backbone. None stands for the adapter's directory if it contains one, as a
             stage's does, and otherwise for the base model that the adapter names.
-        system: A system message.
-        device: Device to run on. None leaves the model where it is loaded.
+        system: a system message.
+        device: device to run on. None leaves the model where it is loaded.
     Raises:
-        ValueError: The adapter cannot be read (see `inspect_adapter`), its backbone cannot be found, or no branch
+        ValueError: the adapter cannot be read (see `inspect_adapter`), its backbone cannot be found, or no branch
             reads the images.
     """
     report = inspect_adapter(adapter)
@@ -98,7 +98,7 @@ def look(
             f"{adapter} has no branch that reads images, only {[b.branch for b in report.branches]}. Leave the "
             "image out, or give an adapter of a model that sees."
         )
-    # As the model's own processor reads them: a composite's by our rules, a host's by transformers'.
+    # The model's processor decides: a composite's images are read by our rules, a host's by transformers'.
     read = read_image if isinstance(processor, CromeVLMProcessor) else load_image
     opened = [read(image) for image in images]
     batch = encode(processor, network, prompt, opened, system)
@@ -112,10 +112,10 @@ def look(
 
 
 def load_with_backbone(report: AdapterReport, model: str | None = None, device: str | None = None) -> tuple[Any, Any]:
-    """The backbone with the adapter on it, in evaluation mode, and its processor (a tokenizer, where it sees nothing).
+    """Load the backbone with the adapter, in evaluation mode, and its processor (a tokenizer if it has no vision).
 
     Raises:
-        ValueError: the backbone is not named, or cannot be loaded.
+        ValueError: the backbone is unknown or cannot be loaded.
     """
     config_file = cached_file(report.source, "config.json", _raise_exceptions_for_missing_entries=False)
     name = model or (report.source if config_file else report.base_model)
@@ -133,7 +133,7 @@ def load_with_backbone(report: AdapterReport, model: str | None = None, device: 
             f"The backbone {name} of {report.source} cannot be loaded ({error}). Write --model and its directory or "
             "name."
         ) from error
-    if not any(crome_layers(network)):  # transformers loads an adapter that lies beside a model
+    if not any(crome_layers(network)):  # transformers loads an adapter beside a model by itself
         network = PeftModel.from_pretrained(network, report.source)
     return network.eval(), processor
 
@@ -141,16 +141,16 @@ def load_with_backbone(report: AdapterReport, model: str | None = None, device: 
 def encode(
     processor: Any, model: Any, prompt: str, images: Sequence[Image.Image] = (), system: str | None = None
 ) -> dict[str, Any]:
-    """A prompt as the model's inputs, by the chat template where there is one.
+    """Turn a prompt into the model's inputs, by the chat template if there is one.
 
     Args:
-        processor: a processor, or a tokenizer where there are no images.
-        model: for its device, and where its decoder starts.
-        prompt: what the user says.
-        images: before the prompt.
+        processor: a processor, or a tokenizer if there are no images.
+        model: gives the device and the start token of a decoder.
+        prompt: the user's message.
+        images: images before the prompt.
         system: a system message.
     Raises:
-        ValueError: there are images, and only a tokenizer to read them.
+        ValueError: there are images, and the processor is only a tokenizer.
     """
     if images and getattr(processor, "image_processor", None) is None:
         raise ValueError(f"{type(processor).__name__} reads no images. Leave --image out, or name a model that sees.")
@@ -188,5 +188,5 @@ def _processor(name: str, model: Any) -> Any:
         return AutoProcessor.from_pretrained(name)
     try:
         return CromeVLMProcessor.from_pretrained(name)
-    except (OSError, ValueError):  # saved without one: the backbones' own
+    except (OSError, ValueError):  # saved without a processor: use the backbones'
         return CromeVLMProcessor.from_backbones(config=model.config)

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing beside it: tables, panels as data URIs, tokens in color."""
+"""Write one self-contained HTML file: tables, panels as data URIs, tokens in color."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ NO_GRID = (
 
 
 def write_html(views: Sequence[View]) -> str:
-    """The page about one adapter, or about two side by side.
+    """Write the page about one adapter, or about two side by side.
 
     Args:
-        views: from `look`; of two, both with the same prompt and images.
+        views: results of `look`; two must have the same prompt and images.
     """
     shown = [view for view in views if view.branches is not None]
     return render(
@@ -81,7 +81,7 @@ def _text(views: Sequence[View], view: View, shown: BranchView, which: int) -> d
             continue
         value = float(numbers[number])
         red, green, blue, _ = colormaps[COLORS](value / (top or 1))
-        light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2  # WCAG's luminance, about
+        light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2  # approximately WCAG's luminance
         ink = "#000" if light > 0.18 else "#fff"
         tokens.append(
             {"text": text, "color": to_hex((red, green, blue)), "ink": ink, "value": f"{title}: {value:.3g}"}
@@ -90,13 +90,13 @@ def _text(views: Sequence[View], view: View, shown: BranchView, which: int) -> d
 
 
 def _image(panel: Panel) -> Markup:
-    """A panel as an image for a light page and one for a dark page."""
+    """Embed a panel as an image for a light page and one for a dark page."""
     text, draw = panel
     light, dark = (
         "data:image/png;base64," + base64.b64encode(panel_png(draw, dark=dark)).decode("ascii")
         for dark in (False, True)
     )
-    return Markup(  # the parts are base64, or escaped
+    return Markup(  # the parts are base64 or escaped
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{escape(text)}"></picture>'
     )

@@ -1,4 +1,4 @@
-"""Where a branch's tokens belong: cells of an image, or words of a prompt."""
+"""Find the places of a branch's tokens: cells of an image, or words of a prompt."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from transformers.vision_utils import get_vision_window_index
 from ..tuner.guard import AUDIO_INPUTS
 from .activity import BranchActivity
 
-# model_type of hosts whose image tokens are a square grid of each of `pixel_values`, row by row; each of them, and of
-# the next two lists, is proven by tests/inspection/test_places.py.
+# model_type of hosts whose image tokens are a square grid of each of `pixel_values`, row by row. This list and the
+# next two are tested by tests/inspection/test_places.py.
 SQUARE = ("llava", "vipllava", "paligemma", "gemma3", "internvl", "aya_vision", "cohere2_vision")
-# Hosts that say rows and columns of patches in `image_grid_thw`, and merge squares of them to one token.
+# Hosts with rows and columns of patches in `image_grid_thw`, which merge squares of them to one token.
 GRID_THW = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
-WINDOWS = ("qwen2_5_vl",)  # of these, those whose merger reads window by window
+WINDOWS = ("qwen2_5_vl",)  # those of GRID_THW whose merger reads window by window
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class ImageMap:
     """One image, or the piece of it that the tower read, with the token of each cell of its grid.
 
     Attributes:
-        image: The image as the tower saw it, if that is known, and otherwise as it was given.
+        image: the image as the tower saw it, if that is known, and otherwise as it was passed.
         cells: (rows, columns), the number of the token among those of the branch's activity.
     """
 
@@ -37,7 +37,7 @@ class ImageMap:
     cells: torch.Tensor
 
     def values(self, of_tokens: torch.Tensor) -> np.ndarray:
-        """Numbers of the activity's tokens, laid out as the image: (rows, columns)."""
+        """Lay numbers of the activity's tokens out as the image: (rows, columns)."""
         return of_tokens[self.cells].numpy()
 
 
@@ -51,13 +51,13 @@ def map_images(
     """Lay a branch's tokens over the images of a batch.
 
     Args:
-        model: The model that `inspect_activity` ran.
-        batch: The batch that it ran on.
-        activity: The activity of the branch.
-        images: The images as they were given, in their order.
-        processor: The model's processor. With it, images are drawn as the tower saw them.
+        model: the model that `inspect_activity` ran.
+        batch: the batch that it ran on.
+        activity: the activity of the branch.
+        images: the images that were passed, in their order.
+        processor: the model's processor. With it, images are drawn as the tower saw them.
     Returns:
-        A map for each image or piece. Empty if it is unknown how this host's tokens lie on a grid.
+        A map for each image or piece. Empty if the grid of this host's tokens is unknown.
     """
     if activity.token_ids is not None or AUDIO_INPUTS.fullmatch(activity.branch):
         return []
@@ -72,10 +72,10 @@ def map_images(
 
 
 def words(activity: BranchActivity, tokenizer: Any) -> list[tuple[str, int | None]]:
-    """A branch's tokens as text, each with its number; gaps between them as "[16 image tokens]", without a number.
+    """Return a branch's tokens as text with their numbers; gaps are "[16 image tokens]", without a number.
 
     Args:
-        tokenizer: decodes the ids of a table; tokens of a site that reads no ids are called by their numbers.
+        tokenizer: decodes the ids of a table; tokens of a site that reads no ids are named by their numbers.
     """
     texts: list[tuple[str, int | None]] = []
     last = -1 if activity.token_ids is None else 0
@@ -91,7 +91,7 @@ def words(activity: BranchActivity, tokenizer: Any) -> list[tuple[str, int | Non
 
 
 def printable(text: str) -> str:
-    r"""Text with what cannot be seen written out: a space as "·", a line's end as "↵", others as "\x00".
+    r"""Write out invisible characters of a text: a space as "·", a line's end as "↵", others as "\x00".
 
     Example:
         >>> printable(" a\n\u202e")
@@ -104,7 +104,7 @@ def printable(text: str) -> str:
 
 
 def _grids(model: Any, batch: dict[str, Any], activity: BranchActivity) -> list[torch.Tensor]:
-    """The token of each cell, (rows, columns) for each image."""
+    """Return the token of each cell, (rows, columns) for each image."""
     config = model.config
     model_type, total = config.model_type, len(activity.gate)
     if model_type == "crome_vlm" and activity.site.endswith("vision_fusion"):
@@ -119,7 +119,7 @@ def _grids(model: Any, batch: dict[str, Any], activity: BranchActivity) -> list[
 
 
 def _rows(sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """Row by row, one image after another."""
+    """Number the cells row by row, one image after another."""
     grids, start = [], 0
     for rows, columns in sizes:
         grids.append(torch.arange(start, start + rows * columns).view(rows, columns))
@@ -151,7 +151,7 @@ def _merged(vision: Any, sizes: torch.Tensor, windows: bool, total: int) -> list
 
 
 def _as_seen(pixels: Any, processor: Any) -> list[Image.Image]:
-    """The images that a tower read, from what the processor made of them; empty where that is no image."""
+    """Rebuild the images that a tower read from the processor's output; empty if that is not an image."""
     image_processor = getattr(processor, "image_processor", None)
     if image_processor is None or not isinstance(pixels, torch.Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
         return []

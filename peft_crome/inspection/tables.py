@@ -1,4 +1,4 @@
-"""Rows of text about one adapter or two: for the terminal and for the page."""
+"""Write rows of text about one adapter or two, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACTIVITY_HEADINGS = (
 
 
 def facts(views: Sequence[View]) -> list[tuple[str, list[str]]]:
-    """What the files say: a name, and a cell for each adapter."""
+    """List facts from the files: a name, and a cell for each adapter."""
     reports = [view.report for view in views]
     return [
         ("base model", [report.base_model or "not named" for report in reports]),
@@ -36,7 +36,7 @@ def facts(views: Sequence[View]) -> list[tuple[str, list[str]]]:
 
 
 def matrix_rows(views: Sequence[View]) -> list[list[str]]:
-    """A row for each matrix of each adapter, under `MATRIX_HEADINGS`; W_u has no weights of a branch's own."""
+    """Write a row for each matrix of each adapter, under `MATRIX_HEADINGS`. All branches share W_u."""
     rows = []
     for view in views:
         report = view.report
@@ -52,7 +52,7 @@ def matrix_rows(views: Sequence[View]) -> list[list[str]]:
 
 
 def activity_rows(view: View) -> list[list[str]]:
-    """A row for each branch and site, under `ACTIVITY_HEADINGS`; means over tokens."""
+    """Write a row for each branch and site, under `ACTIVITY_HEADINGS`, with means over tokens."""
     rows = []
     for shown in view.branches or []:
         activity = shown.activity

@@ -1,4 +1,4 @@
-"""What an adapter's files alone say of it: sizes, singular values, units that do nothing."""
+"""Inspect an adapter by its files alone: sizes, singular values, units that do nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft import PeftConfig, load_peft_weights
 from ..sharing.weight_checks import check_shapes, expected_shapes
 from ..sharing.weight_file import KEY_PREFIX, read_adapter_file
 
-DEAD = 1e-3  # of the root mean square over the units: no more than rounding in bf16 leaves of a weight
+DEAD = 1e-3  # share of the root mean square over the units; about the rounding of bf16
 GATE, DOWN, UP = "crome_gate_", "crome_down_", "crome_up"
 
 
@@ -22,7 +22,7 @@ class MatrixReport:
 
     Attributes:
         singular_values: (min(d, m),), the largest first.
-        unit_norms: (m,), the norm of each hidden unit's part: a column of W_g and W_d, a row of W_u.
+        unit_norms: (m,), the norm of each hidden unit's weights: a column of W_g and W_d, a row of W_u.
     """
 
     singular_values: torch.Tensor
@@ -30,7 +30,7 @@ class MatrixReport:
 
     @property
     def effective_rank(self) -> float:
-        """The exponential of the entropy of the singular values as shares of their sum; 0 of a zero matrix.
+        """The exponential of the entropy of the singular values as shares of their sum; 0 for a zero matrix.
 
         Source: Roy and Vetterli, The effective rank, EUSIPCO 2007.
         """
@@ -42,20 +42,20 @@ class MatrixReport:
 
     @property
     def is_dead(self) -> torch.Tensor:
-        """(m,), bool: the unit's norm is at most `DEAD` of the root mean square over units; all of a zero matrix."""
+        """(m,), bool: a unit's norm is at most `DEAD` of the root mean square over units; all in a zero matrix."""
         return self.unit_norms <= DEAD * self.unit_norms.square().mean().sqrt()
 
 
 @dataclass(frozen=True, eq=False)
 class BranchReport:
-    """The numbers of one branch's own weights.
+    """The numbers of one branch's weights.
 
     Attributes:
         branch: the branch's name.
         gate: W_g.
         down: W_d.
-        dead_units: the hidden units that add nothing, whatever the input.
-        parameters: weights of W_g and W_d.
+        dead_units: the hidden units that add nothing for any input.
+        parameters: number of weights of W_g and W_d.
     """
 
     branch: str
@@ -67,20 +67,20 @@ class BranchReport:
 
 @dataclass(frozen=True, eq=False)
 class AdapterReport:
-    """What an adapter's directory holds.
+    """The contents of an adapter's directory.
 
     Attributes:
-        source: The directory or the Hub repository.
-        base_model: The model that it was trained on, if its configuration names one.
-        model_type: The backbone's architecture, if it is recorded.
+        source: the directory or the Hub repository.
+        base_model: the model that it was trained on, if its configuration names one.
+        model_type: the backbone's architecture, if it is recorded.
         gate_activation: "silu" or "sigmoid".
-        dtype: Dtype of the stored weights.
+        dtype: dtype of the stored weights.
         hidden_size: d, the language model's embedding width.
         bottleneck_dim: m, the hidden units.
         up: W_u, which the branches share.
         branches: a report for each branch.
-        parameters: Number of the adapter's weights, (2·branches + 1)·d·m.
-        other_parameters: Number of weights stored beside them, by `modules_to_save` or trained tokens.
+        parameters: number of the adapter's weights, (2·branches + 1)·d·m.
+        other_parameters: number of weights stored beside them, by `modules_to_save` or trained tokens.
     """
 
     source: str
@@ -97,7 +97,7 @@ class AdapterReport:
 
     @property
     def is_identity(self) -> bool:
-        """W_u is zero, as in a fresh adapter: it changes nothing."""
+        """Whether W_u is zero, as in a new adapter, so that it changes nothing."""
         return float(self.up.singular_values[0]) == 0
 
 
@@ -108,11 +108,11 @@ def inspect_adapter(adapter: str | Path) -> AdapterReport:
     of the root mean square over all units. With SiLU the same holds for its column of W_g, since SiLU(0) is 0.
 
     Args:
-        adapter: A directory that `save_pretrained` or `peft-crome train` has written, or a Hub repository of one.
+        adapter: a directory that `save_pretrained` or `peft-crome train` has written, or such a Hub repository.
     Returns:
         Sizes, singular values and dead units of each branch.
     Raises:
-        ValueError: There is no adapter, it belongs to another method, or its weight file is damaged or incomplete.
+        ValueError: there is no adapter, it belongs to another method, or its weight file is damaged or incomplete.
     """
     config = _read_config(str(adapter))
     file = read_adapter_file(str(adapter))
@@ -157,10 +157,10 @@ def inspect_adapter(adapter: str | Path) -> AdapterReport:
 
 
 def _read_config(adapter: str) -> Any:
-    """The adapter's configuration.
+    """Read the adapter's configuration.
 
     Raises:
-        ValueError: there is none, or it is another method's.
+        ValueError: there is none, or it belongs to another method.
     """
     folder = Path(adapter)
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def manifests() -> Any:
-    """What lmms-eval reads at its entry point `lmms_eval.models`; the model is imported when it is asked for."""
+    """Return the manifests for lmms-eval's entry point `lmms_eval.models`. The model is imported when it is needed."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="peft_crome", chat_class_path=f"{__name__}.model.AdaptedModel")

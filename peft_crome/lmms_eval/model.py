@@ -1,4 +1,4 @@
-"""The model that lmms-eval asks: a host or a composite with a CROME adapter, answering by `generate`."""
+"""A model for lmms-eval: a host or a composite with a CROME adapter, which answers by `generate`."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-MOST_NEW_TOKENS = 1024  # where a task sets none
+MOST_NEW_TOKENS = 1024  # if a task sets no limit
 
 
 class AdaptedModel(lmms):
-    """Arguments come as `--model_args name=value,...`.
+    """Answer the tasks of lmms-eval. Arguments come as `--model_args name=value,...`.
 
     Args:
-        pretrained: name or directory of a vision-language model, of a composite, or of an adapter, whose backbone is
-            then the one that it names.
+        pretrained: name or directory of a vision-language model, of a composite, or of an adapter, which then names
+            its backbone.
         adapter: name or directory of an adapter for it.
-        processor: where the processor is; None: beside `pretrained`.
+        processor: name or directory of the processor; None: the one beside `pretrained`.
         dtype: as in `from_pretrained`.
-        device: "cuda:0", "cpu"; with several processes each has its own.
-        batch_size: of `--batch_size`.
-        system_prompt: put before each conversation, or a file that holds it.
+        device: "cuda:0", "cpu"; with several processes each has a separate device.
+        batch_size: value of `--batch_size`.
+        system_prompt: text before each conversation, or a file that contains it.
     Raises:
-        ValueError: a task asks with videos or sound, or for likelihoods.
+        ValueError: a task has videos or sound, or asks for likelihoods.
     """
 
     is_simple = False
@@ -45,7 +45,7 @@ class AdaptedModel(lmms):
         device: str | None = None,
         batch_size: int | str = 1,
         system_prompt: str = "",
-        max_batch_size: Any = None,  # lmms-eval hands it to every model
+        max_batch_size: Any = None,  # lmms-eval passes it to every model
     ) -> None:
         super().__init__()
         self.accelerator = Accelerator()
@@ -59,10 +59,10 @@ class AdaptedModel(lmms):
             model = PeftModel.from_pretrained(model, adapter)
         self.model = model.to(self.device).eval()
         self.processor = AutoProcessor.from_pretrained(processor or pretrained)
-        self.processor.tokenizer.padding_side = "left"  # answers begin where prompts end
+        self.processor.tokenizer.padding_side = "left"  # answers begin directly after prompts
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answers, in the order of the requests; rows of a batch have the same generation arguments."""
+        """Answer in the order of the requests. Rows of a batch have the same generation arguments."""
         groups = Collator([request.args for request in requests], lambda args: -len(args[0]), _settings, grouping=True)
         answers = []
         progress = tqdm(total=len(requests), disable=self.rank != 0, desc="Answering")
@@ -113,11 +113,11 @@ class AdaptedModel(lmms):
         ]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not offered: the benchmarks that the paper reports are answered by generation."""
+        """Refuse: the paper's benchmarks are answered by generation."""
         raise ValueError("The task asks for likelihoods; this model answers by generation. Name other tasks.")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not offered."""
+        """Refuse: conversations of several rounds are not supported."""
         raise ValueError("The task asks in several rounds; this model answers once. Name other tasks.")
 
 
@@ -126,7 +126,7 @@ def _settings(args: tuple[Any, ...]) -> Any:
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
-    """The text up to the first of the stop words."""
+    """Cut a text at the first of the stop words."""
     for stop in stops:
         text = text.split(stop)[0] if stop else text
     return text.strip()

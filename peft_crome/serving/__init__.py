@@ -1,4 +1,4 @@
-"""Serve an adapter with an engine: its own plug-in, a folded checkpoint, or image embeddings."""
+"""Serve an adapter with an engine: by a plug-in, a folded checkpoint, or image embeddings."""
 
 from .encoder import ImageEncoder
 from .export import export

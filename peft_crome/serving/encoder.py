@@ -1,4 +1,4 @@
-"""Image embeddings with the adapter in them, in the shapes that engines take."""
+"""Compute image embeddings with the adapter applied, in the shapes that engines take."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..tuner import CromeLayer
 from ..vlm import CromeVLMForConditionalGeneration
 from ..vlm.language_inputs import arguments_by_token
 
-# model_type of hosts, or of their towers, whose image embeddings vLLM 0.32 does not take.
+# model_type of hosts, or of their towers, whose image embeddings vLLM 0.32 rejects.
 NOT_IN_VLLM = ("gemma3", "idefics3", "llava_next", "llava_onevision", "mistral3", "pixtral", "smolvlm")
-GRIDS = ("image_grid_thw",)  # what an engine needs beside the embeddings, to number positions
+GRIDS = ("image_grid_thw",)  # inputs from which an engine numbers positions
 
 logger = logging.getLogger(__name__)
 
 
 class ImageEncoder:
-    """The half of an adapted model that comes before the language model.
+    """Compute everything before the language model of an adapted model.
 
     Args:
-        model: A model with an active adapter. It is put into evaluation mode.
+        model: a model with an active adapter. It is put into evaluation mode.
     Raises:
-        ValueError: The adapter has no vision branch, or the model's class has no `get_image_features`.
+        ValueError: the adapter has no vision branch, or the model's class has no `get_image_features`.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -42,10 +42,10 @@ class ImageEncoder:
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> list[torch.Tensor]:
-        """The embeddings of each image, as the language model reads them.
+        """Compute the embeddings of each image, as the language model reads them.
 
         Args:
-            inputs: what the host's processor gives; text is looked over.
+            inputs: outputs of the host's processor; text is ignored.
         Returns:
             (tokens, hidden) for each image, in order.
         Raises:
@@ -76,13 +76,13 @@ class ImageEncoder:
         return [part.reshape(-1, part.shape[-1]) for part in embeddings]
 
     def multi_modal_data(self, **inputs: Any) -> dict[str, Any]:
-        """Give image embeddings as vLLM's `multi_modal_data`, for an engine started with `enable_mm_embeds=True`.
+        """Return image embeddings as vLLM's `multi_modal_data`, for an engine started with `enable_mm_embeds=True`.
 
         Returns:
-            {"image": (images, tokens, hidden), or a list where images differ in length}; for hosts that number
+            {"image": (images, tokens, hidden), or a list if images differ in length}; for hosts that number
             positions by a grid, {"image": {"image_embeds": (all tokens, hidden), "image_grid_thw": (images, 3)}}.
         Raises:
-            ValueError: as when called.
+            ValueError: as in a call.
         Source: vLLM's documentation of multimodal inputs, "Embedding Inputs".
         """
         model_type = getattr(getattr(self.host, "config", None), "model_type", None)
@@ -100,15 +100,15 @@ class ImageEncoder:
 
     @torch.no_grad()
     def prompt_embeds(self, **inputs: Any) -> list[torch.Tensor]:
-        """Give whole prompts of a composite as embeddings, for an engine that runs its language model alone.
+        """Return whole prompts of a composite as embeddings, for an engine that runs only its language model.
 
         Args:
-            inputs: The outputs of the composite's processor.
+            inputs: the outputs of the composite's processor.
         Returns:
             (tokens, hidden) for each row, without padding: vLLM's `prompt_embeds`.
         Raises:
-            ValueError: The model is not a composite, since other hosts number positions and mask images in their own
-                way. Or its language model is an encoder-decoder or looks up more than embeddings by token (Gemma 3n,
+            ValueError: the model is not a composite, since other hosts number positions and mask images differently.
+                Or its language model is an encoder-decoder or looks up more than embeddings by token (Gemma 3n,
                 Gemma 4).
         """
         host = self.host
@@ -117,7 +117,7 @@ class ImageEncoder:
                 "prompt_embeds are for a composite with a decoder-only language model. Write "
                 "ImageEncoder.multi_modal_data(...) for other hosts, which engines know."
             )
-        arguments_by_token(host.language_model, None, {})  # an engine has the embeddings alone
+        arguments_by_token(host.language_model, None, {})  # an engine gets only the embeddings
         taken = inspect.signature(host.embed_inputs).parameters
         mask = inputs.get("attention_mask")
         _, embeddings, _ = host.embed_inputs(**{key: value for key, value in inputs.items() if key in taken})

@@ -1,4 +1,4 @@
-"""Write a model that vLLM serves with images and adapters, by peft_crome's plug-in."""
+"""Write a model that vLLM serves with images and adapters by the plug-in."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def export(
 ) -> None:
     """Write a directory for `vllm serve`: the host, and the branches that read images, of all adapters on the model.
 
-    A text branch is folded into the host's embedding table, so an adapter that has one is served alone. The files are
-    read back and compared with the model, which stays as it was.
+    A text branch is folded into the host's embedding table, so an adapter with one is exported alone. The files are
+    read back and compared with the model, which is not changed.
 
     Args:
-        model: with one adapter or many.
-        output_dir: a new directory; it is there when it is complete, and not before.
-        host: where the host's checkpoint is. Of a directory, the files are copied as they are. A Hub repository is
-            named, and vLLM reads the weights from there. None: the model's own weights are written.
-        revision: of the repository.
-        copy: copy the repository's weights, too.
-        processor: saved beside the model's own weights.
+        model: model with one adapter or several.
+        output_dir: a new directory, which appears when it is complete.
+        host: the host's checkpoint. Files of a directory are copied unchanged. A Hub repository is recorded by name;
+            vLLM reads the weights from it. None: the weights in memory are written.
+        revision: revision of the repository.
+        copy: whether to copy the repository's weights as well.
+        processor: processor to save beside weights from memory.
     Raises:
-        FileExistsError: output_dir is there already.
-        ValueError: see `read_served` and `fold`; or vLLM has no class for the host, or one without images.
+        FileExistsError: output_dir exists already.
+        ValueError: see `read_served` and `fold`; or vLLM has no class for the host, or only one without images.
     """
     output = Path(output_dir)
     if output.exists():
@@ -89,7 +89,7 @@ def read_served(model: PeftModel) -> tuple[Served, bool]:
     """Describe the adapters on a model.
 
     Returns:
-        The description, and whether a text branch is to be folded.
+        The description, and whether a text branch must be folded.
     Raises:
         ValueError: no adapter reads images, one of several has a text branch, or a branch depends on the token.
     """
@@ -118,7 +118,7 @@ def check_vllm(architecture: str) -> None:
     """Refuse a host that vLLM does not serve with images; without vLLM, log that this was not checked.
 
     Raises:
-        ValueError: names it.
+        ValueError: vLLM does not serve the host; names it.
     """
     if importlib.util.find_spec("vllm") is None:
         logger.warning("vLLM is not installed here, so whether it serves images of %s was not checked.", architecture)
@@ -140,15 +140,15 @@ def check_vllm(architecture: str) -> None:
 def load_for_export(
     adapters: Mapping[str, str], model: str | None = None
 ) -> tuple[PeftModel, dict[str, str | None], Any]:
-    """Put adapters on their host, whose weights are loaded where they are to be written anew, and else not.
+    """Put adapters on their host. The host's weights are loaded only if they have to be written again.
 
     Args:
         adapters: name -> directory or Hub repository.
         model: the host; None: the one that the adapters name.
     Returns:
-        The model; `host` and `revision` for `export`, empty where the weights were loaded; and then the processor.
+        The model; `host` and `revision` for `export`, empty if the weights were loaded; then also the processor.
     Raises:
-        ValueError: they name no host, or several, or transformers has no class for it.
+        ValueError: the adapters name no host or several, or transformers has no class for it.
     """
     configs = {name: PeftConfig.from_pretrained(path) for name, path in adapters.items()}
     hosts = {(model or config.base_model_name_or_path, config.revision) for config in configs.values()}
@@ -176,7 +176,7 @@ def load_for_export(
 
 
 def _processor(host: str, composite: Any) -> Any:
-    """A composite's processor, made of its backbones' where the directory has none."""
+    """Load a composite's processor, or build it from its backbones if the directory has none."""
     try:
         return AutoProcessor.from_pretrained(host)
     except (OSError, ValueError):
@@ -196,7 +196,7 @@ def _write_adapters(model: PeftModel, served: Served, folder: Path, architecture
     weights = {WEIGHTS_PREFIX + key: value.detach().float().cpu().contiguous() for key, value in state.items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():  # vLLM reads no file that the index leaves out
+    if index.is_file():  # vLLM reads only files in the index
         values = json.loads(index.read_text(encoding="utf-8"))
         values["weight_map"] |= dict.fromkeys(weights, WEIGHTS)
         index.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -211,7 +211,7 @@ def _write_adapters(model: PeftModel, served: Served, folder: Path, architecture
 
 
 def _is_folded(key: str, model: PeftModel) -> bool:
-    """Whether a matrix is of a branch on an embedding table, which the host's own file holds."""
+    """Whether a matrix belongs to a branch on an embedding table, which the host's file contains."""
     tables = [layer for _, layer in crome_layers(unwrapped(model)) if isinstance(layer.table, torch.nn.Embedding)]
     branches = {branch for layer in tables for branch in layer.branches}
     return any(key.startswith((f"crome_gate_{branch}.", f"crome_down_{branch}.")) for branch in branches)

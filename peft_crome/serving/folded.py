@@ -1,4 +1,4 @@
-"""Write the checkpoint of a host in which the text branch is gone into the embedding table."""
+"""Write the checkpoint of a host with the text branch folded into the embedding table."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ CROME_CLASSES = (CromeLayer, CromeWeights)
 
 
 def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwargs: Any) -> None:
-    """Write an ordinary checkpoint of transformers: the host's, or that of a composite's language model.
+    """Write a regular transformers checkpoint of the host, or of a composite's language model.
 
     The text branch is a function of the token alone, so E' = adapter(E) is exact. A head that was tied to the table
-    keeps the old one. The checkpoint does not have the vision branch (see `ImageEncoder`). The model stays as it is.
+    keeps the old one. The checkpoint lacks the vision branch (see `ImageEncoder`). The model is not changed.
 
     Args:
-        model: A model with an active adapter.
-        output_dir: A new directory, which appears when it is complete.
-        processor: A processor or a tokenizer to save beside the weights.
-        kwargs: Arguments of `PreTrainedModel.save_pretrained`.
+        model: a model with an active adapter.
+        output_dir: a new directory, which appears when it is complete.
+        processor: a processor or a tokenizer to save beside the weights.
+        kwargs: arguments of `PreTrainedModel.save_pretrained`.
     Raises:
         FileExistsError: output_dir exists already.
-        ValueError: Nothing can be folded. Or the model has no CROME adapter, has another method's beside it, is
+        ValueError: nothing can be folded. Or the model has no CROME adapter, has another method's beside it, is
             merged, trains its table as well, or has a form that a checkpoint cannot hold.
     """
     output = Path(output_dir)
@@ -52,10 +52,10 @@ def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwar
 
 
 def check_alone(model: PeftModel) -> None:
-    """Refuse what no ordinary checkpoint and three matrices hold.
+    """Refuse a model that a regular checkpoint and three matrices cannot represent.
 
     Raises:
-        ValueError: the model has no adapter of CROME's, has another method's beside it, is merged, or trains more.
+        ValueError: the model has no CROME adapter, has another method's beside it, is merged, or trains more.
     """
     sites = [module for module in model.modules() if isinstance(module, CromeLayer)]
     if not sites:

@@ -1,4 +1,4 @@
-"""A host's checkpoint: written from memory, copied, or named."""
+"""Write a host's checkpoint from memory, or copy its files."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..sharing.written import check_model_files, check_ordinary
 from ..tuner.without_sites import sites_out
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
-NOT_THE_HOSTS = ("README.md", "adapter_*", ".*", "consolidated*", "original")  # the last two: Mistral's, Meta's format
+NOT_THE_HOSTS = ("README.md", "adapter_*", ".*", "consolidated*", "original")  # last: Mistral's and Meta's
 
 
 def write_host(target: Any, host: Any, folder: Path, processor: Any = None, **kwargs: Any) -> None:
     """Write a model, or a part of it, without the sites around its modules, and compare the files with it.
 
     Args:
-        target: what is written.
+        target: model or part to write.
         host: the whole model, with adapters on it.
         processor: saved beside the weights, if given.
-        kwargs: of `PreTrainedModel.save_pretrained`.
+        kwargs: arguments of `PreTrainedModel.save_pretrained`.
     Raises:
-        ValueError: the model is held in a form that its checkpoint cannot hold.
+        ValueError: the model is in a form that a checkpoint cannot represent.
     """
     with sites_out(host), uncompiled(host):
         check_ordinary(target)
@@ -40,10 +40,10 @@ def write_host(target: Any, host: Any, folder: Path, processor: Any = None, **kw
 
 
 def write_composite(composite: Any, folder: Path, processor: Any = None) -> None:
-    """Write a composite with all of its weights, and not the names of its parts.
+    """Write a composite with all of its weights instead of its parts' names.
 
     Raises:
-        ValueError: a part is quantized, or vLLM has no place for the composite.
+        ValueError: a part is quantized, or vLLM does not support the composite.
     """
     config = composite.config
     if config.qformer_config is not None or config.is_encoder_decoder:
@@ -64,7 +64,7 @@ def write_composite(composite: Any, folder: Path, processor: Any = None) -> None
 
 @contextmanager
 def text_folded(model: PeftModel, target: Any, host: Any) -> Iterator[None]:
-    """The model with its text branch in the embedding table, and its head untied, as long as the block runs."""
+    """Fold the text branch into the embedding table, and untie the head, while the block runs."""
     configs = {id(config): config for config in (target.config, target.config.get_text_config())}.values()
     tied = {id(config): config.tie_word_embeddings for config in configs if hasattr(config, "tie_word_embeddings")}
     with sites_out(host):
@@ -87,13 +87,13 @@ def text_folded(model: PeftModel, target: Any, host: Any) -> Iterator[None]:
 
 
 def copy_host(host: str | Path, folder: Path, *, weights: bool, revision: str | None = None) -> None:
-    """Copy a host's files as they are: its configuration, tokenizer, processor and chat template, and its weights.
+    """Copy a host's files unchanged: its configuration, tokenizer, processor and chat template, and its weights.
 
     Args:
         host: a directory, or a Hub repository.
-        weights: whether they are copied, too.
+        weights: whether to copy the weights as well.
     Raises:
-        ValueError: the weights are in no safetensors file.
+        ValueError: the weights are not in safetensors files.
     """
     source = Path(host)
     if not source.is_dir():

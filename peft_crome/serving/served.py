@@ -1,4 +1,4 @@
-"""What an exported model's config.json says of its adapters, under the key `crome`."""
+"""Read and write the entry `crome` of an exported model's config.json, which describes its adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 KEY = "crome"  # in config.json
 WEIGHTS = "crome.safetensors"
 WEIGHTS_PREFIX = "crome."
-ARGUMENT = "adapter_name"  # of a request's mm_processor_kwargs
+ARGUMENT = "adapter_name"  # key in a request's mm_processor_kwargs
 MODALITIES = {"vision": ("image", "video"), "audio": ("audio",)}
 BASE_NAME, BASE = "__base__", -1  # PEFT's name for the model without an adapter
 
@@ -19,7 +19,7 @@ class ServedAdapter:
     """One adapter's shape.
 
     Attributes:
-        sites: branch -> paths of the modules whose output it adapts, as transformers calls them.
+        sites: branch -> paths of the modules whose output it adapts, by transformers' names.
     """
 
     bottleneck_dim: int
@@ -27,11 +27,11 @@ class ServedAdapter:
     sites: dict[str, list[str]]
 
     def branches_at(self, path: str) -> list[str]:
-        """The branches that act at a module."""
+        """Return the branches that act at a module."""
         return [branch for branch, paths in self.sites.items() if path in paths]
 
     def modalities(self) -> set[str]:
-        """What vLLM calls the items that the adapter changes."""
+        """Return vLLM's names of the items that the adapter changes."""
         return {modality for branch in self.sites for modality in MODALITIES.get(branch, ())}
 
 
@@ -40,7 +40,7 @@ class Served:
     """All adapters of an exported model, and where the host's weights are.
 
     Attributes:
-        host, revision: a Hub repository with the host's weights; None: they lie beside the adapters'.
+        host, revision: a Hub repository with the host's weights; None: the weights are beside the adapters'.
     """
 
     hidden_size: int
@@ -56,7 +56,7 @@ class Served:
         return cls(adapters=adapters, **values)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `of` reads."""
+        """Return the dictionary that `of` reads."""
         return asdict(self)
 
     def sites(self) -> list[str]:
@@ -65,12 +65,12 @@ class Served:
         return list(dict.fromkeys(paths))
 
     def number(self, name: Any) -> int:
-        """The place of an adapter in the list; -1 for "__base__", the host as it is.
+        """Return the index of an adapter; -1 for "__base__", the unchanged host.
 
         Args:
-            name: what a request says; None where it says nothing, which is enough for a single adapter.
+            name: name in a request; None if it names none, which is allowed for a single adapter.
         Raises:
-            KeyError: there is no such adapter; says which there are.
+            KeyError: the adapter does not exist; names the existing ones.
         """
         names = [*self.adapters]
         if name is None and len(names) == 1:

@@ -1,1 +1,1 @@
-"""An adapter's files: weights, provenance, card."""
+"""Read and write an adapter's files: weights, provenance, card."""

@@ -1,4 +1,4 @@
-"""An adapter's model card: written where there is none, brought up to date where there is, a user's text kept."""
+"""Write an adapter's model card, or update it and keep a user's text."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from ..utils.atomic import replaced
 from .card_details import CardDetails
 from .card_text import IMPORT, THIS, card_text, hub_name, pipeline_tag
 
-# The part that is ours; the digest tells whether somebody has edited it.
+# The part that this package writes; the digest shows whether somebody has edited it.
 BEGIN = "<!-- written by peft_crome {digest}: text between this line and the last one is replaced when you save -->"
 END = "<!-- end of what peft_crome wrote -->"
 PART = re.compile(r"<!-- written by peft_crome (?P<digest>\w+):[^\n]*-->\n(?P<text>.*?)\n" + re.escape(END), re.S)
-# What PEFT and transformers add to the Hub's template by themselves.
+# Lines that PEFT and transformers add to the Hub's template.
 NOT_A_USER_S = re.compile(
     r"^(### Framework versions|- PEFT .*|This is the model card of a .* been pushed on the Hub.*)$"
 )
-# What TRL says of loading, which lacks the import.
+# TRL's instructions for loading, which lack the import.
 QUICK_START = re.compile(r"## Quick start\n+```python\n[^`]*pipeline\([^`]*```")
 TRAINERS = ("generated_from_trainer",)  # tags of cards that transformers' and TRL's trainers write
 PAGE = "README.md"
 QUANTIZATION = re.compile(r"^(## Training procedure|The following `bitsandbytes` .*|- \w+: .*)$")
 
 logger = logging.getLogger(__name__)
-# What authors have said of adapters that this process has saved: by folder, and by what adapter_config.json holds.
+# Authors' details of adapters that this process has saved, by folder and by content of adapter_config.json.
 _saved_details: dict[str, CardDetails] = {}
 
 
@@ -50,11 +50,11 @@ def write_card(
     """Write or update README.md beside an adapter.
 
     Args:
-        save_directory: holds adapter_config.json and the weights.
+        save_directory: folder with adapter_config.json and the weights.
         config: a `CromeConfig`.
         where: the name to load the adapter by.
-        subfolder: of `where`, for an adapter that is not called "default".
-        page: the file to write, where it is not `save_directory`'s README.md.
+        subfolder: subfolder of `where`, for an adapter that is not called "default".
+        page: the file to write if it is not `save_directory`'s README.md.
     """
     directory = Path(save_directory)
     details: CardDetails = config._card or CardDetails()
@@ -80,7 +80,7 @@ def write_card(
     elif _is_template(card.text):
         base = config.base_model_name_or_path
         title = f"# CROME adapter{f' for {Path(base).name}' if base else ''}"
-        # The last lines are PEFT's, which it would add at the next save.
+        # PEFT would add the last lines at the next save.
         card.text = f"\n{title}\n\n{part}\n\n### Framework versions\n\n- PEFT {peft.__version__}"
     elif QUICK_START.search(card.text):
         card.text = QUICK_START.sub(lambda _: part, card.text, count=1)
@@ -93,16 +93,16 @@ def write_card(
 def correct_card(
     folder: str | os.PathLike, where: str = THIS, subfolder: str | None = None, page: Path | None = None
 ) -> bool:
-    """Put our part into README.md beside an adapter where somebody has written another card over it.
+    """Put this package's part into README.md beside an adapter if a library has overwritten the card.
 
-    transformers and TRL write cards of their own beside what `save_pretrained` has written. A card that has the
-    import in a person's own words stays; so does all else of any card.
+    transformers and TRL write their cards over the one from `save_pretrained`. A card in which a person has written
+    the import is unchanged; all other text of any card stays as well.
 
     Args:
-        folder: may hold a CROME adapter, or adapters in its folders; nothing is done to any other.
+        folder: a folder that may contain a CROME adapter, or adapters in subfolders; other folders are not changed.
         where: the name to load the adapter by.
-        subfolder: of `where`, that `folder` is.
-        page: the card, where it is not `folder`'s README.md.
+        subfolder: subfolder of `where` that `folder` is.
+        page: the card if it is not `folder`'s README.md.
     Returns:
         Whether the card was written.
     """
@@ -110,7 +110,7 @@ def correct_card(
     path = page or folder / PAGE
     try:
         if not any(map(_is_adapter, (folder, *(file.parent for file in folder.glob(f"*/{CONFIG_NAME}"))))):
-            return False  # most cards are none of ours, nor read
+            return False  # most cards belong to other models, and are not read
         card = ModelCard.load(path) if path.is_file() else None
         adapter = _adapter_of(folder, card)
         if adapter is None:
@@ -119,7 +119,7 @@ def correct_card(
         if card is not None and part is None and IMPORT in card.text:
             return False
         details = next((_saved_details[name] for name in _names(adapter) if name in _saved_details), None)
-        if part is not None and details is None:  # saved by another process, whose author may have said more
+        if part is not None and details is None:  # saved by another process, which may have had details
             return False
         config = PeftConfig.from_pretrained(str(adapter))
         config._card = details or CardDetails()
@@ -132,7 +132,7 @@ def correct_card(
 
 
 def _adapter_of(folder: Path, card: ModelCard | None) -> Path | None:
-    """The folder of the CROME adapter that a page is about: its own, or the first below where a machine wrote it."""
+    """Find the adapter's folder that a page is about: the page's, or the first below if a machine wrote the page."""
     if _is_adapter(folder):
         return folder
     if (folder / CONFIG_NAME).is_file() or card is None:
@@ -141,7 +141,7 @@ def _adapter_of(folder: Path, card: ModelCard | None) -> Path | None:
     if not by_machine and not PART.search(card.text) and not _is_template(card.text):
         return None
     below = [path.parent for path in folder.glob(f"*/{CONFIG_NAME}") if _is_adapter(path.parent)]
-    # Checkpoints are named by their steps, and the last one counts; named adapters come in the order of saving.
+    # Checkpoints are named by their steps, and the last one counts. Named adapters are in the order of saving.
     return min(below, key=lambda path: (-_step(path), (path / CONFIG_NAME).stat().st_mtime_ns), default=None)
 
 
@@ -156,13 +156,13 @@ def _step(folder: Path) -> int:
 
 
 def _names(folder: Path) -> list[str]:
-    """What an adapter's folder is remembered by."""
+    """List the keys under which an adapter's folder is remembered."""
     path = folder / CONFIG_NAME
     return [str(folder.resolve()), *([_digest(path.read_text(encoding="utf-8"))] if path.is_file() else [])]
 
 
 def _fill_in(data: ModelCardData, config: Any, details: CardDetails) -> None:
-    """Metadata that the Hub reads; what a user wrote stays, folders of this machine go."""
+    """Fill in metadata that the Hub reads. A user's values stay; folders of this machine are removed."""
     base = hub_name(config.base_model_name_or_path)
     data.library_name = "peft"
     if base is not None:
@@ -170,7 +170,7 @@ def _fill_in(data: ModelCardData, config: Any, details: CardDetails) -> None:
         data["base_model_relation"] = "adapter"
     elif isinstance(data.base_model, str) and hub_name(data.base_model) is None:
         data.base_model = None
-    # PEFT's tag for the base may hold a folder's name, or the tuner's class.
+    # PEFT's tag for the base may contain a folder's name, or the tuner's class.
     tags = [tag for tag in data.tags or [] if not tag.startswith("base_model:adapter:")]
     tags += [f"base_model:adapter:{base}"] if base is not None else []
     data.tags = sorted({*tags, "crome", "peft"})
@@ -190,7 +190,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def _is_template(text: str) -> bool:
-    """Whether a card has no line that a person wrote."""
+    """Whether no line of a card was written by a person."""
     template = set(ModelCard.from_template(ModelCardData()).text.splitlines())
     lines = [line for line in text.splitlines() if line.strip() and line not in template]
     return all(NOT_A_USER_S.match(line) or QUANTIZATION.match(line) for line in lines)

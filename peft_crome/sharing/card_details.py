@@ -1,4 +1,4 @@
-"""What only the author of an adapter knows, for its model card."""
+"""Take details for an adapter's model card that only its author knows."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def describe_adapter(
     """Describe the adapter for the model card that `save_pretrained` and `push_to_hub` write.
 
     Args:
-        model: A model with the adapter.
-        task: What the adapter is for, in a sentence or more of Markdown.
-        datasets: Hub names of the training data. Other words appear in the text alone.
-        results: Measured values, which the Hub shows beside the card.
-        image: An image to store with the adapter and show in the card.
-        license: The Hub's name of the license, such as "apache-2.0".
-        language: The Hub's name of the language, such as "en".
-        record: The result of `peft_crome.training.train` or `read_record`, from which the card takes the recipe.
+        model: a model with the adapter.
+        task: the adapter's purpose, in a sentence or more of Markdown.
+        datasets: Hub names of the training data. Other words appear only in the text.
+        results: measured values, which the Hub shows beside the card.
+        image: an image to store with the adapter and show in the card.
+        license: the Hub's name of the license, such as "apache-2.0".
+        language: the Hub's name of the language, such as "en".
+        record: the result of `peft_crome.training.train` or `read_record`, from which the card takes the recipe.
     Raises:
-        ValueError, TypeError, FileNotFoundError: The adapter or the image is missing, or results have a wrong type.
+        ValueError, TypeError, FileNotFoundError: the adapter or the image is missing, or results have a wrong type.
 
     Example:
         >>> describe_adapter(model, task="Reads gauges.", datasets=["user/gauges"])  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""The text of an adapter's model card: how to load it, what it is, what is known of its training."""
+"""Write the text of an adapter's model card: how to load it, its properties, and its training."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ THIS = "<this repository>"
 
 
 def is_local(name: str | None) -> bool:
-    """Whether a model's name is a folder of this machine."""
+    """Whether a model's name is a folder on this machine."""
     return bool(name and Path(name).exists())
 
 
 def hub_name(name: Any) -> str | None:
-    """A model's or data set's name on the Hub; None for a folder, or a class's name."""
+    """Return a model's or data set's name on the Hub; None for a folder, or a class's name."""
     if not isinstance(name, str) or "/" not in name or is_local(name):
         return None
     try:
@@ -43,13 +43,13 @@ def hub_name(name: Any) -> str | None:
 def card_text(
     directory: Path, config: Any, details: CardDetails, where: str = THIS, subfolder: str | None = None
 ) -> str:
-    """Everything below the title.
+    """Write everything below the title.
 
     Args:
-        directory: holds the adapter's files.
+        directory: folder with the adapter's files.
         config: the adapter's configuration.
         where: the name to load it by.
-        subfolder: of `where`, if it is in one.
+        subfolder: subfolder of `where`, if the adapter is in one.
     """
     files = directory / subfolder if subfolder and (directory / subfolder).is_dir() else directory
     record = config.trained_on or {}
@@ -75,7 +75,7 @@ def card_text(
 
 
 def pipeline_tag(model_type: str | None) -> str | None:
-    """What the Hub calls a host's task."""
+    """Return the Hub's name of a host's task."""
     if model_type == COMPOSITE or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return "image-text-to-text"
     return "text-generation" if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None

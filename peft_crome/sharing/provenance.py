@@ -1,4 +1,4 @@
-"""What an adapter was trained on: recorded at attachment, compared when it is loaded."""
+"""Record the model that an adapter is trained on, and compare it when the adapter is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..backbone.model import Host, unwrapped
 from ..version import __version__
 
 PACKAGES = ("peft_crome", "peft", "transformers")
-# What of a quantization's configuration changes the weights that the adapter meets.
+# Keys of a quantization configuration that change the weights under the adapter.
 QUANTIZATION = ("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bits", "group_size", "fmt")
 TOWER = ("model_type", "image_size", "patch_size")
 
@@ -26,8 +26,7 @@ def describe_backbone(model: nn.Module, host: Host, hidden_size: int) -> dict[st
     """Describe a model in a few JSON values.
 
     Args:
-        host: of the model. Eight of its rows tell two sets of weights apart, whatever they are called and in whichever
-            dtype.
+        host: facts about the model. Eight of its rows distinguish two sets of weights, for any names and dtypes.
     """
     config = getattr(unwrapped(model), "config", None)
     return {
@@ -51,8 +50,8 @@ def describe_backbone(model: nn.Module, host: Host, hidden_size: int) -> dict[st
 def record_backbone(config: Any, here: dict[str, Any]) -> None:
     """Fill in `config.trained_on` on this backbone.
 
-    One warning names all that differs from what the adapter was trained on. What an older release did not record is
-    not compared.
+    One warning names all differences from the model that the adapter was trained on. Values that an older release
+    did not record are not compared.
     """
     there = config.trained_on
     described = config._described or there is None
@@ -60,12 +59,12 @@ def record_backbone(config: Any, here: dict[str, Any]) -> None:
     if problems:
         warnings.warn("\n".join(["This adapter was trained on another model:", *problems]), stacklevel=9)
     config._described = described
-    # Even without a problem, what has no effect may have moved on: a path, a patch release.
+    # Even without a problem, values without effect may have changed: a path, a patch release.
     config.trained_on = here if described or not config.inference_mode else there
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """A sentence for each thing that differs between two descriptions, with what to do about it."""
+    """Write a sentence for each difference between two descriptions, with a remedy."""
     sentences = []
     if not _same_backbone(there, here):
         sentences.append(
@@ -102,7 +101,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
 
 def _commit(name: str) -> str | None:
-    """The commit of a Hub repository, where one alone is in the cache; transformers does not keep which it loaded."""
+    """Return the commit of a Hub repository if the cache has only one; transformers does not record the loaded one."""
     if Path(name).exists():
         return None
     snapshots = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
@@ -111,18 +110,18 @@ def _commit(name: str) -> str | None:
 
 
 def _describe_tower(config: Any) -> dict[str, Any] | None:
-    """Of the vision tower: its architecture and the size of its images and patches, as far as they are fixed."""
+    """Describe the vision tower: its architecture and the size of its images and patches, if they are fixed."""
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return None
     values: dict[str, Any] = {name: getattr(vision, name, None) for name in TOWER}
-    values["image_size"] = getattr(config, "image_size", None) or values["image_size"]  # the composite's own
+    values["image_size"] = getattr(config, "image_size", None) or values["image_size"]  # set by the composite
     values["feature_layer"] = getattr(config, "vision_feature_layer", None)
     return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
 def _describe_quantization(config: Any) -> dict[str, Any] | None:
-    """How the weights are quantized; None: they are not. The composite has one for each part."""
+    """Describe how the weights are quantized; None: they are not. The composite has a quantization for each part."""
     quantization = getattr(config, "quantization_config", None) or getattr(config, "text_quantization_config", None)
     if quantization is None:
         return None
@@ -153,7 +152,7 @@ def _spell(quantization: dict[str, Any] | None) -> str:
 
 
 def _has_moved(before: str | None, now: str | None) -> bool:
-    """Whether a release may behave differently: another major one, below 1.0 another minor one, or older."""
+    """Whether a release may behave differently: another major one, another minor one below 1.0, or an older one."""
     if not before or not now or before == now:
         return False
     try:

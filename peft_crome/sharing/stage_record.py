@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-STAGE_RECORD = "crome_stage.json"  # of a directory that a training stage wrote, which has an adapter
+STAGE_RECORD = "crome_stage.json"  # in a directory that a training stage wrote

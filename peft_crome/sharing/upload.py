@@ -1,4 +1,4 @@
-"""The cards of adapters in what is uploaded to the Hub, by whatever way."""
+"""Correct the cards of adapters in uploads to the Hub, by any way of uploading."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def correct_folder(
     """Correct the cards of CROME adapters in a folder that is about to be uploaded, as `correct_card` does.
 
     Args:
-        repo_id, folder_path, path_in_repo: of `HfApi.upload_folder`.
-        patterns: its `allow_patterns` and `ignore_patterns`. What they leave out stays as it is.
+        repo_id, folder_path, path_in_repo: as in `HfApi.upload_folder`.
+        patterns: its `allow_patterns` and `ignore_patterns`. Files that they exclude are not changed.
     """
     folder = Path(folder_path).expanduser()
     files = {path.relative_to(folder).as_posix() for name in (CONFIG_NAME, PAGE) for path in folder.glob(f"**/{name}")}
@@ -31,13 +31,13 @@ def correct_folder(
 
 
 def correct_upload(repo_id: str, operations: Iterable[Any]) -> list[Any]:
-    """A commit's operations, with the cards of CROME adapters in it as `correct_card` writes them.
+    """Correct the cards of CROME adapters in a commit's operations, as `correct_card` does.
 
-    A card that does not come from the adapter's folder is corrected in the commit alone.
+    A card that does not come from the adapter's folder is corrected only in the commit.
 
     Args:
-        repo_id: where the commit goes.
-        operations: of `HfApi.create_commit`.
+        repo_id: repository of the commit.
+        operations: operations of `HfApi.create_commit`.
     """
     operations = list(operations)
     places = {_place(each): number for number, each in enumerate(operations) if isinstance(each, CommitOperationAdd)}
@@ -67,7 +67,7 @@ def correct_upload(repo_id: str, operations: Iterable[Any]) -> list[Any]:
 
 
 def _folder(operation: CommitOperationAdd | None, name: str) -> Path | None:
-    """The folder that a file comes from under its own name; None: it comes as bytes, or from another file."""
+    """Return the folder that a file comes from under the same name; None: it is bytes, or another file."""
     source = operation.path_or_fileobj if operation is not None else None
     return Path(source).parent if isinstance(source, (str, Path)) and Path(source).name == name else None
 

@@ -1,4 +1,4 @@
-"""Checks of an adapter's weights: their names, shapes and values."""
+"""Check an adapter's weights: their names, shapes and values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 
 
 def expected_shapes(branches: Iterable[str], hidden_size: int, bottleneck_dim: int) -> Shapes:
-    """Names and shapes of the 2·branches + 1 tensors of one adapter's file."""
+    """List names and shapes of the 2·branches + 1 tensors of one adapter's file."""
     shapes: Shapes = {"crome_up.weight": (hidden_size, bottleneck_dim)}
     for branch in branches:
         shapes[f"crome_gate_{branch}.weight"] = shapes[f"crome_down_{branch}.weight"] = (bottleneck_dim, hidden_size)
@@ -26,7 +26,7 @@ TRAINABLE_TOKENS = "trainable_tokens_"  # rows of trainable_token_indices are sa
 EMBEDDINGS = tuple(f"{name}.weight" for name in EMBEDDING_LAYER_NAMES)
 
 
-# What PEFT puts into a module's path, between the host's own parts.
+# Names that PEFT inserts into a module's path, between the host's names.
 WRAPPERS = ("base_layer", "original_module", "token_adapter")
 
 
@@ -34,18 +34,18 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def token_lists(indices: Any) -> list[list[int]]:
-    """`trainable_token_indices` without their tables' names, which an attached adapter has by path."""
+    """Return `trainable_token_indices` without the names of their tables, which are paths in an attached adapter."""
     return sorted(map(list, indices.values())) if isinstance(indices, dict) else [list(indices)] if indices else []
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Refuse tensors that no adapter has, whichever way they came: a header is read on some of them alone.
+    """Refuse tensors that no adapter has, on every way of loading: not all ways read a header.
 
     Args:
-        tensors: as PEFT is about to load them.
-        source: whose they are to be, in words.
+        tensors: tensors that PEFT is about to load.
+        source: name of the adapter for messages.
     Raises:
-        ValueError: lists weights of the host's own, but for tables of embeddings, or values that are not finite.
+        ValueError: there are weights of the host other than embedding tables, or non-finite values; lists them.
     """
     allowed = (".crome_", ".modules_to_save.", TRAINABLE_TOKENS)
     strange = [key for key in tensors if not any(part in f".{key}" for part in allowed)]
@@ -67,7 +67,7 @@ def check_shapes(shapes: Shapes, expected: Shapes, source: str) -> None:
     """Compare an adapter file's tensors with those that the model needs.
 
     Raises:
-        ValueError: lists missing keys, unexpected keys, and tensors of another shape.
+        ValueError: keys are missing or unexpected, or tensors have another shape; lists them.
     """
     problems = []
     if missing := sorted(set(expected) - set(shapes)):
@@ -89,5 +89,5 @@ def _and_more(rest: list[str]) -> str:
 
 
 def host_path(key: str) -> str:
-    """A module's or tensor's path in the host, without what PEFT puts into it."""
+    """Return a module's or tensor's path in the host, without PEFT's names."""
     return ".".join(part for part in key.removeprefix(HOST_PREFIX).split(".") if part not in WRAPPERS)

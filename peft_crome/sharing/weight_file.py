@@ -1,4 +1,4 @@
-"""What an adapter's weight file holds, read from its header and checked before a model is touched."""
+"""Read the header of an adapter's weight file, and check it before a model is touched."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from torch import nn
 from .weight_checks import EMBEDDINGS, TRAINABLE_TOKENS, Shapes, check_shapes, host_path, token_lists
 
 KEY_PREFIX = "base_model.model.crome."
-DTYPES = ("F32", "F16", "BF16")  # what an adapter is trained in; safetensors' names
-COUNTS = ("I64", "I32", "U8", "BOOL")  # of buffers in a host's module, such as a batch norm's number of batches
+DTYPES = ("F32", "F16", "BF16")  # dtypes of adapters, by safetensors' names
+COUNTS = ("I64", "I32", "U8", "BOOL")  # dtypes of buffers, such as the number of batches in a batch norm
 HEADER_LIMIT = 16 << 20  # bytes; the header of a thousand tensors has 200 kB
 
 
@@ -34,9 +34,9 @@ class AdapterFile:
     Attributes:
         crome: name without the prefix ("crome_up.weight") -> shape.
         host: whole key of every other tensor -> shape: trained copies of the host's modules.
-        counts: those of `host` that hold integers.
-        modules_to_save, bottleneck_dim: what the configuration beside the file says; the model's may be changed
-            before it is used.
+        counts: keys of `host` with integers.
+        modules_to_save, bottleneck_dim: values of the configuration beside the file; the loaded configuration may be
+            changed before it is used.
     """
 
     path: Path
@@ -47,23 +47,23 @@ class AdapterFile:
     bottleneck_dim: int | None = None
 
     def branches(self) -> list[str] | None:
-        """The branches that the keys name, in a fixed order."""
+        """The branches in the keys, in a fixed order."""
         matches = (re.fullmatch(r"crome_gate_(\w+)\.weight", key) for key in sorted(self.crome))
         return [match[1] for match in matches if match] or None
 
     def hidden_features(self) -> int | None:
-        """m, as W_u has it; None: there is no W_u, which `check_fits` reports."""
+        """m from W_u; None: W_u is missing, which `check_fits` reports."""
         shape = self.crome.get("crome_up.weight", ())
         return shape[1] if len(shape) == 2 else None
 
     def check_fits(self, model: nn.Module, expected: Shapes, source: str) -> None:
-        """Compare the file with the model that it is loaded onto, and read its values.
+        """Compare the file with the model that it is loaded onto, and check its values.
 
-        Not where the configuration has been given another bottleneck_dim since it was read: that is for a new adapter.
+        This is skipped if bottleneck_dim was changed after reading: the configuration is then for a new adapter.
 
         Args:
             expected: names and shapes of this model's CROME tensors.
-            source: the model, in words.
+            source: name of the model for messages.
         Raises:
             ValueError: see `check_shapes`, `check_host_shapes` and `check_values`.
         """
@@ -76,15 +76,15 @@ class AdapterFile:
     def check_host(
         self, modules_to_save: Iterable[str] | None, indices: Any = None, bottleneck_dim: int | None = None
     ) -> None:
-        """Refuse weights for modules of the host that the configuration does not name: PEFT would overwrite them.
+        """Refuse weights for modules of the host that the configuration does not name. PEFT would overwrite those.
 
-        A table of embeddings, which PEFT saves when a vocabulary has grown, is announced by a warning.
+        An embedding table, which PEFT saves when a vocabulary has grown, causes a warning.
 
         Args:
-            modules_to_save, indices, bottleneck_dim: of the configuration beside the file, `trainable_token_indices`
-                the second.
+            modules_to_save, indices, bottleneck_dim: values of the configuration beside the file; `indices` is
+                `trainable_token_indices`.
         Raises:
-            ValueError: lists them, or the file's trained tokens are others than the configuration's.
+            ValueError: there are such weights, or the trained tokens of file and configuration differ; lists them.
         """
         self.modules_to_save, self.bottleneck_dim = tuple(modules_to_save or ()), bottleneck_dim
         lists = token_lists(indices)
@@ -116,10 +116,10 @@ class AdapterFile:
             )
 
     def check_host_shapes(self, model: nn.Module) -> None:
-        """Compare the trained copies of the host's modules with the modules; `check_host` comes first.
+        """Compare the trained copies of the host's modules with the modules, after `check_host`.
 
         Raises:
-            ValueError: lists missing tensors, and tensors of another shape or kind.
+            ValueError: tensors are missing, or have another shape or kind; lists them.
         """
         if not self.host and not self.modules_to_save:
             return
@@ -151,10 +151,10 @@ class AdapterFile:
             )
 
     def check_values(self) -> None:
-        """Read the weights, one tensor at a time, and refuse those that are not finite.
+        """Read the weights, one tensor at a time, and refuse non-finite values.
 
         Raises:
-            ValueError: lists their keys.
+            ValueError: values are not finite; lists their keys.
         """
         keys = [*(KEY_PREFIX + key for key in self.crome), *self.host]
         wrong = [key for key, tensor in _read_tensors(self.path, keys) if not torch.isfinite(tensor).all()]
@@ -168,14 +168,14 @@ class AdapterFile:
 def read_adapter_file(model_id: str, subfolder: str | None = None, **hub_kwargs: Any) -> AdapterFile | None:
     """Read the header of the weights in an adapter directory or Hub repository.
 
-    A pickle (adapter_model.bin) is read, with a warning, where there is no safetensors file. PyTorch's loader for
-    weights alone runs no code from it.
+    Without a safetensors file, a pickle (adapter_model.bin) is read with a warning. PyTorch's weights-only loader
+    runs no code from it.
 
     Returns:
-        What the file holds; None if there is a configuration on its own.
+        The header; None if there is a configuration without weights.
     Raises:
-        ValueError: the file is truncated, a pickle of anything but tensors, no regular file, holds no CROME weights,
-            another method's too, or weights in a dtype that adapters do not have.
+        ValueError: the file is truncated, a pickle of anything but tensors, not a regular file, has no CROME weights,
+            has another method's as well, or has weights in a dtype that adapters do not use.
     """
     path = _find(model_id, subfolder, hub_kwargs)
     if path is None:
@@ -222,9 +222,9 @@ def read_adapter_file(model_id: str, subfolder: str | None = None, **hub_kwargs:
 
 
 def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Key -> shape and safetensors' name of the dtype.
+    """Map each key to its shape and safetensors' name of its dtype.
 
-    safetensors itself refuses offsets that overlap, leave gaps or pass the file's end, and sizes that overflow.
+    safetensors refuses offsets that overlap, leave gaps or exceed the file, and sizes that overflow.
     """
     if path.name == WEIGHTS_NAME:
         names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
@@ -245,16 +245,16 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name, in memory as safetensors would have them.
+    """Load tensors by name, in the memory layout of safetensors.
 
     Raises:
-        UnpicklingError: the file holds anything else; PyTorch's loader has no error of its own for it.
+        UnpicklingError: the file contains anything else, for which PyTorch's loader has no specific error.
     """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # KeyError of a text file, RuntimeError of a truncated one, and others
+    except Exception as error:  # KeyError for text, RuntimeError for a truncated file, and others
         raise pickle.UnpicklingError(str(error)) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str)
@@ -280,7 +280,7 @@ def _find(model_id: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> P
     folder = Path(model_id) / (subfolder or "")
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if folder.is_dir():
-            if (path := folder / name).exists():  # through a link too: a Hub snapshot is links to blobs
+            if (path := folder / name).exists():  # follows links: a Hub snapshot is links to blobs
                 if not stat.S_ISREG(path.stat().st_mode):
                     raise ValueError(f"{path} is not a regular file. Download or save the adapter again.")
                 return path

@@ -1,4 +1,4 @@
-"""What a checkpoint's files hold, compared with what was meant to be in them."""
+"""Compare a checkpoint's files with the model that they should contain."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ REMEDY = "Load the model without quantization, put the adapter on it, and write 
 
 
 def check_ordinary(model: PreTrainedModel) -> None:
-    """Refuse a model whose weights no ordinary checkpoint of its class holds, before a file appears.
+    """Refuse a model whose weights do not fit into a regular checkpoint of its class, before a file appears.
 
     Raises:
-        ValueError: it is quantized in a way that transformers does not write, or has layers of another kind than its
-            class makes, as torchao's and HQQ's functions put them in.
+        ValueError: it is quantized in a way that transformers cannot write, or has other kinds of layers than its
+            class creates, as after torchao's and HQQ's functions.
     """
     name, quantizer = type(model).__name__, getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -44,17 +44,17 @@ def check_model_files(folder: Path, model: PreTrainedModel, original_names: bool
     """Compare the files that `model.save_pretrained(folder)` wrote with the model.
 
     Args:
-        original_names: whether keys are those of the published checkpoints (`save_original_format`).
+        original_names: whether keys are as in the published checkpoints (`save_original_format`).
     Raises:
         ValueError: as in `check_files`.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     state = quantizer.get_state_dict_and_metadata(model)[0] if quantizer is not None else None
-    # Whoever reads the files makes the model anew by its configuration, which says what need not be there.
+    # A reader of the files builds the model by its configuration, which decides what may be missing.
     ordinary = _ordinary(model)
     every = ordinary.state_dict()
     left_out = every.keys() - remove_tied_weights_from_state_dict(dict(every), ordinary).keys()
-    left_out |= set(type(model)._keys_to_ignore_on_save or ())  # Marian's class computes its positions
+    left_out |= set(type(model)._keys_to_ignore_on_save or ())  # Marian computes its positions
     state = {key: value for key, value in (state or model.state_dict()).items() if key not in left_out}
     if original_names:
         state = revert_weight_conversion(model, state)
@@ -63,21 +63,21 @@ def check_model_files(folder: Path, model: PreTrainedModel, original_names: bool
 
 def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
-    config.dtype = model.dtype  # `save_pretrained` leaves its name there, which Apertus cannot read
+    config.dtype = model.dtype  # `save_pretrained` leaves a string, which Apertus cannot read
     with torch.device("meta"):
         return type(model)(config)
 
 
 def check_files(folder: Path, meant: Iterable[str], names: str = "*.safetensors") -> None:
-    """Compare the keys in a folder's safetensors files with those that were meant to be there.
+    """Compare the keys in a folder's safetensors files with the expected ones.
 
-    transformers leaves out a state dict that it is given where a model has a quantizer, for one.
+    transformers may ignore a given state dict, for example if a model has a quantizer.
 
     Args:
-        meant: the keys.
-        names: of the files, a pattern.
+        meant: the expected keys.
+        names: pattern of the files' names.
     Raises:
-        ValueError: some are missing or unexpected; names them.
+        ValueError: keys are missing or unexpected; names them.
     """
     written: set[str] = set()
     for path in folder.glob(names):

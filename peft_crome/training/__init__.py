@@ -1,4 +1,4 @@
-"""Train the composite in the paper's three stages, on the ordinary `Trainer`."""
+"""Train the composite in the paper's three stages, with the standard `Trainer`."""
 
 from ..utils.extras import missing
 

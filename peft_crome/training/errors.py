@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe, and with a directory that a stage wrote."""
+"""Errors about a recipe, and about a directory that a stage wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a recipe names the quantization of frozen weights, and what bitsandbytes calls it."""
+"""Translate a recipe's names for quantization to bitsandbytes' settings."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ Bits = Literal["4bit", "8bit"]  # nf4 with double quantization, or LLM.int8
 
 
 def settings(bits: Bits) -> dict[str, Any]:
-    """What a configuration stores; bitsandbytes need not be installed."""
+    """Return the settings that a configuration stores; bitsandbytes need not be installed."""
     return {"quant_method": "bitsandbytes", f"load_in_{bits}": True}
 
 
 def load_config(bits: Bits | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What `from_pretrained` takes.
+    """Return the quantization configuration for `from_pretrained`.
 
     Args:
-        dtype: what 4-bit weights are computed in.
+        dtype: dtype in which 4-bit weights are computed.
     """
     if bits is None:
         return None
@@ -31,16 +31,16 @@ def load_config(bits: Bits | None, dtype: torch.dtype) -> BitsAndBytesConfig | N
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,  # FSDP shards what has the dtype of the rest
+        bnb_4bit_quant_storage=dtype,  # FSDP shards only weights with the dtype of the others
     )
 
 
 def stored_bits(config: Any) -> Bits | None:
-    """How a loaded model is quantized by bitsandbytes, as its configuration says."""
+    """Return how bitsandbytes quantized a loaded model, from its configuration."""
     stored = getattr(config, "quantization_config", None)
     return bits_of(stored if isinstance(stored, dict | None) else stored.to_dict())
 
 
 def bits_of(stored: Mapping[str, Any] | None) -> Bits | None:
-    """Which of the two a stored configuration is; None for no quantization, and for another library's."""
+    """Return the quantization of a stored configuration; None for none, or for another library's."""
     return next((bits for bits in get_args(Bits) if (stored or {}).get(f"load_in_{bits}")), None)

@@ -1,4 +1,4 @@
-"""Run a recipe: build, train, write the stage's directory. Started again, it continues from its last checkpoint."""
+"""Run a recipe: build, train, write the stage's directory. A restarted run continues from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def train(
     """Train one stage and write `recipe.output`.
 
     Args:
-        recipe: The recipe.
-        on_ready: Called before the first step with what will train and what it will take.
-        accept_changed_data: Continue from the checkpoints of a run although its data or `training.max_length` have
+        recipe: the recipe.
+        on_ready: called before the first step with what will train and what it will cost.
+        accept_changed_data: continue from the checkpoints of a run although its data or `training.max_length` have
             changed, as after faulty rows were corrected. Rows that the run has seen may come again, in another order.
     Returns:
         The record that is written to `crome_stage.json`. The last of its "stages" is this one.
     Raises:
-        RecipeError, StageError, ValueError: The recipe, the previous directory or the data are wrong. Nothing was
+        RecipeError, StageError, ValueError: the recipe, the previous directory or the data are wrong. Nothing was
             written.
-        NotFiniteError: A loss or a gradient is NaN or infinite. The checkpoints stay.
+        NotFiniteError: a loss or a gradient is NaN or infinite. The checkpoints stay.
     """
     output = Path(recipe.output)
     checkpoints = output.with_name(f"{output.name}.checkpoints")
@@ -62,7 +62,7 @@ def train(
     questions = load_questions(recipe.evaluation) if recipe.evaluation is not None else []
     _check_media(recipe, [*sources, *(asked.rows for asked in questions)])
     arguments = training_arguments(recipe, str(checkpoints), int(os.environ.get("WORLD_SIZE", "1")))
-    transformers.set_seed(recipe.training.seed)  # before the projections are drawn
+    transformers.set_seed(recipe.training.seed)  # before the projections are initialized
     model, processor, previous = build(recipe)
     config = model.get_base_model().config
     collator = ConversationCollator(
@@ -91,7 +91,7 @@ def train(
             data_collator=NamedRows(collator),
             image_tokens=collator.image_tokens if recipe.training.group_by_length else 0,
         )
-    except (RuntimeError, ImportError) as error:  # a report_to or an optimizer whose package is not there
+    except (RuntimeError, ImportError) as error:  # the package of report_to or of the optimizer is missing
         raise RecipeError(f"training.arguments: {error}") from error
     if trainer.is_fsdp_enabled:
         check_storage(model, config.get_text_config().dtype)
@@ -103,7 +103,7 @@ def train(
     if recipe.evaluation is not None:
         trainer.add_callback(EvaluationCallback(trainer, processor, questions, recipe.evaluation, recipe.system))
     start = time.perf_counter()
-    content = {  # two sets may be of one path: splits, or configurations
+    content = {  # two sets may share a path: splits, or configurations
         f"{number}: {data.path}": content_of(data, source)
         for number, (data, source) in enumerate(zip(recipe.data, sources, strict=True))
     }
@@ -113,7 +113,7 @@ def train(
         "content of previous": hashlib.sha256(json.dumps(previous).encode()).hexdigest(),
     }
     with only_run(checkpoints, trainer.is_world_process_zero()):
-        check_free(output)  # another run may have ended since
+        check_free(output)  # another run may have finished meanwhile
         last = open_run(checkpoints, run, trainer.is_world_process_zero(), accept_changed_data)
         try:
             trainer.train(resume_from_checkpoint=last)
@@ -131,14 +131,14 @@ def train(
             "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
             "scores": scores_of(trainer.state.log_history, questions),
             "seconds": round(time.perf_counter() - start, 1),
-            "resumed": last is not None,  # then the seconds are those of the last part
+            "resumed": last is not None,  # if True, the seconds cover the last part only
             "recipe": recipe.model_dump(mode="json"),
         }
         whole = {"stages": [*(previous["stages"] if previous else []), record]}
         if is_sharded(model):
             weights = gather_trained(model)
             if trainer.is_world_process_zero():
-                # As the first time: a new Q-Former, frozen, is drawn again.
+                # As the first time, since a new frozen Q-Former is initialized again.
                 transformers.set_seed(recipe.training.seed)
                 model, processor, _ = build(recipe)
                 put_trained(model, weights)
@@ -148,21 +148,21 @@ def train(
             else:
                 save_adapter(model, processor, output, whole)
             clear(checkpoints)
-        trainer.accelerator.wait_for_everyone()  # a script's next stage starts from what the first process writes
+        trainer.accelerator.wait_for_everyone()  # a script's next stage reads what the first process writes
         return whole
 
 
 def _finish(output: Path, checkpoints: Path) -> dict[str, Any]:
-    """Do what a run has left undone that was interrupted after its directory was complete."""
+    """Finish a run that was interrupted after its directory was complete."""
     processes = PartialState()
-    processes.wait_for_everyone()  # all of them have come here before the checkpoints are gone
+    processes.wait_for_everyone()  # all processes arrive before the checkpoints are removed
     if processes.is_main_process:
         clear(checkpoints)
     return read_record(output)
 
 
 def _check_media(recipe: Recipe, data: list[Any]) -> None:
-    """See that the model takes videos and sounds where rows have them, before its weights are loaded."""
+    """Check that the model takes the videos and sounds of the rows, before its weights are loaded."""
     data = [rows for rows in data if not isinstance(rows, IterableDataset) and shows_more_than_images(rows)]
     if not data:
         return
@@ -173,7 +173,7 @@ def _check_media(recipe: Recipe, data: list[Any]) -> None:
 
 
 def _check_reach(recipe: Recipe, trained: dict[str, int], is_encoder_decoder: bool) -> None:
-    """Refuse keys that this model and stage would not look at."""
+    """Refuse keys that this model and stage would ignore."""
     idle = [part for part in recipe.training.learning_rates if part not in trained]
     if idle:
         raise RecipeError(f"training.learning_rates: {idle} do not train here; {list(trained)} do. Take them out.")

@@ -1,4 +1,4 @@
-"""The paper's three stages, and what trains in each. Everything else about stages is derived from this file."""
+"""The paper's three stages, and what trains in each. All other facts about stages are derived from this file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ADAPTER = "adapter"  # the crome_* weights; the other parts are modules of the c
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: what trains in it, beside frozen backbones.
+    """A stage and what trains in it, beside frozen backbones.
 
     Args:
-        name: The name that a recipe uses.
+        name: the name in a recipe.
         parts: "adapter", and modules of the composite. A composite without a Q-Former lacks some of them.
-        previous: Stages whose directory this one can start from. An empty tuple means that it starts from backbones.
-        purpose: One line for people.
+        previous: stages whose directory this one can start from. An empty tuple means that it starts from backbones.
+        purpose: one line for people.
     """
 
     name: str
@@ -46,12 +46,12 @@ STAGES = {
 
 
 def modules_to_save(stage: Stage, composite: nn.Module) -> list[str]:
-    """Give the modules of this composite that a stage trains in full, for PEFT's `modules_to_save`."""
+    """List the modules of this composite that a stage trains in full, for PEFT's `modules_to_save`."""
     return [part for part in stage.parts if part != ADAPTER and getattr(composite, part, None) is not None]
 
 
 def part_of(parameter_name: str) -> str:
-    """The part that a trained parameter belongs to: the adapter, or the module that trains in full.
+    """Return the part that a trained parameter belongs to: the adapter, or the module that trains in full.
 
     Example:
         >>> part_of("base_model.model.image_projection.modules_to_save.default.weight")
@@ -69,7 +69,7 @@ def part_of(parameter_name: str) -> str:
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Part, name and value of every parameter that trains."""
+    """Yield part, name and value of every parameter that trains."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield part_of(name), name, parameter
@@ -84,9 +84,9 @@ def count_trained(model: nn.Module) -> dict[str, int]:
 
 
 def media_that_teach(model: nn.Module) -> set[str] | None:
-    """The kinds of media that reach weights which train; None: words reach some, so every row teaches something."""
+    """Return the kinds of media that reach trained weights; None: words reach some, so every row teaches something."""
     sites = {f"{path}.": layer.branches for path, layer in crome_layers(model) if "text" not in layer.branches}
-    of_images = {part for stage in STAGES.values() for part in stage.parts}  # the adapter's are the guard's to tell
+    of_images = {part for stage in STAGES.values() for part in stage.parts}  # the guard reports the adapter's
     reached = guard.learns_from(model)
     for part, name, _ in trained_parameters(model):
         if part not in of_images:

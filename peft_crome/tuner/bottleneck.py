@@ -8,7 +8,7 @@ from .maps import ACTIVATIONS, Map, products
 
 
 def gate_and_hidden(x: torch.Tensor, gate: Map, down: Map, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gate act(x W_g), and the hidden features act(x W_g) * (x W_d): (..., m) each, in the adapter's dtype.
+    """Compute the gate act(x W_g) and the hidden features act(x W_g) * (x W_d): (..., m) each, in the adapter's dtype.
 
     Args:
         x: embeddings, (..., d); any float dtype.
@@ -21,9 +21,9 @@ def gate_and_hidden(x: torch.Tensor, gate: Map, down: Map, activation: str) -> t
 def gated_product(
     x: torch.Tensor, gate: Map, down: Map, up: Map, activation: str, dropout: float = 0.0
 ) -> torch.Tensor:
-    """(act(x W_g) * (x W_d)) W_u: what one adapter adds to a token; (..., d), in the adapter's dtype.
+    """Compute (act(x W_g) * (x W_d)) W_u, which one adapter adds to a token; (..., d), in the adapter's dtype.
 
-    For the backward pass x is kept as it came, and x W_g and x W_d: 2d + 8m bytes a token for x in bf16.
+    The backward pass keeps x in its dtype, x W_g and x W_d: 2d + 8m bytes a token for x in bf16.
 
     Args:
         x: embeddings, (..., d); any float dtype.

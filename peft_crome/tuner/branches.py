@@ -1,4 +1,4 @@
-"""What a branch is: a name, its sites, and the token ids that are its own."""
+"""Branches: names, their sites, and the token ids that belong to them."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-Branches = dict[str, list[str]]  # branch -> full paths of its sites; of a range of token ids: "embed_tokens[4:8196]"
+Branches = dict[str, list[str]]  # branch -> full paths of its sites; with a token range: "embed_tokens[4:8196]"
 
 
 TOKEN_RANGE = re.compile(r"\[(\d+):(\d+)\]$")
 
 
 def site_path(site: str) -> str:
-    """The module's path, without a range of token ids."""
+    """Return the module's path, without a range of token ids."""
     return TOKEN_RANGE.sub("", site)
 
 
 def token_range(site: str) -> list[tuple[int, int]]:
-    """The range of token ids at the end of a site's name, half-open; none: all tokens."""
+    """Return the half-open range of token ids at the end of a site's name; empty: all tokens."""
     return [(int(start), int(stop)) for start, stop in TOKEN_RANGE.findall(site)]
 
 
 def with_ranges(path: str, ranges: list[tuple[int, int]]) -> list[str]:
-    """The inverse of `site_path` and `token_range`."""
+    """Invert `site_path` and `token_range`."""
     return [f"{path}[{start}:{stop}]" for start, stop in ranges] or [path]
 
 
 def present_branches(model: nn.Module, layer_cls: type[nn.Module], adapter_name: str) -> Branches:
-    """The sites of an adapter that is on a model, by branch."""
+    """Collect the sites of an attached adapter, by branch."""
     present: Branches = {}
     for name, module in model.named_modules():
         if isinstance(module, layer_cls):
@@ -43,7 +43,7 @@ def present_branches(model: nn.Module, layer_cls: type[nn.Module], adapter_name:
 
 
 def same_branches(one: Branches, other: Branches) -> bool:
-    """Whether both have the same branches on the same sites, in whichever order."""
+    """Whether both have the same branches on the same sites, in any order."""
     return {b: set(s) for b, s in one.items()} == {b: set(s) for b, s in other.items()}
 
 
@@ -51,7 +51,7 @@ TokenRanges = list[tuple[int, int]]
 
 
 def united(several: Iterable[dict[str, TokenRanges]]) -> dict[str, TokenRanges]:
-    """The branches of several adapters at one site, each with all of its ranges."""
+    """Unite the branches of several adapters at one site, each with all of its ranges."""
     union: dict[str, TokenRanges] = {}
     for branches in several:
         for branch, ranges in branches.items():
@@ -60,7 +60,7 @@ def united(several: Iterable[dict[str, TokenRanges]]) -> dict[str, TokenRanges]:
 
 
 def in_ranges(input_ids: torch.Tensor, ranges: TokenRanges) -> torch.Tensor:
-    """Which token ids lie in one of the half-open ranges; bool, of the shape of `input_ids`."""
+    """Mark the token ids that lie in one of the half-open ranges; bool, of the shape of `input_ids`."""
     masks = (
         input_ids == start if stop == start + 1 else (input_ids >= start) & (input_ids < stop)
         for start, stop in ranges

@@ -58,10 +58,10 @@ class CromeConfig(PeftConfig):
         default=None, metadata={"help": "Filled in at attachment: the model, to warn when it is loaded on another."}
     )
 
-    # These are no fields, so they are never saved.
-    _file: ClassVar[AdapterFile | None] = None  # the header of the weights that this was loaded with
-    _card: ClassVar[CardDetails | None] = None  # what the model card says of the adapter
-    _described: ClassVar[bool] = False  # whether `trained_on` was filled in by this process
+    # These are not fields, so they are never saved.
+    _file: ClassVar[AdapterFile | None] = None  # header of the weight file that it was loaded with
+    _card: ClassVar[CardDetails | None] = None  # details for the model card
+    _described: ClassVar[bool] = False  # whether this process filled in `trained_on`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,13 +73,13 @@ class CromeConfig(PeftConfig):
         """Load a configuration and read the header of the weights beside it, before any model is touched.
 
         Raises:
-            ValueError: a field is wrong, or `read_adapter_file` refuses the weight file.
+            ValueError: a field is wrong, or `read_adapter_file` rejects the weight file.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         hub_kwargs, _, _ = cls._split_kwargs(kwargs)
         config._file = read_adapter_file(pretrained_model_name_or_path, subfolder, **hub_kwargs)
         if config._file is not None:
-            # Earlier releases saved no branches and had another default, so the weights say which there are.
+            # Earlier releases saved no branches and had another default, so they are read from the weights.
             config.branches = config.branches or config._file.branches()
             config.bottleneck_dim = config.bottleneck_dim or config._file.hidden_features()
             config._file.check_host(config.modules_to_save, config.trainable_token_indices, config.bottleneck_dim)

@@ -1,4 +1,4 @@
-"""What a configuration's fields may be, and what the errors say."""
+"""Check the fields of a configuration."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import peft.auto
 
-LARGEST_BOTTLENECK = 16_384  # wider than any language model's embeddings: a file that asks for more means memory
+LARGEST_BOTTLENECK = 16_384  # above any language model's width; a file that asks for more attacks memory
 LONGEST_NAME = 4096  # characters
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\"`<>|]")  # would break out of a message, or of the card's code
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\"`<>|]")  # would end the code block of a message or of the card
 GATE_ACTIVATIONS = ("silu", "sigmoid")
 TRAINED_ON: dict[str, type] = {
     "name_or_path": str,
@@ -29,7 +29,7 @@ def check_config(config: Any) -> None:
     """Refuse wrong fields of a `CromeConfig`.
 
     Raises:
-        ValueError, TypeError: names the field, the value and what to write.
+        ValueError, TypeError: a field is wrong; names the field, the value and what to write.
     """
     if not isinstance(config.inference_mode, bool):
         raise TypeError(f"inference_mode={config.inference_mode!r} is not a bool. Write inference_mode=False.")
@@ -108,7 +108,7 @@ def _check_tokens(indices: Any) -> None:
 
 
 def _check_origin(config: Any) -> None:
-    """What a file says about where the model comes from: PEFT passes it to `from_pretrained`, and imports it."""
+    """Check what a file states about the model's origin: PEFT passes it to `from_pretrained` and imports modules."""
     for name in ("base_model_name_or_path", "revision"):
         value = getattr(config, name)
         if value is not None and (
@@ -128,7 +128,7 @@ def _check_origin(config: Any) -> None:
             f"auto_mapping={str(mapping)[:100]} does not name a class and a module. Write auto_mapping=None, and load "
             "the base model yourself: PeftModel.from_pretrained(model, ...)."
         )
-    # PEFT before 0.21.2 imports whatever is named here.
+    # PEFT before 0.21.2 imports any module that is named.
     asks = hasattr(peft.auto, "get_default_import_allowlist")
     if not asks and values[1] not in sys.modules and not values[1].startswith("transformers."):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What happens around a forward pass in training: each branch must act and learn, and a batch without images go on."""
+"""Guard forward passes in training: each branch must act and learn, and a batch without images must not fail."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .weights import DOWN, GATE, CromeWeights
 TEXT_INPUTS = re.compile(r"(decoder_)?input_ids")
 AUDIO_INPUTS = re.compile(r".*(audio|speech|input_features|input_values).*")
 VISION_INPUTS = re.compile(r".*(pixel_values|image|video|vision|patches).*")
-CHECKPOINT = re.compile("checkpoint", re.IGNORECASE)  # reentrant: such a node does not lead to what it closes over
-PATIENCE = 20  # forward passes in training that nothing may reach before a warning
+CHECKPOINT = re.compile("checkpoint", re.IGNORECASE)  # a reentrant node does not lead to its closure
+PATIENCE = 20  # training passes without input for any branch before a warning
 
 Pair = tuple[str, str]  # adapter name, branch
 
@@ -49,7 +49,7 @@ class SiteReport:
 
 @dataclass(eq=False)
 class Watch:
-    """Records what passes through the sites while it is a model's `CromeWeights.observer`."""
+    """Record what passes through the sites while it is a model's `CromeWeights.observer`."""
 
     reached: set[Pair] = field(default_factory=set)
     calls: dict[tuple[CromeLayer, str], int] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Watch:
     nodes: dict[tuple[CromeLayer, str], list[Any]] = field(default_factory=dict)
 
     def see(self, layer: CromeLayer, adapter_names: list[str], input_ids: Any, output: Any) -> None:
-        """Note one call of a site and where in autograd's graph its output stands."""
+        """Note one call of a site, and the place of its output in autograd's graph."""
         tensors = embeddings_in(output, layer.out_features)
         self.reached |= {(name, branch) for name in adapter_names for branch in layer.branches_of[name]}
         for branch, ranges in layer.branches.items():
@@ -73,7 +73,7 @@ class Watch:
             self.nodes.setdefault(key, []).extend(x.grad_fn for x in tensors if x.grad_fn is not None)
 
     def report(self, layers: Iterable[tuple[str, CromeLayer]], outputs: Any) -> list[SiteReport]:
-        """One row per site and branch, whether it was reached or not."""
+        """Return one row per site and branch, whether the pass reached it or not."""
         wanted = {node for nodes in self.nodes.values() for node in nodes}
         reachable = _reachable(wanted, _roots(outputs))
         rows = []
@@ -87,16 +87,16 @@ class Watch:
 
 
 def check(model: nn.Module, batch: Mapping[str, Any]) -> list[SiteReport]:
-    """Run one batch forward and check that each branch with input is reached and can learn. Changes nothing.
+    """Run one batch forward and check that each branch with input is reached and can learn. The model is unchanged.
 
     Args:
-        model: A model with an active CROME adapter.
-        batch: The arguments of `model(**batch)`, with labels if the model has a loss.
+        model: model with an active CROME adapter.
+        batch: arguments of `model(**batch)`, with labels if the model has a loss.
     Returns:
         A row for each site and branch.
     Raises:
-        ValueError: There is no active CROME adapter.
-        RuntimeError: A branch is not reached, or its weights get no gradient. The message names the branch and its
+        ValueError: the model has no active CROME adapter.
+        RuntimeError: a branch is not reached, or its weights get no gradient. The message names the branch and its
             sites.
     """
     weights = next((module for module in model.modules() if isinstance(module, CromeWeights)), None)
@@ -107,10 +107,10 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[SiteReport]:
             "or activate it: model.set_adapter('default')."
         )
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # no dropout, no statistics
+    model.eval()  # without dropout and running statistics
     weights.observer = watch = Watch()
     try:
-        # Inside a compiled graph nothing can be watched.
+        # Hooks cannot watch the inside of a compiled graph.
         with torch.compiler.set_stance("force_eager"), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             outputs = model(**batch)
         rows = watch.report(layers, outputs)
@@ -124,10 +124,10 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[SiteReport]:
 
 
 def verify(rows: Iterable[SiteReport], expected: set[str], training: set[str]) -> None:
-    """Refuse a branch that had input and was not reached, or trains and cannot learn.
+    """Refuse a branch that had input and was not reached, or that trains and cannot learn.
 
     Args:
-        expected: branches that the batch has input for.
+        expected: branches for which the batch has input.
         training: branches with weights that require a gradient.
     Raises:
         RuntimeError: names the branch, its sites and what to write.
@@ -150,9 +150,9 @@ def verify(rows: Iterable[SiteReport], expected: set[str], training: set[str]) -
 
 
 def from_images(layers: Iterable[tuple[str, CromeLayer]]) -> set[str]:
-    """The branches that read images whatever they are called: behind a Q-Former, the text branch does.
+    """Find the branches that read images under any name. Behind a Q-Former, the text branch does.
 
-    Its sites are fusion sites, which are identities, and no table of tokens.
+    The sites of such a branch are fusion sites, which are identities, and not a table of tokens.
     """
     sites: dict[str, list[nn.Module]] = {}
     for _, layer in layers:
@@ -164,10 +164,10 @@ def from_images(layers: Iterable[tuple[str, CromeLayer]]) -> set[str]:
 def expected_branches(
     branches: Iterable[str], arguments: Mapping[str, Any], from_images: set[str] | None = None
 ) -> set[str]:
-    """The branches that a forward call has input for: token ids, sound, or (for any other name) images.
+    """Find the branches for which a forward call has input: token ids, sound, or (for any other name) images.
 
-    Sound and images are floating numbers, or codes (Inkling's audio_input_ids). Other integers of such a name are a
-    mask, a count, a size or a position, which a batch without images may have, too.
+    Sound and images are floating numbers, or codes (Inkling's audio_input_ids). Other integers with such a name are
+    a mask, a count, a size or a position, which a batch without images may have as well.
     """
     inputs = {name for name, value in arguments.items() if _has_values(value)}
     media = {
@@ -187,17 +187,17 @@ def expected_branches(
 
 
 def acting(layers: Iterable[tuple[str, CromeLayer]]) -> set[Pair]:
-    """The adapters that sites add now, with the branches that they feed."""
+    """List the adapters that sites add now, with the branches that they feed."""
     return {(name, branch) for _, layer in layers for name in layer.acting() for branch in layer.branches_of[name]}
 
 
 def training_pairs(weights: CromeWeights, layers: Iterable[tuple[str, CromeLayer]]) -> set[Pair]:
-    """Of `acting`, those of which W_u or a map of the branch requires a gradient."""
+    """Select the pairs of `acting` in which W_u or a map of the branch requires a gradient."""
     return {pair for pair in acting(layers) if _requires_grad(weights, *pair)}
 
 
 def learns_from(model: nn.Module) -> set[str]:
-    """What reaches weights of an adapter that train: "text", "audio", and "vision" for what reads images."""
+    """Return the kinds of input that train an adapter: "text", "audio", and "vision" for all that reads images."""
     weights = next(module for module in model.modules() if isinstance(module, CromeWeights))
     layers = list(crome_layers(model))
     branches = {branch for _, branch in training_pairs(weights, layers)}
@@ -211,11 +211,11 @@ def _requires_grad(weights: CromeWeights, name: str, branch: str) -> bool:
 
 
 class Guard:
-    """Hooks on a model with CROME's sites, for forward passes in training.
+    """Hooks on a model with CROME's sites for forward passes in training.
 
-    The first pass that has input for a branch proves that the branch acts and learns, or fails. Any pass that does not
-    reach a branch, since no row has an image, gives the branch's weights a gradient of zero: an optimizer, DDP and
-    accumulation wait for one. Nothing else of the pass changes, so its loss is that of the base model.
+    The first pass with input for a branch proves that the branch acts and learns, or fails. A pass that does not
+    reach a branch, because no row has an image, gives its weights a gradient of zero, which the optimizer, DDP and
+    gradient accumulation wait for. Nothing else of the pass changes, so its loss is that of the base model.
     """
 
     def __init__(self, model: nn.Module, weights: CromeWeights) -> None:
@@ -223,7 +223,7 @@ class Guard:
         self.layers = list(crome_layers(model))
         self.copies = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         self.from_images = from_images(self.layers)
-        # What runs inside a compiled part of a host cannot be watched.
+        # Sites inside a compiled part of a host cannot be watched.
         seen = [layer for path, layer in self.layers if COMPILED not in path.split(".")]
         self.unproven = {branch for layer in seen for branch in layer.branches}
         self.patience = PATIENCE
@@ -233,18 +233,18 @@ class Guard:
         )
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin to watch a forward pass in training."""
+        """Start to watch a forward pass in training."""
         if self._trains(model) and not self._is_compiled(model):
             self.weights.observer = Watch()
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
-        """Prove branches that had input; connect those that met nothing."""
-        if self._is_compiled(model):  # nothing is watched there: what came out says whether anything was reached
+        """Prove branches that had input, and connect those that had none."""
+        if self._is_compiled(model):  # nothing is watched; the outputs tell whether a branch ran
             if outputs is None or any(x.requires_grad for x in _tensors(outputs)) or not self._trains(model):
                 return None
             return self._connected(outputs, training_pairs(self.weights, self.layers))
         watch, self.weights.observer = self.weights.observer, None
-        # Without outputs the forward pass failed, and its own error is on its way.
+        # Without outputs the forward pass failed and is raising its error.
         if not isinstance(watch, Watch) or outputs is None or not self._trains(model):
             return None
         training = training_pairs(self.weights, self.layers)
@@ -261,7 +261,7 @@ class Guard:
         return torch.compiler.is_compiling() or COMPILED in model._modules
 
     def _trains(self, model: nn.Module) -> bool:
-        replica = getattr(model, "_is_replica", False)  # nn.DataParallel: sites refer to the first device's weights
+        replica = getattr(model, "_is_replica", False)  # nn.DataParallel: sites use the first device's weights
         return (
             model.training
             and torch.is_grad_enabled()
@@ -311,7 +311,7 @@ class Guard:
                 )
 
     def _connected(self, outputs: Any, missed: Iterable[Pair]) -> Any:
-        """The same outputs, with a gradient of 0 to the weights of the pairs and to modules that train beside them."""
+        """Return the outputs with a zero gradient to the pairs' weights and to modules that train beside them."""
         zero: Any = 0.0
         for name, branch in sorted(missed):
             up = self.weights.crome_up[name].weight
@@ -323,7 +323,7 @@ class Guard:
 
 
 def arm(model: nn.Module, weights: CromeWeights) -> None:
-    """Put a guard on a model, in the place of one that knew fewer adapters."""
+    """Put a guard on a model, in place of an earlier one that knew fewer adapters."""
     disarm(model)
     Guard(model, weights)
 
@@ -359,7 +359,7 @@ def _has_values(value: Any, *, floating: bool = False) -> bool:
 
 
 def _roots(outputs: Any) -> list[Any]:
-    """Where a backward pass may begin: the loss, else all that the model returns."""
+    """Return the start of a backward pass: the loss if there is one, else all that the model returns."""
     if isinstance(getattr(outputs, "loss", None), torch.Tensor):
         outputs = outputs.loss
     if isinstance(outputs, torch.Tensor):
@@ -369,7 +369,7 @@ def _roots(outputs: Any) -> list[Any]:
 
 
 def _reachable(wanted: set[Any], roots: list[Any]) -> set[Any]:
-    """Which of the wanted nodes of autograd's graph lie behind the roots; all, where a node hides what it reads."""
+    """Find the wanted nodes of autograd's graph behind the roots; all of them if a node hides what it reads."""
     reached: set[Any] = set()
     seen, stack = set(roots), list(roots)
     hidden = False

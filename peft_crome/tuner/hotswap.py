@@ -1,4 +1,4 @@
-"""Replace a loaded adapter's weights in place: PEFT's own hot-swap knows LoRA alone."""
+"""Replace a loaded adapter's weights in place. PEFT's hot-swap supports LoRA only."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def hotswap_adapter(
     """Replace the weights of `adapter_name` by another adapter's, in place. No module or tensor is replaced.
 
     Args:
-        model: A model with the adapter. torch.compile or DDP may have wrapped it.
-        model_id: Directory or Hub repository of the adapter to swap in.
-        adapter_name: Name of the adapter whose weights are replaced. It keeps its name.
+        model: model with the adapter. torch.compile or DDP may have wrapped it.
+        model_id: directory or Hub repository of the adapter to swap in.
+        adapter_name: name of the adapter whose weights are replaced. It keeps its name.
         hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, ...
     Raises:
-        ValueError: The adapter is unknown or merged, or the new one differs in more than its weights. The model stays
-            as it was.
+        ValueError: the adapter is unknown or merged, or the new one differs in more than its weights. The model is
+            unchanged.
 
     Example:
         >>> hotswap_adapter(model, "user/other-adapter")  # doctest: +SKIP

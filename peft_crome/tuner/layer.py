@@ -15,16 +15,16 @@ from .weights import DOWN, GATE, CromeWeights, Stack
 
 
 class CromeLayer(Mergeable):
-    """Wraps one site: a module that produces embeddings of the language model's width.
+    """Wrap one site: a module that produces embeddings of the language model's width.
 
     The site may return a tensor, a list or tuple of tensors, or a ModelOutput; the container is kept. Names that begin
-    with `crome_` are looked up in the weights, other unknown public ones in the wrapped module.
+    with `crome_` are looked up in the weights, other unknown public names in the wrapped module.
 
     Attributes:
-        branches_of: adapter name -> branch -> half-open ranges of token ids. No ranges means all tokens that are in
-            no other branch's. Only a table of embeddings that holds image tokens as well has ranges.
-        placeholders: ids of image placeholders, whose embeddings a table leaves as they are. Some models find them by
-            comparing embeddings bit for bit, and a product may round one row unlike many.
+        branches_of: adapter name -> branch -> half-open ranges of token ids. No ranges: all tokens that are not in
+            another branch. Only an embedding table that holds image tokens as well has ranges.
+        placeholders: ids of image placeholders, whose embeddings a table does not change. Some models find them by
+            comparing embeddings bit for bit, and a product may round a single row differently from many.
     """
 
     other_param_names = ("branches_of",)  # deleted with an adapter; the weights are `CromeWeights`'
@@ -32,7 +32,7 @@ class CromeLayer(Mergeable):
     def __init__(self, base_layer: nn.Module, weights: CromeWeights, hidden_size: int) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._weights = (weights,)  # in a tuple: referred to, not registered a second time
+        self._weights = (weights,)  # in a tuple, so that it is not registered twice
         self.branches_of: dict[str, dict[str, TokenRanges]] = {}
         self.placeholders: tuple[int, ...] = ()
         widths = (getattr(base_layer, name, None) for name in ("in_features", "num_embeddings"))
@@ -40,7 +40,7 @@ class CromeLayer(Mergeable):
         self.out_features = hidden_size
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged: list[nn.Parameter] = []  # the table before a merge; in a list, so that it is not saved
+        self._unmerged: list[nn.Parameter] = []  # the table before a merge; a list is not saved
 
     @property
     def branches(self) -> dict[str, TokenRanges]:
@@ -51,13 +51,13 @@ class CromeLayer(Mergeable):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Private names stay with their owner: accelerate would take the wrapped module's hooks for ours.
+            # Private names are not forwarded: accelerate would take the wrapped module's hooks for the layer's.
             if name == "base_layer" or name.startswith("_"):
                 raise
             return getattr(self._weights[0] if name.startswith("crome_") else self.base_layer, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped module's output with the active adapters added; same container, shapes and dtype."""
+        """Return the wrapped module's output with the active adapters added; same container, shapes and dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         output = self.base_layer(*args, **kwargs)
@@ -75,7 +75,7 @@ class CromeLayer(Mergeable):
         return adapted
 
     def acting(self) -> list[str]:
-        """The adapters that this site adds now: none where they are disabled or folded into its table."""
+        """The adapters that this site adds now; none if they are disabled or folded into its table."""
         names = self._attached(self.merged_adapters or self.active_adapters)
         return [] if self.disable_adapters or self.folded else names
 
@@ -90,7 +90,7 @@ class CromeLayer(Mergeable):
     def _adapt(
         self, x: torch.Tensor, adapter_names: list[str], input_ids: torch.Tensor | None, stack: Stack | None = None
     ) -> torch.Tensor:
-        """y = x + the sum of what the adapters add; (..., d), in x's dtype.
+        """Add what the adapters compute to x; (..., d), in x's dtype.
 
         Args:
             stack: see `CromeWeights.forward`.
@@ -101,7 +101,7 @@ class CromeLayer(Mergeable):
         for name in adapter_names:
             added: Any = 0.0
             branches = self.branches_of[name].items()
-            for branch, ranges in sorted(branches, key=lambda item: len(item[1])):  # those without ranges first
+            for branch, ranges in sorted(branches, key=lambda item: len(item[1])):  # branches without ranges first
                 part = self._weights[0](x, branch, name, stack)
                 added = torch.where(in_ranges(ids, ranges)[..., None], part, added) if ranges else part
             y = y + added  # type promotion keeps the sum in the wider dtype
@@ -117,7 +117,7 @@ class CromeLayer(Mergeable):
         return [name for name in adapter_names if name in self.branches_of]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # A projector has no weight of its own, and an identity no parameter at all: it keeps the adapter where it is.
+        # A projector may have no weight, and an identity no parameter: then the adapter stays where it is.
         target = device or next((p.device for p in self.base_layer.parameters() if not p.is_meta), None)
         weights, branches = self._weights[0], list(self.branches_of.get(adapter_name, {}))
         names = [kind + branch for branch in branches for kind in (GATE, DOWN)]
@@ -128,7 +128,7 @@ class CromeLayer(Mergeable):
 
 
 def crome_layers(model: nn.Module) -> Iterator[tuple[str, CromeLayer]]:
-    """Path and layer of every site."""
+    """Yield path and layer of every site."""
     for path, module in model.named_modules():
         if isinstance(module, CromeLayer):
             yield path, module

@@ -1,4 +1,4 @@
-"""The linear maps of a bottleneck, by autograd functions that keep little for the backward pass."""
+"""The linear maps of a bottleneck, as autograd functions that keep little for the backward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 class _Linear(torch.autograd.Function):
-    """x W: like `F.linear`, and keeps `before`, what x was cast from, in place of x."""
+    """Compute x W like `F.linear`, but keep `before`, which x was cast from, in place of x."""
 
     generate_vmap_rule = True
 
@@ -34,11 +34,11 @@ class _Linear(torch.autograd.Function):
             of_weight = _outer(gradient, x.to(weight.dtype).to(gradient.dtype), weight)
         if ctx.needs_input_grad[1]:
             of_x = (gradient @ weight.to(gradient.dtype)).to(ctx.dtype)
-        return of_weight, of_x, None  # `before` gets its gradient through the cast, where two maps' are summed
+        return of_weight, of_x, None  # the cast gives `before` its gradient, the sum of two maps'
 
 
 class _GatedUp(torch.autograd.Function):
-    """(act(g) * h) W: computes the hidden features again in the backward pass."""
+    """Compute (act(g) * h) W, and recompute the hidden features in the backward pass."""
 
     generate_vmap_rule = True
 
@@ -67,7 +67,7 @@ class _GatedUp(torch.autograd.Function):
 
 
 def _outer(gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The gradient of a map's weight, summed over tokens; (..., out, in)."""
+    """Compute the gradient of a map's weight, summed over tokens; (..., out, in)."""
     if weight.dim() == 2:
         gradient, x = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
     return (gradient.mT @ x).to(weight.dtype)
@@ -78,23 +78,23 @@ def _dropped(hidden: torch.Tensor, keep: torch.Tensor | None, drop: float) -> to
 
 
 def _slope(activation: str, gradient: torch.Tensor, g: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """The gradient behind an activation."""
+    """Compute the gradient with respect to the input of an activation."""
     if activation == "sigmoid":
         return torch.ops.aten.sigmoid_backward(gradient, gate)
-    if torch.is_grad_enabled():  # PyTorch's kernel has no derivative, so it makes the same difference itself
+    if torch.is_grad_enabled():  # PyTorch's kernel has no second derivative
         sigmoid = torch.sigmoid(g)
         return gradient * sigmoid * (1 + g * (1 - sigmoid))
     return torch.ops.aten.silu_backward(gradient, g)
 
 
 def _apply(function: Any, *arguments: Any) -> torch.Tensor:
-    """A function's result, and only where a gradient is asked for a node of autograd's graph."""
+    """Apply a function, and record a node of autograd's graph only if a gradient is needed."""
     records = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments)
     return function.apply(*arguments) if records else function.forward(*arguments)
 
 
 class CromeLinear(nn.Linear):
-    """A linear map without bias, computed on its input's device: a device map may have put a site on another one."""
+    """Linear map without bias, computed on its input's device, since a device map may put a site elsewhere."""
 
     function: Any = _Linear
 
@@ -106,17 +106,17 @@ class CromeLinear(nn.Linear):
 
 
 class CromeUp(CromeLinear):
-    """W_u, which reads both products of the bottleneck."""
+    """The map W_u, which reads both products of the bottleneck."""
 
     function = _GatedUp
 
 
 class StackedLinear:
-    """The same map of several adapters; (adapters, tokens, in) -> (adapters, tokens, out).
+    """Apply the same map of several adapters; (adapters, tokens, in) -> (adapters, tokens, out).
 
     Args:
-        linear: one of them.
-        weight: (adapters, out, in).
+        linear: the map of any one of the adapters.
+        weight: stacked weights, (adapters, out, in).
     """
 
     def __init__(self, linear: CromeLinear, weight: torch.Tensor) -> None:
@@ -130,7 +130,7 @@ Map = CromeLinear | StackedLinear
 
 
 def products(x: torch.Tensor, gate: Map, down: Map) -> tuple[torch.Tensor, torch.Tensor]:
-    """x W_g and x W_d: (..., m) each, in the adapter's dtype."""
+    """Compute x W_g and x W_d: (..., m) each, in the adapter's dtype."""
     dtype = gate.weight.dtype
-    cast, before = (x, None) if x.dtype == dtype else (x.to(dtype), x)  # Dynamo takes no tensor twice
+    cast, before = (x, None) if x.dtype == dtype else (x.to(dtype), x)  # Dynamo rejects the same tensor twice
     return gate(cast, before), down(cast, before)

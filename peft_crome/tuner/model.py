@@ -1,4 +1,4 @@
-"""CromeModel: puts the adapter on a model's sites, and everything that PEFT asks of a tuner."""
+"""CromeModel puts the adapter on a model's sites and does everything that PEFT asks of a tuner."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CromeModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Check everything that can be checked, then wrap the sites. An error leaves the model as it was.
+        """Check everything that can be checked, then wrap the sites. An error leaves the model unchanged.
 
         Raises:
             ValueError: see `plan`.
@@ -47,7 +47,7 @@ class CromeModel(BaseTuner):
         self._attachment = plan(model, adapter_name, self.peft_config[adapter_name])
         try:
             with self._attachment.or_undone():
-                # The file's keys name no sites, so a state dict cannot say where to inject: the configuration does.
+                # The keys of a state dict name no sites. The configuration says where to inject.
                 super().inject_adapter(model, adapter_name, *args, **kwargs | {"state_dict": None})
                 tie_trained_tokens(model, adapter_name, self.peft_config[adapter_name].inference_mode)
         finally:
@@ -64,15 +64,15 @@ class CromeModel(BaseTuner):
     def _create_and_replace(  # type: ignore[override]
         self, peft_config: Any, adapter_name: str, target: nn.Module, *args: Any, current_key: str, **kwargs: Any
     ) -> None:
-        # This makes the weights as well: PEFT would take earlier ones for another adapter's, on no meta device.
+        # This makes the weights as well. PEFT would take earlier ones for another adapter's and create none on meta.
         self._attachment.wrap(current_key, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own would also copy a weight that a projector does not have.
+        # PEFT's implementation would also copy a weight, which a projector does not have.
         replace_everywhere(self.model, child, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Not in the sites: a module that `modules_to_save` trains inside one keeps the host's dtype.
+        # The sites are left out: a module that `modules_to_save` trains inside one keeps the host's dtype.
         for module in self.model.modules():
             if isinstance(module, BaseTunerLayer) and not isinstance(module, CromeLayer):
                 cast_adapter_dtype(module, adapter_name, autocast_adapter_dtype)
@@ -85,17 +85,17 @@ class CromeModel(BaseTuner):
             yield
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        # PEFT's own raises where a model does not name its input embeddings (PP-FormulaNet).
+        # PEFT's implementation raises where a model does not name its input embeddings (PP-FormulaNet).
         return super()._get_module_names_tied_with_embedding() if input_embeddings(self.model) is not None else []
 
     def _check_merge_allowed(self) -> None:
-        """Do nothing: `check_allowed` knows which adapters are meant."""
+        """Do nothing: `check_allowed` knows which adapters are to be merged."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the text branch into the embedding table. The others stay active, and `unmerge_adapter` undoes it.
 
         Raises:
-            ValueError: There is no branch on an embedding table, or folding it would change the model's output.
+            ValueError: no branch is on an embedding table, or folding it would change the model's output.
         """
         layers = [layer for _, layer in crome_layers(self.model)]
         check_allowed(self.model, layers, adapter_names)
@@ -118,7 +118,7 @@ class CromeModel(BaseTuner):
         if merge:
             share_and_untie(model, layers)
             part_for_good(model, tied)
-            for _, layer in list(crome_layers(self.model)):  # of adapters that were not to be merged
+            for _, layer in list(crome_layers(self.model)):  # these adapters were not to be merged
                 replace_everywhere(model, layer, layer.base_layer)
         disarm(model)
         take_weights_off(self.model)

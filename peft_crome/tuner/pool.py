@@ -1,4 +1,4 @@
-"""More adapters on one model than its device has room for: those used last are on the device, the others are not."""
+"""Hold more adapters than the device has room for: those used last are on the device, the others are not."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ RESTS = ("memory", "disk")
 
 @dataclass
 class _Kept:
-    """One map of an adapter, and where its weight is while the adapter is not on the device."""
+    """One map of an adapter; it remembers where its weight is while the adapter is not on the device."""
 
     linear: nn.Module
     device: torch.device
     rest: torch.Tensor
-    version: int = -1  # of the weight when it came to the device
+    version: int = -1  # the weight's version when it came to the device
 
     def come(self) -> None:
         """Copy the weight to the device."""
@@ -35,7 +35,7 @@ class _Kept:
         self.version = weight._version
 
     def go(self) -> None:
-        """Give the device's memory back."""
+        """Free the device's memory."""
         weight: Any = self.linear.weight
         if weight._version != self.version:  # something has changed it in place: a hot-swap, an optimizer
             self.rest = weight.detach().to("cpu", copy=True)
@@ -43,7 +43,7 @@ class _Kept:
 
 
 class AdapterPool:
-    """The adapters of a model that were used last, on its device; the others in memory or on disk.
+    """Keep the adapters that were used last on the model's device, and the others in memory or on disk.
 
     All of them are PEFT's adapters: `adapter_names`, `set_adapter`, `delete_adapter` and `save_pretrained` take any of
     them. One that is not on the device still gives the same result, but is copied in every call.
@@ -53,12 +53,12 @@ class AdapterPool:
         misses: adapters that had to be copied.
 
     Args:
-        model: has at least one CROME adapter, and is on its device.
-        room: how many adapters of the pool the device holds; at least as many as one batch names.
-        rest: where the others are. "memory": in the CPU's. "disk": in the files that they were loaded from, which the
+        model: model on its device, with at least one CROME adapter.
+        room: number of the pool's adapters that the device holds; at least as many as one batch names.
+        rest: where the other adapters are. "memory": in the CPU's memory. "disk": in their files, which the
             operating system reads when they are needed; do not overwrite these files while the model is in use.
     Raises:
-        ValueError: there is no CROME adapter, or `room` or `rest` is wrong.
+        ValueError: the model has no CROME adapter, or `room` or `rest` is wrong.
 
     Example:
         >>> pool = AdapterPool(model, room=64)  # doctest: +SKIP
@@ -74,48 +74,48 @@ class AdapterPool:
                 f"{type(model).__name__} has no CROME adapter. Write PeftModel.from_pretrained(...) first."
             )
         if room < 1:
-            raise ValueError(f"room={room} is no number of adapters. Write the most that one batch names, or more.")
+            raise ValueError(f"room={room} is too small. Write at least the number of adapters in one batch.")
         if rest not in RESTS:
             raise ValueError(f"rest={rest!r} is unknown. Write one of {RESTS}.")
         self.model, self.room, self.rest = model, room, rest
         self.hits = self.misses = 0
         self._weights = weights
         self._kept: dict[str, list[_Kept]] = {}
-        self._resident: OrderedDict[str, None] = OrderedDict()  # the one used longest ago comes first
+        self._resident: OrderedDict[str, None] = OrderedDict()  # the least recently used comes first
         self._lock = threading.Lock()
 
     def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, **kwargs: Any) -> None:
-        """Load an adapter by PEFT's `load_adapter`, and leave its weights off the device until a batch names it.
+        """Load an adapter with PEFT's `load_adapter`, and keep its weights off the device until a batch names it.
 
         Args:
             kwargs: as in `PeftModel.load_adapter`.
         Raises:
-            ValueError: rest="disk" and the file has another dtype than the adapter has on the model.
+            ValueError: rest="disk" and the dtype in the file is not the adapter's dtype on the model.
         """
         self.model.load_adapter(str(model_id), adapter_name, **kwargs)
         hub_kwargs, _ = PeftModel._split_kwargs(kwargs)
-        # A file that is read for the CPU is mapped, not copied.
+        # Reading a file for the CPU maps it and copies nothing.
         stored = load_peft_weights(str(model_id), device="cpu", **hub_kwargs) if self.rest == "disk" else {}
         self._put_to_rest(adapter_name, stored)
 
     def use(self, adapter_names: Sequence[str]) -> list[str]:
-        """Bring a batch's adapters to the device, each once, in the place of those used longest ago.
+        """Bring a batch's adapters to the device, each once, in place of those used longest ago.
 
         Args:
-            adapter_names: of the rows of a batch; "__base__" is a row without an adapter.
+            adapter_names: the adapter of each row of a batch; "__base__" is a row without an adapter.
         Returns:
             The same names, for `model(..., adapter_names=...)`.
         Raises:
-            ValueError: an adapter was not loaded through this pool, or a batch names more than there is room for.
+            ValueError: an adapter was not loaded through this pool, or a batch names more adapters than `room`.
         """
         wanted = [name for name in dict.fromkeys(adapter_names) if name != BASE]
         with self._lock, torch.inference_mode(mode=False):
             self._forget_deleted()
             if unknown := [name for name in wanted if name not in self._kept]:
-                raise ValueError(f"Not in the pool: {unknown}. Write pool.load_adapter(<directory>, {unknown[0]!r}).")
+                raise ValueError(f"{unknown}: not in the pool. Write pool.load_adapter(<directory>, {unknown[0]!r}).")
             if len(wanted) > self.room:
                 raise ValueError(
-                    f"{len(wanted)} adapters in one batch, and room for {self.room}. Write AdapterPool(model, "
+                    f"{len(wanted)} adapters are in one batch; the pool holds {self.room}. Write AdapterPool(model, "
                     f"room={len(wanted)}), or smaller batches."
                 )
             missing = [name for name in wanted if name not in self._resident]
@@ -124,7 +124,7 @@ class AdapterPool:
             for name in wanted:
                 self._resident[name] = None
                 self._resident.move_to_end(name)
-            while len(self._resident) > self.room:  # first room, then copies
+            while len(self._resident) > self.room:  # make room before copying
                 oldest, _ = self._resident.popitem(last=False)
                 for kept in self._kept[oldest]:
                     kept.go()
@@ -140,12 +140,12 @@ class AdapterPool:
 
     @property
     def resident(self) -> list[str]:
-        """The adapters on the device, the one used longest ago first."""
+        """The adapters on the device; the least recently used comes first."""
         return list(self._resident)
 
     @property
     def hit_rate(self) -> float:
-        """The share of the adapters that batches asked for and found on the device; nan before the first batch."""
+        """Share of the requested adapters that were already on the device; nan before the first batch."""
         return self.hits / (self.hits + self.misses) if self.hits + self.misses else float("nan")
 
     def __repr__(self) -> str:
@@ -156,7 +156,7 @@ class AdapterPool:
 
     def _put_to_rest(self, name: str, stored: dict[str, torch.Tensor]) -> None:
         files = {key.split(".")[-2]: tensor for key, tensor in stored.items() if f".{NAME}.crome_" in key}
-        devices = {one.linear: one.device for one in self._kept.get(name, ())}  # of one that is loaded again
+        devices = {one.linear: one.device for one in self._kept.get(name, ())}  # for an adapter that is loaded again
         kept = []
         for kind, linear in self._weights.linears_of(name).items():
             weight = linear.weight
@@ -165,7 +165,7 @@ class AdapterPool:
                 self.model.delete_adapter(name)
                 raise ValueError(
                     f"{name!r} is stored in {rest.dtype} and has {weight.dtype} on the model, so its file cannot "
-                    "stand for it. Write AdapterPool(..., rest='memory')."
+                    "replace it. Write AdapterPool(..., rest='memory')."
                 )
             kept.append(_Kept(linear, devices.get(linear, weight.device), rest))
         for one in kept:
@@ -175,7 +175,7 @@ class AdapterPool:
             self._resident.pop(name, None)
 
     def _forget_deleted(self) -> None:
-        """Adapters that PEFT's `delete_adapter` took off the model leave the pool as well."""
+        """Remove adapters from the pool that PEFT's `delete_adapter` removed from the model."""
         for name in [n for n in self._kept if self._weights.crome_up._modules.get(n) is not self._kept[n][0].linear]:
             del self._kept[name]
             self._resident.pop(name, None)

@@ -1,4 +1,4 @@
-"""What a `transformers.Trainer` cannot do with an adapter on its model."""
+"""Refuse what a `transformers.Trainer` cannot do with an adapter on its model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .layer import crome_layers
 
 
 def refuse_vllm(trainer: Any) -> None:
-    """Refuse generation by vLLM: TRL sends it merged weights, and a vision branch is not among them.
+    """Refuse generation by vLLM. TRL sends it merged weights, which do not contain a vision branch.
 
     Raises:
-        ValueError: says what to write.
+        ValueError: use_vllm is set; names what to write.
     """
     if getattr(trainer.args, "use_vllm", False) and any(True for _ in crome_layers(trainer.model)):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""All adapters' weights on one model."""
+"""Hold all adapters' weights on one model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .maps import CromeLinear, CromeUp
 
 GATE = "crome_gate_"
 DOWN = "crome_down_"
-Stack = Callable[[nn.ModuleDict, torch.device], Any]  # a kind of map of all adapters -> those of a batch, as one map
+Stack = Callable[[nn.ModuleDict, torch.device], Any]  # one kind of map of all adapters -> the batch's, as one map
 NAME = "crome"  # the child of the wrapped model that holds every adapter's weights
 
 
 class CromeWeights(nn.Module, BaseTunerLayer):
-    """All adapters' weights, registered once on the wrapped model as its child `crome`; sites only refer to it.
+    """Hold all adapters' weights, registered once on the wrapped model as its child `crome`; sites only refer to it.
 
-    So W_u is one tensor however many sites use it, and a file's keys do not depend on where the sites are. Children,
-    each a ModuleDict from adapter name to a CromeLinear: `crome_up` (m -> d), and for each branch of any adapter
+    W_u is therefore one tensor for any number of sites, and a file's keys do not depend on the sites. The children are
+    ModuleDicts from adapter name to a CromeLinear: `crome_up` (m -> d), and for each branch of any adapter
     `crome_gate_<branch>` and `crome_down_<branch>` (d -> m); d is the language model's width.
     """
 
-    weight = bias = None  # BaseTunerLayer would look for them in a base layer, and there is none
+    weight = bias = None  # BaseTunerLayer would look for them in a base layer
     other_param_names = ("settings",)  # deleted with an adapter
 
     def __init__(self) -> None:
@@ -35,18 +35,18 @@ class CromeWeights(nn.Module, BaseTunerLayer):
         self.adapter_layer_names: tuple[str, ...] = ("crome_up",)
         self.crome_up = nn.ModuleDict()
         self.settings: dict[str, tuple[str, float]] = {}  # adapter name -> gate activation, dropout
-        self.observer: Any = None  # its `see` is given what goes through the sites
-        self.override: Any = None  # if set: override(site, output, first argument) is the site's output, unless None
+        self.observer: Any = None  # its `see` receives each call of a site
+        self.override: Any = None  # override(site, output, first argument) replaces the output, unless None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
     def branches_of(self, adapter_name: str) -> list[str]:
-        """The branches of one adapter, in the order in which branches came to the model."""
+        """List the branches of one adapter, in the order in which branches came to the model."""
         gates = [name for name in self.adapter_layer_names if name.startswith(GATE)]
         return [name.removeprefix(GATE) for name in gates if adapter_name in getattr(self, name)]
 
     def linears_of(self, adapter_name: str) -> dict[str, CromeLinear]:
-        """The maps of one adapter by name, "crome_up" the first."""
+        """Return the maps of one adapter by name, "crome_up" first."""
         dicts = {name: getattr(self, name) for name in self.adapter_layer_names}
         return {name: linears[adapter_name] for name, linears in dicts.items() if adapter_name in linears}
 
@@ -56,10 +56,10 @@ class CromeWeights(nn.Module, BaseTunerLayer):
         """Create one adapter's weights in fp32: (2·branches + 1)·d·m of them.
 
         Args:
-            config: `bottleneck_dim` is filled in.
-            hidden_size: d.
-            rms: root mean square of the language model's own embeddings. The scheme "scaled" divides by rms·sqrt(d),
-                so that what enters gate and product has unit variance on text, whatever the backbone's scale.
+            config: configuration with `bottleneck_dim` filled in.
+            hidden_size: d, the language model's width.
+            rms: root mean square of the language model's embeddings. The scheme "scaled" divides by rms·sqrt(d), so
+                that the inputs of gate and product have unit variance on text at any scale of the backbone.
         """
         m = config.bottleneck_dim
         assert m is not None
@@ -81,10 +81,10 @@ class CromeWeights(nn.Module, BaseTunerLayer):
                 nn.init.normal_(linear.weight, std=0.02 if config.init_weights == "normal" else scaled)
 
     def forward(self, x: torch.Tensor, branch: str, adapter_name: str, stack: Stack | None = None) -> torch.Tensor:
-        """What one adapter adds to embeddings of a branch; (..., d), in the adapter's dtype.
+        """Compute what one adapter adds to the embeddings of a branch; (..., d), in the adapter's dtype.
 
         Args:
-            stack: puts the maps of several adapters like this one together, one adapter for each of x's first axis.
+            stack: stacks the maps of several adapters like this one; x's first axis has one entry per adapter.
         """
         activation, dropout = self.settings[adapter_name]
         kinds = [getattr(self, name) for name in (GATE + branch, DOWN + branch, "crome_up")]
@@ -92,10 +92,10 @@ class CromeWeights(nn.Module, BaseTunerLayer):
         return gated_product(x, gate, down, up, activation, dropout if self.training else 0.0)
 
     def _nothing_to_do(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the sites merge adapters and move them."""
+        """Do nothing: the sites merge and move adapters."""
 
     merge = unmerge = _move_adapter_to_device_of_base_layer = _nothing_to_do
 
     def unload_and_optionally_merge_module(self, merge: bool, *args: Any, **kwargs: Any) -> CromeWeights:
-        """What takes this module's place: itself where sites stay and need it, else an empty one."""
+        """Return what takes this module's place: itself if sites stay and need it, else an empty one."""
         return self if merge else CromeWeights()

@@ -1,4 +1,4 @@
-"""A model without the sites around its modules: to change its vocabulary's size, or to write it."""
+"""Take the sites off a model for a while: to resize its vocabulary, or to write it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .weights import CromeWeights
 
 @contextmanager
 def without_sites(model: nn.Module) -> Iterator[None]:
-    """`sites_out`, for a vocabulary to change its size: the adapters' weights do not depend on it.
+    """Run `sites_out` while a vocabulary changes its size. The adapters' weights do not depend on it.
 
-    All sites go, since a vision site may share a weight that is tied anew (UDOP).
+    All sites are removed, since a vision site may share a weight that is tied again (UDOP).
 
     Raises:
-        ValueError: a table or the output head trains as well, and has a copy for each adapter, or an adapter is folded
+        ValueError: a table or the output head trains as well and has a copy for each adapter, or an adapter is folded
             into the table.
     """
     sites = [module for module in model.modules() if isinstance(module, CromeLayer)]
@@ -47,9 +47,9 @@ def without_sites(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def sites_out(model: nn.Module) -> Iterator[None]:
-    """The model's own modules in its own places, without the adapters' weights, for as long as the block runs.
+    """Put the model's modules back in their places, without the adapters' weights, while the block runs.
 
-    What is in a site's place at the end is what it wraps from then on.
+    At the end each site wraps the module that is then in its place.
     """
     places = [(parent, name, child) for parent in model.modules() for name, child in parent._modules.items()]
     taken = [place for place in places if isinstance(place[2], (CromeLayer, CromeWeights))]
@@ -66,7 +66,7 @@ def sites_out(model: nn.Module) -> Iterator[None]:
                 child.base_layer = parent._modules[name]
                 if _is_table(child.base_layer):
                     child.in_features = child.table.num_embeddings
-            parent._modules[name] = child  # not by attributes, which a compiled module hands on
+            parent._modules[name] = child  # a compiled module would forward a set attribute
 
 
 def _is_table(module: nn.Module) -> bool:

@@ -1,1 +1,1 @@
-"""What several packages need: files, images, templates, messages."""
+"""Helpers that several packages share: files, images, templates, messages."""

@@ -1,4 +1,4 @@
-"""Write a file or a folder whole or not at all."""
+"""Write a file or a folder completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from uuid import uuid4
 
 
 def beside(path: Path) -> Path:
-    """A name that nobody has, in the same folder.
+    """Return an unused name in the same folder.
 
-    Not by `tempfile`, whose files are their owner's alone: others may share the folder.
+    `tempfile` is not used: its files are readable only by their owner, and others may share the folder.
     """
     return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
 
 
 def is_unfinished(name: str, of: str) -> bool:
-    """Whether a file's name is one of `beside`, for the file that is called `of`."""
+    """Whether a file's name comes from `beside`, for the file called `of`."""
     return name.startswith(f".{of}.") and name.endswith(".tmp")
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` at the end of the block; a file that is there is replaced.
+    """Yield a name to write to, which becomes `path` at the end of the block and replaces an existing file.
 
-    Where the block fails, nothing is left of it, and the file that was there stays.
+    If the block fails, the new file is removed and the old one stays.
     """
     temporary = beside(path)
     try:
@@ -40,9 +40,9 @@ def replaced(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """An empty folder to write to, which becomes `path` at the end of the block; that is missing, or empty.
+    """Yield an empty folder, which becomes `path` at the end of the block; `path` must be missing or empty.
 
-    Where the block fails, nothing is left of it. What a killed process left is removed.
+    If the block fails, the folder is removed. Remains of a killed process are removed as well.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
@@ -59,9 +59,9 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def moved_into(directory: Path) -> Iterator[Path]:
-    """An empty folder to write to, whose files are moved into `directory` at the end of the block, over older ones.
+    """Yield an empty folder, whose files are moved into `directory` at the end of the block and replace older ones.
 
-    Where the block fails, `directory` is as it was.
+    If the block fails, `directory` is unchanged.
     """
     temporary = beside(directory / "files")
     temporary.mkdir()
@@ -75,12 +75,12 @@ def moved_into(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[TextIO]:
-    """Open a file for text in UTF-8; it has its name when it is whole, and is gone where writing it failed.
+    """Open a file for text in UTF-8. It gets its name when it is complete, and is removed if writing fails.
 
-    What UTF-8 cannot hold is written as the escape that it is in JSON.
+    Characters that UTF-8 cannot encode are written as JSON escapes.
 
     Raises:
-        FileExistsError: another file has come to that place meanwhile. It stays; the message says where this one is.
+        FileExistsError: another process has created the file meanwhile. It stays; the message names the copy.
     """
     temporary = beside(path)
     try:

@@ -1,15 +1,15 @@
-"""Optional parts: what is said where their packages are not installed."""
+"""Errors for optional packages that are not installed."""
 
 from __future__ import annotations
 
 
 def missing(extra: str, module: str | None, what: str) -> ImportError:
-    """The error to raise.
+    """Build the error for a missing package.
 
     Args:
-        extra: as in pyproject.toml.
-        module: that cannot be imported.
-        what: needs it.
+        extra: name of the extra in pyproject.toml.
+        module: name of the module that cannot be imported.
+        what: feature that needs the module.
     """
     return ImportError(
         f'{what} needs {module!r}, which is not installed. Write: pip install "peft-crome[{extra}]"', name=module

@@ -1,4 +1,4 @@
-"""Read an image, whatever it is given as, into the pixels that training and inference share."""
+"""Read an image in any form into the pixels that training and inference share."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from urllib.request import url2pathname
 
 import numpy as np
 import torch
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # as transformers has it
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the same httpx as transformers
 from PIL import Image, ImageOps
 
 from .shorten import cut, short
 
-SOURCES = ("bytes", "path", "url", "base64")  # where a mapping holds its image
+SOURCES = ("bytes", "path", "url", "base64")  # keys of a mapping that may hold the image
 BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{32,}={0,2}\s*")
 SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
 WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -29,23 +29,23 @@ Channels = Literal["channels_first", "channels_last"]
 
 
 def read_image(image: Any, channels: Channels | None = None, timeout: float | None = None) -> Image.Image:
-    """Give the RGB pixels of an image; the composite's processor, training and evaluation all read with this function.
+    """Return the RGB pixels of an image. The composite's processor, training and evaluation all use this function.
 
-    - The EXIF orientation is applied. Of an animation the first frame is taken; a PIL image gives the frame it is at.
-    - Transparent pixels lie on white, as a page shows them; Qwen-VL and vLLM do the same. Dropping the alpha channel
-      would show whatever color a transparent pixel hides, which is often black.
-    - Of 16 bits the higher 8 are kept, as Pillow does with 16-bit RGB files. White stays white.
-    - Where a type does not say what is white (32-bit integers, floats), the largest value does: floats up to 1 have
+    - The EXIF orientation is applied. An animation gives its first frame; a PIL image gives its current frame.
+    - Transparent pixels are drawn on white, as on a page; Qwen-VL and vLLM do the same. Dropping the alpha channel
+      would show the hidden color of a transparent pixel, which is often black.
+    - The higher 8 of 16 bits are kept, as Pillow does with 16-bit RGB files. White stays white.
+    - If a type does not define white (32-bit integers, floats), the largest value does: floats up to 1 have
       white at 1, any values up to 255 at 255, integers up to 65,535 at 65,535.
 
     Args:
         image: a path, an http(s) or file address, a data URI, base64 text, bytes, an open file, a PIL image, {"bytes",
             "path", "url" or "base64"}, or an array or tensor of (height, width), (height, width, channels) or
             (channels, height, width) with 1 to 4 channels.
-        channels: where an array has its channels; None: found by their number.
-        timeout: seconds to wait for an address; None: as long as it takes.
+        channels: axis of an array's channels; None: determined by their number.
+        timeout: seconds to wait for an address; None: no limit.
     Raises:
-        ValueError: there is no such file, it is not an image, it is damaged, its white is unknown, or it is larger
+        ValueError: the file does not exist, is not an image or is damaged, its white is unknown, or it is larger
             than Pillow's limit against decompression bombs.
     """
     if isinstance(image, np.ndarray | torch.Tensor):
@@ -57,12 +57,12 @@ def read_image(image: Any, channels: Channels | None = None, timeout: float | No
 
 @contextmanager
 def open_lazily(image: Any, timeout: float | None = None) -> Iterator[Image.Image]:
-    """Open an image and read its header; its pixels are read when they are asked for.
+    """Open an image and read its header. Its pixels are read when they are needed.
 
     Args:
         image, timeout: as in `read_image`, without arrays.
     Raises:
-        ValueError: as `read_image`, in the block as well.
+        ValueError: as in `read_image`; it may also be raised in the block.
     """
     with _naming(image):
         if isinstance(image, Image.Image):
@@ -79,13 +79,13 @@ def open_lazily(image: Any, timeout: float | None = None) -> Iterator[Image.Imag
 def _naming(image: Any) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # each format's decoder has errors of its own
+    except Exception as error:  # each format's decoder raises its own errors
         cause = str(error) or type(error).__name__
         raise ValueError(f"cannot read the image {_described(image)} ({cut(cause, 200)})") from error
 
 
 def embedded_image(text: str) -> bytes | None:
-    """The bytes of an image that a text holds itself, as a data URI or in base64; None for a path or an address.
+    """Return the bytes of an image inside a text, a data URI or base64; None for a path or an address.
 
     Raises:
         ValueError: the base64 of a data URI is damaged.
@@ -97,12 +97,12 @@ def embedded_image(text: str) -> bytes | None:
 
 
 def local_path(text: str) -> str:
-    """The path that a file:// address names; any other text as it is."""
+    """Return the path in a file:// address; any other text is returned unchanged."""
     return url2pathname(urlsplit(text).path) if text[:7].lower() == "file://" else text
 
 
 def _file(image: Any, timeout: float | None) -> Any:
-    """A path or an open file for Pillow."""
+    """Return a path or an open file for Pillow."""
     if isinstance(image, Mapping):
         source = next((image[key] for key in SOURCES if image.get(key) is not None), None)
         if source is None or isinstance(source, Mapping):
@@ -165,9 +165,9 @@ def _described(image: Any) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    deep = image.mode == "I" and image.format == "PNG"  # of 16 bits, by a Pillow that has no other mode for them
+    deep = image.mode == "I" and image.format == "PNG"  # 16 bits; an older Pillow has no other mode for them
     if image.format == "TIFF":
-        image.load()  # turns it; an older Pillow keeps the tag and would turn it twice
+        image.load()  # rotates it; an older Pillow keeps the tag and would rotate twice
     else:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -199,7 +199,7 @@ def _from_array(array: Any, channels: Channels | None) -> Image.Image:
 
 
 def _channels(shape: tuple[int, ...]) -> Channels:
-    """1 or 3 channels come first in doubt, in the first axis before the last, as transformers finds them."""
+    """Find the channel axis by 1 or 3 channels, else by 4 or 2; the first axis has priority, as in transformers."""
     for counts in ((1, 3), (4,), (2,)):
         if shape[0] in counts:
             return "channels_first"
@@ -209,7 +209,7 @@ def _channels(shape: tuple[int, ...]) -> Channels:
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
-    """Values as 0 to 255; see `read_image` for what is taken for white."""
+    """Scale values to 0 to 255; see `read_image` for the value of white."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:
@@ -218,7 +218,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
         return (values >> 8).astype(np.uint8)
     least, most = values.min(), values.max()
     floats = values.dtype.kind == "f"
-    if not (least >= 0 and most <= (255 if floats else 65_535)):  # NaN is in no range
+    if not (least >= 0 and most <= (255 if floats else 65_535)):  # false for NaN
         raise ValueError(f"its values go from {least:.6g} to {most:.6g}, so its white is unknown; save it with 8 bits")
     if floats:
         return np.round(values.astype(np.float32) * (255 if most <= 1 else 1)).astype(np.uint8)

@@ -1,11 +1,11 @@
-"""A value in a message: enough of it to find it, however large it is."""
+"""Shorten values in messages to a readable and recognizable length."""
 
 from __future__ import annotations
 
 import reprlib
 from typing import Any
 
-MOST = 80  # characters of a value
+MOST = 80  # number of characters of a value
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = MOST
@@ -14,10 +14,10 @@ _SHORT.maxlevel = 3
 
 
 def short(value: Any, most: int = MOST) -> str:
-    """What `repr` gives, with the middle left out where it is long.
+    """Return `repr` of a value, with the middle left out if it is long.
 
     Args:
-        most: characters; a nested value may take twice as many as text.
+        most: number of characters; a nested value may take twice as many as a text.
 
     Example:
         >>> short("a.png"), short("iVBORw0KGgo" * 100_000, 30)
@@ -28,7 +28,7 @@ def short(value: Any, most: int = MOST) -> str:
 
 
 def cut(text: str, most: int = MOST) -> str:
-    """A text with its middle left out where it is longer than `most` characters.
+    """Leave out the middle of a text that is longer than `most` characters.
 
     Example:
         >>> cut("a.png"), cut("a" * 1000 + ".png", 12)

@@ -1,4 +1,4 @@
-"""Texts that users get as Jinja templates: files of the package, filled in with values that are never templates."""
+"""Fill in Jinja templates for user-facing texts: files of the package, with values that are never templates."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-PIPE = re.compile(r"(?<!\\)((?:\\\\)*)\|")  # one that no backslash escapes
+PIPE = re.compile(r"(?<!\\)((?:\\\\)*)\|")  # a bar without an escaping backslash
 
 
 def render(template: str, /, **values: Any) -> str:
-    """Fill in a template. Values are escaped for HTML in `.html` files, and inserted as they are in all others.
+    """Fill in a template. Values are escaped for HTML in `.html` files, and inserted unchanged in all others.
 
     Args:
         template: the file's path inside `peft_crome`, with slashes.
-        values: all that the template names; another name in it is an error.
+        values: all names in the template; a missing one is an error.
     """
     return _environment().get_template(template).render(values)
 
 
 def cell(value: Any) -> str:
-    r"""A value as a cell of a Markdown table, which a bar or the end of a line would cut.
+    r"""Escape a value for a cell of a Markdown table, which a bar or a line break would end.
 
     Example:
         >>> print(cell("a|b\nc"))

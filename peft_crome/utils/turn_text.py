@@ -1,23 +1,23 @@
-"""The text of a turn that is given in parts: one rule for chat templates and for the rows of a data set."""
+"""Join the parts of a turn to a text, by one rule for chat templates and for the rows of a data set."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")  # where a part holds its image
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")  # keys of a part that may hold its image
 
 
 def turn_text(parts: Sequence[Mapping[str, Any]], marks: Mapping[str, str]) -> str:
-    """Join a turn's parts; nothing of their text is left out.
+    """Join a turn's parts without losing any text.
 
-    An image stands on its own line beside text, as most vision-language prompts have it, and so do videos and sounds.
-    An image part with "text": "" stands in the text as it is; so a row keeps the place of an image that its text
-    itself shows.
+    An image is on a separate line beside text, as in most vision-language prompts, and so are videos and sounds.
+    An image part with "text": "" stays within the line, so a row keeps the place of an image that its text
+    shows.
 
     Args:
         parts: {"type": "text", "text"}, or {"type": one of marks}.
-        marks: type of a part -> what stands for it.
+        marks: type of a part -> its mark in the text.
 
     Example:
         >>> question = {"type": "text", "text": " is what?"}

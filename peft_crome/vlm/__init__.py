@@ -6,7 +6,7 @@ check_composite()
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from . import trainers  # noqa: F401  # what a Trainer is refused
+from . import trainers  # noqa: F401  # registers what a Trainer must refuse
 from .configuration_crome_vlm import CromeVLMConfig
 from .modeling_crome_vlm import CromeVLMForConditionalGeneration
 from .pipeline import read_images_of_pipelines
@@ -14,7 +14,7 @@ from .processing_crome_vlm import CromeVLMProcessor
 
 AutoConfig.register(CromeVLMConfig.model_type, CromeVLMConfig, exist_ok=True)
 AutoModelForImageTextToText.register(CromeVLMConfig, CromeVLMForConditionalGeneration, exist_ok=True)
-# The class that TRL falls back on for a model that transformers does not have.
+# TRL falls back on this class for a model that transformers does not know.
 AutoModelForCausalLM.register(CromeVLMConfig, CromeVLMForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(CromeVLMConfig, CromeVLMProcessor, exist_ok=True)
 read_images_of_pipelines()

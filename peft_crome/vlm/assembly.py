@@ -46,33 +46,33 @@ def from_backbones(
     qformer: QFormer | PreTrainedConfig | dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Composite:
-    """Join a vision tower and a language model; both are frozen, what is new between them trains.
+    """Join a vision tower and a language model. Both are frozen; the new layers between them train.
 
     Args:
         cls: the composite's class.
-        vision: name of a tower (or of a dual model such as CLIP), or a model object, which is used as it is, and is
-            stored with the composite: its weights may be other ones than where it came from.
-        language: name of a causal or encoder-decoder language model, or a model object, in the same way. Only a
-            quantized object goes by the name that it was loaded by.
+        vision: name of a tower (or of a dual model such as CLIP), or a model object. An object is used as it is and
+            stored with the composite, since its weights may have changed since it was loaded.
+        language: name of a causal or encoder-decoder language model, or a model object, treated likewise. Only a
+            quantized object is stored by the name that it was loaded by.
         vision_revision: branch, tag or commit of the tower's repository.
         text_revision: branch, tag or commit of the language model's repository.
         quantization_config: quantizes the language model while it is loaded.
         vision_quantization_config: quantizes the tower while it is loaded.
-        dtype: of both backbones; None: each as its checkpoint. Model objects keep theirs.
+        dtype: dtype of both backbones; None: each as in its checkpoint. Model objects keep theirs.
         device_map: as in transformers; a dictionary names the composite's modules.
         attn_implementation: one for both, or {"vision_config": ..., "text_config": ...}.
-        image_token_id: id of the placeholder; None: by the rule that the processor follows too.
-        image_size: pixels, one number or (height, width); None: what the tower's image processor gives, else the
-            tower's own.
+        image_token_id: id of the placeholder; None: by the rule that the processor follows as well.
+        image_size: pixels, one number or (height, width); None: the size from the tower's image processor, else the
+            tower's size.
         qformer: a Q-Former's configuration, or its dictionary, for a new one that trains; or a trained one, which is
-            used as it is, frozen; None: there is none.
+            used frozen; None: the composite has no Q-Former.
         kwargs: how image tokens are made, as in `CromeVLMConfig`: vision_feature_layer,
             vision_feature_select_strategy, vision_pool_size, image_projection_bias, num_query_tokens and
             image_token_order; and other arguments of `from_pretrained` for both backbones (`cache_dir`, `token`, ...).
     Returns:
         The composite in evaluation mode.
     Raises:
-        ValueError: a part is not what it should be, or the image token cannot be worked out.
+        ValueError: a part is of the wrong kind, or the image token cannot be determined.
     """
     options = {name: kwargs.pop(name) for name in IMAGE_OPTIONS if name in kwargs}
     if isinstance(qformer, QFormer):
@@ -122,7 +122,7 @@ def assemble(
     loading: Loading,
     qformer: QFormer | None = None,
 ) -> Composite:
-    """Put loaded backbones together: frozen, with fresh projections beside the embedding table."""
+    """Put loaded backbones together: frozen, with new projections beside the embedding table."""
     model = cls(config, vision_tower=vision_tower, language_model=language_model, qformer=qformer)
     for part in filter(None, (vision_tower, language_model, qformer)):
         part.requires_grad_(False)
@@ -144,7 +144,7 @@ def assemble(
 
 
 def _quantized_on_load(model: PreTrainedModel) -> dict[str, Any] | None:
-    """The quantization that loading applied; None where there is none or the checkpoint states its own."""
+    """Return the quantization that loading applied; None if there is none or the checkpoint states it."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or quantizer.pre_quantized:
         return None
@@ -152,14 +152,14 @@ def _quantized_on_load(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def _source_of(backbone: str | PreTrainedModel) -> str | None:
-    """Where a backbone came from; None for a model object that came from nowhere."""
+    """Return where a backbone came from; None for a model object without a name."""
     if isinstance(backbone, PreTrainedModel):
         return backbone.config.name_or_path or None
     return str(backbone)
 
 
 def _name_of(backbone: str | PreTrainedModel) -> str | None:
-    """Where a backbone's weights can be loaded from again; None for an object, which may have changed since."""
+    """Return where a backbone's weights can be loaded again; None for an object, which may have changed since."""
     is_object = isinstance(backbone, PreTrainedModel)
     return None if is_object and getattr(backbone, "hf_quantizer", None) is None else _source_of(backbone)
 

@@ -28,7 +28,7 @@ PARTS = ("vision_tower", "language_model")
 
 @dataclass(frozen=True)
 class Loading:
-    """How backbones are loaded; the same for both unless a mapping tells them apart.
+    """How to load backbones; the same for both unless a mapping has an entry for each.
 
     Args:
         dtype: as in transformers; None: the checkpoint's.
@@ -44,11 +44,11 @@ class Loading:
 
     @property
     def hub_arguments(self) -> dict[str, Any]:
-        """The arguments that processors and configurations understand too."""
+        """The arguments that processors and configurations understand as well."""
         return {name: value for name, value in self.arguments.items() if name in HUB_ARGUMENTS}
 
     def for_part(self, part: str) -> dict[str, Any]:
-        """Arguments of `from_pretrained` for "vision_tower" or "language_model".
+        """Build the arguments of `from_pretrained` for "vision_tower" or "language_model".
 
         Raises:
             ValueError: a device_map dictionary has no entry for the part.
@@ -77,14 +77,14 @@ def load_vision_tower(
     quantization_config: Quantization | None,
     loading: Loading,
 ) -> PreTrainedModel:
-    """Load the tower by name; of a dual model the vision half is kept.
+    """Load the tower by name, or the vision half of a dual model.
 
     Raises:
-        ValueError: the named model has no vision tower, or one of other sizes than the configuration says.
+        ValueError: the named model has no vision tower, or its sizes differ from the configuration's.
     """
     arguments = _arguments("vision_tower", revision, quantization_config, loading)
     stored = AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
-    if stored.model_type in PARTS_CLASSES:  # without the checkpoint's own language model
+    if stored.model_type in PARTS_CLASSES:  # skip the checkpoint's language model
         if config is not None:
             _check_sizes(name, stored.vision_config, config)
             stored.vision_config = _clean(config, quantization_config)
@@ -100,7 +100,7 @@ def load_vision_tower(
 
 
 def _check_sizes(name: str, stored: PreTrainedConfig, config: PreTrainedConfig) -> None:
-    """Refuse a tower whose weights cannot be those that a composite was trained with."""
+    """Refuse a tower whose weights a composite cannot have been trained with."""
     different = [
         f"{key}={getattr(stored, key)}, and this composite was made with {key}={getattr(config, key)}"
         for key in ("image_size", "patch_size", "hidden_size")
@@ -114,7 +114,7 @@ def _check_sizes(name: str, stored: PreTrainedConfig, config: PreTrainedConfig) 
 
 
 def _with_quantizer(model: PreTrainedModel) -> PreTrainedModel:
-    """The tower of a loaded model, which was quantized with the whole."""
+    """Return the tower of a loaded model, which was quantized with the whole model."""
     tower = find_vision_model(model)
     if hasattr(model, "hf_quantizer"):
         tower.hf_quantizer = model.hf_quantizer
@@ -128,12 +128,12 @@ def load_qformer(name: str, revision: str | None, loading: Loading) -> QFormer:
 
 
 def parts_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Of `from_backbones`' arguments, those that loading the parts of an InstructBLIP checkpoint by name takes."""
+    """Select the arguments of `from_backbones` that loading the parts of an InstructBLIP checkpoint takes."""
     return _arguments("vision_tower", kwargs.get("vision_revision"), None, _loading(kwargs))
 
 
 def load_quantized_tower(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The tower as `from_backbones`' arguments say that it is quantized and loaded."""
+    """Load the tower quantized as the arguments of `from_backbones` request."""
     return load_vision_tower(
         name, kwargs.get("vision_revision"), None, kwargs["vision_quantization_config"], _loading(kwargs)
     )
@@ -156,10 +156,10 @@ def load_language_model(
     """Load the language model with its head by name, decoder-only or encoder-decoder.
 
     Args:
-        config: of a composite that was saved, whose tables may have another size, or be tied no longer.
-        stored: what the composite's own files hold of it.
+        config: configuration in a saved composite, whose tables may be resized or no longer tied.
+        stored: weights of the language model in the composite's files.
     Raises:
-        ValueError: the named model is neither, or the composite that was saved has weights which nothing gives.
+        ValueError: the named model is neither, or weights of the saved composite are missing everywhere.
     """
     arguments = _arguments("language_model", revision, quantization_config, loading)
     stored_config = AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
@@ -174,7 +174,7 @@ def load_language_model(
         ours.vocab_size = theirs.vocab_size
     ties = [getattr(settings, "tie_word_embeddings", None) for settings in (config, ours)]
     for settings, published in ((config, stored_config), (ours, theirs)):
-        if getattr(published, "tie_word_embeddings", False):  # a merge unties them, and the files have one
+        if getattr(published, "tie_word_embeddings", False):  # a merge unties them, and the files store one table
             settings.tie_word_embeddings = True
     model, info = auto_class.from_pretrained(name, config=config, output_loading_info=True, **arguments)
     stored = stored or {}
@@ -197,7 +197,7 @@ def load_language_model(
 
 
 def language_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
-    """The auto class that loads a language model with its head.
+    """Return the auto class that loads a language model with its head.
 
     Raises:
         ValueError: transformers has no such class for this configuration.
@@ -224,16 +224,16 @@ def _revision(revision: str | None) -> dict[str, str]:
 
 
 def _clean(config: PreTrainedConfig, quantization_config: Quantization | None) -> PreTrainedConfig:
-    """The configuration without the quantization of the last load, which would read as the checkpoint's own."""
+    """Remove the quantization of the last load from the configuration, where it would pass for the checkpoint's."""
     if quantization_config is not None and hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
 def processor_image_size(name: str, revision: str | None, loading: Loading) -> tuple[int, int] | None:
-    """What the tower's image processor makes of an image; None: it has none, or keeps the image's shape."""
+    """Return the image size that the tower's image processor gives; None: no processor, or it keeps the shape."""
     try:
         processor = AutoImageProcessor.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
     except (OSError, ValueError):
-        return None  # a tower without an image processor states its size in its configuration
+        return None  # such a tower's configuration states the size
     return fixed_image_size(processor)

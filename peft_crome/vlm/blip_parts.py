@@ -25,7 +25,7 @@ from .qformer import QFormer
 
 
 class InstructBlipParts(InstructBlipPreTrainedModel):
-    """All of an InstructBLIP checkpoint but its language model."""
+    """An InstructBLIP checkpoint without its language model."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^language_model\."]
 
@@ -38,7 +38,7 @@ class InstructBlipParts(InstructBlipPreTrainedModel):
 
 
 class Blip2Parts(Blip2PreTrainedModel):
-    """All of a BLIP-2 checkpoint but its language model."""
+    """A BLIP-2 checkpoint without its language model."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^language_model\."]
     _keep_in_fp32_modules: ClassVar[list[str]] = ["query_tokens", "qformer"]  # as upstream
@@ -67,11 +67,11 @@ def load_parts(name: str, config: PreTrainedConfig | None = None, **arguments: A
     """Load `vision_model`, `qformer`, `query_tokens` and `language_projection` of a checkpoint.
 
     Args:
-        name: of an InstructBLIP or BLIP-2 checkpoint.
-        config: instead of the stored one.
-        arguments: of `from_pretrained`.
+        name: name of an InstructBLIP or BLIP-2 checkpoint.
+        config: configuration to use instead of the stored one.
+        arguments: arguments of `from_pretrained`.
     Raises:
-        ValueError: the checkpoint is of another kind.
+        ValueError: the checkpoint is of another model type.
     """
     hub = {key: value for key, value in arguments.items() if key in (*HUB_ARGUMENTS, "revision")}
     config = config or AutoConfig.from_pretrained(name, **hub)
@@ -84,7 +84,7 @@ def load_parts(name: str, config: PreTrainedConfig | None = None, **arguments: A
 
 
 def qformer_of(parts: Any) -> QFormer:
-    """The Q-Former and the query tokens of loaded parts, or of a whole InstructBLIP or BLIP-2 model."""
+    """Take the Q-Former and the query tokens from loaded parts, or from a whole InstructBLIP or BLIP-2 model."""
     config = parts.config.qformer_config
     with torch.device("meta"):
         qformer = QFormer(config, parts.query_tokens.shape[1])

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-# Arguments of `from_pretrained` that configurations and processors understand too.
+# Arguments of `from_pretrained` that configurations and processors understand as well.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
 
 # How image tokens are made. `from_backbones` and recipes take these under the same names.
@@ -19,43 +19,43 @@ IMAGE_OPTIONS = (
     "image_token_order",
 )
 
-# A part's configuration -> its model_type where the given dictionary has none; only the Q-Former may be left out.
+# A part's configuration -> its model_type if the dictionary has none. Only the Q-Former is optional.
 PARTS = {"vision_config": "clip_vision_model", "text_config": "llama", "qformer_config": "instructblip_qformer"}
 
 
 @strict
 class CromeVLMConfig(PreTrainedConfig):
-    """Describes a frozen vision tower and a frozen language model that a linear image projection joins.
+    """Configure a frozen vision tower and a frozen language model that a linear image projection joins.
 
     Attributes:
-        vision_config: the tower's own configuration, or its dictionary.
-        text_config: the language model's own configuration, or its dictionary.
+        vision_config: the tower's configuration, or its dictionary.
+        text_config: the language model's configuration, or its dictionary.
         vision_model_name_or_path: where the tower's weights are; None: they are stored with the composite.
         vision_revision: branch, tag or commit of that repository; None: its default branch.
         text_model_name_or_path: where the language model's weights are; None: they are stored with the composite.
         text_revision: branch, tag or commit of that repository; None: its default branch.
-        vision_quantization_config: how the tower is quantized while it is loaded; None: as its checkpoint is.
-        text_quantization_config: how the language model is quantized while it is loaded; None: as its checkpoint is.
+        vision_quantization_config: how to quantize the tower while loading it; None: as in its checkpoint.
+        text_quantization_config: how to quantize the language model while loading it; None: as in its checkpoint.
         image_token_id: id of the image placeholder; it may lie outside the embedding table, which is never resized.
-        image_size: height and width in pixels that the tower is fed, or one number for both; None: the tower's own.
+        image_size: height and width of the tower's input in pixels, or one number for both; None: the tower's size.
         image_seq_length: tokens per image in the prompt, after pooling; None: computed when the model is built.
-        vision_feature_layer: -1: the tower's output (`last_hidden_state`, after its final norm where it has one);
+        vision_feature_layer: -1: the tower's output (`last_hidden_state`, after its final norm if it has one);
             any other number indexes its `hidden_states`; -2 is the penultimate layer, as in the paper.
         vision_feature_select_strategy: "default" drops the tokens before the patches (CLS, registers); "full" keeps
             them.
         vision_pool_size: n averages n x n neighboring patches into one token; 1 keeps every patch.
         image_projection_bias: whether the image projection has a bias.
-        qformer_config: the Q-Former's own configuration, or its dictionary; None: there is none.
+        qformer_config: the Q-Former's configuration, or its dictionary; None: the composite has none.
         qformer_model_name_or_path: the InstructBLIP or BLIP-2 checkpoint that has the Q-Former's weights; None: they
             are stored with the composite.
         qformer_revision: branch, tag or commit of that repository; None: its default branch.
-        num_query_tokens: tokens that the Q-Former reads an image into.
-        image_token_order: what an image's tokens are, in order: "query" the Q-Former's, "patch" the patches'. None:
+        num_query_tokens: number of tokens that the Q-Former makes of an image.
+        image_token_order: kinds of image tokens in order: "query" for the Q-Former's, "patch" for the patches'. None:
             ["query", "patch"] with a Q-Former, as in the paper, else ["patch"].
-        has_adapter: whether an adapter was stored beside the composite, as a training stage does; loading asks for it.
+        has_adapter: whether an adapter is stored beside the composite, as after a training stage; loading expects it.
 
     Raises:
-        ValueError: a number is out of range, the two image token counts differ, or an order names what is not there.
+        ValueError: a number is out of range, the two image token counts differ, or an order names a missing kind.
 
     Example:
         >>> config = CromeVLMConfig(vision_config={"model_type": "dinov2"}, text_config={"model_type": "qwen3"})
@@ -64,9 +64,9 @@ class CromeVLMConfig(PreTrainedConfig):
     """
 
     model_type = "crome_vlm"
-    # By this name alone every release finds the parts. What a part without a model_type is, is in PARTS.
+    # Every release finds the parts by this name only. PARTS has the type of a part without a model_type.
     sub_configs: ClassVar[dict[str, Any]] = dict.fromkeys(PARTS, AutoConfig)
-    auto_map: ClassVar[dict[str, str]] = {}  # there is no code on the Hub; TRL asks every model that it loads by name
+    auto_map: ClassVar[dict[str, str]] = {}  # no code on the Hub; TRL reads this for models loaded by name
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values",
         "image_hidden_states",
@@ -102,14 +102,14 @@ class CromeVLMConfig(PreTrainedConfig):
                 part_config = {}
             if isinstance(part_config, dict):
                 setattr(self, name, AutoConfig.for_model(**{"model_type": model_type, **part_config}))
-        # The base class would reset what the parts chose; keep it unless the caller says otherwise.
+        # The base class would reset the parts' choices; keep them unless the caller overrides them.
         for choice in ("attn_implementation", "experts_implementation"):
             if kwargs.get(choice) is None:
                 chosen = {key: getattr(getattr(self, key), f"_{choice}", None) for key in self.sub_configs}
                 kwargs[choice] = {key: value for key, value in chosen.items() if value is not None}
         super().__post_init__(**kwargs)
         self.is_encoder_decoder = bool(self.text_config.is_encoder_decoder)
-        self.tie_word_embeddings = False  # the language model ties its own; the composite adds no tie
+        self.tie_word_embeddings = False  # the language model ties its weights; the composite adds no tie
         if self.image_size is None:
             of_timm = getattr(self.vision_config, "pretrained_cfg", None) or {}
             size = getattr(self.vision_config, "image_size", None)
@@ -141,7 +141,7 @@ class CromeVLMConfig(PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON-ready values; a quantization applied while loading is recorded once."""
+        """Convert the configuration to JSON-ready values, with a quantization applied while loading recorded once."""
         output = super().to_dict()
         for part in ("vision", "text"):
             if output[f"{part}_quantization_config"] is not None:
@@ -150,7 +150,7 @@ class CromeVLMConfig(PreTrainedConfig):
 
     @property
     def image_height_width(self) -> tuple[int, int]:
-        """Height and width in pixels of the images that the tower is fed.
+        """Height and width in pixels of the tower's input images.
 
         Raises:
             ValueError: neither the composite nor the tower states a size.
@@ -166,7 +166,7 @@ class CromeVLMConfig(PreTrainedConfig):
 
 
 def quantization_to_dict(quantization_config: QuantizationConfigMixin | dict[str, Any] | None) -> dict | None:
-    """A JSON-ready copy of a quantization configuration; None stays None."""
+    """Copy a quantization configuration into JSON-ready values; None stays None."""
     if isinstance(quantization_config, QuantizationConfigMixin):
         return quantization_config.to_dict()
     return None if quantization_config is None else dict(quantization_config)

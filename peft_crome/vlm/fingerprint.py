@@ -1,23 +1,23 @@
-"""Tell which weights of a backbone are no longer those that its name gives."""
+"""Detect which weights of a backbone differ from those that its name gives."""
 
 from collections.abc import Mapping
 
 import torch
 
 Samples = dict[str, tuple[torch.Size, torch.Tensor]]
-NUM_VALUES = 4096  # of a tensor without columns: a bias whole, or what a quantized weight is packed into
+NUM_VALUES = 4096  # from a tensor without columns: a bias or a packed quantized weight
 
 
 def take_samples(weights: Mapping[str, torch.Tensor]) -> Samples:
-    """Some values of each tensor, on the CPU, with its shape; tensors without values are left out.
+    """Take some values of each tensor, on the CPU, with its shape. Tensors without values are left out.
 
-    One or more of each row and of each column: an embedding that is set by hand is seen as well as a merged LoRA.
+    Each row and each column gives one or more, so that a hand-set embedding is detected as well as a merged LoRA.
     """
     return {key: (tensor.shape, _values(tensor)) for key, tensor in weights.items() if _is_readable(tensor)}
 
 
 def changed(weights: Mapping[str, torch.Tensor], samples: Samples) -> set[str]:
-    """Keys whose values or shape differ from the samples'; a cast alone, of `model.half()`, is no change."""
+    """Return keys whose values or shape differ from the samples'. A cast such as `model.half()` is not a change."""
     keys = set()
     for key, tensor in weights.items():
         if key not in samples or not _is_readable(tensor):
@@ -29,12 +29,12 @@ def changed(weights: Mapping[str, torch.Tensor], samples: Samples) -> set[str]:
 
 
 def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    # Bit by bit: packed 4-bit weights that are stored as floats hold the bits of NaN, which equals nothing.
+    # Compare bits: packed 4-bit weights stored as floats can look like NaN, which equals nothing.
     return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:
-    # Not a DTensor, whose values are elsewhere.
+    # The values of a DTensor are in other processes.
     return not tensor.is_meta and type(tensor.data) is torch.Tensor
 
 
@@ -47,5 +47,5 @@ def _values(tensor: torch.Tensor) -> torch.Tensor:
     flat = flat.reshape(-1, columns)
     if flat.dtype.itemsize == 1:
         flat = flat.view(torch.uint8)  # not all of these small types can be indexed
-    steps = torch.arange(max(flat.shape), device=flat.device)  # down a diagonal that begins again at each border
+    steps = torch.arange(max(flat.shape), device=flat.device)  # along a diagonal that wraps around at each border
     return flat[steps % len(flat), steps % columns].cpu().view(tensor.dtype)

@@ -1,4 +1,4 @@
-"""Generation: embed the prompt once, then let the language model generate in its own way."""
+"""Generate text: embed the prompt once, then run the language model's generation."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from .language_inputs import arguments_by_token, generator
 
 
 class CromeVLMGenerationMixin(GenerationMixin):
-    """`generate` of the composite; every strategy and cache is the language model's."""
+    """`generate` of the composite. Every strategy and cache is the language model's."""
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        """The language model's: it is the one that generates."""
+        """The language model's generation configuration."""
         language_model = self._modules.get("language_model")
         return getattr(language_model, "generation_config", None)
 
@@ -40,27 +40,27 @@ class CromeVLMGenerationMixin(GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.LongTensor | ModelOutput:
-        """Generate text with the language model's own `generate`: greedy, beams, sampling, any cache.
+        """Generate text with the language model's `generate`: greedy, beams, sampling, any cache.
 
         Args:
             inputs: same as input_ids, for callers that pass it first.
-            generation_config: the language model's, unless given.
-            input_ids: (batch, tokens); images as in `forward`. Padding is moved to where the language model needs
-                it: to the left for decoder-only, to the right for encoder-decoder.
+            generation_config: None: the language model's.
+            input_ids: (batch, tokens); images as in `forward`. Padding is moved to the language model's side:
+                left for decoder-only, right for encoder-decoder.
             pixel_values: (images, channels, height, width), in reading order over the batch.
             vision_features: (images, tokens, vision_width) from `get_vision_features`, instead of pixel_values.
-            qformer_input_ids: (images, instruction tokens), where a Q-Former reads the instruction.
+            qformer_input_ids: (images, instruction tokens), for a Q-Former that reads the instruction.
             qformer_attention_mask: the same shape, 1 where a token counts.
-            attention_mask: (batch, tokens); None: pads are found by id, as in transformers.
+            attention_mask: (batch, tokens); None: pads are recognized by id, as in transformers.
             inputs_embeds: (batch, tokens, hidden), instead of input_ids, with any images already in place.
-            kwargs: everything that the language model's `generate` takes. With `past_key_values` of a conversation so
-                far, input_ids are all of it or the new tokens alone, and the images those of the new tokens; with new
-                tokens alone attention_mask still counts every token, (batch, cached + tokens).
+            kwargs: all arguments of the language model's `generate`. With the `past_key_values` of a conversation,
+                pass all input_ids or only the new ones, with the images of the new tokens. With only new tokens,
+                attention_mask still counts every token, (batch, cached + tokens).
         Returns:
-            What the language model returns; for decoder-only models input_ids, with their image ids, come first.
+            The language model's output; for decoder-only models input_ids, with their image ids, come first.
         Raises:
-            ValueError: as in `forward`, or tokens are to be guessed ahead (`assistant_model`,
-                `prompt_lookup_num_tokens`, `assistant_early_exit`).
+            ValueError: as in `forward`, or tokens would be guessed (`assistant_model`, `prompt_lookup_num_tokens`,
+                `assistant_early_exit`).
         """
         _refuse_guessing(generation_config or self.language_model.generation_config, kwargs)
         if inputs is not None and input_ids is not None:
@@ -82,7 +82,7 @@ class CromeVLMGenerationMixin(GenerationMixin):
                 arguments |= arguments_by_token(language_model, None, kwargs)
             return language_model.generate(generation_config=generation_config, **arguments, **kwargs)
         cached = 0 if self.config.is_encoder_decoder else _cached_tokens(kwargs.get("past_key_values"))
-        unseen = _unseen_tokens(cached, input_ids, attention_mask)  # of the cached ones, that input_ids leave out
+        unseen = _unseen_tokens(cached, input_ids, attention_mask)  # cached tokens that input_ids leave out
         neutral = neutral_token_id(self.language_model.config, self.generation_config)
         prompt_ids = torch.cat([input_ids.new_full((input_ids.shape[0], unseen), neutral), input_ids], dim=1)
         if attention_mask is None:
@@ -119,7 +119,7 @@ class CromeVLMGenerationMixin(GenerationMixin):
     def _embed_prompt(
         self, input_ids: torch.LongTensor, cached: int, images: tuple[torch.Tensor | None, ...]
     ) -> tuple[torch.LongTensor, torch.Tensor]:
-        """Valid ids and embeddings of a prompt; no image has to be there again for tokens that a cache holds."""
+        """Return valid ids and embeddings of a prompt. Cached tokens do not need their images again."""
         num_images = next((value.shape[0] for value in images[:2] if value is not None), 0)
         wanted = int((input_ids == self.config.image_token_id).sum())
         if not cached or num_images * self.image_seq_length == wanted:
@@ -132,7 +132,7 @@ class CromeVLMGenerationMixin(GenerationMixin):
         return torch.cat([before, valid_ids], dim=1), torch.cat([unread, embeddings], dim=1)
 
     def _infer_mask(self, input_ids: torch.LongTensor, generation_config: GenerationConfig | None) -> torch.Tensor:
-        """A mask by pad id, where the pad id is not an end id; else every token counts."""
+        """Build a mask by the pad id if it is not an end id; otherwise every token counts."""
         config = generation_config if generation_config is not None else self.generation_config
         pad, eos = config.pad_token_id, config.eos_token_id
         ends = eos if isinstance(eos, (list, tuple)) else [eos]
@@ -146,10 +146,10 @@ def _cached_tokens(past_key_values: Cache | None) -> int:
 
 
 def _unseen_tokens(cached: int, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> int:
-    """How many of the cached tokens input_ids do not repeat: all or none.
+    """Count the cached tokens that input_ids do not repeat: all or none.
 
     Raises:
-        ValueError: neither fits the attention mask.
+        ValueError: neither number fits the attention mask.
     """
     tokens = input_ids.shape[1]
     counted = (tokens if tokens > cached else cached + tokens) if attention_mask is None else attention_mask.shape[-1]
@@ -162,7 +162,7 @@ def _unseen_tokens(cached: int, input_ids: torch.LongTensor, attention_mask: tor
 
 
 def _refuse_guessing(generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-    # transformers checks guesses that follow `inputs_embeds` against the wrong logits, and writes other text.
+    # After `inputs_embeds`, transformers checks guesses against the wrong logits and changes the text.
     named = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
     options = [name for name in named if kwargs.get(name, getattr(generation_config, name, None)) is not None]
     if options:

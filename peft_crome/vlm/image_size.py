@@ -1,4 +1,4 @@
-"""Agree on one image size between a tower and its image processor, by what the processor does."""
+"""Agree on one image size between a tower and its image processor, by probing the processor."""
 
 import copy
 from typing import Any
@@ -7,15 +7,15 @@ from PIL import Image
 
 
 def fixed_image_size(image_processor: Any) -> tuple[int, int] | None:
-    """Height and width in pixels that an image processor makes of any image; None where they vary."""
+    """Return height and width in pixels of an image processor's output for any image; None if they vary."""
     shapes = {_output_size(image_processor, shape) for shape in ((96, 160), (160, 96))}
     return shapes.pop() if len(shapes) == 1 else None
 
 
 def with_image_size(image_processor: Any, height: int, width: int) -> Any:
-    """A copy of the image processor that makes height x width pixels of any image.
+    """Copy an image processor so that it makes height x width pixels of any image.
 
-    Resizing and cropping keep their proportions where the processor does both (resize to 256, crop to 224).
+    Resizing and cropping keep their ratio if the processor does both (resize to 256, crop to 224).
 
     Raises:
         ValueError: the processor cannot be made to give this size, or cannot be saved.
@@ -28,7 +28,7 @@ def with_image_size(image_processor: Any, height: int, width: int) -> Any:
         candidate = copy.deepcopy(image_processor)
         for name, value in changes.items():
             current = getattr(candidate, name, None)
-            if current is not None:  # the processor's own size class, where it has one
+            if current is not None:  # keep the processor's size class if it has one
                 setattr(candidate, name, type(current)(**value) if not isinstance(current, int) else value)
         try:
             if fixed_image_size(candidate) == (height, width):
@@ -42,7 +42,7 @@ def with_image_size(image_processor: Any, height: int, width: int) -> Any:
 
 
 def _keep_proportions(image_processor: Any, height: int, width: int) -> dict[str, dict[str, int]]:
-    """Changes that scale `size` as `crop_size` changes; none where the processor does not resize by an edge."""
+    """Find changes that scale `size` as `crop_size` changes; none if the processor does not resize by an edge."""
     size, crop = getattr(image_processor, "size", None), getattr(image_processor, "crop_size", None)
     edge = size.get("shortest_edge") if hasattr(size, "get") else None
     if not edge:
@@ -54,7 +54,7 @@ def _keep_proportions(image_processor: Any, height: int, width: int) -> dict[str
 
 
 def _refuse_timm(image_processor: Any) -> None:
-    """timm's processor lives in its tower's config.json and writes no file, so what holds it could not be loaded."""
+    """Refuse timm's processor: it is stored in its tower's config.json, so a composite's folder could not load it."""
     data_config = getattr(image_processor, "data_config", None)
     if data_config is None:
         return
@@ -70,6 +70,6 @@ def _refuse_timm(image_processor: Any) -> None:
 
 
 def _output_size(image_processor: Any, shape: tuple[int, int]) -> tuple[int, int]:
-    image = Image.new("RGB", shape)  # PIL's and "pt": timm's processor takes nothing else
+    image = Image.new("RGB", shape)  # a PIL image and "pt": timm's processor takes nothing else
     pixels = image_processor(image, return_tensors="pt")["pixel_values"]
     return tuple(pixels.shape[-2:])

@@ -1,4 +1,4 @@
-"""The image placeholder: one rule that the model and the processor share."""
+"""The image placeholder, by one rule for the model and the processor."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -11,10 +11,10 @@ IMAGE_TOKEN = "<image>"
 
 
 def ensure_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """The tokenizer's image placeholder and its id; where it has none, `<image>` is appended as a special token.
+    """Return the tokenizer's image placeholder and its id. If it has none, append `<image>` as a special token.
 
-    The tokenizer's own `image_token` comes first, then `<image>` where it is one token already. The embedding table
-    is never resized: the model does not look the id up.
+    The tokenizer's `image_token` comes first, then `<image>` if it is one token already. The embedding table is
+    never resized, since the model does not look the id up.
     """
     token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
     token = str(token)
@@ -25,9 +25,9 @@ def ensure_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
 
 
 def neutral_token_id(config: Any, generation_config: Any) -> int:
-    """An id inside the embedding table to stand for image placeholders where the language model sees ids.
+    """Choose an id inside the embedding table that replaces image placeholders wherever the language model sees ids.
 
-    The pad id, unless it ends a text: then a repetition penalty would count every image token as an end.
+    It is the pad id, unless that ends a text: a repetition penalty would then count every image token as an end.
     """
     eos = generation_config.eos_token_id if generation_config is not None else None
     eos = eos if eos is not None else getattr(config, "eos_token_id", None)
@@ -38,17 +38,17 @@ def neutral_token_id(config: Any, generation_config: Any) -> int:
 
 
 def check_image_tokens(is_image: torch.Tensor, num_images: int, image_seq_length: int) -> Callable[[], None]:
-    """Refuse a prompt whose image tokens do not fit its images: at once, or on a GPU when the result is called.
+    """Refuse a prompt whose image tokens do not match its images: at once, or on a GPU when the result is called.
 
     On a GPU the counts are copied to the host in the background, so that work can be queued before they are read.
-    Nothing is checked in a compiled graph, nor in a rehearsal without values.
+    Nothing is checked in a compiled graph or on the meta device.
 
     Args:
         is_image: (batch, tokens), true at image placeholders.
         num_images: images passed with the whole batch.
         image_seq_length: placeholders per image.
     Raises:
-        ValueError: a row cuts an image's tokens, or both counts differ.
+        ValueError: a row cuts an image's tokens, or the counts of tokens and images differ.
     """
     if torch.compiler.is_compiling() or is_fake_tensor(is_image):
         return lambda: None
@@ -60,7 +60,7 @@ def check_image_tokens(is_image: torch.Tensor, num_images: int, image_seq_length
     copied = torch.cuda.current_stream(counts.device).record_event()
 
     def check() -> None:
-        copied.synchronize()  # with the copy alone, not with what was queued after it
+        copied.synchronize()  # waits for the copy only, not for later work
         _compare(on_host.tolist(), num_images, image_seq_length)
 
     return check
@@ -85,14 +85,14 @@ def _compare(per_row: list[int], num_images: int, image_seq_length: int) -> None
 def move_padding(
     side: Literal["left", "right"], attention_mask: torch.Tensor, *tensors: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Move every row's padding to one side, in the mask and in each tensor alike; order is kept otherwise.
+    """Move every row's padding to one side, in the mask and in each tensor. The order of other tokens is kept.
 
     Args:
-        side: where the padding goes.
+        side: side to move the padding to.
         attention_mask: (batch, tokens), 1 where a token counts.
         tensors: (batch, tokens) or (batch, tokens, hidden) each.
     Returns:
-        The mask and the tensors, in the order given.
+        The mask and the tensors, in the order of the arguments.
     """
     counts = attention_mask.ne(0)
     order = (counts if side == "left" else ~counts).long().argsort(dim=1, stable=True)

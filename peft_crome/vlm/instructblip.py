@@ -19,19 +19,19 @@ def from_instructblip(
 ) -> Composite:
     """Join an InstructBLIP checkpoint's tower, Q-Former and projection with any language model.
 
-    The checkpoint's language projection becomes `text_projection` where the new language model has its width (Vicuna
-    1.5 for 1.1); otherwise that is drawn anew, as the image projection always is. Both train; the rest is frozen.
+    The checkpoint's language projection becomes `text_projection` if the new language model has its width (Vicuna
+    1.5 for 1.1); otherwise it is initialized, as the image projection always is. Both train; the rest is frozen.
 
     Args:
         cls: the composite's class.
-        checkpoint: name of an InstructBLIP or BLIP-2 checkpoint, whose own language model is not loaded, or a model.
+        checkpoint: name of an InstructBLIP or BLIP-2 checkpoint, whose language model is not loaded, or a model.
         language: name of a causal or encoder-decoder language model, or a model object, which is used as it is.
-        kwargs: of `from_backbones`; `vision_revision` is the checkpoint's. `vision_quantization_config` is the tower's
-            alone: the Q-Former trains, and is stored, unquantized.
+        kwargs: arguments of `from_backbones`; `vision_revision` is the checkpoint's. `vision_quantization_config`
+            applies to the tower only: the Q-Former trains, and is stored, unquantized.
     Returns:
         The composite in evaluation mode.
     Raises:
-        ValueError: the checkpoint is of another kind or a quantized object, or as in `from_backbones`.
+        ValueError: the checkpoint is of another type or a quantized object, or as in `from_backbones`.
     """
     if isinstance(checkpoint, PreTrainedModel):
         parts, name = checkpoint, checkpoint.config.name_or_path
@@ -53,7 +53,7 @@ def from_instructblip(
         tower = parts.vision_model = load_quantized_tower(name, kwargs)
     tower.config.name_or_path = qformer.config.name_or_path = name
     model = from_backbones(cls, tower, language, qformer=qformer, **kwargs)
-    if isinstance(checkpoint, str):  # loaded here, so the name gives these weights
+    if isinstance(checkpoint, str):  # loaded by name, so the name gives these weights
         config = model.config
         config.vision_model_name_or_path = config.qformer_model_name_or_path = name
         config.qformer_revision = config.vision_revision

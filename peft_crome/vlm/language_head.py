@@ -1,4 +1,4 @@
-"""A language model without its head: its decoder, and whether the head alone makes logits of what that returns."""
+"""Split a language model from its head, and check that the head alone turns the decoder's output into logits."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _proven: WeakSet[nn.Module] = WeakSet()
 
 
 def decoder_of(language_model: PreTrainedModel) -> nn.Module:
-    """The part of a decoder-only language model that comes before its head.
+    """Return the part of a decoder-only language model that comes before its head.
 
     Raises:
-        ValueError: there is none, as in encoder-decoder models.
+        ValueError: the model has no such part, as in encoder-decoder models.
     """
     base = language_model.base_model
-    decoder = base if base is not language_model else getattr(language_model, "model", None)  # Llama 4's
+    decoder = base if base is not language_model else getattr(language_model, "model", None)  # Llama 4 has `model`
     if language_model.config.is_encoder_decoder or decoder is None:
         raise ValueError(
             f"{type(language_model).__name__} has no decoder that reads prompt and answer as one sequence, which is "
@@ -32,13 +32,13 @@ def decoder_of(language_model: PreTrainedModel) -> nn.Module:
 
 
 def check_head(language_model: PreTrainedModel) -> None:
-    """See, once for each language model, that its logits are its head's, of its decoder's last hidden states.
+    """Check, once for each language model, that its head alone turns the decoder's last hidden states into logits.
 
-    Two made-up embeddings run through it, without dropout. Whoever computes logits from hidden states, as TRL does,
-    takes them through `get_output_embeddings()`, a factor and a cap that the configuration names, and nothing else.
+    Two random embeddings run through it, without dropout. Code that computes logits from hidden states, as TRL's
+    does, applies `get_output_embeddings()`, a factor and a cap that the configuration names, and nothing else.
 
     Raises:
-        ValueError: the language model does more (BERT's transform before the head), or has no decoder.
+        ValueError: the language model does more (BERT transforms before the head), or has no decoder.
     """
     if language_model in _proven:
         return
@@ -73,7 +73,7 @@ def check_head(language_model: PreTrainedModel) -> None:
 
 
 def scaled(config: PreTrainedConfig, logits: torch.Tensor) -> torch.Tensor:
-    """What the head returned, scaled and capped by the names that TRL reads (`add_fused_lm_head`)."""
+    """Scale and cap the head's output by the names that TRL reads (`add_fused_lm_head`)."""
 
     def named(*names: str) -> Any:
         return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

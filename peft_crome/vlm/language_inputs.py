@@ -1,4 +1,4 @@
-"""What some language models need beside `inputs_embeds`: token ids for their layers, a `generate` that takes both."""
+"""Provide what some language models need beside `inputs_embeds`: token ids, and a `generate` that takes both."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ BY_TOKEN = ("per_layer_inputs", "ple_input_ids")  # arguments of language models
 
 
 def check_takes_embeddings(language_model: PreTrainedModel) -> None:
-    """Refuse a language model that reads token ids alone: no image could enter.
+    """Refuse a language model that reads token ids only, since no image could enter.
 
     Raises:
-        ValueError: its `forward` takes no `inputs_embeds` (CPM-Ant); it routes tokens by their ids (DeepSeek V4); it
-            masks the future only where it gets ids (FSMT).
+        ValueError: its `forward` takes no `inputs_embeds` (CPM-Ant), it routes tokens by id (DeepSeek V4), or it
+            masks the future only if it gets ids (FSMT).
     """
     named = inspect.signature(language_model.forward).parameters
     config = language_model.config.get_text_config()
@@ -39,17 +39,17 @@ def check_takes_embeddings(language_model: PreTrainedModel) -> None:
 def arguments_by_token(
     language_model: PreTrainedModel, input_ids: torch.LongTensor | None, arguments: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """What the layers of Gemma 3n, Gemma 4 and Qwen 4 look up by token id, beside the embeddings that enter below.
+    """Look up what the layers of Gemma 3n, Gemma 4 and Qwen 4 read by token id, beside the input embeddings.
 
     Args:
-        input_ids: (batch, tokens) with valid ids at image placeholders, as those models do it themselves; None: the
-            caller has embeddings alone.
-        arguments: what the caller passes on to the language model.
+        input_ids: (batch, tokens) with valid ids at image placeholders, as in those models; None: the caller has
+            only embeddings.
+        arguments: arguments of the caller for the language model.
     Returns:
         The argument to add: `per_layer_inputs`, (batch, tokens, layers, width), or `ple_input_ids`, (batch, tokens);
-        nothing where it is given, and for all other models.
+        empty if the caller passes it, and for all other models.
     Raises:
-        ValueError: one is needed, and there are no ids to look up.
+        ValueError: the argument is needed, and there are no ids to look up.
     """
     needed = _needed(language_model)
     if needed is None or needed in arguments:
@@ -62,20 +62,20 @@ def arguments_by_token(
     if needed == "ple_input_ids":
         return {needed: input_ids}
     look_up = language_model.get_decoder().get_per_layer_inputs
-    takes_embeddings = "inputs_embeds" in inspect.signature(look_up).parameters  # Gemma 4's does, Gemma 3n's does not
+    takes_embeddings = "inputs_embeds" in inspect.signature(look_up).parameters  # true for Gemma 4, false for Gemma 3n
     return {needed: look_up(input_ids, None) if takes_embeddings else look_up(input_ids)}
 
 
 def generator(language_model: PreTrainedModel) -> PreTrainedModel:
-    """The language model, or a view of it whose `generate` takes `inputs_embeds` and what goes by token beside them.
+    """Return the language model, or a view whose `generate` takes `inputs_embeds` and the arguments by token.
 
     transformers looks for `inputs_embeds` among the named arguments of `prepare_inputs_for_generation`. Some models
-    (Bamba, Falcon H1, Nemotron H) hand it on without naming it.
+    (Bamba, Falcon H1, Nemotron H) pass it on without naming it.
     """
     named = inspect.signature(language_model.prepare_inputs_for_generation).parameters
     if language_model.config.is_encoder_decoder or ("inputs_embeds" in named and _needed(language_model) is None):
         return language_model
-    view = copy.copy(language_model)  # the same modules and weights; the model itself stays as it is
+    view = copy.copy(language_model)  # shares modules and weights, and leaves the model unchanged
     base = type(language_model)
     view.__class__ = type(base.__name__, (_TakesEmbeddings, base), {"__module__": base.__module__})
     return view
@@ -89,7 +89,7 @@ def _needed(language_model: PreTrainedModel) -> str | None:
 
 
 class _TakesEmbeddings(nn.Module):
-    """Names what `prepare_inputs_for_generation` of the class behind it hands on, and checks that it does."""
+    """Name the arguments that the class behind it passes on in `prepare_inputs_for_generation`, and check them."""
 
     def prepare_inputs_for_generation(
         self,

@@ -52,10 +52,10 @@ def _is_adapter_alone(name_or_path: str | os.PathLike, files: dict[str, Any]) ->
 
 
 def _base_of(adapter: str | os.PathLike, files: dict[str, Any]) -> str:
-    """The composite that an adapter says it belongs to.
+    """Return the composite that an adapter belongs to.
 
     Raises:
-        ValueError: it names none.
+        ValueError: the adapter names none.
     """
     path = find_adapter_config_file(adapter, **files)
     name = json.loads(Path(path).read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -89,14 +89,14 @@ def load(
         cls: the composite's class.
         name_or_path: directory or repository that `save_pretrained` wrote.
         model_args: refused; the composite takes none.
-        config: instead of the stored one, for instance with other backbone names.
-        quantization_config: of the language model; None: as recorded. To load a recorded quantization in full
-            precision, pass a config whose text_quantization_config is None.
-        vision_quantization_config: of the tower; None: as recorded.
-        dtype: of everything; None or "auto": each part as it was saved.
+        config: configuration to use instead of the stored one, for instance with other backbone names.
+        quantization_config: quantization of the language model; None: as recorded. To load a recorded quantization in
+            full precision, pass a config whose text_quantization_config is None.
+        vision_quantization_config: quantization of the tower; None: as recorded.
+        dtype: dtype of all parts; None or "auto": each part as it was saved.
         torch_dtype: older name of dtype.
         device_map, attn_implementation: see `backbones.Loading`.
-        generation_config: instead of the stored one.
+        generation_config: generation configuration to use instead of the stored one.
         adapter: "load" attaches a PEFT adapter stored in the same place, as transformers does for every model;
             "ignore" leaves it, for `PeftModel.from_pretrained(model, name_or_path)`.
         output_loading_info: also return which keys were loaded, as transformers does.
@@ -105,7 +105,7 @@ def load(
     Returns:
         The composite in evaluation mode, backbones frozen.
     Raises:
-        ValueError: the files are not a composite's, or weights are missing, unexpected or of the wrong shape.
+        ValueError: the files do not hold a composite, or weights are missing, unexpected or of the wrong shape.
         OSError: a file or a backbone cannot be found.
     """
     if model_args or adapter not in ("load", "ignore"):
@@ -139,7 +139,7 @@ def load(
     for projection in ("image_projection", "text_projection"):
         if loading.dtype is None and f"{projection}.weight" in stored:
             getattr(model, projection).to(stored[f"{projection}.weight"].dtype)
-    # What `_load_part` has not read yet.
+    # The weights that `_load_part` has not read yet.
     named = {**part_names(config), "qformer": ""}
     rest = {key: tensor for key, tensor in stored.items() if named.get(key.split(".", 1)[0], "") is not None}
     copy_weights(model, rest, name_or_path)
@@ -159,7 +159,7 @@ def load(
 
 
 def read_weights(name_or_path: str | os.PathLike, files: dict[str, Any]) -> Weights:
-    """Every stored tensor by name, from one file or from shards.
+    """Read every stored tensor by name, from one file or from shards.
 
     Raises:
         OSError: no weight file, or a shard is missing.
@@ -195,7 +195,7 @@ def _read_file(path: str) -> Weights:
 
 
 def checkpart_names(stored: Weights, config: CromeVLMConfig, name_or_path: str | os.PathLike) -> None:
-    """Refuse weights that are plainly not this composite's, before any backbone is loaded.
+    """Refuse weights that clearly do not belong to this composite, before any backbone is loaded.
 
     Raises:
         ValueError: a projection is missing, or keys belong to no part of a composite.
@@ -215,10 +215,10 @@ def checkpart_names(stored: Weights, config: CromeVLMConfig, name_or_path: str |
 
 
 def copy_weights(model: torch.nn.Module, weights: Weights, name_or_path: str | os.PathLike) -> None:
-    """Copy stored tensors into a model, all or none.
+    """Copy stored tensors into a model: all of them or none.
 
     Raises:
-        ValueError: a tensor is unexpected or of the wrong shape; the model is as it was.
+        ValueError: a tensor is unexpected or of the wrong shape. The model is unchanged.
     """
     targets = model.state_dict(keep_vars=True)
     unexpected = [key for key in weights if key not in targets]
@@ -246,7 +246,7 @@ def _report(name: str | os.PathLike, missing: Iterable[str], unexpected: Iterabl
 def _load_config(
     name_or_path: str | os.PathLike, config: CromeVLMConfig | None, files: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[CromeVLMConfig, dict[str, Any]]:
-    """The configuration, and the arguments that are none of its fields."""
+    """Load the configuration; also return the arguments that are not its fields."""
     if isinstance(config, PreTrainedConfig):
         return copy.deepcopy(config), kwargs
     source = config if config is not None else name_or_path
@@ -264,7 +264,7 @@ def _load_config(
 def _load_part(
     part: str, config: CromeVLMConfig, stored: Weights, loading: Loading, name_or_path: str | os.PathLike
 ) -> PreTrainedModel:
-    """One backbone: by its name, or from the stored weights where it has none."""
+    """Load one backbone by its name, or from the stored weights if it has none."""
     vision = part == "vision_tower"
     name = config.vision_model_name_or_path if vision else config.text_model_name_or_path
     revision = config.vision_revision if vision else config.text_revision
@@ -285,7 +285,7 @@ def _load_part(
                 f"config = CromeVLMConfig.from_pretrained(...); config.{field} = '...'; pass config=config."
             ) from error
     model_class = vision_class(part_config) if vision else language_class(part_config)
-    if hasattr(model_class, "_model_mapping"):  # auto classes do not take a state_dict without a name
+    if hasattr(model_class, "_model_mapping"):  # auto classes need a name to take a state_dict
         model_class = model_class._model_mapping[type(part_config)]
     model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
     arguments = {**loading.for_part(part), **({"quantization_config": quantization} if quantization else {})}
@@ -294,14 +294,14 @@ def _load_part(
     model, info = model_class.from_pretrained(
         None, config=part_config, state_dict=weights, output_loading_info=True, **arguments
     )
-    # A tower that lost its ...ForImageClassification head has no pooler, which its class makes and nothing reads.
+    # A tower that lost its ...ForImageClassification head has no pooler. Its class creates one that nothing reads.
     missing = [f"{part}.{key}" for key in sorted(info["missing_keys"]) if not (vision and key.startswith("pooler."))]
     _report(name_or_path, missing, [f"{part}.{key}" for key in sorted(info["unexpected_keys"])], [])
     return model
 
 
 def _load_qformer(config: CromeVLMConfig, stored: Weights, loading: Loading) -> QFormer | None:
-    """The Q-Former by its name, or with values to be filled from the stored weights; None where there is none."""
+    """Load the Q-Former by its name, or create it to be filled from the stored weights; None if there is none."""
     if config.qformer_config is None:
         return None
     dtype = loading.dtype if loading.dtype is not None else config.qformer_config.dtype
@@ -316,16 +316,16 @@ def _load_generation_config(model: Any, name_or_path: str | os.PathLike, files: 
     try:
         return GenerationConfig.from_pretrained(name_or_path, **files)
     except OSError:
-        return model.generation_config  # none stored: the language model's own
+        return model.generation_config  # none is stored, so the language model's
 
 
 def _load_adapter(
     model: Any, name_or_path: str | os.PathLike, files: dict[str, Any], adapter_kwargs: dict[str, Any]
 ) -> None:
-    """Attach the PEFT adapter that is stored beside the composite, where there is one.
+    """Attach the PEFT adapter that is stored beside the composite, if there is one.
 
     Raises:
-        OSError: there is none, and the composite's configuration or other files say that there was.
+        OSError: there is none, although the composite's configuration or other files expect one.
     """
     path = adapter_kwargs.pop("_adapter_model_path", None)
     folder = Path(name_or_path)
@@ -349,7 +349,7 @@ def _load_adapter(
 
 
 def _check_adapter(path: str | os.PathLike, files: dict[str, Any]) -> None:
-    """Look at a CROME adapter's file first: transformers loads it without a look.
+    """Check a CROME adapter's file first, since transformers loads it unchecked.
 
     Raises:
         ValueError: see `read_adapter_file`.

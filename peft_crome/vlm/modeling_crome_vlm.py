@@ -32,7 +32,7 @@ from .vision import build_tower, infer_layout, run_tower, size_arguments
 
 
 class FusionSite(nn.Identity):
-    """Where embeddings of one kind enter the language model: changes nothing, so that an adapter can wrap it.
+    """An identity where embeddings of one kind enter the language model, so that an adapter can wrap it.
 
     Args:
         hidden_size: width of the language model's embeddings; read by adapters as in_features and out_features.
@@ -44,19 +44,19 @@ class FusionSite(nn.Identity):
 
 
 class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin):
-    """Any vision tower and any causal or encoder-decoder language model as one image-text-to-text model.
+    """Join any vision tower and any causal or encoder-decoder language model as one image-text-to-text model.
 
     `vision_tower` -> `image_projection` -> `vision_fusion` -> `language_model`, and with a Q-Former also
-    `vision_tower` -> `qformer` -> `text_projection` -> `text_fusion` -> `language_model`. `model` is the same without
-    the language model's head, as in transformers' own vision-language models. A tower or Q-Former without
+    `vision_tower` -> `qformer` -> `text_projection` -> `text_fusion` -> `language_model`. `model` is the same model
+    without the language model's head, as in transformers' vision-language models. A tower or Q-Former without
     trained parameters stays in evaluation mode under `train()`, so the tower's features are a function of the image
     and can be cached; the language model follows `train()`, since gradient checkpointing depends on it.
 
     Args:
-        config: what to join; `image_seq_length` is filled in.
+        config: configuration of the parts; `image_seq_length` is filled in.
         vision_tower: used as it is; None: built from the configuration with random weights.
         language_model: used as it is; None: built from the configuration with random weights.
-        qformer: used as it is; None: built from the configuration, where it has one, with random weights.
+        qformer: used as it is; None: built with random weights if the configuration has one.
     Raises:
         ValueError: the tower's features and the configuration disagree.
     Source: CROME, arXiv 2408.06610 (frozen tower and language model, two linear projections, Q-Former).
@@ -106,7 +106,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
                 "computed."
             )
         config.image_seq_length = self.image_seq_length = counted
-        config.has_adapter = False  # a directory's configuration tells of its own files
+        config.has_adapter = False  # true only in the configuration of a saved directory
 
         embeddings = self.get_input_embeddings()
         width = getattr(embeddings, "embedding_dim", None) or embeddings.weight.shape[-1]
@@ -127,14 +127,14 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         self._language_arguments = frozenset(inspect.signature(self.language_model.forward).parameters)
         self._tower_arguments = size_arguments(self.vision_tower, *config.image_height_width)
         self._stored_keys: set[str] = set()  # backbone weights that differ from the named backbones'
-        self._samples: Samples = {}  # of the weights as they were put together
+        self._samples: Samples = {}  # samples of the weights as they were put together
         self.feature_cache: Any = None  # see `peft_crome.cache_features`
         self.blank_image = False  # see `embed_inputs`
         for part in parts:
             for module in part.modules():
-                module._is_hf_initialized = True  # post_init must not draw the given weights anew
+                module._is_hf_initialized = True  # post_init must not initialize the given weights again
         self.post_init()
-        # accelerate's FSDP looks for each of them, and towers name layers that they have beside text alone.
+        # accelerate's FSDP looks for every name, and towers also name layers of their text half.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     def _check_qformer_config(self, config: CromeVLMConfig) -> None:
@@ -150,16 +150,16 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
 
     @property
     def model(self) -> "CromeVLMModel":
-        """The same parts and weights, up to the last hidden states; what `base_model` returns."""
-        view = copy.copy(self)  # its modules are these, in one dictionary
+        """The same parts and weights up to the last hidden states. `base_model` returns it as well."""
+        view = copy.copy(self)  # it shares the dictionary of modules
         view.__class__ = CromeVLMModel
-        view.__dict__.pop("forward", None)  # what TRL or accelerate put around the whole
+        view.__dict__.pop("forward", None)  # TRL or accelerate may have wrapped the whole model's
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             view.__dict__[hooks] = OrderedDict()
         return view
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's embedding table: (batch, tokens) ids -> (batch, tokens, hidden)."""
+        """Return the language model's embedding table: (batch, tokens) ids -> (batch, tokens, hidden)."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -167,7 +167,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The language model's output head."""
+        """Return the language model's output head."""
         return self.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
@@ -175,20 +175,20 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         self.language_model.set_output_embeddings(value)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the language model's table and head in its own way; arguments as in transformers."""
+        """Resize table and head by the language model's method; arguments as in transformers."""
         table = self.language_model.resize_token_embeddings(*args, **kwargs)
         self.config.get_text_config().vocab_size = self.language_model.config.get_text_config().vocab_size
         return table
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """The loss takes `num_items_in_batch`; `Trainer` asks."""
+        """Whether the loss takes `num_items_in_batch`, which `Trainer` asks."""
         return True
 
     def _averages_by_itself(self) -> bool:
-        """Whether the language model's loss is a batch's mean, whatever `num_items_in_batch` says.
+        """Whether the language model's loss is a batch's mean for any `num_items_in_batch`.
 
-        Encoder-decoder models take it among their keyword arguments and average over the batch all the same.
+        Encoder-decoder models accept it among their keyword arguments and still average over the batch.
         """
         if self.config.is_encoder_decoder:
             return True
@@ -209,7 +209,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         return self
 
     def trained_backbone_keys(self) -> set[str]:
-        """Names of backbone parameters that train now, with the buffers of a backbone that trains in part."""
+        """Name the backbone parameters that train now, with the buffers of a backbone that trains in part."""
         keys = set()
         for name in ("vision_tower", "language_model", "qformer"):
             part = getattr(self, name)
@@ -222,13 +222,13 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     # ---- images ----
 
     def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Run the tower and give the features of the chosen layer, as `vision_features=` takes them.
+        """Run the tower and return the features of the chosen layer, in the form that `vision_features=` takes.
 
         Args:
             pixel_values: (images, channels, height, width).
         Returns:
-            (images, tokens, vision_width): the selected and pooled patches, or with a Q-Former, which reads all of
-            them, every token of the tower; without a graph where the tower is frozen.
+            (images, tokens, vision_width): the selected and pooled patches. With a Q-Former, every token of the tower,
+            all of which it reads. A frozen tower gives no graph.
         Raises:
             ValueError: the images are not of the size that the projection was built for.
         """
@@ -258,7 +258,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         return self.vision_layout.select(features, strategy, pool_size)
 
     def _check_features(self, features: torch.Tensor) -> torch.Tensor:
-        """Accept what `get_vision_features` gives, or the tower's unpooled patches; refuse other shapes."""
+        """Accept the result of `get_vision_features` or the tower's unpooled patches, and refuse other shapes."""
         layout = self.vision_layout
         tokens = self.num_patch_tokens if self.qformer is None else layout.num_tokens
         if features.ndim == 3 and features.shape[2] == layout.hidden_size:
@@ -281,18 +281,18 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         qformer_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """Give image embeddings as the language model reads them, after projections and fusion sites.
+        """Return image embeddings as the language model reads them, after projections and fusion sites.
 
         Args:
             pixel_values: (images, channels, height, width).
             vision_features: (images, tokens, vision_width) from `get_vision_features`, instead of pixel_values.
-            qformer_input_ids: (images, instruction tokens), where a Q-Former reads the instruction.
+            qformer_input_ids: (images, instruction tokens), for a Q-Former that reads the instruction.
             qformer_attention_mask: the same shape, 1 where a token counts.
             kwargs: accepted for callers of other models' `get_image_features`; none is used.
         Returns:
-            `pooler_output`: (images, image_seq_length, hidden); `last_hidden_state`: the features it was made of.
+            `pooler_output`: (images, image_seq_length, hidden); `last_hidden_state`: the features behind it.
         Raises:
-            ValueError: a shape does not fit, or not exactly one of both inputs is given.
+            ValueError: a shape does not fit, or not exactly one of the two inputs is given.
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Pass exactly one of pixel_values and vision_features; got both or neither.")
@@ -302,7 +302,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             features = self._check_features(vision_features)
         tokens: dict[str, torch.Tensor] = {}
         if self.qformer is not None:
-            reader = self.qformer.model  # upstream keeps query tokens in float32 beside a half-precision model
+            reader = self.qformer.model  # InstructBLIP keeps query tokens in float32 in a half-precision model
             read = features.to(device=reader.device, dtype=reader.dtype)
             queries = self.qformer(read, qformer_input_ids, qformer_attention_mask)
             tokens["query"] = self.text_fusion(_project(self.text_projection, queries))
@@ -317,7 +317,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.BoolTensor:
-        """Find the placeholders whose places image embeddings take.
+        """Find the placeholders that image embeddings replace.
 
         Args:
             input_ids: (batch, tokens).
@@ -342,20 +342,20 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     ) -> tuple[torch.LongTensor, torch.Tensor, torch.Tensor | None]:
         """Embed text and images into one sequence; each token's embedding is looked up once.
 
-        With `blank_image`, a batch without images runs one black image, whose embeddings are not used. Every process
-        of a run with FSDP or ZeRO-3 then calls the same modules.
+        With `blank_image`, a batch without images runs one black image and does not use its embeddings. Every
+        process of a run with FSDP or ZeRO-3 then calls the same modules.
 
         Args:
             input_ids: (batch, tokens), each image as image_seq_length placeholders.
             pixel_values: (images, channels, height, width), in reading order over the batch.
             vision_features: (images, tokens, vision_width) from `get_vision_features`, instead of pixel_values.
-            qformer_input_ids: (images, instruction tokens), where a Q-Former reads the instruction.
+            qformer_input_ids: (images, instruction tokens), for a Q-Former that reads the instruction.
             qformer_attention_mask: the same shape, 1 where a token counts.
         Returns:
             The ids with placeholders made valid, (batch, tokens); embeddings, (batch, tokens, hidden); image
             embeddings, (images, image_seq_length, hidden), or None without images.
         Raises:
-            ValueError: images and placeholders do not fit; on a CPU, before anything is computed.
+            ValueError: images and placeholders do not match. On a CPU it is raised before anything is computed.
         """
         images = pixel_values if pixel_values is not None else vision_features
         is_image = input_ids == self.config.image_token_id
@@ -380,7 +380,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         return valid_ids, inputs_embeds.masked_scatter(mask, image_features), image_features
 
     def _blank_features(self, like: torch.Tensor) -> torch.Tensor:
-        """Embeddings of a black image and an instruction of one token, (1, image_seq_length, hidden)."""
+        """Embed a black image and an instruction of one token, (1, image_seq_length, hidden)."""
         pixel_values = like.new_zeros(1, 3, *self.config.image_height_width)
         word = torch.zeros(1, 1, dtype=torch.long, device=like.device)
         instruction = {"qformer_input_ids": word, "qformer_attention_mask": torch.ones_like(word)}
@@ -411,29 +411,28 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         """Run the language model over text and images.
 
         Args:
-            input_ids: (batch, tokens); each image stands as image_seq_length placeholders. Rows may hold none, one
-                or several images.
+            input_ids: (batch, tokens); each image is image_seq_length placeholders. A row may have no, one or several
+                images.
             pixel_values: (images, channels, height, width), in reading order over the batch.
             attention_mask: (batch, tokens), 1 where a token counts; padding may be on either side.
-            position_ids: (batch, tokens); None: counted from each row's first token where the language model takes
-                them.
+            position_ids: (batch, tokens); None: counted from each row's first token if the language model takes them.
             past_key_values: the language model's cache.
             inputs_embeds: (batch, tokens, hidden), instead of input_ids, with any images already in place.
             labels: (batch, tokens) for decoder-only, (batch, target tokens) for encoder-decoder; -100 and image
                 placeholders are ignored.
             use_cache: whether the language model returns its cache.
-            logits_to_keep: as in the language model, a number of tokens or which ones; 0 keeps all.
+            logits_to_keep: as in the language model, a number of tokens or which tokens; 0 keeps all.
             vision_features: (images, tokens, vision_width) from `get_vision_features`, instead of pixel_values.
-            qformer_input_ids: (images, instruction tokens), where a Q-Former reads the instruction.
+            qformer_input_ids: (images, instruction tokens), for a Q-Former that reads the instruction.
             qformer_attention_mask: the same shape, 1 where a token counts.
             decoder_input_ids: (batch, target tokens); encoder-decoder only.
             decoder_attention_mask: (batch, target tokens); encoder-decoder only.
             encoder_outputs: the encoder's output, instead of input_ids; encoder-decoder only.
             return_dict: False returns a tuple.
-            kwargs: handed to the language model, among them what its loss takes: `num_items_in_batch`, and
-                `shift_labels`, what each of the kept tokens predicts.
+            kwargs: passed to the language model. They include arguments of its loss: `num_items_in_batch`, and
+                `shift_labels`, the label that each kept token predicts.
         Raises:
-            ValueError: inputs that do not fit together.
+            ValueError: the inputs do not fit together.
         """
         has_images = pixel_values is not None or vision_features is not None
         if pixel_values is not None and vision_features is not None:
@@ -446,7 +445,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             )
         image_features = valid_ids = None
         if input_ids is not None and self._continues(past_key_values) and not has_images:
-            # A later step of generation: a sampled token is text even where its id is the placeholder's.
+            # In a later step of generation a sampled token is text, even if its id is the placeholder's.
             valid_ids, inputs_embeds = input_ids, self.get_input_embeddings()(input_ids)
         elif input_ids is not None:
             images = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask)
@@ -456,7 +455,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         if position_ids is None and attention_mask is not None and inputs_embeds is not None:
             position_ids = self._count_positions(attention_mask, inputs_embeds.shape[1])
         if self.config.is_encoder_decoder and input_ids is not None and attention_mask is not None:
-            # Encoders with learned positions count from the first place; generation does the same.
+            # Encoders with learned positions count from the first token, and so does generation.
             attention_mask, inputs_embeds = move_padding("right", attention_mask, inputs_embeds)
         if self.config.is_encoder_decoder and past_key_values is None:
             check_positions(self.language_model, inputs_embeds, labels if labels is not None else decoder_input_ids)
@@ -493,7 +492,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         return past_key_values is not None and int(past_key_values.get_seq_length()) > 0
 
     def _count_positions(self, attention_mask: torch.Tensor, num_tokens: int) -> torch.LongTensor | None:
-        """Positions from each row's first token on, so that training and generation agree under left padding."""
+        """Count positions from each row's first token, so that training and generation agree under left padding."""
         if self.config.is_encoder_decoder or "position_ids" not in self._language_arguments:
             return None
         if attention_mask.ndim != 2 or attention_mask.shape[1] < num_tokens:
@@ -526,17 +525,17 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         return load(cls, pretrained_model_name_or_path, *model_args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
-        """Save the configuration and what was trained; see `saving.select_weights` for what that is."""
+        """Save the configuration and everything that was trained; see `saving.select_weights`."""
         from .saving import save
 
         return save(self, super().save_pretrained, save_directory, **kwargs)
 
 
 class CromeVLMModel(CromeVLMForConditionalGeneration):
-    """A composite up to its language model's last hidden states: what `LlavaModel` is to LLaVA.
+    """A composite up to its language model's last hidden states, as `LlavaModel` is for LLaVA.
 
-    `composite.model` makes it, of the composite's own modules, so that no saved key names it. The language model is
-    in it whole, since it scales, caps and ties its logits in its own way; only its decoder runs.
+    `composite.model` makes it from the composite's modules, so no saved key names it. It holds the whole language
+    model, which scales, caps and ties its logits itself, but only the decoder runs.
 
     Raises:
         ValueError: labels are given, or the language model has no such decoder; see `check_head`.
@@ -546,7 +545,7 @@ class CromeVLMModel(CromeVLMForConditionalGeneration):
 
     @property
     def model(self) -> "CromeVLMModel":
-        """It is the model itself that has no head."""
+        """The model itself, which has no head."""
         raise AttributeError("model")
 
     def _run_language_model(self, **arguments: Any) -> ModelOutput:
@@ -560,8 +559,8 @@ class CromeVLMModel(CromeVLMForConditionalGeneration):
 
 
 def _project(projection: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """Run a projection in its own dtype and on its own device."""
-    weight = projection.weight  # an attribute, since a PEFT wrapper hands out the active copy's
+    """Run a projection in its weight's dtype and on its device."""
+    weight = projection.weight  # a PEFT wrapper returns the active copy's weight
     if weight.is_floating_point():
         features = features.to(device=weight.device, dtype=weight.dtype)
     return projection(features)

@@ -1,4 +1,4 @@
-"""What the composite returns."""
+"""The composite's outputs."""
 
 from dataclasses import dataclass, fields
 
@@ -9,7 +9,7 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class CromeVLMOutput(ModelOutput):
-    """What the language model returned, plus the image embeddings that it read.
+    """The language model's output, plus the image embeddings that it read.
 
     Args:
         loss: language modeling loss, a scalar; present with `labels`.
@@ -38,10 +38,10 @@ class CromeVLMOutput(ModelOutput):
 
 @dataclass
 class CromeVLMModelOutput(ModelOutput):
-    """What the language model's decoder returned, plus the image embeddings that it read.
+    """The output of the language model's decoder, plus the image embeddings that it read.
 
     Args:
-        last_hidden_state: (batch, tokens, hidden), of which the language model's head makes logits.
+        last_hidden_state: (batch, tokens, hidden), the input of the language model's head.
         past_key_values, hidden_states, attentions, image_hidden_states: as in `CromeVLMOutput`.
     """
 
@@ -53,7 +53,7 @@ class CromeVLMModelOutput(ModelOutput):
 
 
 def names_of(output_class: type[ModelOutput]) -> frozenset[str]:
-    """What an output of this class holds by name."""
+    """Return the field names of an output class."""
     return frozenset(field.name for field in fields(output_class))
 
 
@@ -61,10 +61,10 @@ OUTPUT_NAMES, MODEL_OUTPUT_NAMES = names_of(CromeVLMOutput), names_of(CromeVLMMo
 
 
 def as_output(outputs: ModelOutput, image_features: torch.Tensor | None, headless: bool) -> ModelOutput:
-    """The language model's output as the composite's, with all that it holds."""
+    """Convert the language model's output to the composite's, with all of its values."""
     output_class, names = (CromeVLMModelOutput, MODEL_OUTPUT_NAMES) if headless else (CromeVLMOutput, OUTPUT_NAMES)
     result = output_class(**{k: v for k, v in outputs.items() if k in names}, image_hidden_states=image_features)
     for name, value in outputs.items():
         if name not in names:
-            result[name] = value  # what only some models return, such as router logits
+            result[name] = value  # some models return more, such as router logits
     return result

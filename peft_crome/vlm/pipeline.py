@@ -1,4 +1,4 @@
-"""transformers' pipeline gives a composite's processor the images as they are, instead of reading them itself."""
+"""Let transformers' pipeline pass images unread to a composite's processor."""
 
 import functools
 from typing import Any
@@ -12,8 +12,8 @@ from .processing_crome_vlm import CromeVLMProcessor
 def read_images_of_pipelines() -> None:
     """Let the pipeline's call with `images` and `text` read a composite's images as training does; idempotent.
 
-    The pipeline opens images before the processor sees them, drops transparency and cuts 16 bits off at 255. In a chat
-    it leaves them alone. Other models' pipelines are not changed.
+    The pipeline opens images before the processor sees them, drops transparency and clips 16-bit values at 255. In a
+    chat it leaves them unread. Pipelines of other models are not changed.
     """
     preprocess = ImageTextToTextPipeline.preprocess
     if getattr(preprocess, "reads_as_training", False):

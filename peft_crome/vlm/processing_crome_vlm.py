@@ -1,4 +1,4 @@
-"""Processor of the composite: text with `<image>` and images -> input_ids, attention_mask, pixel_values."""
+"""Process inputs of the composite: text with `<image>` and images -> input_ids, attention_mask, pixel_values."""
 
 import copy
 import inspect
@@ -21,17 +21,17 @@ from .image_token import ensure_image_token
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "qformer_input_ids", "qformer_attention_mask")
 QFORMER_TOKENIZER = "qformer_tokenizer"
-CHAT_IMAGES = "chat_images"  # from `apply_chat_template` to `__call__`; transformers passes `images` of its own
+CHAT_IMAGES = "chat_images"  # passed by `apply_chat_template`; transformers passes its own `images`
 
 logger = logging.get_logger(__name__)
 
 
 class Prompt(str):
-    """A text that a chat template has written, with what a Q-Former reads of it.
+    """A text written by a chat template, with the instruction that a Q-Former reads.
 
     Args:
-        text: the text.
-        instruction: what the user says, without the template's marks and without the answers.
+        text: the rendered text.
+        instruction: the user's words, without the template's marks and without the answers.
     """
 
     instruction: str
@@ -42,26 +42,26 @@ class Prompt(str):
         return prompt
 
     def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
-        return str(self), self.instruction  # for pickle: prompts go between processes
+        return str(self), self.instruction  # for pickle: prompts are sent between processes
 
 
 class CromeVLMProcessor(ProcessorMixin):
-    """Joins an image processor and a text tokenizer, any of each.
+    """Join any image processor and any text tokenizer.
 
     A tokenizer without an image placeholder gets one, and a tokenizer without a pad token pads with its end token. The
     attention mask, made by length, separates end tokens from padding.
 
     Args:
-        image_processor: gives `pixel_values` of one fixed size.
-        tokenizer: The language model's tokenizer.
+        image_processor: makes `pixel_values` of one fixed size.
+        tokenizer: the language model's tokenizer.
         image_seq_length: placeholders per image; the model's `config.image_seq_length`.
-        chat_template: None: the tokenizer's own, which need not know about images.
-        qformer_tokenizer: Tokenizer of a Q-Former that reads the instruction. It is saved in the folder of that name.
-        images_after_text: a chat template writes the images of a user's turn after its words, as in the paper,
-            wherever the message has them; False: where the message has them.
+        chat_template: None: the tokenizer's, which need not support images.
+        qformer_tokenizer: tokenizer of a Q-Former that reads the instruction. It is saved in a folder of that name.
+        images_after_text: True: a chat template puts the images of a user's turn after its words, as in the paper,
+            wherever the message has them. False: where the message has them.
     """
 
-    reads_images = True  # whatever they are given as, by `read_image`
+    reads_images = True  # in every form that `read_image` takes
 
     def __init__(
         self,
@@ -86,20 +86,20 @@ class CromeVLMProcessor(ProcessorMixin):
 
     @property
     def qformer_tokenizer(self) -> Any:
-        """The tokenizer of the instructions that a Q-Former reads; None: there is none."""
+        """The tokenizer of the instructions that a Q-Former reads; None: no Q-Former reads instructions."""
         return self._qformer_tokenizer
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """The parts that every composite has; transformers would take the optional tokenizer for one."""
+        """Return the parts that every composite has. transformers would count the optional tokenizer as one."""
         return ["image_processor", "tokenizer"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready values, without the tokenizers."""
+        """Convert the settings to JSON-ready values, without the tokenizers."""
         return super().to_dict() | ({"has_qformer_tokenizer": True} if self.qformer_tokenizer is not None else {})
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
-        """Save all parts; the Q-Former's tokenizer in a folder of its own."""
+        """Save all parts; the Q-Former's tokenizer goes into a separate folder."""
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
         return super().save_pretrained(save_directory, **kwargs)
@@ -125,16 +125,15 @@ class CromeVLMProcessor(ProcessorMixin):
         """Make the processor that fits a model made by `from_backbones`.
 
         Args:
-            vision: name of an image processor, or the object; None: from where the tower came.
-            language: name of a tokenizer, or the object, which is copied; None: from where the language model came.
+            vision: name of an image processor, or the object; None: from the tower's repository.
+            language: name of a tokenizer, or the object, which is copied; None: from the language model's repository.
             config: the model's configuration, with the image size, the tokens per image and the image token.
-            qformer_tokenizer: name of the Q-Former's tokenizer, or the object; None: of the checkpoint that the
-                Q-Former came from.
+            qformer_tokenizer: name of the Q-Former's tokenizer, or the object; None: from the Q-Former's checkpoint.
             kwargs: arguments of both `from_pretrained` (`cache_dir`, `token`, `local_files_only`, ...).
         Returns:
             The processor; it pads on the left for decoder-only models, as generation needs.
         Raises:
-            ValueError: a part is unknown, or the tokenizer's image token is not the model's.
+            ValueError: a part is unknown, or the tokenizer's image token differs from the model's.
         """
         vision = vision if vision is not None else _source(config, "vision")
         language = language if language is not None else _source(config, "text")
@@ -153,7 +152,7 @@ class CromeVLMProcessor(ProcessorMixin):
         tokenizer = copy.deepcopy(language)
         image_processor = with_image_size(vision, *config.image_height_width)
         tokenizer.padding_side = "right" if config.is_encoder_decoder else "left"
-        tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else it would not be saved
+        tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # it would not be saved otherwise
         reader = _qformer_tokenizer(qformer_tokenizer, config, kwargs)
         processor = cls(image_processor, tokenizer, image_seq_length=config.image_seq_length, qformer_tokenizer=reader)
         if processor.image_token_id != config.image_token_id:
@@ -166,7 +165,7 @@ class CromeVLMProcessor(ProcessorMixin):
 
     @property
     def unused_input_names(self) -> list[str]:
-        """What the parts return and the model does not take, such as token_type_ids."""
+        """Names that the parts return and the model does not take, such as token_type_ids."""
         parts = (self.image_processor, self.tokenizer)
         return [name for part in parts for name in part.model_input_names if name not in MODEL_INPUTS]
 
@@ -181,13 +180,13 @@ class CromeVLMProcessor(ProcessorMixin):
 
         Args:
             images: one image, a list in reading order over the batch, or per row a list, an image or None
-                (`[[a, b], [], None, c]`). An image is whatever `read_image` takes, which gives every form of one image
-                the same pixels: a path, an address, a data URI, base64, bytes, {"bytes", "path"} as `datasets` has
-                it, a PIL image, an array or a tensor. With do_rescale=False, arrays and tensors are taken as prepared.
+                (`[[a, b], [], None, c]`). `read_image` reads each of them, and gives every form of one image the same
+                pixels: a path, an address, a data URI, base64, bytes, {"bytes", "path"} as in `datasets`, a PIL
+                image, an array or a tensor. With do_rescale=False, arrays and tensors are taken as prepared.
             text: one string or a list; each `<image>` stands for one image.
-            qformer_text: the instruction of each row, for a Q-Former that reads it; None: what the user says, of a
-                text that `apply_chat_template` has returned, else the text without `<image>`.
-            kwargs: of the tokenizer (`padding`, `return_tensors`, ...) and of the image processor.
+            qformer_text: the instruction of each row, for a Q-Former that reads it; None: the user's words in a text
+                that `apply_chat_template` returned, else the text without `<image>`.
+            kwargs: arguments of the tokenizer (`padding`, `return_tensors`, ...) and of the image processor.
         Returns:
             input_ids and attention_mask, (batch, tokens), with image_seq_length placeholders per image;
             pixel_values, (images, channels, height, width), absent without images; with a Q-Former's tokenizer also
@@ -210,19 +209,19 @@ class CromeVLMProcessor(ProcessorMixin):
         return inputs
 
     def _read(self, rows: list[list[Any]], kwargs: dict[str, Any]) -> list[list[Any]]:
-        """The images' pixels; arrays that need no rescaling are as the image processor wants them."""
+        """Read the images' pixels; arrays that need no rescaling stay as the image processor expects them."""
         of_images = kwargs.get("images_kwargs") or {}
         settings = {**kwargs, **of_images}
         if settings.get("do_rescale") is False:
             return [[image if _is_array(image) else read_image(image) for image in row] for row in rows]
         channels = settings.get("input_data_format")
-        if channels is not None:  # what is read has its channels last
+        if channels is not None:  # read images have their channels last
             kwargs.pop("input_data_format", None)
             kwargs["images_kwargs"] = {**of_images, "input_data_format": None}
         return [[read_image(image, channels) for image in row] for row in rows]
 
     def _instructions(self, texts: list[str], qformer_text: str | Sequence[str] | None) -> list[str]:
-        """The instruction of each image's row, once per image."""
+        """Return the instruction of each image's row, once per image."""
         if qformer_text is None:
             if any(not isinstance(sample, Prompt) and self._is_templated(sample) for sample in texts):
                 logger.warning_once(
@@ -242,7 +241,7 @@ class CromeVLMProcessor(ProcessorMixin):
         return [instruction for instruction, count in zip(instructions, counts, strict=True) for _ in range(count)]
 
     def _is_templated(self, text: str) -> bool:
-        """Whether a text holds marks of the chat template, so that it is more than an instruction."""
+        """Whether a text contains marks of the chat template, so that it is more than an instruction."""
         special = {*self.tokenizer.all_special_tokens} - {self.image_token, self.tokenizer.unk_token}
         if any(token in text for token in special):
             return True
@@ -250,18 +249,18 @@ class CromeVLMProcessor(ProcessorMixin):
         return bool(ending) and ending in text
 
     def _generation_ending(self) -> str:
-        """What a prompt of the chat template ends with where an answer is to follow; empty: nothing tells it."""
+        """The ending of a prompt before an answer in the chat template; empty if it cannot be determined."""
         if self.chat_template is None:
             return ""
         asked = [{"role": "user", "content": "(question)"}]
         try:
             prompt = super().apply_chat_template(asked, add_generation_prompt=True)
         except (ValueError, TemplateError):
-            return ""  # there are several, or it takes no such conversation
+            return ""  # several templates, or one that rejects such a conversation
         return prompt.rpartition("(question)")[2].strip()
 
     def instruction(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """What a Q-Former reads of a conversation: the words of the user's turns, without the images' places."""
+        """Extract the instruction for a Q-Former: the words of the user's turns, without image placeholders."""
         asked = [{**message, **self._flatten(message, [])} for message in messages if message.get("role") == "user"]
         return self._words(" ".join(str(message["content"] or "") for message in asked))
 
@@ -269,10 +268,10 @@ class CromeVLMProcessor(ProcessorMixin):
         return " ".join(text.replace(self.image_token, " ").split())
 
     def _check_rows(self, rows: list[list[Any]], texts: list[str]) -> None:
-        """Compare placeholders with images, row by row where the images are given by row."""
+        """Compare placeholders with images, row by row if the images are given by row."""
         wanted = [sample.count(self.image_token) for sample in texts]
         image_counts = [len(row) for row in rows]
-        if len(rows) == 1 and len(texts) > 1:  # a flat list: only the sum can be compared
+        if len(rows) == 1 and len(texts) > 1:  # in a flat list only the sum can be compared
             if sum(wanted) != sum(image_counts):
                 raise ValueError(
                     f"The texts hold {sum(wanted)} {self.image_token} ({wanted} per row), but {sum(image_counts)} "
@@ -292,11 +291,11 @@ class CromeVLMProcessor(ProcessorMixin):
                 )
 
     def replace_image_token(self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """The placeholders that one image takes in the prompt."""
+        """Return the placeholders of one image in the prompt."""
         return self.image_token * self.image_seq_length
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
-        """Refuse ids from which truncation has cut image tokens; called once the text is tokenized."""
+        """Refuse ids from which truncation has cut image tokens. Called after the text is tokenized."""
         for row, (sample, ids) in enumerate(zip(text, text_inputs["input_ids"], strict=False)):
             wanted, got = sample.count(self.image_token), list(map(int, ids)).count(self.image_token_id)
             if wanted != got:
@@ -312,19 +311,19 @@ class CromeVLMProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Render a conversation with the language model's own chat template, which sees plain strings.
+        """Render a conversation with the language model's chat template, which gets plain strings.
 
-        A content that is a list of parts becomes one string, with `<image>` where an image stands. A Q-Former reads
-        what the user says, without the template's marks.
+        A content that is a list of parts becomes one string, with `<image>` for each image. A Q-Former reads the
+        user's words, without the template's marks.
 
         Args:
             conversation: messages, or a batch of conversations. Content is a string, or a list of
                 {"type": "text", "text": ...} and {"type": "image", "image" | "url" | "path" | "base64": ...}.
             chat_template: None: the processor's.
-            processor_kwargs: for `__call__`, with tokenize=True; {"images": ...} where messages hold bare images.
+            processor_kwargs: for `__call__`, with tokenize=True; {"images": ...} if messages contain bare images.
             kwargs: as in transformers (`add_generation_prompt`, `tokenize`, `return_dict`, `return_tensors`, ...).
         Returns:
-            Text, ids, or with tokenize=True and return_dict=True what `__call__` returns.
+            Text or ids; with tokenize=True and return_dict=True the result of `__call__`.
         Raises:
             ValueError: there is no chat template, or a part is neither text nor image.
         """
@@ -346,7 +345,7 @@ class CromeVLMProcessor(ProcessorMixin):
         chat_images = (images if is_batch else images[0]) if any(images) else processor_kwargs.pop("images", None)
         if kwargs.get("tokenize") and chat_images:
             processor_kwargs[CHAT_IMAGES] = chat_images
-        if kwargs.get("tokenize"):  # what a template does not write itself is not wanted
+        if kwargs.get("tokenize"):  # keep only special tokens that the template writes
             processor_kwargs.setdefault("add_special_tokens", False)
         if kwargs.get("tokenize") and self.qformer_tokenizer is not None:
             processor_kwargs.setdefault("qformer_text", asked)
@@ -366,7 +365,7 @@ class CromeVLMProcessor(ProcessorMixin):
         return prompts if is_batch else prompts[0]
 
     def _flatten(self, message: Mapping[str, Any], images: list[Any]) -> dict[str, str]:
-        """A message's content as one string; the images in it are appended to images."""
+        """Join a message's content into one string, and append its images to `images`."""
         content = message.get("content")
         reorder = self.images_after_text and message.get("role") == "user"
         if content is None or (isinstance(content, str) and not reorder):
@@ -387,13 +386,13 @@ class CromeVLMProcessor(ProcessorMixin):
 
 
 def _source(config: CromeVLMConfig, part: str) -> str | None:
-    """Where "vision", "text" or "qformer" came from, which also has what belongs to it; None: not known."""
+    """Return where "vision", "text" or "qformer" came from, which also has its processor; None if unknown."""
     name = getattr(config, f"{part}_model_name_or_path")
     return name if name is not None else getattr(config, f"{part}_config").name_or_path or None
 
 
 def _qformer_tokenizer(tokenizer: Any, config: CromeVLMConfig, kwargs: dict[str, Any]) -> Any:
-    """The tokenizer of a Q-Former that reads instructions; None where there is no such Q-Former."""
+    """Load the tokenizer of a Q-Former that reads instructions; None without such a Q-Former."""
     if getattr(config.qformer_config, "model_type", None) != "instructblip_qformer":
         return None
     if isinstance(tokenizer, str):
@@ -415,7 +414,7 @@ def _is_array(image: Any) -> bool:
 
 
 def _image_rows(images: Any) -> list[list[Any]]:
-    """Images by row; one row for a flat list."""
+    """Group images by row; a flat list is one row."""
     if isinstance(images, str | bytes | Mapping | os.PathLike) or hasattr(images, "read"):
         return [[images]]
     if is_valid_image(images):

@@ -19,13 +19,13 @@ QFORMERS = {
 
 
 class QFormer(nn.Module):
-    """Query tokens and transformers' own Q-Former, which they run through.
+    """Query tokens that run through transformers' Q-Former.
 
     Args:
         config: an InstructBLIP Q-Former's configuration (reads the instruction) or a BLIP-2 one's (does not).
-        num_query_tokens: tokens that an image becomes.
+        num_query_tokens: number of tokens that an image becomes.
     Raises:
-        ValueError: the configuration is of another model.
+        ValueError: the configuration belongs to another model.
     Source: InstructBLIP, arXiv 2305.06500; 32 queries of 768 in CROME, arXiv 2408.06610.
     """
 
@@ -44,7 +44,7 @@ class QFormer(nn.Module):
 
     @property
     def reads_instructions(self) -> bool:
-        """Whether it takes the instruction beside the image."""
+        """Whether it reads the instruction beside the image."""
         return isinstance(self.model, InstructBlipQFormerModel)
 
     def forward(
@@ -57,12 +57,12 @@ class QFormer(nn.Module):
 
         Args:
             vision_features: (images, tokens, encoder_hidden_size).
-            input_ids: (images, instruction tokens), ids of the Q-Former's own tokenizer; one row per image.
+            input_ids: (images, instruction tokens), ids of the Q-Former's tokenizer; one row per image.
             attention_mask: the same shape, 1 where a token counts; None: all do.
         Returns:
             (images, num_query_tokens, hidden_size).
         Raises:
-            ValueError: the instruction is missing, has other rows than there are images, or is too long.
+            ValueError: the instruction is missing or too long, or its rows and the images differ in number.
         """
         images, device = vision_features.shape[0], vision_features.device
         queries = self.query_tokens.expand(images, -1, -1)

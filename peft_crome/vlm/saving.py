@@ -1,4 +1,4 @@
-"""Save a composite: what was trained, and the names of the rest."""
+"""Save a composite: the trained weights, and the names of the other parts."""
 
 import logging
 import os
@@ -21,23 +21,23 @@ Weights = dict[str, torch.Tensor]
 
 
 def part_names(config: CromeVLMConfig) -> dict[str, str | None]:
-    """The parts whose weights a name can give, with that name; a composite without a Q-Former has two."""
+    """Map the parts whose weights a name can give to that name; a composite without a Q-Former has two."""
     names = {"vision_tower": config.vision_model_name_or_path, "language_model": config.text_model_name_or_path}
     return names if config.qformer_config is None else {**names, "qformer": config.qformer_model_name_or_path}
 
 
 def select_weights(model: Any, state_dict: Weights) -> Weights:
-    """What a checkpoint stores: everything outside the backbones, and of a backbone what its name does not give.
+    """Select what a checkpoint stores: everything outside the backbones, and backbone weights that no name gives.
 
     Args:
         model: the composite.
-        state_dict: of the whole composite.
+        state_dict: state dict of the whole composite.
     Returns:
-        The projection; each backbone weight that trains, has trained under `train()`, is another one than when the
-        composite was put together, or was loaded from a composite's checkpoint; the whole of a backbone without a
+        The projection; each backbone weight that trains, has trained under `train()`, has changed since the
+        composite was built, or was loaded from a composite's checkpoint; all weights of a backbone without a
         name.
     Raises:
-        ValueError: a backbone without a name is quantized, a quantized one changed, or adapters are attached.
+        ValueError: a backbone without a name is quantized, a quantized backbone changed, or adapters are attached.
     """
     wrapped = [name for name, module in model.named_modules() if _is_peft_layer(module)]
     if wrapped:
@@ -69,7 +69,7 @@ def select_weights(model: Any, state_dict: Weights) -> Weights:
 
 
 def _head_key(model: Any) -> set[str]:
-    """The language model's head, where it is tied no longer and its configuration does not keep that (T5's)."""
+    """Return the key of a head that is no longer tied if the configuration does not record that (T5)."""
     text_config, language_model = model.config.text_config, model.language_model
     reloaded = type(text_config).from_dict(text_config.to_dict())
     before, after = (getattr(config, "tie_word_embeddings", False) for config in (text_config, reloaded))
@@ -81,7 +81,7 @@ def _is_packed(model: Any, part: str, key: str) -> bool:
     if getattr(getattr(model, part), "hf_quantizer", None) is None:
         return False
     weight = dict(model.named_parameters()).get(key)
-    # A class of its own where the packed values stand in a float, as they do for FSDP.
+    # Packed values have another class if they are stored as floats, as for FSDP.
     return weight is not None and (type(weight) is not torch.nn.Parameter or not weight.is_floating_point())
 
 
@@ -93,24 +93,24 @@ def _is_peft_layer(module: torch.nn.Module) -> bool:
 
 
 def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLike, **kwargs: Any) -> None:
-    """Write a checkpoint beside its place and move it there file by file, so that no file is ever half-written.
+    """Write a checkpoint to a temporary place and move it file by file, so that no file is ever half-written.
 
     Args:
         model: the composite.
         write: `PreTrainedModel.save_pretrained` of the composite.
-        save_directory: made where it is missing.
-        kwargs: of `PreTrainedModel.save_pretrained`.
+        save_directory: created if it is missing.
+        kwargs: arguments of `PreTrainedModel.save_pretrained`.
     Raises:
-        ValueError: see `select_weights`, or other weights were written than were meant; no file is there then.
+        ValueError: see `select_weights`, or the written weights differ from the selected ones; no file is left then.
     """
     directory = Path(save_directory)
     if directory.is_file():
         raise ValueError(f"{directory} is a file; expected a directory to save to. Write another save_directory.")
     directory.mkdir(parents=True, exist_ok=True)
-    if not getattr(model, "_hf_peft_config_loaded", False):  # with adapters, transformers stores these alone
+    if not getattr(model, "_hf_peft_config_loaded", False):  # with adapters, transformers stores only the adapters
         state_dict = kwargs.pop("state_dict", None)
         kwargs["state_dict"] = select_weights(model, state_dict if state_dict is not None else model.state_dict())
-        kwargs["save_original_format"] = False  # keys are the composite's own, read back by `load`
+        kwargs["save_original_format"] = False  # `load` reads the composite's keys
         for part, config in (
             (model.vision_tower, model.config.vision_config),
             (model.language_model, model.config.text_config),
@@ -122,7 +122,7 @@ def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLik
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", directory.name)
     with moved_into(directory) as temporary:
-        # Before the call, which empties what it is given.
+        # Compute this before the call, which empties its argument.
         meant = [*remove_tied_weights_from_state_dict(dict(kwargs.get("state_dict", {})), model)]
         write(temporary, **kwargs)
         if meant:
@@ -130,7 +130,7 @@ def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLik
         new = {path.name for path in temporary.iterdir()}
     if SAFE_WEIGHTS_NAME in new or SAFE_WEIGHTS_INDEX_NAME in new:
         for old in directory.glob("model*.safetensors*"):
-            if old.name not in new:  # shards, or the single file, of an earlier save would be read instead
+            if old.name not in new:  # weights of an earlier save would be read instead
                 old.unlink()
 
 

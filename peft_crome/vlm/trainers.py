@@ -1,4 +1,4 @@
-"""What a `transformers.Trainer`, and TRL's above all, must know of a composite before it starts."""
+"""Prepare a `transformers.Trainer`, and TRL's above all, for a composite before it starts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .modeling_crome_vlm import CromeVLMForConditionalGeneration
 
 
 def prepare(trainer: Any) -> None:
-    """Refuse what would train another model than the one that is meant; called once a trainer is made.
+    """Refuse settings that would train another model than intended. Called once a trainer is made.
 
     Raises:
-        ValueError: vLLM does not know the composite, or a trainer of TRL's runs a composite in a way that its
-            language model or its Q-Former has no answer to.
+        ValueError: vLLM does not know the composite, or a TRL trainer runs a composite in a way that its language
+            model or its Q-Former does not support.
     """
     model = trainer.model
     if getattr(trainer.args, "use_vllm", False) and any(
@@ -34,18 +34,18 @@ def prepare(trainer: Any) -> None:
             "(qformer_input_ids). Train it with SFTTrainer or DPOTrainer, or take a Q-Former that reads images alone: "
             "qformer_config=Blip2QFormerConfig(...)."
         )
-    if hasattr(trainer.data_collator, "processor"):  # reads images; its labels are the ids
+    if hasattr(trainer.data_collator, "processor"):  # it reads images, and its labels are the ids
         trainer.data_collator = WithoutImageLabels(trainer.data_collator, host.config.image_token_id)
 
 
 class WithoutImageLabels:
-    """A collator whose labels leave out image placeholders, as the composite's own loss does.
+    """A collator whose labels leave out image placeholders, as the composite's loss does.
 
     TRL computes the loss from hidden states, and a placeholder's id may lie outside the vocabulary.
 
     Args:
-        collate: the collator itself; its attributes are this one's too.
-        image_token_id: of the placeholders.
+        collate: the collator to wrap. Its attributes stay available.
+        image_token_id: id of the placeholders.
     """
 
     def __init__(self, collate: Callable[[Any], Any], image_token_id: int) -> None:
@@ -53,7 +53,7 @@ class WithoutImageLabels:
         self.image_token_id = image_token_id
 
     def __call__(self, rows: Any) -> Any:
-        """The collator's batch."""
+        """Collate rows without labels at image placeholders."""
         batch = self.collate(rows)
         labels = batch.get("labels") if hasattr(batch, "get") else None
         if labels is not None:
@@ -61,7 +61,7 @@ class WithoutImageLabels:
         return batch
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("collate", "__setstate__"):  # while it is unpickled, by a worker of the data loader
+        if name in ("collate", "__setstate__"):  # while a worker of the data loader unpickles it
             raise AttributeError(name)
         return getattr(self.collate, name)
 

@@ -1,4 +1,4 @@
-"""Read patch features from any vision tower: which tokens are patches, how they lie, what each is wide."""
+"""Read patch features from any vision tower: which tokens are patches, their grid and their width."""
 
 import copy
 import importlib
@@ -18,14 +18,14 @@ from .configuration_crome_vlm import CromeVLMConfig
 
 @dataclass(frozen=True)
 class VisionLayout:
-    """How the features of one image lie: prefix tokens, then a row-major grid of patches.
+    """Layout of one image's features: prefix tokens, then a row-major grid of patches.
 
     Args:
         num_prefix_tokens: tokens before the patches (CLS, registers); 0 for feature maps.
         height: rows of patches.
         width: columns of patches.
         hidden_size: features per token.
-        channel_axis: axis of the features in a (batch, ..., ...) map; None where the tower returns tokens.
+        channel_axis: axis of the features in a (batch, ..., ...) map; None if the tower returns tokens.
     """
 
     num_prefix_tokens: int
@@ -36,11 +36,11 @@ class VisionLayout:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens per image as the tower gives them, prefix included."""
+        """Tokens per image from the tower, with the prefix."""
         return self.num_prefix_tokens + self.height * self.width
 
     def num_selected(self, strategy: str, pool_size: int) -> int:
-        """Tokens per image after selection and pooling.
+        """Count the tokens per image after selection and pooling.
 
         Raises:
             ValueError: the grid cannot be cut into pool_size x pool_size squares.
@@ -55,7 +55,7 @@ class VisionLayout:
         return prefix + (self.height // pool_size) * (self.width // pool_size)
 
     def to_tokens(self, features: torch.Tensor) -> torch.Tensor:
-        """Lay a feature map out as tokens, row by row; tokens stay as they are.
+        """Lay a feature map out as tokens, row by row. Tokens are unchanged.
 
         Args:
             features: (images, tokens, hidden), or a map with the features on `channel_axis`.
@@ -89,10 +89,10 @@ class VisionLayout:
 
 
 def find_vision_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The part that reads pixels: a tower itself, without a head, or the vision half of a dual model such as CLIP.
+    """Find the part that reads pixels: the tower without a head, or the vision half of a dual model such as CLIP.
 
     Raises:
-        ValueError: the model has no part that takes `pixel_values` alone and gives features of every patch.
+        ValueError: no part of the model takes `pixel_values` alone and returns features of every patch.
     """
     vision_config = getattr(model.config, "vision_config", None)
     if vision_config is not None:
@@ -105,8 +105,8 @@ def find_vision_model(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} is not a vision tower: its forward takes {inputs[:6]}, expected "
             "pixel_values without input_ids. Pass the tower's name or model object as vision=."
         )
-    # Without the head of a ...ForImageClassification or ...WithProjection. `base_model` may name nothing, or DINOv3's
-    # encoder, which lies behind the patch embedding.
+    # Without the head of a ...ForImageClassification or ...WithProjection. `base_model` may be unset, or be DINOv3's
+    # encoder, which comes after the patch embedding.
     bare = AutoModel._model_mapping.get(type(model.config), ())
     tower = next((part for part in model.modules() if isinstance(part, bare)), model)
     why_not = _why_no_features(tower)
@@ -116,7 +116,7 @@ def find_vision_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _why_no_features(tower: PreTrainedModel) -> str | None:
-    """Why a tower does not give the features of every patch of an image; None: it does."""
+    """Return why a tower does not give the features of every patch of an image; None if it does."""
     parameters = inspect.signature(tower.forward).parameters.values()
     needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if isinstance(tower, BackboneMixin):
@@ -129,7 +129,7 @@ def _why_no_features(tower: PreTrainedModel) -> str | None:
 
 
 def vision_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of the tower that a configuration describes: AutoModel's, else the one beside the configuration.
+    """Return the class of the tower for a configuration: AutoModel's, else the one beside the configuration.
 
     Raises:
         ValueError: transformers has no tower for it.
@@ -152,7 +152,7 @@ def _inputs(model: PreTrainedModel | type[PreTrainedModel]) -> list[str]:
 
 
 def build_tower(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
-    """A tower with random weights; kwargs are those of `from_config` (`dtype`)."""
+    """Build a tower with random weights; kwargs are arguments of `from_config` (`dtype`)."""
     model_class = vision_class(config)
     return (
         model_class.from_config(config, **kwargs)
@@ -162,7 +162,7 @@ def build_tower(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
 
 
 def size_arguments(tower: PreTrainedModel, height: int, width: int) -> dict[str, bool]:
-    """What the tower's forward must be told to read images of height x width: often nothing."""
+    """Return the arguments that the tower's forward needs to read images of height x width; often none."""
     native = getattr(tower.config, "image_size", None)
     native = (native, native) if isinstance(native, int) else native
     if native is None or tuple(native) == (height, width):
@@ -172,13 +172,13 @@ def size_arguments(tower: PreTrainedModel, height: int, width: int) -> dict[str,
 
 
 def run_tower(tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int, **kwargs: bool) -> torch.Tensor:
-    """One layer's features, as the tower lays them out.
+    """Compute one layer's features, in the tower's layout.
 
     Args:
-        tower: reads pixel_values.
+        tower: model that reads pixel_values.
         pixel_values: (images, channels, height, width).
         layer: -1: `last_hidden_state`; else an index into `hidden_states`.
-        kwargs: what `size_arguments` gives.
+        kwargs: result of `size_arguments`.
     Returns:
         (images, tokens, hidden), or a four-dimensional feature map.
     Raises:
@@ -205,10 +205,10 @@ def _pick_layer(tower: PreTrainedModel, output: ModelOutput, layer: int) -> torc
 
 
 def infer_layout(config: CromeVLMConfig) -> VisionLayout:
-    """Work out the layout of a tower's features from its shapes alone, without its weights.
+    """Determine the layout of a tower's features from its shapes, without its weights.
 
-    A copy of the tower is run on the meta device. Patches are counted from the patch convolution, halved per stage
-    for hierarchical towers; what is left over in front of them is the prefix.
+    A copy of the tower runs on the meta device. Patches are counted from the patch convolution, and halved per
+    stage for hierarchical towers; the remaining tokens before them are the prefix.
 
     Raises:
         ValueError: the tower cannot read images of this size, or its features cannot be laid out as a grid.
@@ -233,7 +233,7 @@ def infer_layout(config: CromeVLMConfig) -> VisionLayout:
 
 
 def _dry_run(config: CromeVLMConfig, device: str) -> tuple[PreTrainedModel, ModelOutput]:
-    """A copy of the tower with arbitrary weights, and what it makes of one blank image."""
+    """Run a copy of the tower with arbitrary weights on one blank image; return both the copy and its output."""
     vision_config = copy.deepcopy(config.vision_config)
     vision_config._attn_implementation = "eager"
     channels = getattr(vision_config, "num_channels", 3)
@@ -255,7 +255,7 @@ def _dry_run(config: CromeVLMConfig, device: str) -> tuple[PreTrainedModel, Mode
 
 
 def _map_layout(shape: torch.Size, vision_config: PreTrainedConfig) -> VisionLayout:
-    """Layout of a (1, a, b, c) map: the feature axis is the one as wide as the configuration's hidden size."""
+    """Find the layout of a (1, a, b, c) map: the feature axis is as wide as the configuration's hidden size."""
     widths = {getattr(vision_config, "hidden_size", None), *(getattr(vision_config, "hidden_sizes", None) or ())}
     axis = 3 if shape[3] in widths and shape[1] not in widths else 1
     if axis == 1 and shape[1] not in widths and shape[1] == shape[2] != shape[3]:
@@ -265,7 +265,7 @@ def _map_layout(shape: torch.Size, vision_config: PreTrainedConfig) -> VisionLay
 
 
 def _patch_grid(tower: PreTrainedModel, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of patches before any merging: output size of the tower's first convolution.
+    """Count rows and columns of patches before any merging: output size of the tower's first convolution.
 
     Raises:
         ValueError: the tower has neither a patch convolution nor a `patch_size`.

@@ -122,7 +122,7 @@ def test_adapters_stay_peft_s(saved: Path, tmp_path: Path) -> None:
     pool = pool_of(saved, 2)
     pool.use(["0", "1"])
     pool.model.delete_adapter("1")
-    with pytest.raises(ValueError, match=r"Not in the pool: \['1'\]\. Write pool\.load_adapter\(<directory>, '1'\)"):
+    with pytest.raises(ValueError, match=r"\['1'\]: not in the pool\. Write pool\.load_adapter\(<directory>, '1'\)"):
         pool.use(["1"])
     assert (pool.resident, pool.names) == (["0"], ["0", "2", "3", "4"])
     pool.load_adapter(saved / "2", "1")
@@ -139,10 +139,10 @@ def test_adapters_stay_peft_s(saved: Path, tmp_path: Path) -> None:
 
 def test_what_is_refused(saved: Path) -> None:
     pool = pool_of(saved, 2)
-    with pytest.raises(ValueError, match=r"3 adapters in one batch, and room for 2\. .*room=3\), or smaller batches"):
+    with pytest.raises(ValueError, match=r"3 adapters are in one batch; the pool holds 2\. .*room=3\), or smaller"):
         pool.use(["0", "1", "2"])
     assert (pool.resident, pool.misses) == ([], 0)
-    with pytest.raises(ValueError, match="room=0 is no number of adapters"):
+    with pytest.raises(ValueError, match="room=0 is too small"):
         AdapterPool(pool.model, 0)
     with pytest.raises(ValueError, match=r"rest='tape' is unknown\. Write one of \('memory', 'disk'\)"):
         AdapterPool(pool.model, 1, "tape")

@@ -44,5 +44,5 @@ def test_what_cannot_be_told_apart_is_refused(name: str) -> None:
     """One embedding serves every row: of a sound's padding, of an image's frame."""
     case = ZOO[name]()
     assert case.not_applicable["mixed batch"]
-    with pytest.raises(ValueError, match=r"rows came where adapter_names has 2.* model\.set_adapter\(name\)"):
+    with pytest.raises(ValueError, match=r"rows for 2 adapter_names.* model\.set_adapter\(name\)"):
         two_adapters(case)(**case.batch, adapter_names=["first", "second"])

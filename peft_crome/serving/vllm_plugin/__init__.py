@@ -1,4 +1,4 @@
-"""What vLLM loads (entry point `vllm.general_plugins`): a class with CROME's branches for each of its own classes."""
+"""vLLM's entry point `vllm.general_plugins`: for each of its model classes, a class with CROME's branches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ PREFIX = "Crome"  # before the host's architecture, in an exported model's confi
 
 
 def register() -> None:
-    """Give vLLM the composite, and an architecture `Crome...` for each; a class is made when a model asks for it."""
+    """Register the composite, and an architecture `Crome...` for each host; its class is created when it is needed."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 

@@ -1,4 +1,4 @@
-"""The composite as a model of vLLM: its tower and projection as they are, its language model as vLLM's own class."""
+"""The composite as a vLLM model: transformers' tower and projection, and vLLM's language model."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ IMAGE = "<image>"
 
 
 class CompositeInfo(BaseProcessingInfo):
-    """What vLLM asks of the composite's configuration and processor."""
+    """Give vLLM information about the composite's configuration and processor."""
 
     def get_hf_config(self) -> Any:
-        """The composite's configuration."""
+        """Return the composite's configuration."""
         return self.ctx.get_hf_config(CromeVLMConfig)
 
     def get_hf_processor(self, **kwargs: Any) -> Any:
-        """The composite's processor."""
+        """Return the composite's processor."""
         return self.ctx.get_hf_processor(CromeVLMProcessor, **kwargs)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """As many images as fit."""
+        """Allow as many images as fit."""
         return {"image": None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Every image has as many tokens."""
+        """Return the tokens of an image, which all images share."""
         return {"image": self.get_hf_config().image_seq_length}
 
 
 class CompositeDummyInputs(BaseDummyInputsBuilder[CompositeInfo]):
-    """Images that vLLM measures its memory with."""
+    """Make images with which vLLM measures its memory."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
-        """A placeholder for each."""
+        """Return a placeholder for each image."""
         return self.info.get_hf_processor().image_token * mm_counts.get("image", 0)
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]) -> Any:
-        """Images of the size that the tower reads."""
+        """Return images of the size that the tower reads."""
         height, width = self.info.get_hf_config().image_height_width
         count, overrides = mm_counts.get("image", 0), mm_options.get("image")
         return {"image": self._get_dummy_images(width=width, height=height, num_images=count, overrides=overrides)}
 
 
 class CompositeProcessing(BaseMultiModalProcessor[CompositeInfo]):
-    """From images to pixel values and placeholders."""
+    """Turn images into pixel values and placeholders."""
 
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
@@ -81,7 +81,7 @@ class CromeVLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
-        """What stands for an image in a message."""
+        """Return an image's placeholder in a message."""
         return IMAGE
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -97,7 +97,7 @@ class CromeVLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
             )
             self.vision_fusion = FusionSite(text.hidden_size)
             self._tower_arguments = size_arguments(self.vision_tower, *config.image_height_width)
-        # vLLM gives the language model the outer configuration's, and a composite leaves ties to its parts.
+        # vLLM passes the outer configuration to the language model, and a composite leaves ties to its parts.
         config.tie_word_embeddings = getattr(text, "tie_word_embeddings", False)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
@@ -106,7 +106,7 @@ class CromeVLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """pixel_values, (images, channels, height, width) -> (images, tokens, hidden)."""
+        """Embed images: pixel_values, (images, channels, height, width) -> (images, tokens, hidden)."""
         pixel_values = kwargs["pixel_values"].to(self.image_projection.weight.dtype)
         features = run_tower(
             self.vision_tower, pixel_values, self.config.vision_feature_layer, **self._tower_arguments
@@ -128,7 +128,7 @@ class CromeVLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """The language model's."""
+        """Compute logits by the language model."""
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -1,4 +1,4 @@
-"""vLLM's model classes with CROME's branches at the sites where transformers has them."""
+"""vLLM's model classes with CROME's branches at the same sites as in transformers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .processing import FIELD, choosing
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    """The class of an architecture `Crome...`."""
+    """Create the class of an architecture `Crome...`."""
     if not name.startswith(PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return with_branches(ModelRegistry.models[name.removeprefix(PREFIX)].load_model_cls())
 
 
 def with_branches(host: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a vLLM model class that adds a request's adapter to what its projector gives.
+    """Subclass a vLLM model class so that it adds a request's adapter to its projector's output.
 
     Raises:
         ValueError: the class takes no images.
@@ -44,7 +44,7 @@ def with_branches(host: type[nn.Module]) -> type[nn.Module]:
 
 
 class Branches:
-    """What is put in front of the host's class."""
+    """Mix-in in front of the host's class."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -55,7 +55,7 @@ class Branches:
             config = CromeConfig(bottleneck_dim=adapter.bottleneck_dim, gate_activation=adapter.gate_activation)
             self.crome.add(name, config, adapter.sites, served.hidden_size, rms=1.0)
         self.acting_on = {name: adapter.modalities() for name, adapter in served.adapters.items()}
-        self.chosen: list[str] = []  # the adapter of the items that are embedded now
+        self.chosen: list[str] = []  # the adapter of the items that are being embedded
         self.acted: set[str] = set()
         for path in served.sites():
             self._add_site(path, {name: adapter.branches_at(path) for name, adapter in served.adapters.items()})
@@ -74,10 +74,10 @@ class Branches:
             output = forward(*args, **kwargs)
             return layer.adapt(output, names) if names else output
 
-        module.forward = adapted  # not by a hook, since vLLM's modules that may be compiled have a call of their own
+        module.forward = adapted  # no hook: compilable modules of vLLM override __call__
 
     def _module(self, path: str) -> nn.Module:
-        """The module that vLLM has in the place of transformers'; found as vLLM finds the names of weights."""
+        """Find vLLM's module for a transformers path, by vLLM's mapping of weight names."""
         mapper = getattr(self, "hf_to_vllm_mapper", None)
         names = [path, path.removeprefix("model.")]
         names += [mapped[:-1] for name in names if mapper is not None and (mapped := mapper._map_name(name + "."))]
@@ -91,7 +91,7 @@ class Branches:
         )
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        """The host's embeddings, with the branch of the adapter that the items were processed for."""
+        """Compute the host's embeddings, with the branch of the adapter that the items were processed for."""
         ((modality, number),) = {
             (key.removeprefix(FIELD), int(kwargs.pop(key))) for key in [*kwargs] if key.startswith(FIELD)
         }
@@ -111,7 +111,7 @@ class Branches:
         return embeddings
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load the adapters' matrices, and give the rest to the host's class."""
+        """Load the adapters' matrices, and pass the other weights to the host's class."""
         parameters = dict(self.crome.named_parameters())
         loaded: set[str] = set()
 

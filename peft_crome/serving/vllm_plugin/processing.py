@@ -1,4 +1,4 @@
-"""The adapter that a request names, from its `mm_processor_kwargs` to the model, and into vLLM's caches."""
+"""Pass the adapter's name from a request's `mm_processor_kwargs` to the model and into vLLM's caches."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from ..served import ARGUMENT, Served
 
-FIELD = "crome_adapter_"  # and the modality: the number of the adapter, shared by all items of a batch
+FIELD = "crome_adapter_"  # + modality: the adapter's number, shared by all items of a batch
 COUNT = "crome_items_"
 
 
 def choosing(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """A factory of a host's processor that reads the adapter's name, too."""
+    """Wrap a factory of a host's processor so that the processor also reads the adapter's name."""
 
     def make(*args: Any, **kwargs: Any) -> Any:
-        kind = type(factory(*args, **kwargs))  # some factories choose the class by the host
+        kind = type(factory(*args, **kwargs))  # some factories select the class by the host
         return type(kind.__name__, (Choosing, kind), {})(*args, **kwargs)
 
     return make
 
 
 class Choosing:
-    """What is put in front of the class of a host's processor.
+    """Mix-in in front of the class of a host's processor.
 
-    vLLM hashes an item with its `mm_processor_kwargs`, and takes the hash as the key of its caches: of processed
-    items, of embeddings, and of the prefixes of prompts. So an image is another one for each adapter. Items of one
+    vLLM hashes an item with its `mm_processor_kwargs`, and the hash is the key of its caches: of processed items, of
+    embeddings, and of prompt prefixes. An image therefore has a different key for each adapter. Items of one
     batch have the same value in a shared field, so the tower runs for one adapter at a time.
     """
 

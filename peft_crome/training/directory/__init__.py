@@ -1,1 +1,1 @@
-"""What a run leaves on disk."""
+"""Write and read the files of a run."""

@@ -1,4 +1,4 @@
-"""The model card of a stage's directory: what was trained on what, with which schedule, and the code to run it."""
+"""Write the model card of a stage's directory: what was trained on what, the schedule, and the code to run it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ DATA_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow")
 
 
 def stage_card(record: dict[str, Any], composite: Any) -> str:
-    """README.md of a stage's directory.
+    """Write README.md of a stage's directory.
 
     Args:
-        record: with the key "stages", all that led here.
+        record: record of the stage; its key "stages" lists all stages up to this one.
         composite: the trained composite's configuration.
     """
     bases = [composite.vision_model_name_or_path, composite.text_model_name_or_path]
@@ -30,7 +30,7 @@ def stage_card(record: dict[str, Any], composite: Any) -> str:
         "library_name": "peft",
         "pipeline_tag": "image-text-to-text",
         "tags": ["crome", "peft", "vision-language"],
-        # Folders and files are nothing to the Hub.
+        # The Hub does not know local folders and files.
         "base_model": [base for base in dict.fromkeys(bases) if base and hub_name(base)],
         "base_model_relation": "adapter",
     }

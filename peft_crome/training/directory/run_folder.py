@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: one process writes there, and a run that was interrupted goes on from it."""
+"""Manage the folder of a run's checkpoints: one process writes to it, and an interrupted run continues from it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-RECIPE = "recipe.json"  # in the folder of a run's checkpoints: what they belong to
+RECIPE = "recipe.json"  # in the folder of a run's checkpoints: the run that they belong to
 
 
-LOCK = "lock"  # beside it: held by the process that writes there
+LOCK = "lock"  # beside it: held by the process that writes the checkpoints
 
 
-COMPLETE = "complete.json"  # of a checkpoint, written last: its files and their sizes
+COMPLETE = "complete.json"  # in a checkpoint, written last: its files and their sizes
 
 
 # Keys of a recipe that may change between interruption and restart: the weights do not depend on them.
@@ -44,19 +44,19 @@ WITHOUT_EFFECT = (
 )
 
 
-# Keys that may change on request: rows that stopped a run are corrected or left out, and it goes on.
+# Keys that may change on request: rows that stopped a run are corrected or left out, and the run continues.
 OF_DATA = ("data.", "content of data.", "training.max_length")
 
 
 @contextmanager
 def only_run(checkpoints: Path, is_main: bool = True) -> Iterator[None]:
-    """Keep the folder of a run's checkpoints to one run at a time; the system frees it when the process ends.
+    """Keep the folder of a run's checkpoints to one run at a time. The system frees it when the process ends.
 
     Args:
-        checkpoints: the folder; made where it is missing.
+        checkpoints: the folder; created if it is missing.
         is_main: whether this process writes; others do nothing.
     Raises:
-        StageError: another run writes there, or nobody knows whose folder it is.
+        StageError: another run writes to the folder, or the folder's owner is unknown.
     """
     _check_is_run_folder(checkpoints)
     if not is_main or fcntl is None:
@@ -65,7 +65,7 @@ def only_run(checkpoints: Path, is_main: bool = True) -> Iterator[None]:
     checkpoints.mkdir(parents=True, exist_ok=True)
     with open(checkpoints / LOCK, "a+", encoding="utf-8") as file:
         try:
-            # Not flock: the workers that read data would inherit it, and outlive a killed run by some seconds.
+            # Not flock: data loader workers would inherit it and outlive a killed run by some seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
@@ -82,7 +82,7 @@ def only_run(checkpoints: Path, is_main: bool = True) -> Iterator[None]:
 
 
 def _check_is_run_folder(checkpoints: Path) -> None:
-    """Refuse a folder that holds something and was not begun by `open_run`: what is there may be another program's."""
+    """Refuse a non-empty folder that `open_run` did not begin, since its files may be another program's."""
     names = {path.name for path in checkpoints.iterdir()} if checkpoints.is_dir() else set()
     # A run may have been killed while it wrote its recipe, by this release or by an earlier one.
     others = sorted(names - {LOCK, "recipe.tmp"} - {name for name in names if is_unfinished(name, RECIPE)})
@@ -96,15 +96,15 @@ def _check_is_run_folder(checkpoints: Path) -> None:
 def open_run(
     checkpoints: Path, run: dict[str, Any], is_main: bool = True, accept_changed_data: bool = False
 ) -> str | None:
-    """Find the checkpoint that a run goes on from, or begin its folder.
+    """Find the checkpoint that a run continues from, or begin its folder.
 
     Args:
         checkpoints: the folder.
-        run: the recipe, and what tells the data; JSON values.
+        run: the recipe, and values that identify the data; JSON values.
         is_main: whether this process writes.
-        accept_changed_data: go on although `OF_DATA` differ.
+        accept_changed_data: continue although `OF_DATA` differ.
     Returns:
-        The last checkpoint that was written in full; None: there is none. Others are removed.
+        The last complete checkpoint; None: there is none. Incomplete ones are removed.
     Raises:
         StageError: the folder's checkpoints belong to another run.
     """
@@ -149,7 +149,7 @@ def open_run(
 
 
 def complete_checkpoint(checkpoint: Path) -> None:
-    """Say that all files of a checkpoint are written."""
+    """Mark a checkpoint as complete after all of its files are written."""
     _replace(checkpoint / COMPLETE, file_sizes(checkpoint))
 
 

@@ -1,4 +1,4 @@
-"""A stage's directory: written complete or not at all, checked when it is read, a whole Hub repository in itself."""
+"""Write a stage's directory as a complete Hub repository or not at all, and check it when it is read."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ RECORD = STAGE_RECORD  # written last: a directory without it is not complete
 
 
 def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: dict[str, Any], card: str) -> None:
-    """Write the composite with what was trained, the adapter, the processor, the card and the record.
+    """Write the composite with the trained weights, the adapter, the processor, the card and the record.
 
     The adapter is detached from the model: `model.unload()` puts the trained modules in their places.
 
     Args:
-        model: The trained PEFT model around a composite.
-        processor: The composite's processor.
-        directory: A directory that does not exist or is empty. It appears under its name when it is complete.
-        record: A description of the stage in JSON values. Its key "stages" holds the list of all stages.
-        card: The text of README.md.
+        model: the trained PEFT model around a composite.
+        processor: the composite's processor.
+        directory: a directory that does not exist or is empty. It appears under its name when it is complete.
+        record: a description of the stage in JSON values. Its key "stages" holds the list of all stages.
+        card: the text of README.md.
     Raises:
-        StageError: The directory is not empty.
-        ValueError: The written weights differ from the model's. Then no directory is left.
+        StageError: the directory is not empty.
+        ValueError: the written weights differ from the model's. Then no directory is left.
     """
     directory = Path(directory)
     check_free(directory)
@@ -69,23 +69,23 @@ def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: 
 
 
 def save_adapter(model: PeftModel, processor: Any, directory: str | Path, record: dict[str, Any]) -> None:
-    """Write an adapter of a model of its own: weights, processor, card and record; the model stays as it is.
+    """Write an adapter of a separate model: weights, processor, card and record. The model is not changed.
 
     Args:
         model: the trained PEFT model.
-        processor: the model's, with which the adapter was trained.
-        directory: must not exist, or be empty; appears under its name when everything is in it.
-        record: what the run was; JSON values. The list of the runs is its key "stages".
+        processor: the model's processor, with which the adapter was trained.
+        directory: a directory that does not exist or is empty. It appears under its name when it is complete.
+        record: a description of the run in JSON values. Its key "stages" holds the list of all runs.
     Raises:
-        StageError: the directory holds something.
-        ValueError: other weights were written than were meant; no directory is there then.
+        StageError: the directory is not empty.
+        ValueError: the written weights differ from the model's. Then no directory is left.
     """
     directory = Path(directory)
     check_free(directory)
     name = model.active_adapter
     data = [item["path"] for stage in record["stages"] for item in stage["data"]]
     with new_directory(directory) as target:
-        # A saved state of padding comes back as max_length=None, with which Gemma's processors refuse sound.
+        # A saved padding state loads as max_length=None, with which Gemma's processors refuse sound.
         processor.tokenizer.backend_tokenizer.no_padding()
         processor.tokenizer.backend_tokenizer.no_truncation()
         processor.save_pretrained(target)
@@ -96,10 +96,10 @@ def save_adapter(model: PeftModel, processor: Any, directory: str | Path, record
 
 
 def check_free(directory: str | Path) -> None:
-    """Refuse to write over something.
+    """Refuse to overwrite files.
 
     Raises:
-        StageError: the directory holds files, is a file, or cannot be made.
+        StageError: the directory contains files, is a file, or cannot be created.
     """
     directory = Path(directory)
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
@@ -120,7 +120,7 @@ def read_record(directory: str | Path) -> dict[str, Any]:
     """Read the record of a stage's directory, and check that all its files are complete.
 
     Raises:
-        StageError: It is not a stage's directory, or a file is missing or of another size.
+        StageError: the directory is not a stage's, or a file is missing or of another size.
     """
     directory = Path(directory)
     path = directory / RECORD
@@ -149,13 +149,13 @@ def read_record(directory: str | Path) -> dict[str, Any]:
 
 
 def _write_record(directory: Path, record: dict[str, Any]) -> None:
-    """Last of all files, whose sizes it has."""
+    """Write the record last, since it has the sizes of all files."""
     text = json.dumps({**record, "files": file_sizes(directory), "config": _config_digest(directory)}, indent=2)
     (directory / RECORD).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _config_digest(directory: Path) -> str | None:
-    """Of what config.json says, without the names of places, which may move; None: it cannot be read."""
+    """Hash config.json without the names of places, which may move; None: it cannot be read."""
 
     def without_places(value: Any) -> Any:
         if not isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""The training loop: transformers' Trainer, and what ours adds to it."""
+"""The training loop: transformers' Trainer and this package's additions."""

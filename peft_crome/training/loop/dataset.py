@@ -1,4 +1,4 @@
-"""A recipe's data sets -> what the Trainer draws rows from."""
+"""Build the data set that the Trainer draws rows from, out of a recipe's data sets."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ...data.sources import FEATURES, file_digest
 from ..errors import RecipeError
 from ..recipe.schema import Data, Recipe
 
-FIRST = 1000  # rows of a stream, one of which must teach something
-Sets = list[tuple[Data, Any]]  # a data set of a recipe, and its rows
+FIRST = 1000  # one of the first rows of a stream must teach something
+Sets = list[tuple[Data, Any]]  # pairs of a recipe's data set and its rows
 
 logger = logging.getLogger(__name__)
 
 
 def load_sources(recipe: Recipe) -> list[Any]:
-    """Each data set of a recipe, in its order; every image file is there.
+    """Load each data set of a recipe, in its order, and check that every image file exists.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_rows` and `check_files`.
+        FileNotFoundError, ValueError: as in `load_rows` and `check_files`.
     """
     sources = [load_rows(**data.model_dump(exclude={"weight"})) for data in recipe.data]
     for source in sources:
@@ -37,28 +37,28 @@ def load_sources(recipe: Recipe) -> list[Any]:
 
 
 def content_of(data: Data, source: Any) -> str | None:
-    """What tells whether a data set is still the one that a run began with.
+    """Fingerprint a data set, to check whether it is still the one that a run began with.
 
     Returns:
-        A digest of a file's bytes, or of a table; None: nobody can tell, as of a stream from the Hub.
+        A digest of a file's bytes or of a table; None: unknown, as for a stream from the Hub.
     """
     if isinstance(source, Dataset):
         return source._fingerprint
     if Path(data.path).is_file():
         return file_digest(Path(data.path))
-    files = sorted(path for path in Path(data.path).rglob("*") if path.is_file())  # none, of a name of the Hub
+    files = sorted(path for path in Path(data.path).rglob("*") if path.is_file())  # no files for a Hub name
     return "".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns} " for path in files) or None
 
 
 def teaching_sets(sets: Sets, kinds: Set[str]) -> Sets:
-    """The data sets that have rows of which something that trains learns, with these rows alone.
+    """Select the data sets with rows from which something learns, reduced to these rows.
 
-    A warning says how many are left out; of a stream, that some are.
+    A warning gives the number of rows that are left out; for a stream, only that some are.
 
     Args:
-        kinds: of media that reach what trains, as of `media_that_teach`.
+        kinds: kinds of media that reach trained weights, from `media_that_teach`.
     Raises:
-        RecipeError: nothing is left, or the first rows of a stream have none of these media.
+        RecipeError: no row is left, or the first rows of a stream have none of these media.
     """
     nouns = " or ".join(NOUNS[kind] for kind in FIELDS if kind in kinds) or "medium"
     remedy = (
@@ -90,15 +90,15 @@ def teaching_sets(sets: Sets, kinds: Set[str]) -> Sets:
 
 
 def training_rows(recipe: Recipe, sets: Sets, split: bool) -> Any:
-    """The mixture that a recipe describes.
+    """Mix the data sets as a recipe describes.
 
     Args:
-        sets: of the recipe's data sets, those to draw from, with what `load_sources` gave for each.
+        sets: the recipe's data sets to draw from, each with its result of `load_sources`.
         split: whether each answer becomes a row (see `ConversationCollator`).
     """
     sources = [source for _, source in sets]
     weights = [data.weight for data, _ in sets if data.weight is not None]
-    probabilities = normalized(weights) if weights else None  # the recipe has seen to it that all have one, or none
+    probabilities = normalized(weights) if weights else None  # the recipe has checked: all sets or none
     if recipe.mixture is not None and len(sources) > 1:
         sizes = [len(source) for source in sources]
         probabilities = mixture_probabilities(sizes, recipe.mixture.temperature)

@@ -1,4 +1,4 @@
-"""A loss or a gradient that is no number any more stops the run before it reaches the weights."""
+"""Stop a run at a loss or gradient that is not finite, before it reaches the weights."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-ROW_IDS = "row_ids"  # of a batch: (rows, bytes), their ids in UTF-8, padded with zeros
+ROW_IDS = "row_ids"  # key of a batch: (rows, bytes), ids in UTF-8, padded with zeros
 LONGEST_ID = 200  # bytes
-SHOWN = 32  # rows in a message
-SMALLEST_SCALE = 2.0**-14  # of fp16's loss; PyTorch's scaler begins at 2**16 and halves it at each overflow
+SHOWN = 32  # number of rows in a message
+SMALLEST_SCALE = 2.0**-14  # loss scale of fp16; PyTorch begins at 2**16 and halves it at each overflow
 
 
 class NotFiniteError(ValueError):
     """A step's loss or gradient is NaN or infinite. The weights are those before the step.
 
     Args:
-        step: Number of the step, counted from 1.
+        step: number of the step, counted from 1.
         what: "the loss" or "the gradient".
-        rows: Ids of the rows in the step.
-        checkpoint: The last checkpoint, if there is one.
-        paths: Paths of the data sets that hold the rows.
+        rows: ids of the rows in the step.
+        checkpoint: the last checkpoint, if there is one.
+        paths: paths of the data sets that hold the rows.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class NotFiniteError(ValueError):
         )
 
     def of(self, paths: Sequence[str]) -> NotFiniteError:
-        """The same, with the data sets named."""
+        """Return the same error with the data sets named."""
         return NotFiniteError(self.step, self.what, self.rows, self.checkpoint, paths)
 
 
 class NamedRows:
-    """A collator whose batches also name their rows. `CromeTrainer` does not pass the names to the model.
+    """Wrap a collator so that batches also name their rows. `CromeTrainer` does not pass the names to the model.
 
     Args:
-        collator: A collator of rows with an "id".
+        collator: collator of rows with an "id".
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]) -> None:
@@ -62,14 +62,14 @@ class NamedRows:
 
 
 def encode_ids(ids: Sequence[str]) -> torch.Tensor:
-    """Ids as a tensor, which every way of sending batches to processes can carry: (rows, bytes), uint8."""
+    """Encode ids as a tensor, which every way to send batches to processes supports: (rows, bytes), uint8."""
     texts = [name.encode(errors="replace")[:LONGEST_ID] for name in ids]
     longest = max(map(len, texts))
     return torch.tensor([list(text.ljust(longest, b"\0")) for text in texts], dtype=torch.uint8)
 
 
 def decode_ids(ids: torch.Tensor) -> list[str]:
-    """The ids of `encode_ids`.
+    """Invert `encode_ids`.
 
     Example:
         >>> decode_ids(encode_ids(["7", "coco/12"]))
@@ -79,28 +79,28 @@ def decode_ids(ids: torch.Tensor) -> list[str]:
 
 
 class FiniteCheck:
-    """Collects the losses of a step's batches, and looks at them and the gradient before the optimizer does."""
+    """Collect the losses of a step's batches, and check them and the gradient before the optimizer runs."""
 
     def __init__(self) -> None:
         self.losses: list[torch.Tensor] = []
         self.rows: list[torch.Tensor | None] = []
 
     def see(self, loss: torch.Tensor, rows: torch.Tensor | None) -> None:
-        """Note a batch; nothing is waited for."""
+        """Note a batch, without waiting for the device."""
         self.losses.append(loss.detach().float())
         self.rows.append(rows)
 
     def check(self, norm: Any, accelerator: Accelerator, step: int, directory: str) -> None:
-        """Raise on all processes alike if a batch of any of them is not finite.
+        """Raise on all processes if a batch of any process is not finite.
 
         Args:
-            norm: of the gradient, before it was clipped.
-            accelerator: of the Trainer.
-            step: that is being done, from 1.
-            directory: of the checkpoints.
+            norm: norm of the gradient, before it is clipped.
+            accelerator: accelerator of the Trainer.
+            step: number of the current step, from 1.
+            directory: directory of the checkpoints.
         Raises:
-            NotFiniteError: a loss is NaN or infinite; or the gradient is, but for overflows under fp16, at which the
-                loss is scaled down and the step left out.
+            NotFiniteError: a loss is NaN or infinite, or the gradient is. Under fp16 an overflow of the gradient does
+                not raise; it reduces the loss scale and skips the step.
         """
         losses, rows = self.losses, self.rows
         self.losses, self.rows = [], []
@@ -113,7 +113,7 @@ class FiniteCheck:
         if scaler is not None and scaler.is_enabled() and scaler.get_scale() > SMALLEST_SCALE:
             gradient = torch.ones_like(gradient)
         sound = (finite.all() & gradient.to(finite.device).all()).float()
-        if accelerator.num_processes > 1:  # whoever stopped alone would leave the others waiting
+        if accelerator.num_processes > 1:  # a process that stopped alone would leave the others waiting
             sound = accelerator.reduce(sound, reduction="mean")
         if sound.item() == 1:
             return
@@ -126,7 +126,7 @@ class FiniteCheck:
 
 
 def _last_before(step: int, directory: str) -> str | None:
-    """The last checkpoint of a step before; a run that was killed may have left a later one half-written."""
+    """Find the last checkpoint before a step. A killed run may have left a later, incomplete one."""
     checkpoints = {
         int(p.name.split("-")[-1]): p for p in Path(directory).glob("checkpoint-*") if p.name[11:].isdigit()
     }
@@ -135,11 +135,11 @@ def _last_before(step: int, directory: str) -> str | None:
 
 
 def paths_of(rows: Iterable[str], sources: Iterable[tuple[str, Any]]) -> list[str]:
-    """The data sets that hold any of the rows; one that is streamed may.
+    """Find the data sets that hold any of the rows; a streamed one may.
 
     Args:
-        rows: ids.
-        sources: path and `load_rows`'s data set of each; a path may come twice, as of two splits.
+        rows: ids of rows.
+        sources: path and `load_rows` data set of each; a path may occur twice, for two splits.
     """
     wanted = set(rows)
 

@@ -1,4 +1,4 @@
-"""One line that says where a run is: loss, tokens a second, memory, time left."""
+"""Show the progress of a run in one line: loss, tokens a second, memory, time left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OFTEN = 0.5  # seconds between two writes of the line
 
 
 def memory() -> str:
-    """The peak of this process on its GPU; without one, what it holds now.
+    """Return the peak memory of this process on its GPU; without a GPU, its present memory.
 
     Example:
         >>> memory().endswith(" GB")
@@ -28,26 +28,26 @@ def memory() -> str:
 
 
 class ProgressLine(TrainerCallback):
-    """transformers' progress bar, with what a user looks for instead of a line of numbers per log.
+    """Show transformers' progress bar with the values that a user looks for.
 
-    On a terminal it is one line, written over. Elsewhere, as in the file of a cluster's job, each logged loss is one.
+    On a terminal it is one line that is rewritten. Elsewhere, as in a cluster job's file, each logged loss is a line.
     """
 
     def __init__(self) -> None:
-        self.bar: Any = None  # on a terminal
+        self.bar: Any = None  # the bar on a terminal
         self.speaks = False  # whether this process prints
-        self.loss: torch.Tensor | float = 0.0  # of the step, on this process
-        self.tokens: torch.Tensor | int = 0  # since `since`, on this process; padding is none
+        self.loss: torch.Tensor | float = 0.0  # loss of the step on this process
+        self.tokens: torch.Tensor | int = 0  # tokens since `since` on this process, without padding
         self.since = self.written = 0.0
         self.begun = (0, 0.0)  # the first step of this run, and when
 
     def count(self, loss: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Note a batch; nothing is waited for."""
+        """Note a batch, without waiting for the device."""
         self.loss = self.loss + loss.detach()
         self.tokens = self.tokens + tokens
 
     def close(self) -> None:
-        """End the line, so that what is printed next begins on one of its own."""
+        """End the line, so that the next output starts on a new one."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -59,7 +59,7 @@ class ProgressLine(TrainerCallback):
         if self.speaks and sys.stderr.isatty():
             self.bar = tqdm(
                 total=state.max_steps,
-                initial=state.global_step,  # of a run that goes on
+                initial=state.global_step,  # above 0 in a continued run
                 dynamic_ncols=True,
                 bar_format=FORMAT,
             )
@@ -103,6 +103,6 @@ class ProgressLine(TrainerCallback):
         self.tokens, self.since = 0, time.perf_counter()
 
     def _says(self, args: Any) -> str:
-        # Each process has as many rows, so one speaks for all.
+        # All processes have equally many rows, so one reports for all.
         rate = float(self.tokens) * args.world_size / max(time.perf_counter() - self.since, 1e-9)
         return f"loss {float(self.loss):.4g}, {rate:,.0f} tokens/s, {memory()}"

@@ -1,4 +1,4 @@
-"""Where TensorBoard finds a run."""
+"""Keep TensorBoard's files of a run."""
 
 from __future__ import annotations
 

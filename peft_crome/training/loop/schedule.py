@@ -1,21 +1,21 @@
-"""The paper's learning rate: a line from almost nothing up to the peak, then a cosine down to zero."""
+"""Schedule the learning rate as in the paper: linear from almost zero to the peak, then a cosine to zero."""
 
 from __future__ import annotations
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-SMALLEST = 1e-12  # of the peak: torch's line cannot start at 0
+SMALLEST = 1e-12  # share of the peak: torch's linear schedule cannot start at 0
 
 
 def warmup_then_cosine(
     optimizer: Optimizer, *, warmup_steps: int, total_steps: int, initial_factor: float
 ) -> LRScheduler:
-    """The schedule for every parameter group, each with its own peak.
+    """Build the schedule for every parameter group, each with a separate peak.
 
     Args:
-        warmup_steps: optimizer steps of the line; the step of this number has the peak.
-        total_steps: all optimizer steps; the rate after the last one is 0.
+        warmup_steps: optimizer steps of the linear part; the step of this number has the peak.
+        total_steps: number of all optimizer steps; the rate after the last one is 0.
         initial_factor: share of the peak at step 0; 1e-3 in the paper (1e-8 of 1e-5).
     """
     cosine = CosineAnnealingLR(optimizer, T_max=total_steps - warmup_steps)

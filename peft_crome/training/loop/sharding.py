@@ -1,4 +1,4 @@
-"""A model whose weights are divided between processes, by FSDP2 or DeepSpeed ZeRO-3: what it needs, one whole copy."""
+"""Handle a model whose weights are sharded by FSDP2 or DeepSpeed ZeRO-3: its requirements, and a whole copy."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..stages import trained_parameters
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds only a part of what trains."""
+    """Whether this process holds only a shard of the trained weights."""
     return any(isinstance(value, DTensor) or hasattr(value, "ds_id") for _, _, value in trained_parameters(model))
 
 
 def gather_trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What trains, by name, whole and on the CPU. Every process must call it: each gives its part."""
+    """Gather the trained weights by name, whole and on the CPU. Every process must call it with its shard."""
     values = {name: value for _, name, value in trained_parameters(model)}
     with _zero3(list(values.values())):
         return {
@@ -29,7 +29,7 @@ def gather_trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def put_trained(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Give a whole model the values of `gather_trained`."""
+    """Put the values of `gather_trained` into a whole model."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in weights.items():
@@ -37,12 +37,12 @@ def put_trained(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 
 
 def check_storage(model: nn.Module, dtype: torch.dtype) -> None:
-    """See that 4-bit weights can be divided.
+    """Check that 4-bit weights can be sharded.
 
     Args:
-        dtype: of the backbones.
+        dtype: dtype of the backbones.
     Raises:
-        RecipeError: they are stored as integers, which FSDP2 leaves whole on each device.
+        RecipeError: they are stored as integers, which FSDP2 does not shard.
     """
     for name, value in model.named_parameters():
         if type(value).__name__ == "Params4bit" and not value.is_floating_point():

@@ -1,4 +1,4 @@
-"""The ordinary Trainer with parameter groups by part and the paper's schedule."""
+"""Extend the standard Trainer by parameter groups per part and the paper's schedule."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
     """Make the `TrainingArguments` of a recipe. Its `training.arguments` override the rest.
 
     Args:
-        directory: Directory of the checkpoints.
-        world_size: Number of processes that share the rows of a step.
+        directory: directory of the checkpoints.
+        world_size: number of processes that share the rows of a step.
     Raises:
-        RecipeError: An entry of `training.arguments` is unknown or has a wrong type, or the rows cannot be divided.
+        RecipeError: an entry of `training.arguments` is unknown or has a wrong type, or the rows cannot be divided.
     """
     settings = recipe.training
     each, rest = divmod(settings.batch_size, world_size)
@@ -57,12 +57,12 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
         "save_steps": settings.save_steps,
         "save_total_limit": 2,
         "seed": settings.seed,
-        "remove_unused_columns": False,  # the rows are the collator's, not the model's
-        "label_names": ["labels"],  # the Trainer does not look for them through a PeftModel
-        "accelerator_config": {"dispatch_batches": False},  # a batch's images are not one to a row
-        "ddp_find_unused_parameters": False,  # all have a gradient: see guard.py
+        "remove_unused_columns": False,  # the collator reads the columns, not the model
+        "label_names": ["labels"],  # the Trainer does not find them through a PeftModel
+        "accelerator_config": {"dispatch_batches": False},  # a batch may have several images per row
+        "ddp_find_unused_parameters": False,  # all parameters get a gradient: see guard.py
         "report_to": "none",
-        "use_cpu": not torch.accelerator.is_available(),  # bf16 is refused otherwise
+        "use_cpu": not torch.accelerator.is_available(),  # the Trainer refuses bf16 otherwise
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     known = TrainingArguments.__dataclass_fields__
@@ -95,17 +95,17 @@ def _is_taken(arguments: dict[str, Any]) -> bool:
 class CromeTrainer(Trainer):
     """`Trainer` with a learning rate for each part, a warm-up that starts above zero, and exact restarts.
 
-    The crop of an image depends on the seed and the number of its draw alone (see `draws`). A run that continues, with
-    any number of processes or workers, therefore has the rows, crops and mirror images of an uninterrupted one.
+    The crop of an image depends only on the seed and the number of its draw (see `draws`). A continued run, with any
+    number of processes or workers, therefore has the rows, crops and mirror images of an uninterrupted one.
 
     The trainer stops at a loss or a gradient that is NaN or infinite, before the weights change. If the collator is a
     `NamedRows`, the error names the rows.
 
     Args:
-        settings: The recipe's section `training`.
-        image_tokens: Number of tokens of an ordinary image, to group rows by length.
-        *args: as `Trainer` takes them.
-        **kwargs: as `Trainer` takes them.
+        settings: the recipe's section `training`.
+        image_tokens: number of tokens of an ordinary image, to group rows by length.
+        *args: as in `Trainer`.
+        **kwargs: as in `Trainer`.
     """
 
     def __init__(self, *args: Any, settings: Training, image_tokens: int = 0, **kwargs: Any) -> None:
@@ -120,7 +120,7 @@ class CromeTrainer(Trainer):
         super().__init__(*args, **kwargs)
         host = unwrapped(self.model)
         self._dtype = getattr(host, "dtype", None)
-        # These wait for every process to call the same modules, the tower among them.
+        # With these, every process must call the same modules, including the tower.
         sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if hasattr(host, "blank_image"):
             host.blank_image = self.accelerator.distributed_type in sharded
@@ -128,14 +128,14 @@ class CromeTrainer(Trainer):
             self.train_dataset = Draws(self.train_dataset)
         elif self.train_dataset is not None:
             self.train_dataset = DrawStream(self.train_dataset, block=self._rows_at_a_time())
-        if self.pop_callback(ProgressCallback) is not None:  # unless `disable_tqdm`, or in a notebook
+        if self.pop_callback(ProgressCallback) is not None:  # absent with `disable_tqdm` or in a notebook
             self.add_callback(self.progress)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`.
+        """Train as in `Trainer`.
 
         Raises:
-            NotFiniteError: A loss or a gradient is NaN or infinite. All processes raise it.
+            NotFiniteError: a loss or a gradient is NaN or infinite. All processes raise it.
         """
         try:
             return super().train(*args, **kwargs)
@@ -143,7 +143,7 @@ class CromeTrainer(Trainer):
             self.progress.close()
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A batch's loss and gradient; what the batch was is kept for the check of the step."""
+        """Compute a batch's loss and gradient, and note the batch for the check of the step."""
         model_inputs = {name: value for name, value in inputs.items() if name != ROW_IDS}
         loss = super().training_step(model, model_inputs, *args, **kwargs)
         self.finite.see(loss, inputs.get(ROW_IDS))
@@ -151,20 +151,20 @@ class CromeTrainer(Trainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """As in `Trainer`, of logits where there are labels; of all logits where more than their loss is asked for."""
+        """Compute the loss as `Trainer` does, from logits at labels; from all logits if the outputs are requested."""
         if not (return_outputs or self.label_smoother or self.compute_loss_func):
             inputs = logits_at_labels(model, inputs)
         return super().compute_loss(model, inputs, return_outputs, **kwargs)
 
     def _prepare_input(self, data: Any) -> Any:
-        """Pixels in the model's dtype: several towers take no other, and processors give float32."""
+        """Cast pixels to the model's dtype: processors give float32, and several towers take only their own dtype."""
         prepared = super()._prepare_input(data)
         if isinstance(prepared, torch.Tensor) and prepared.is_floating_point() and self._dtype is not None:
             return prepared.to(self._dtype)
         return prepared
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The Trainer asks for it right before the optimizer's step: no callback is told the norm there."""
+        """Check the step here, right before the optimizer runs: no callback gets the norm at this point."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.finite.check(norm, self.accelerator, self.state.global_step + 1, self.args.output_dir)
         return norm
@@ -195,7 +195,7 @@ class CromeTrainer(Trainer):
         return epochs, batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # With several processes, the epoch does not get through accelerate's samplers where batches are skipped.
+        # With several processes and skipped batches, accelerate's samplers do not pass the epoch on.
         if self._order is not None:
             self._order.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
@@ -203,7 +203,7 @@ class CromeTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint, then, when all processes have, that it is complete; older ones are removed last."""
+        """Write a checkpoint, mark it complete when all processes have written, and remove older ones last."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -218,7 +218,7 @@ class CromeTrainer(Trainer):
     # ---- optimizer ----
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over groups: each part, weights with decay and without (biases, norms)."""
+        """Create AdamW over groups: each part, weights with decay and without (biases, norms)."""
         model = self.model if model is None else model
         if self.optimizer is None:
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -241,7 +241,7 @@ class CromeTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The paper's: a line from `initial_learning_rate`, then a cosine to 0.
+        """Create the paper's schedule: linear from `initial_learning_rate`, then a cosine to 0.
 
         Raises:
             RecipeError: the warm-up is as long as the run.

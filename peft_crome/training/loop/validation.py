@@ -1,4 +1,4 @@
-"""Evaluation by free generation while a stage trains, which leaves the run as it would be without."""
+"""Evaluate by free generation while a stage trains, without any effect on the run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from ..recipe.schema import Evaluation
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """A data set of a recipe's section `evaluation`, read.
+    """A loaded data set of a recipe's section `evaluation`.
 
     Args:
-        label: of its scores.
-        path: where it comes from.
-        metrics: their names.
-        rows: in memory.
+        label: label of its scores.
+        path: path that it comes from.
+        metrics: names of the metrics.
+        rows: rows in memory.
     """
 
     label: str
@@ -39,15 +39,15 @@ class QuestionSet:
     rows: list[dict[str, Any]]
 
     def key(self, metric: str) -> str:
-        """What a score is called in the log; TensorBoard and W&B show it under "eval"."""
+        """Return a score's name in the log; TensorBoard and W&B show it under "eval"."""
         return f"eval_{self.label}_{metric}"
 
 
 def load_questions(said: Evaluation) -> list[QuestionSet]:
-    """Read the data sets of an evaluation, and check that their files exist and the metrics have what they need.
+    """Read the data sets of an evaluation; check that their files exist and that the metrics have their inputs.
 
     Raises:
-        FileNotFoundError, RecipeError: A file or a value is missing. The message names the key.
+        FileNotFoundError, RecipeError: a file or a value is missing. The message names the key.
     """
     sets = []
     for number, questions in enumerate(said.data):
@@ -66,7 +66,7 @@ def load_questions(said: Evaluation) -> list[QuestionSet]:
 
 @contextmanager
 def same_draws() -> Iterator[None]:
-    """Put the states of all random number generators back afterwards, those that checkpoints keep."""
+    """When the block ends, restore the states of all random number generators that checkpoints keep."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
@@ -78,18 +78,18 @@ def same_draws() -> Iterator[None]:
 
 
 class EvaluationCallback(TrainerCallback):
-    """Answer every set each `settings.steps` steps and after the last one. The scores go through `Trainer.log`.
+    """Answer every set each `settings.steps` steps and after the last one. `Trainer.log` gets the scores.
 
     Each process answers its share, and all processes then have all answers.
 
     Args:
-        trainer: The trainer whose model answers and whose log gets the scores.
-        processor: The model's processor.
-        sets: The result of `load_questions`.
-        settings: The recipe's section `evaluation`.
-        system: A system message for conversations that have none.
+        trainer: the trainer whose model answers and whose log gets the scores.
+        processor: the model's processor.
+        sets: the result of `load_questions`.
+        settings: the recipe's section `evaluation`.
+        system: a system message for conversations that have none.
     Raises:
-        RecipeError: A Q-Former cannot read an instruction. The message names the row.
+        RecipeError: a Q-Former cannot read an instruction. The message names the row.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class EvaluationCallback(TrainerCallback):
                 for metric, result in score(answers, questions.rows, questions.metrics).items():
                     scores[questions.key(metric)] = result["score"]
                     scores[f"{questions.key(metric)}_stderr"] = result["stderr"]
-        due = control.should_log  # of the loss, which is logged after this; writing a log takes it back
+        due = control.should_log  # the loss is logged after this, and writing a log resets the flag
         self.trainer.log(scores)
         control.should_log = due
 
@@ -129,7 +129,7 @@ class EvaluationCallback(TrainerCallback):
         accelerator = self.trainer.accelerator
         world = accelerator.num_processes
         share = -(-len(rows) // world)
-        # As many on each process, some of them twice: sharded weights are gathered by all of them at once.
+        # All processes answer equally many rows, some twice, since they gather sharded weights together.
         numbers = [number % len(rows) for number in range(accelerator.process_index, share * world, world)]
         answers = generate_answers(
             self.trainer.model,
@@ -145,13 +145,13 @@ class EvaluationCallback(TrainerCallback):
 
 
 def scores_of(log: list[dict[str, Any]], sets: list[QuestionSet]) -> list[dict[str, Any]]:
-    """What a stage's record says of its evaluations.
+    """Collect the scores of a run for a stage's record.
 
     Args:
         log: `TrainerState.log_history`, which checkpoints keep.
-        sets: as they were answered.
+        sets: the answered sets.
     Returns:
-        step, data, label, metric, score, stderr (None: of one row), n of each, in their order.
+        For each score, in order: step, data, label, metric, score, stderr (None for a single row), n.
     """
     return [
         {

@@ -1,1 +1,1 @@
-"""The composite model that a recipe describes."""
+"""Build the model that a recipe describes."""

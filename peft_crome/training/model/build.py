@@ -1,4 +1,4 @@
-"""Make a stage's model: from frozen backbones, or from the directory of the stage before."""
+"""Build a stage's model from frozen backbones, or from the directory of the previous stage."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .previous import check_reader, check_same, follow_moved_backbones, go_on_wi
 
 
 def build(recipe: Recipe) -> tuple[PeftModel, Any, dict[str, Any] | None]:
-    """Load everything that a stage starts from. What trains is in float32, and all else is frozen.
+    """Load everything that a stage starts from. Trained weights are in float32, and all others are frozen.
 
     With `model` in the recipe, modules that train beside the adapter keep that model's dtype.
 
     Returns:
-        The PEFT model, the processor, and the record of the stage before, or None if it starts from the backbones.
+        The PEFT model, the processor, and the record of the previous stage, or None if it starts from the backbones.
     Raises:
-        StageError: The previous directory is incomplete, belongs to a stage that cannot come before, or has another
+        StageError: the previous directory is incomplete, belongs to a stage that cannot come before, or has another
             architecture than the recipe.
     """
     host = host_of(recipe)
@@ -66,7 +66,7 @@ def build(recipe: Recipe) -> tuple[PeftModel, Any, dict[str, Any] | None]:
         config.modules_to_save = modules_to_save(stage, composite) or None
         go_on_with(config, recipe)
     for part in modules_to_save(stage, composite):
-        getattr(composite, part).float()  # small steps would be lost in half precision
+        getattr(composite, part).float()  # half precision would lose small steps
     prepare_processor(processor, recipe)
     trained = {
         f"base_model.model.{part}.{key}": value.clone()
@@ -76,7 +76,7 @@ def build(recipe: Recipe) -> tuple[PeftModel, Any, dict[str, Any] | None]:
     model = get_peft_model(composite, config)
     if recipe.previous is not None:
         weights = load_peft_weights(str(local_directory(recipe.previous)), device="cpu")
-        weights |= trained  # PEFT expects them beside the adapter, and the composite holds them
+        weights |= trained  # PEFT expects them beside the adapter; the composite has them
         loaded = set_peft_model_state_dict(model, weights)
         absent = [key for key in loaded.missing_keys if ".crome_" in key]
         if absent or loaded.unexpected_keys:
@@ -85,7 +85,7 @@ def build(recipe: Recipe) -> tuple[PeftModel, Any, dict[str, Any] | None]:
 
 
 def _check_names(backbones: Backbones) -> None:
-    """See that each name leads somewhere, before anything is loaded."""
+    """Check that each name can be found, before anything is loaded."""
     revisions = {
         "vision": backbones.vision_revision,
         "instructblip": backbones.vision_revision,
@@ -161,10 +161,10 @@ def _tower_width(backbones: Backbones) -> int:
 
 
 def prepare_processor(processor: Any, recipe: Recipe) -> None:
-    """Give a processor what a recipe says of templates and images.
+    """Apply a recipe's settings for templates and images to a processor.
 
     Raises:
-        StageError: the processor does not have what the recipe sets.
+        StageError: the processor lacks a setting of the recipe.
     """
     if recipe.chat_template is not None:
         processor.chat_template = CHAT_TEMPLATES.get(recipe.chat_template, recipe.chat_template)

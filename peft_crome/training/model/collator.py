@@ -1,4 +1,4 @@
-"""What a recipe reads its rows with; no weights are loaded."""
+"""Build the collator of a recipe without loading weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .skeleton import composite_config
 
 
 def recipe_collator(recipe: Recipe) -> ConversationCollator:
-    """The collator of a recipe's stage, without augmentation.
+    """Build the collator of a recipe's stage, without augmentation.
 
     Raises:
-        StageError: the stage before is not there yet, and with it how rows are written; or as `build`.
-        ValueError, OSError: the backbones' configurations, or the tokenizers, cannot be had.
+        StageError: the previous stage's directory, which decides how rows are written, is missing; or as in `build`.
+        ValueError, OSError: the backbones' configurations, or the tokenizers, cannot be loaded.
     """
     host = host_of(recipe)
     if host is not None:
@@ -55,7 +55,7 @@ def recipe_collator(recipe: Recipe) -> ConversationCollator:
 def _of_backbones(backbones: Backbones) -> tuple[CromeVLMConfig, CromeVLMProcessor]:
     config = composite_config(backbones)
     with torch.device("meta"), no_init_weights():
-        CromeVLMForConditionalGeneration(config)  # counts the tokens of an image
+        CromeVLMForConditionalGeneration(config)  # the constructor counts the tokens of an image
     revision = {} if backbones.text_revision is None else {"revision": backbones.text_revision}
     tokenizer = AutoTokenizer.from_pretrained(backbones.language, **revision)
     config.image_token_id = ensure_image_token(tokenizer)[1]

@@ -1,4 +1,4 @@
-"""A vision-language model as it is, with an adapter: what a recipe's `model`, or an adapter's directory, names."""
+"""Load a vision-language model with an adapter, as a recipe's `model` or an adapter's directory names it."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from .previous import check_same_adapter, go_on_with, located
 
 
 def is_adapter(directory: str) -> bool:
-    """Whether a folder or a Hub repository holds an adapter and no model."""
+    """Whether a folder or a Hub repository has an adapter and no model."""
     return _has(directory, ADAPTER_CONFIG_NAME) and not _has(directory, CONFIG_NAME)
 
 
 def has_been_trained(directory: str) -> bool:
-    """Whether a folder or a Hub repository holds an adapter or a stage, from which a run goes on."""
+    """Whether a folder or a Hub repository has an adapter or a stage, from which a run continues."""
     return is_adapter(directory) or _has(directory, RECORD)
 
 
 def has_processor(directory: str) -> bool:
-    """Whether a folder or a Hub repository holds a processor."""
+    """Whether a folder or a Hub repository has a processor."""
     return _has(directory, "processor_config.json") or _has(directory, "preprocessor_config.json")
 
 
 def _has(directory: str, file: str) -> bool:
     try:
         return cached_file(directory, file, _raise_exceptions_for_missing_entries=False) is not None
-    except (OSError, HFValidationError):  # neither a folder nor a repository that can be reached
+    except (OSError, HFValidationError):  # neither a folder nor a reachable repository
         return False
 
 
 def host_of(recipe: Recipe) -> Host | None:
-    """The model that a recipe adapts; None: it trains a composite."""
+    """Return the model that a recipe adapts; None: it trains a composite."""
     if recipe.model is not None:
         return recipe.model
     if recipe.previous is None or not is_adapter(recipe.previous):
@@ -59,10 +59,10 @@ def host_of(recipe: Recipe) -> Host | None:
 
 
 def host_of_adapter(directory: str) -> Host:
-    """The model that an adapter was trained on, loaded as it was then.
+    """Return the model that an adapter was trained on, with the same settings for loading.
 
     Raises:
-        StageError: the adapter names none.
+        StageError: the adapter names no model.
     """
     config = PeftConfig.from_pretrained(directory)
     name = config.base_model_name_or_path
@@ -77,12 +77,12 @@ def host_of_adapter(directory: str) -> Host:
 
 
 def read_processor(host: Host, directory: str | None = None) -> Any:
-    """The model's processor with the settings that a recipe gives it.
+    """Load the model's processor with the settings of a recipe.
 
     Args:
-        directory: of an adapter, which may have the processor that it was trained with.
+        directory: directory of an adapter, which may have the processor that it was trained with.
     Raises:
-        StageError: there is none, or it does not know a setting.
+        StageError: there is no processor, or it does not know a setting.
     """
     has_own = directory is not None and has_processor(directory)
     place, revision = (directory, None) if has_own else (host.name, host.revision)
@@ -104,7 +104,7 @@ def read_processor(host: Host, directory: str | None = None) -> Any:
 
 
 def _settings_of(processor: Any) -> dict[str, Any]:
-    """What a processor and its parts have kept; an image processor may keep a limit on pixels in its size."""
+    """Return the settings of a processor and its parts. An image processor may keep a pixel limit in its size."""
     kept: dict[str, Any] = {}
     for part in (getattr(processor, "video_processor", None), getattr(processor, "image_processor", None), processor):
         if part is not None:
@@ -122,12 +122,12 @@ def _holds(kept: Any, value: Any) -> bool:
 
 
 def read_model(host: Host, config: Any, device: Any = None) -> Any:
-    """The frozen model.
+    """Load the frozen model.
 
     Args:
-        config: of `read_config`.
+        config: the result of `read_config`.
     Raises:
-        StageError: it cannot be loaded, or bitsandbytes is missing.
+        StageError: the model cannot be loaded, or bitsandbytes is missing.
     """
     if host.quantization is not None and not is_bitsandbytes_available():
         raise StageError(
@@ -149,7 +149,7 @@ def read_model(host: Host, config: Any, device: Any = None) -> Any:
 
 
 def read_config(host: Host) -> Any:
-    """The model's configuration.
+    """Load the model's configuration.
 
     Raises:
         StageError: the model cannot be found.
@@ -164,10 +164,10 @@ def read_config(host: Host) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a model: one that sees, where it does.
+    """Return transformers' auto class for a model, preferably one with vision.
 
     Raises:
-        ValueError: it is neither such a model nor a language model.
+        ValueError: the model is neither of these nor a language model.
     """
     for kind in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         if type(config) in kind._model_mapping:
@@ -176,10 +176,10 @@ def auto_class(config: Any) -> Any:
 
 
 def build_on_host(recipe: Recipe, host: Host) -> tuple[PeftModel, Any, dict[str, Any] | None]:
-    """The model with a fresh adapter, or with the one that a recipe starts from.
+    """Build the model with a new adapter, or with the one that a recipe starts from.
 
     Returns:
-        The PEFT model, its processor, and the record of the run before (None: there is none).
+        The PEFT model, its processor, and the record of the previous run (None: there is none).
     Raises:
         StageError, ValueError: a part cannot be loaded, or the adapter does not fit.
     """
@@ -199,24 +199,24 @@ def build_on_host(recipe: Recipe, host: Host) -> tuple[PeftModel, Any, dict[str,
 
 
 def read_reader(directory: str) -> tuple[Any, Any]:
-    """The configuration and the processor of what a directory or a Hub name stands for, without its weights.
+    """Load the configuration and the processor behind a directory or a Hub name, without weights.
 
     Args:
-        directory: of an adapter, of a model, or of a stage.
+        directory: directory of an adapter, a model, or a stage.
     Raises:
-        StageError: as `load_adapted`.
+        StageError: as in `load_adapted`.
     """
     host = host_of_adapter(directory) if is_adapter(directory) else Host(name=directory)
     return read_config(host), read_processor(host, directory)
 
 
 def load_adapted(directory: str, device: Any = None) -> tuple[Any, Any]:
-    """A model to answer with, in evaluation mode, and its processor: what a directory or a Hub name stands for.
+    """Load the model behind a directory or a Hub name, in evaluation mode, and its processor.
 
     Args:
-        directory: of an adapter, whose model is loaded as in training; or of a model.
+        directory: directory of a model, or of an adapter, whose model is loaded as in training.
     Raises:
-        StageError, OSError, ValueError: a part is missing, or does not fit.
+        StageError, OSError, ValueError: a part is missing or does not fit.
     """
     has_adapter = is_adapter(directory)
     host = host_of_adapter(directory) if has_adapter else Host(name=directory)

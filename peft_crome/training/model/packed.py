@@ -1,4 +1,4 @@
-"""Stand-ins for bitsandbytes' layers, of the same size and with what they keep; without values, nor bitsandbytes."""
+"""Stand-ins for bitsandbytes' layers, of the same size and with the same saved tensors, but without values."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ TABLES = 16 + 256  # float32 values of a layer's look-up tables
 
 
 class PackedLinear(nn.Module):
-    """A frozen linear layer as bitsandbytes packs it: what it stores, and what a step needs beside that.
+    """Stand in for a frozen linear layer packed by bitsandbytes: its storage, and the extra memory of a step.
 
     Args:
         quantization: "4bit" (nf4 with double quantization) or "8bit" (LLM.int8, a scale per row).
-        bias: the layer's own, which stays as it is.
+        bias: the layer's bias, which is not packed.
     Source: bitsandbytes 0.50.2, `MatMul4Bit` (keeps the packed weight) and `MatMul8bitLt` (keeps its input as well).
     """
 
@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) -> (..., out_features); the weight is unpacked into the dtype of `x` for a moment."""
+        """Compute (..., in_features) -> (..., out_features); the weight is briefly unpacked into the dtype of `x`."""
         return _Unpacked.apply(x, self.bias, self)
 
 
@@ -66,7 +66,7 @@ def _unpack(layer: PackedLinear, like: torch.Tensor) -> torch.Tensor:
 
 
 def pack(model: PreTrainedModel, quantization: Bits) -> None:
-    """Replace the layers that transformers would quantize; output head and tied weights stay, as there."""
+    """Replace the layers that transformers would quantize. Output head and tied weights stay unquantized."""
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     for name, module in list(model.named_modules()):
         if not (isinstance(module, Conv1D) or type(module) is nn.Linear) or not should_convert_module(name, kept):

@@ -1,4 +1,4 @@
-"""The directory that a stage starts from: where it is, where its backbones are, and whether a recipe means it."""
+"""Find the directory that a stage starts from and its backbones, and compare it with the recipe."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ QFORMER_SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
     "max_position_embeddings", "cross_attention_frequency",
 )  # fmt: skip
-SIZES = ("model_type", "hidden_size", "num_hidden_layers")  # of a language model, whose table may be resized
+SIZES = ("model_type", "hidden_size", "num_hidden_layers")  # checked for a language model, whose table may be resized
 
 logger = logging.getLogger(__name__)
 
 
 def local_directory(previous: str) -> Path:
-    """A directory as it is; a Hub repository's files, downloaded once."""
+    """Return a directory, or download the files of a Hub repository once."""
     if Path(previous).exists() or previous.count("/") != 1 or previous.startswith((".", "/", "~")):
         return Path(previous).expanduser()
     try:
@@ -40,15 +40,15 @@ def local_directory(previous: str) -> Path:
 
 
 def located(name: Any) -> Any:
-    """A folder's whole path, under which it is found from everywhere on this machine; a Hub name as it is."""
+    """Return a folder's absolute path, which is valid everywhere on this machine, or a Hub name unchanged."""
     return str(Path(name).resolve()) if isinstance(name, str) and Path(name).is_dir() else name
 
 
 def follow_moved_backbones(recipe: Recipe, composite: CromeVLMConfig) -> None:
-    """Where a directory names a folder that is not there, take the place that the recipe's backbones name.
+    """Replace missing folders in a directory's configuration by the places in the recipe's backbones.
 
     Raises:
-        StageError: the recipe names none, or another language model is there.
+        StageError: the recipe names no place, or another language model is in it.
     """
     backbones, tower = recipe.backbones, composite.vision_model_name_or_path
     gone = [
@@ -89,7 +89,7 @@ def _check_same_language_model(name: str, stored: Any) -> None:
 
 
 def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) -> None:
-    """Compare what a recipe says of the architecture with the directory that it starts from.
+    """Compare a recipe's architecture with the directory that it starts from.
 
     Raises:
         StageError: lists every difference.
@@ -114,10 +114,10 @@ def check_same(recipe: Recipe, composite: CromeVLMConfig, adapter: CromeConfig) 
 
 
 def check_same_adapter(recipe: Recipe, adapter: CromeConfig, different: Sequence[str] = ()) -> None:
-    """Compare what a recipe says of the adapter with the one that it starts from.
+    """Compare a recipe's adapter with the one that it starts from.
 
     Args:
-        different: what else is another thing there.
+        different: differences found before.
     Raises:
         StageError: lists every difference.
     """
@@ -133,14 +133,14 @@ def check_same_adapter(recipe: Recipe, adapter: CromeConfig, different: Sequence
 
 
 def go_on_with(adapter: CromeConfig, recipe: Recipe) -> None:
-    """Let an adapter of before train, with the dropout that a recipe gives it."""
+    """Let an earlier adapter train, with the dropout from a recipe."""
     adapter.inference_mode = False
     if recipe.adapter is not None and "dropout" in recipe.adapter.model_fields_set:
         adapter.dropout = recipe.adapter.dropout
 
 
 def check_reader(recipe: Recipe, processor: CromeVLMProcessor) -> None:
-    """See that the tokenizer that a recipe names for the Q-Former is the directory's."""
+    """Check that the recipe's tokenizer for the Q-Former is the directory's."""
     name = recipe.backbones.qformer_tokenizer if recipe.backbones is not None else None
     if name is None:
         return
@@ -158,7 +158,7 @@ def check_reader(recipe: Recipe, processor: CromeVLMProcessor) -> None:
 
 
 def _stored(composite: CromeVLMConfig) -> dict[str, Any]:
-    """What a directory says of its backbones, in a recipe's words."""
+    """Describe the backbones of a directory with a recipe's keys."""
     dtype: Any = getattr(composite.text_config, "dtype", None)
     reader: Any = composite.qformer_config
     return {

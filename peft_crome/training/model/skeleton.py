@@ -1,4 +1,4 @@
-"""A model as a stage trains it, on the meta device: its modules, shapes and dtypes, without its weights."""
+"""Build a stage's model on the meta device: its modules, shapes and dtypes, without weights."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .packed import pack
 
 
 def composite_config(backbones: Backbones) -> CromeVLMConfig:
-    """The composite that backbones will make, from their configurations alone.
+    """Configure the composite of these backbones, from their configurations alone.
 
     Raises:
-        StageError, ValueError: a configuration cannot be had, or is of no tower or language model.
+        StageError, ValueError: a configuration cannot be loaded, or belongs to no tower or language model.
     """
     dtype = getattr(torch, backbones.dtype)
     language = read_config("backbones.language", backbones.language, backbones.text_revision)
-    language_class(language)  # refuses what is no language model
+    language_class(language)  # raises if it is not a language model
     key = "vision" if backbones.vision is not None else "instructblip"
     name: str = getattr(backbones, key)
     stored = read_config(f"backbones.{key}", name, backbones.vision_revision)
@@ -63,10 +63,10 @@ def composite_config(backbones: Backbones) -> CromeVLMConfig:
 
 
 def read_config(key: str, name: str, revision: str | None = None) -> PreTrainedConfig:
-    """A model's configuration, of a folder or the Hub.
+    """Load a model's configuration from a folder or the Hub.
 
     Raises:
-        StageError: names the key, and why it cannot be had.
+        StageError: it cannot be loaded; names the key and the reason.
     """
     try:
         return AutoConfig.from_pretrained(name, **({} if revision is None else {"revision": revision}))
@@ -75,20 +75,20 @@ def read_config(key: str, name: str, revision: str | None = None) -> PreTrainedC
 
 
 def skeleton(config: CromeVLMConfig, stage: Stage, adapter: CromeConfig) -> PeftModel:
-    """A composite with an adapter as `build` makes it, on the meta device.
+    """Build a composite with an adapter as `build` does, but on the meta device.
 
     Args:
-        config: the composite's; its parts' `dtype`, and its quantizations, say how they are loaded.
-        stage: what trains; kept in float32.
-        adapter: its size; `modules_to_save` follows from the stage.
+        config: the composite's configuration; `dtype` and quantization of its parts determine how they are loaded.
+        stage: decides which parts train; they are kept in float32.
+        adapter: decides the adapter's size; `modules_to_save` follows from the stage.
     Raises:
-        ValueError: a backbone's checkpoint is quantized by something else than bitsandbytes.
+        ValueError: a backbone's checkpoint is quantized by another library than bitsandbytes.
     """
     config = copy.deepcopy(config)
     packed = {part: quantization_of(config, part) for part in ("language_model", "vision_tower")}
     with torch.device("meta"), no_init_weights():
         composite = CromeVLMForConditionalGeneration(config).requires_grad_(False)
-        composite.language_model.tie_weights()  # a part of the initialization that is left out
+        composite.language_model.tie_weights()  # part of the skipped initialization
         for part, quantization in packed.items():
             if quantization is not None:
                 pack(getattr(composite, part), quantization)
@@ -98,19 +98,19 @@ def skeleton(config: CromeVLMConfig, stage: Stage, adapter: CromeConfig) -> Peft
         adapter = copy.deepcopy(adapter)
         adapter.modules_to_save = trained or None
         model = get_peft_model(composite, adapter)
-        disarm(composite)  # there are no values that the guard could look at
+        disarm(composite)  # the guard needs values
     return model
 
 
 def host_skeleton(
     config: PreTrainedConfig, dtype: torch.dtype, quantization: Bits | None, adapter: CromeConfig
 ) -> PeftModel:
-    """A model of transformers with an adapter, on the meta device."""
+    """Build a transformers model with an adapter on the meta device."""
     config = copy.deepcopy(config)
     config.quantization_config = None
     with torch.device("meta"), no_init_weights():
         model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype).requires_grad_(False)
-        model.tie_weights()  # a part of the initialization that is left out
+        model.tie_weights()  # part of the skipped initialization
         if quantization is not None:
             pack(model, quantization)
         adapted = get_peft_model(model, copy.deepcopy(adapter))
@@ -119,10 +119,10 @@ def host_skeleton(
 
 
 def quantization_of(config: CromeVLMConfig, part: str) -> Bits | None:
-    """How the weights of "language_model" or "vision_tower" are packed; a checkpoint may be packed already.
+    """Return how the weights of "language_model" or "vision_tower" are packed; a checkpoint may be packed already.
 
     Raises:
-        ValueError: by something else than bitsandbytes.
+        ValueError: they are packed by another library than bitsandbytes.
     """
     which, recipe_key = {
         "vision_tower": ("vision", "vision_quantization"),
@@ -142,6 +142,6 @@ def quantization_of(config: CromeVLMConfig, part: str) -> Bits | None:
 
 
 def _tower_config(stored: Any) -> Any:
-    """The configuration of the tower itself, of a dual model such as CLIP too."""
+    """Return the configuration of the tower itself, also in a dual model such as CLIP."""
     with torch.device("meta"), no_init_weights():
         return find_vision_model(build_tower(stored)).config

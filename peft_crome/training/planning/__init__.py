@@ -1,1 +1,1 @@
-"""What a run takes, before it starts."""
+"""Predict the cost of a run before it starts."""

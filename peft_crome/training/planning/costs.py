@@ -1,4 +1,4 @@
-"""Before anything is loaded: what a stage would take on some GPU, by rows of a forward pass."""
+"""Predict the cost of a stage on some GPU, by rows of a forward pass, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ..stages import STAGES
 from .devices import Device
 from .memory import StepCost, StepSize, predict_step
 
-TEXT_TOKENS = 128  # of a row beside its image, where nothing else is said
+TEXT_TOKENS = 128  # default text tokens of a row beside its image
 MOST_ROWS = 64
 
 
 def recipe_skeleton(recipe: Recipe) -> PeftModel:
-    """Build what a recipe trains on the meta device. Neither weights nor data are read.
+    """Build the model that a recipe trains on the meta device. Neither weights nor data are read.
 
     Raises:
-        StageError: Neither the previous directory nor the backbones exist.
-        ValueError: A configuration cannot be loaded.
+        StageError: neither the previous directory nor the backbones exist.
+        ValueError: a configuration cannot be loaded.
     """
     stage, adapter = STAGES[recipe.stage], CromeConfig(**(recipe.adapter or Adapter()).model_dump())
     host = host_of(recipe)
@@ -57,21 +57,21 @@ def model_skeleton(name: str, dtype: str, quantization: Bits | None) -> PeftMode
     """Build a vision-language model with its adapter on the meta device, or a language model with a text branch.
 
     Raises:
-        StageError, ValueError: The configuration cannot be loaded, or belongs to another kind of model.
+        StageError, ValueError: the configuration cannot be loaded, or belongs to another kind of model.
     """
     config = read_config("model", name)
-    # Of a row only its tokens are known, not which of them an image becomes: an adapter on all costs no less.
+    # Only a row's tokens are known, not which of them are image tokens. An adapter on all tokens costs no less.
     return host_skeleton(config, getattr(torch, dtype), quantization, CromeConfig(branches=["text"]))
 
 
 def tokens_per_image(model: nn.Module, host: Host | None, directory: str | None = None) -> int:
-    """Of a composite; of another model those that its processor makes of an image of 640 x 480 pixels.
+    """Return the tokens of an image: the composite's, or those of 640 x 480 pixels from another model's processor.
 
     Args:
         host: the other model.
-        directory: of an adapter, which may have the processor that it was trained with.
+        directory: directory of an adapter, which may have the processor that it was trained with.
     Returns:
-        0: the model has no processor with a chat template.
+        The number of tokens; 0 if the model has no processor with a chat template.
     """
     if host is None:
         return getattr(model.get_base_model(), "image_seq_length", None) or 0  # type: ignore[operator]
@@ -84,19 +84,19 @@ def tokens_per_image(model: nn.Module, host: Host | None, directory: str | None 
 
 
 def frozen_dtype(model: nn.Module) -> torch.dtype:
-    """In which a model computes: its embedding table's."""
+    """Return the dtype in which a model computes: that of its embedding table."""
     return next(input_embeddings(model).parameters()).dtype  # type: ignore[union-attr]
 
 
 def costs(
     model: nn.Module, device: Device, tokens: int, *, gradient_checkpointing: bool = False, most: int = MOST_ROWS
 ) -> Iterator[tuple[int, StepCost]]:
-    """Rows of a forward pass, doubled each time, with what they take; the first that does not fit is the last.
+    """Yield the cost for each number of rows in a forward pass, doubled each time, up to the first that does not fit.
 
     Args:
-        tokens: of a row, image tokens among them; an image per row.
+        tokens: tokens of a row, including its image tokens; each row has one image.
     Raises:
-        NotPredictable: as `predict_step`.
+        NotPredictable: as in `predict_step`.
     """
     rows = 1
     while rows <= most:

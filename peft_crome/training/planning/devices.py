@@ -1,4 +1,4 @@
-"""What devices hold and how fast they multiply: of the data sheets for GPUs by name, measured for this machine's."""
+"""Memory and speed of devices: from data sheets for GPUs by name, measured for this machine's device."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch.utils.benchmark import Timer
 
 GIB = 2**30
-# Of a GPU's memory, what the tensors of a step cannot have: CUDA's context and workspaces, and what is lost between
-# blocks. Ours, with some room; not measured.
+# GPU memory that the tensors of a step cannot use: CUDA's context and workspaces, and gaps between blocks. Our
+# estimate, with some reserve; not measured.
 RESERVED, LOST = GIB, 0.05
-# Of this machine's, what glibc's malloc loses between blocks: up to 24% in benchmarks/results/memory.
+# Share of this machine's memory lost between blocks of glibc's malloc: up to 24% in benchmarks/results/memory.
 LOST_ON_CPU = 0.25
-# Share of the peak rate of dense matrix products that a step reaches on a GPU. Ours: trainings of large models report
+# Share of the peak rate of dense matrix products that a step reaches on a GPU. Our estimate: large trainings report
 # 30% to 50% (PaLM, arXiv 2204.02311, 46%; Llama 3, arXiv 2407.21783, 38% to 43%).
 SHARE = 0.4
-# Seconds of a step to those of its products alone. Ours: the steps of benchmarks/results/memory lie within.
+# Ratio of a step's time to the time of its products alone. Our range: covers all steps of benchmarks/results/memory.
 SLOWER = (1.0, 3.0)
 
 
@@ -32,10 +32,10 @@ class Device:
     """A device that a step is to run on.
 
     Attributes:
-        name: for people.
-        memory: bytes that the tensors of a step can have.
+        name: name for people.
+        memory: bytes that the tensors of a step can use.
         rates: dtype -> floating-point operations per second of dense matrix products; empty: unknown.
-        share: of that rate, what a step reaches: at most, at least.
+        share: lower and upper share of that rate that a step reaches.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Device:
     share: tuple[float, float]
 
     def seconds(self, flops: int, dtype: torch.dtype) -> tuple[float, float] | None:
-        """From and to: what so many operations take; None: nobody knows."""
+        """Return the lower and upper time of so many operations; None: unknown."""
         rate = self.rates.get(dtype)
         return None if rate is None else (flops / rate / self.share[0], flops / rate / self.share[1])
 
@@ -56,11 +56,11 @@ def _gpu(name: str, gibibytes: float, half: float, single: float, bfloat16: bool
 
 
 def usable(gibibytes: float) -> int:
-    """Bytes that tensors can have of a GPU's memory."""
+    """Return the bytes of a GPU's memory that tensors can use."""
     return int(gibibytes * GIB * (1 - LOST)) - RESERVED
 
 
-# Dense, with accumulation in float32, in TFLOP/s: half precision, then float32. Sources: NVIDIA's data sheets of H100
+# Dense TFLOP/s with accumulation in float32: half precision, then float32. Sources: NVIDIA's data sheets of H100
 # SXM, A100 SXM, L40S and T4; NVIDIA's white papers of the Ada (RTX 4090) and GA102 (RTX 3090) architectures. Memory as
 # the driver shows it: the L40S and the T4 give up a part to error correction.
 GPUS = {
@@ -75,10 +75,10 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Device:
-    """A GPU by name, or any with so many gibibytes: "48gb".
+    """Find a GPU by name, or build one with so many gibibytes: "48gb".
 
     Raises:
-        DeviceError: names those that are known.
+        DeviceError: the name is unknown; lists the known ones.
     """
     if name.lower() in GPUS:
         return GPUS[name.lower()]
@@ -93,15 +93,15 @@ def find_gpu(name: str) -> Device:
 
 
 def this_device(device: torch.device, dtype: torch.dtype) -> Device:
-    """The device that a process trains on: what it has left or holds already, and its rate, measured in a second.
+    """Describe the device that a process trains on: free memory plus what is in use by it, and its measured rate.
 
-    Of a CPU the rate of float32 as well: many have no instructions for a shorter dtype.
+    On a CPU float32 is measured as well, since many CPUs have no instructions for a shorter dtype.
     """
     if device.type == "cpu":
         memory = psutil.virtual_memory().available + psutil.Process().memory_info().rss
         rates = {kind: matmul_rate(device, kind) for kind in {dtype, torch.float32}}
         return Device("this machine's CPU", int(memory * (1 - LOST_ON_CPU)), rates, _share())
-    if device.type != "cuda":  # no other says in PyTorch what it has
+    if device.type != "cuda":  # PyTorch reports the memory of no other device
         return Device(str(device), psutil.virtual_memory().total, {dtype: matmul_rate(device, dtype)}, _share())
     free, _ = torch.cuda.mem_get_info(device)
     memory = int((free + torch.cuda.memory_reserved(device)) * (1 - LOST))
@@ -113,7 +113,7 @@ def _share() -> tuple[float, float]:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product, measured for half a second."""
+    """Measure the floating-point operations per second of a large matrix product, for half a second."""
     size = 1024 if device.type == "cpu" else 4096
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())

@@ -1,7 +1,7 @@
-"""What a training step needs: its memory and its floating-point operations, from shapes alone.
+"""Predict a training step's memory and floating-point operations from shapes alone.
 
-The step itself is rehearsed, forward and backward, on tensors without values (torch's `FakeTensorMode`). So whatever
-an architecture keeps for its backward pass is counted as it is, and no formula has to know it.
+The step runs forward and backward on tensors without values (torch's `FakeTensorMode`). Everything that an
+architecture keeps for its backward pass is therefore counted, without a formula for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ...backbone.model import unwrapped
 from ...vlm import CromeVLMForConditionalGeneration
 from ..stages import ADAPTER
 
-ADAM_STATES = 2  # of AdamW for each weight that trains, in its dtype
+ADAM_STATES = 2  # states of AdamW per trained weight, in its dtype
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -35,7 +35,7 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
     return sdpa_backward_flop_count(gradient, query, key, value)
 
 
-CPU_ATTENTION = {  # which torch's counter leaves out
+CPU_ATTENTION = {  # torch's counter leaves these out
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -50,12 +50,12 @@ class StepSize:
     """A forward and backward pass.
 
     Args:
-        rows: Number of rows.
-        tokens: Tokens of the longest row, with its image tokens. The others are padded to it.
-        images: Images in all rows together.
-        instruction_tokens: Tokens of the longest instruction that a Q-Former reads.
-        target_tokens: Tokens of the longest answer, for an encoder-decoder.
-        label_tokens: Tokens of a row that have a label, where logits are computed for these alone. None if they are
+        rows: number of rows.
+        tokens: tokens of the longest row, with its image tokens. The others are padded to it.
+        images: images in all rows together.
+        instruction_tokens: tokens of the longest instruction that a Q-Former reads.
+        target_tokens: tokens of the longest answer, for an encoder-decoder.
+        label_tokens: tokens of a row that have a label, if logits are computed for these alone. None if they are
             computed for all.
     """
 
@@ -69,15 +69,15 @@ class StepSize:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step needs on one device that holds the whole model. Memory is in bytes.
+    """Cost of a step on one device that holds the whole model. Memory is in bytes.
 
     Attributes:
-        weights: Weights of each part of the model. Quantized ones count as packed.
-        optimizer: AdamW's states.
-        gradients: Gradients of the weights that train.
-        kept: Activations that the forward pass keeps for the backward pass.
-        peak: The highest memory at one time, with all of the above.
-        flops: Floating-point operations of a forward and a backward pass. A multiply-add counts as two.
+        weights: weights of each part of the model. Quantized ones count as packed.
+        optimizer: states of AdamW.
+        gradients: gradients of the weights that train.
+        kept: activations that the forward pass keeps for the backward pass.
+        peak: the highest memory at one time, with all of the above.
+        flops: floating-point operations of a forward and a backward pass. A multiply-add counts as two.
     """
 
     weights: dict[str, int]
@@ -89,13 +89,13 @@ class StepCost:
 
     @property
     def activations(self) -> int:
-        """What is there at the peak beside weights and the optimizer's states, gradients included."""
+        """Memory at the peak beside weights and the optimizer's states, including gradients."""
         return self.peak - sum(self.weights.values()) - self.optimizer
 
 
 @dataclass
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive."""
+    """Count the bytes of all tensors that are alive."""
 
     now: int = 0
     peak: int = 0
@@ -135,14 +135,14 @@ def predict_step(
     """Predict the cost of a training step by running it on the meta device.
 
     Args:
-        model: A model of `recipe_skeleton` or `model_skeleton`, or any other adapted model that takes text. Only its
+        model: a model of `recipe_skeleton` or `model_skeleton`, or any other adapted model that takes text. Only its
             gradient checkpointing is changed.
-        size: Size of the batch.
-        gradient_checkpointing: Recompute activations in the backward pass, and keep one per layer.
-        accumulate: Whether gradients of earlier rows exist already.
-        autocast: Dtype of mixed precision, as accelerate uses it. None means no mixed precision.
+        size: size of the batch.
+        gradient_checkpointing: recompute activations in the backward pass, and keep one per layer.
+        accumulate: whether gradients of earlier rows exist already.
+        autocast: dtype of mixed precision, as accelerate uses it. None means no mixed precision.
     Raises:
-        NotPredictable: The forward pass needs values (some mixtures of experts), or fails for another reason.
+        NotPredictable: the forward pass needs values (some mixtures of experts), or fails for another reason.
     """
     if gradient_checkpointing:
         model.activation_checkpointing_enable()  # type: ignore[operator]
@@ -158,7 +158,7 @@ def predict_step(
             weights = live.now
             batch: dict[str, Any] = _batch(model, size)
             if gradient_checkpointing:
-                batch["use_cache"] = False  # transformers sets it, and says so each time
+                batch["use_cache"] = False  # transformers would set it and warn each time
             with ExitStack() as modes:
                 modes.enter_context(live)
                 modes.enter_context(flops)
@@ -169,9 +169,9 @@ def predict_step(
                 before = live.now
                 loss = _forward(model, autocast)(**batch).loss
                 kept = live.now - before
-                if loss.requires_grad:  # behind a Q-Former, text alone meets nothing that trains
+                if loss.requires_grad:  # with a Q-Former, text alone reaches nothing that trains
                     loss.backward()
-    except (RuntimeError, NotImplementedError) as error:  # values are missing: RuntimeErrors of torch's own
+    except (RuntimeError, NotImplementedError) as error:  # torch raises RuntimeErrors for missing values
         raise NotPredictable(
             f"A step of {type(model).__name__} cannot be rehearsed without values: {error}"
         ) from error
@@ -187,7 +187,7 @@ def predict_step(
 
 @contextmanager
 def _fake(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Put tensors that claim to be on the CPU in the place of the meta device's; take them away afterwards."""
+    """Replace tensors on the meta device by ones that claim to be on the CPU, and remove these afterwards."""
     places = [
         (tensors, name, tensor)
         for module in model.modules()
@@ -195,7 +195,7 @@ def _fake(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         for name, tensor in tensors.items()
         if tensor is not None
     ]
-    made: dict[int, torch.Tensor] = {}  # tied weights stay one
+    made: dict[int, torch.Tensor] = {}  # tied weights stay tied
     for _, _, tensor in places:
         if id(tensor) not in made:
             fake = torch.empty_like(tensor, device="cpu")
@@ -236,7 +236,7 @@ def _forward(model: nn.Module, autocast: torch.dtype | None) -> Any:
 
 
 def _by_part(model: nn.Module) -> dict[str, int]:
-    """Bytes per child of the base model, each tensor once; the adapter's as "adapter"."""
+    """Count bytes per child of the base model, each tensor once; the adapter's as "adapter"."""
     base, seen = _base_model(model), set()
     parts: dict[str, int] = {}
     for name, tensor in [*base.named_parameters(), *base.named_buffers()]:

@@ -1,4 +1,4 @@
-"""Before the first step: what will train, what it will take, and whether it can work at all."""
+"""Check a run before its first step: what will train, what it will cost, and whether it can work at all."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from .costs import frozen_dtype
 from .devices import Device, this_device
 from .memory import NotPredictable, StepCost, StepSize, predict_step
 
-SAMPLE = 256  # rows whose tokens are counted
-STREAMED = 32  # of rows that have to be fetched
+SAMPLE = 256  # number of rows whose tokens are counted
+STREAMED = 32  # number of rows if they have to be fetched
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,12 @@ class RowSample:
     """Rows spread evenly over the data, measured by the headers of their files.
 
     Attributes:
-        lengths: tokens of each, image tokens among them, before a cut.
-        max_length: where rows are cut; None: nowhere.
-        media: the most images, videos and sounds in one of them.
-        instruction_tokens, target_tokens: the longest that a Q-Former or a decoder reads.
-        label_tokens: the most that have a label in one of them.
-        examples: the first of them with each set of kinds of media; of text alone, where none shows anything.
+        lengths: tokens of each row before a cut, including image tokens.
+        max_length: length at which rows are cut; None: nowhere.
+        media: the largest number of images, videos and sounds in a row.
+        instruction_tokens, target_tokens: the largest number that a Q-Former or a decoder reads.
+        label_tokens: the largest number of tokens with a label in a row.
+        examples: the first row with each set of kinds of media; a row of text if no row has media.
     """
 
     lengths: list[int]
@@ -60,28 +60,28 @@ class RowSample:
 
     @property
     def cut(self) -> int:
-        """How many are longer than `max_length`."""
+        """Number of rows longer than `max_length`."""
         return sum(self.max_length is not None and length > self.max_length for length in self.lengths)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest, after the cut."""
+        """Tokens of the longest row, after the cut."""
         return min(max(self.lengths), self.max_length or max(self.lengths))
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What is known before the first step.
+    """Results of `preflight`, known before the first step.
 
     Attributes:
-        trained: Number of weights that train, by part.
-        rows: Number of rows that train. None for streamed data.
-        sample: A sample of the rows.
-        size: Size of a forward pass on one device, with rows as long as the sample's longest.
-        cost: Cost of that pass. If it is None, `warnings` has the reason.
-        device: The device that the run uses.
-        seconds: Lower and upper estimate of an optimizer step, or None if unknown.
-        warnings: Probable mistakes, each with the key to change.
+        trained: number of weights that train, by part.
+        rows: number of rows that train. None for streamed data.
+        sample: a sample of the rows.
+        size: size of a forward pass on one device, with rows as long as the sample's longest.
+        cost: cost of that pass. If it is None, `warnings` has the reason.
+        device: the device that the run uses.
+        seconds: lower and upper estimate of an optimizer step, or None if unknown.
+        warnings: probable mistakes, each with the key to change.
     """
 
     trained: dict[str, int]
@@ -97,15 +97,15 @@ class Preflight:
 def preflight(
     trainer: CromeTrainer, recipe: Recipe, rows: Any, collator: ConversationCollator, count: int | None
 ) -> Preflight:
-    """Look at a run that is about to begin; weights, gradients and random numbers are left as they are.
+    """Check a run that is about to begin. Weights, gradients and random numbers are not changed.
 
     Args:
-        trainer: with the model where it will train.
-        rows: what the trainer draws from.
-        count: of the rows as the data hold them, without those that are left out; None: streamed.
+        trainer: trainer whose model is on the device where it will train.
+        rows: the rows that the trainer draws from.
+        count: number of rows in the data, without those that are left out; None: streamed.
     Raises:
-        RecipeError: nothing trains, the adapter is not reached by the forward pass, something that trains would get
-            no gradient, or the model takes no batch of all media of the data.
+        RecipeError: nothing trains, the forward pass does not reach the adapter, something that trains would get no
+            gradient, or the model cannot batch all media of the data.
         RowError: a row of the sample cannot be learned from.
     """
     model, arguments = trainer.model, trainer.args
@@ -115,11 +115,11 @@ def preflight(
     sample = sample_rows(rows, collator)
     warnings = [] if sample.media else _no_images(trained)
     label_tokens = None
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # there, one process may not hold the model
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # with these, one process may not hold the model
         plain = copy.copy(collator)
         plain.augmentation = None  # it would draw random numbers
         alone = arguments.per_device_train_batch_size == 1 or len(sample.examples) == 1
-        for examples in combinations(sample.examples, 1 if alone else 2):  # a training batch is no smaller
+        for examples in combinations(sample.examples, 1 if alone else 2):  # training batches are at least as large
             batch = trainer._prepare_inputs(plain(list(examples)))
             asked = logits_at_labels(model, batch)
             _check_batch(model, asked, examples)
@@ -138,11 +138,11 @@ def preflight(
     }
     cost, seconds = None, None
     try:
-        with torch.random.fork_rng(devices=[]):  # a tower whose layout depends on values is built for a moment
+        with torch.random.fork_rng(devices=[]):  # may build a tower whose layout depends on values
             adapter = model.peft_config[model.active_adapter]
             if isinstance(model.get_base_model(), CromeVLMForConditionalGeneration):
                 shape = skeleton(config, STAGES[recipe.stage], adapter)
-            else:  # of a row only its tokens are known, not which of them an image becomes
+            else:  # only a row's tokens are known, not which are image tokens
                 shape = host_skeleton(config, dtype, stored_bits(config), CromeConfig(branches=["text"]))
         cost = predict_step(shape, size, **settings)
         seconds = device.seconds(cost.flops * arguments.gradient_accumulation_steps, mixed or dtype)
@@ -170,11 +170,11 @@ def _slow_dtype(device: Device, dtype: torch.dtype, recipe: Recipe) -> list[str]
 
 
 def sample_rows(rows: Any, collator: ConversationCollator) -> RowSample:
-    """Count the tokens of rows spread evenly over the data; of streamed data the first ones.
+    """Count the tokens of rows spread evenly over the data, or of the first rows of streamed data.
 
     Raises:
-        ValueError: there are no rows.
-        RowError: as `ConversationCollator.encode`.
+        ValueError: the data have no rows.
+        RowError: as in `ConversationCollator.encode`.
     """
     chosen: Iterable[dict[str, Any]]
     if isinstance(rows, Dataset):
@@ -202,7 +202,7 @@ def sample_rows(rows: Any, collator: ConversationCollator) -> RowSample:
 
 
 def _check_batch(model: nn.Module, batch: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Check gradients by rows that show different media; some models take no images beside videos."""
+    """Check gradients with rows that show different media, since some models take no images beside videos."""
     try:
         check_gradients(model, batch)
     except ValueError as error:
@@ -216,9 +216,9 @@ def _check_batch(model: nn.Module, batch: Mapping[str, Any], rows: Sequence[dict
 
 
 def check_gradients(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Run a batch forward and backward: each branch is reached, each weight that trains gets a gradient.
+    """Run a batch forward and backward, and check that each branch is reached and each trained weight gets a gradient.
 
-    Weights that have no part in a batch without images are not asked for then.
+    Weights that take no part in a batch without images are then not checked.
 
     Raises:
         RecipeError: a branch is not reached or cannot learn, or weights get no gradient; the message names them.
@@ -226,7 +226,7 @@ def check_gradients(model: nn.Module, batch: Mapping[str, Any]) -> None:
     base = model.get_base_model()  # type: ignore[operator]
     cache = getattr(base, "feature_cache", None)
     if cache is not None:
-        base.feature_cache = None  # this image is not as training will see it
+        base.feature_cache = None  # training may see this image differently
     modes = [(module, module.training) for module in model.modules()]
     try:
         try:
@@ -238,9 +238,9 @@ def check_gradients(model: nn.Module, batch: Mapping[str, Any]) -> None:
         model.eval()
         with torch.enable_grad():
             loss = model(**batch).loss
-            if loss.requires_grad:  # behind a Q-Former, text alone meets nothing that trains
+            if loss.requires_grad:  # with a Q-Former, text alone reaches nothing that trains
                 loss.backward()
-        # A model that hears has a branch for sound, which a batch without sound does not meet.
+        # A batch without sound does not reach the branch for sound of a model with one.
         idle = tuple(f"{which}{branch}." for branch in silent for which in (GATE, DOWN))
         without = [
             name

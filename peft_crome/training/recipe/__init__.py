@@ -1,1 +1,1 @@
-"""A recipe: what a training run is to do, as a YAML file."""
+"""Recipes: YAML files that describe a training run."""

@@ -1,4 +1,4 @@
-"""A recipe's file: one YAML, on a preset or not, with overrides -> what `schema.py` validates."""
+"""Read a recipe's YAML file, with an optional preset and overrides, for `schema.py` to validate."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..stages import STAGES
 from .schema import Recipe, keys_at
 
 PRESETS = tuple(STAGES)
-# What a preset says of its tower; another one has its own.
+# Settings of a preset for its tower, which do not apply to another tower.
 TOWER_KEYS = ("backbones.image_size", "backbones.vision_feature_layer", "images.mean", "images.std")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-5 as text, and people mean a number; quoted text stays text. No key stands twice."""
+    """YAML loader that reads 1e-5 as a number (YAML 1.1 makes it text) and refuses repeated keys."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """A mapping as it is written, before `<<` puts others' keys into it."""
+        """Compose a mapping as written, before `<<` adds the keys of others."""
         node = super().compose_mapping_node(anchor)
         first: dict[tuple[str, str], yaml.Node] = {}
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -51,12 +51,12 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     """Read and validate a recipe.
 
     Args:
-        source: A YAML file, the name of a preset ("pretrain", "instruct", "finetune"), or a mapping. A key `preset:`
+        source: a YAML file, the name of a preset ("pretrain", "instruct", "finetune"), or a mapping. A key `preset:`
             fills in everything that the recipe leaves out.
-        overrides: Dotted keys and their values, as in {"training.max_steps": 100}.
+        overrides: dotted keys and their values, as in {"training.max_steps": 100}.
     Raises:
-        RecipeError: Lists each key that is unknown, missing or has a wrong value.
-        FileNotFoundError: There is neither such a file nor such a preset.
+        RecipeError: a key is unknown, missing or has a wrong value; lists all of them.
+        FileNotFoundError: there is neither such a file nor such a preset.
     """
     values, name = _read(source)
     preset, explicit_values = values.pop("preset", None), copy.deepcopy(values)
@@ -82,12 +82,12 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
 
 
 def preset_text(name: str) -> str:
-    """The YAML of a preset, to be copied and completed."""
+    """Return the YAML of a preset, to copy and complete."""
     return (files(__package__) / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def parse_overrides(settings: list[str]) -> dict[str, Any]:
-    """Command-line settings, "training.max_steps=100", as `load_recipe` takes them; values are YAML.
+    """Parse command-line settings, "training.max_steps=100", for `load_recipe`; values are YAML.
 
     Raises:
         RecipeError: a setting has no "=" or no key, or its value is not YAML.
@@ -109,7 +109,7 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
 
 
 def is_recipe(name: str) -> bool:
-    """Whether a name stands for a recipe, a preset or a YAML file, and not for a model."""
+    """Whether a name is a recipe, a preset or a YAML file, and not a model."""
     return name in PRESETS or Path(name).is_file() or Path(name).suffix in (".yaml", ".yml")
 
 
@@ -139,7 +139,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 def _leave_out_what_was_for_others(
     tower: str | None, values: dict[str, Any], explicit_values: Mapping[str, Any]
 ) -> None:
-    """What a preset says for its own backbones is not for those that a recipe names instead.
+    """Drop a preset's settings for its backbones if a recipe names others.
 
     Args:
         tower: the InstructBLIP checkpoint that the preset names.
@@ -157,7 +157,7 @@ def _leave_out_what_was_for_others(
                 held.pop(name, None)
     language = str(backbones.get("language", "vicuna")).lower()
     if "chat_template" not in explicit_values and "vicuna" not in language:
-        values.pop("chat_template", None)  # the presets' is Vicuna's
+        values.pop("chat_template", None)  # the presets have Vicuna's template
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a recipe says: what a stage trains, on what, how long. Validated before anything is loaded."""
+"""The keys of a recipe: what a stage trains, on what, how long. They are validated before anything is loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..stages import STAGES
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Metric = Literal["exact_match", "vqa_accuracy", "multiple_choice", "cider", "rouge_l", "bleu", "chrf"]
-# Of TrainingArguments, what a recipe says in words of its own.
+# Fields of TrainingArguments for which a recipe has its own keys.
 OWNED = (
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "adam_beta1", "adam_beta2",
@@ -53,14 +53,14 @@ class _Section(BaseModel):
 
 
 def _expanded(value: Any) -> Any:
-    """Paths with `~` as the folder that it stands for, as a shell would give them; names of the Hub have none."""
+    """Expand `~` in paths to the home folder, as a shell does; Hub names have none."""
     if isinstance(value, dict):
         return {key: _expanded(item) for key, item in value.items()}
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 class Backbones(_Section):
-    """What is joined, frozen; a stage that starts from a directory takes these from there."""
+    """The frozen backbones to join. A stage that starts from a directory takes them from it."""
 
     language: str = Field(description="Name or directory of the language model.")
     vision: str | None = Field(default=None, description="Name or directory of the vision tower.")
@@ -96,7 +96,7 @@ class Backbones(_Section):
     _home = field_validator("language", "vision", "instructblip", "qformer_tokenizer")(_expanded)
 
     def image_options(self) -> dict[str, Any]:
-        """How image tokens are made, as `CromeVLMConfig` names it."""
+        """Settings for image tokens, under the names of `CromeVLMConfig`."""
         return {name: getattr(self, name) for name in IMAGE_OPTIONS if name in type(self).model_fields}
 
     @model_validator(mode="after")
@@ -136,7 +136,7 @@ def _is_count(value: Any) -> bool:
 
 
 class Host(_Section):
-    """A vision-language model as it is, frozen; a run that starts from an adapter takes its model."""
+    """A frozen vision-language model. A run that starts from an adapter takes the adapter's model."""
 
     name: str = Field(description="Name or directory of the model.")
     revision: str | None = Field(default=None, description="Branch, tag or commit.")
@@ -153,7 +153,7 @@ class Host(_Section):
 
 
 class Adapter(_Section):
-    """The CROME adapter, as in `CromeConfig`; a stage that starts from a directory goes on with its adapter."""
+    """The CROME adapter, as in `CromeConfig`. A stage that starts from a directory continues with its adapter."""
 
     bottleneck_dim: int | None = Field(default=None, ge=1, description="None: about 1280 weights per unit of width.")
     branches: list[str] | None = Field(
@@ -167,7 +167,7 @@ class Adapter(_Section):
 
 
 class Images(_Section):
-    """How training images are prepared; the processor saved with the model has the values given here."""
+    """How training images are prepared. The processor that is saved with the model has these values."""
 
     random_crop: bool = Field(default=False, description="Crop 50% to 100% of the area, then resize.")
     horizontal_flip: bool = Field(
@@ -184,7 +184,7 @@ class Images(_Section):
 
 
 class Source(_Section):
-    """Where rows come from, as `peft_crome.data.read_rows` takes it."""
+    """A source of rows, as in `peft_crome.data.read_rows`."""
 
     path: str = Field(description="JSON, JSONL or parquet file, a folder of `datasets`, or a data set of the Hub.")
     images: str | dict[str, str] | None = Field(
@@ -206,7 +206,7 @@ class Source(_Section):
 
 
 class Data(Source):
-    """One data set to train on, as `peft_crome.data.load_rows` takes it."""
+    """One data set to train on, as in `peft_crome.data.load_rows`."""
 
     streaming: bool = Field(default=False, description="Read while training; keep nothing on disk.")
     faulty: Literal["stop", "drop"] = Field(
@@ -218,7 +218,7 @@ class Data(Source):
 
 
 class Questions(Source):
-    """One data set to be answered while training; what it is scored by must be in its rows."""
+    """One data set to answer while training. Its rows must contain the inputs of its metrics."""
 
     split: str = Field(default="validation", description="Of a folder or a data set of the Hub.")
     label: str | None = Field(
@@ -228,12 +228,12 @@ class Questions(Source):
 
     @property
     def called(self) -> str:
-        """Its label."""
+        """The label of the set."""
         return self.label if self.label is not None else Path(self.path).stem
 
 
 class Evaluation(_Section):
-    """Data sets that are answered by free generation every so many steps, and after the last one."""
+    """Data sets to answer by free generation at regular steps, and after the last one."""
 
     data: list[Questions] = Field(min_length=1)
     steps: int = Field(default=500, ge=1, description="Optimizer steps from one evaluation to the next.")
@@ -253,7 +253,7 @@ class Evaluation(_Section):
 
 
 class FeatureCache(_Section):
-    """Keep the frozen tower's features, so that each image goes through it once, in all epochs and runs."""
+    """Keep the frozen tower's features, so that each image runs through it once in all epochs and runs."""
 
     directory: str = Field(description="Folder; runs and machines may share it.")
     max_gigabytes: float = Field(
@@ -264,12 +264,12 @@ class FeatureCache(_Section):
 
 
 class Mixture(_Section):
-    """How often each data set is drawn from; without it, and without weights, every row comes once an epoch."""
+    """How often each data set is drawn from. Without it, and without weights, an epoch has every row once."""
 
     temperature: float = Field(
         default=2.0,
         gt=0,
-        allow_inf_nan=True,  # infinite: all sets alike
+        allow_inf_nan=True,  # infinity draws all sets equally
         description="p proportional to rows ** (1 / temperature): 2 is the paper's square root.",
     )
 
@@ -325,7 +325,7 @@ class Training(_Section):
 
 
 class Recipe(_Section):
-    """Everything that a stage needs. `load_recipe` reads one from YAML."""
+    """All settings of a stage. `load_recipe` reads one from YAML."""
 
     stage: Literal["pretrain", "instruct", "finetune"]
     output: str = Field(description="Directory to write, complete or not at all.")
@@ -426,7 +426,7 @@ class Recipe(_Section):
 
 
 def _check_jinja(template: str) -> None:
-    """Raise ValueError where a chat template is no Jinja as transformers reads it."""
+    """Raise ValueError if transformers cannot parse a chat template as Jinja."""
     words = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tags
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(words)
@@ -438,7 +438,7 @@ def _check_jinja(template: str) -> None:
 
 
 def keys_at(location: tuple[Any, ...]) -> list[str]:
-    """The keys that a section has; `location` is pydantic's, with numbers for entries of a list."""
+    """Return the keys of a section; `location` is pydantic's, with numbers for entries of a list."""
     sections = {
         "model": Host, "backbones": Backbones, "adapter": Adapter, "images": Images, "data": Data, "mixture": Mixture,
         "feature_cache": FeatureCache, "evaluation": Evaluation, "evaluation.data": Questions,

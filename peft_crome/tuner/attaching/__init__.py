@@ -1,1 +1,1 @@
-"""Everything that happens to a model when an adapter is attached: plan, checks, and the way back."""
+"""Attach an adapter to a model: plan, checks, and the way back."""

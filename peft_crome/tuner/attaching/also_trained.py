@@ -1,4 +1,4 @@
-"""What trains beside an adapter: `modules_to_save` and `trainable_token_indices`, redirected into the sites."""
+"""Redirect modules that train beside an adapter, `modules_to_save` and `trainable_token_indices`, into the sites."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..layer import CromeLayer
 def redirect_into_sites(
     names: list[str] | None, field: str, branches: Branches, paths: Iterable[str], heads: tuple[str, ...] = ()
 ) -> dict[str, str]:
-    """Where PEFT is to wrap the modules of `modules_to_save` and the like: inside a site, not around it.
+    """Find where PEFT must wrap the modules of `modules_to_save` and the like: inside a site, not around it.
 
     A wrapper around a site would train a copy of it that holds a copy of the adapter.
 
     Args:
-        heads: names that may be missing, which PEFT adds for a task.
+        heads: names that PEFT adds for a task, which may be missing.
     Returns:
-        each name that PEFT would match -> the name to give PEFT instead.
+        Each name that PEFT would match -> the name to give PEFT instead.
     Raises:
         ValueError: a name matches no module, or a module that contains a site.
     """
@@ -62,10 +62,10 @@ def redirect_token_indices(
     paths: Iterable[str],
     rows: int | None = None,
 ) -> list[int] | dict[str, list[int]] | None:
-    """The same as `redirect_into_sites`, for `trainable_token_indices`; a list is meant for the input embeddings.
+    """Do the same as `redirect_into_sites` for `trainable_token_indices`; a list means the input embeddings.
 
     Args:
-        rows: of the embedding table, where it is known.
+        rows: number of rows of the embedding table, if known.
     """
     if isinstance(indices, list) and embeddings is not None:
         indices = {embeddings: indices}
@@ -82,9 +82,9 @@ def redirect_token_indices(
 
 
 def tie_trained_tokens(model: nn.Module, adapter_name: str, inference_mode: bool) -> None:
-    """Train the same tokens in every module that is tied to the table, as PEFT does where no site is around the table.
+    """Train the same tokens in every module tied to the table, as PEFT does for a table without a site.
 
-    Without it a head would keep the old rows until a merge writes the new ones into the weight that both share.
+    Otherwise a head would keep the old rows until a merge writes the new ones into the shared weight.
     """
     table = input_embeddings(model)
     wrapper = table.base_layer if isinstance(table, CromeLayer) else table

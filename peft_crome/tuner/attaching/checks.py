@@ -1,4 +1,4 @@
-"""What is checked before an adapter changes a model, and what the errors say. Knows module paths and widths only."""
+"""Check a model before an adapter changes it. These checks read module paths and widths only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..weights import NAME, CromeWeights
 
 
 def find_hidden_size(model: nn.Module, branches: Branches) -> int:
-    """The language model's embedding width; every site is checked against it.
+    """Find the language model's embedding width, and check every site against it.
 
     Raises:
-        ValueError: the width is unknown, or a site has another one.
+        ValueError: the width is unknown, or a site has another width.
     """
     paths = {site: site_path(site) for sites in branches.values() for site in sites}
     widths = {site: possible_widths(model.get_submodule(path)) for site, path in paths.items()}
@@ -42,10 +42,10 @@ def find_hidden_size(model: nn.Module, branches: Branches) -> int:
 
 
 def check_names(model: nn.Module, adapter_name: str, shapes: Shapes) -> None:
-    """Refuse names that could not be told apart: of the adapter in its file's keys, of the child that holds weights.
+    """Refuse names that are ambiguous: the adapter's in the keys of its file, and that of the child with the weights.
 
     Raises:
-        ValueError: names what is taken, and another name to write.
+        ValueError: names what is taken and another name to write.
     """
     if not isinstance(model._modules.get(NAME, getattr(model, NAME, None)), (CromeWeights, type(None))):
         raise ValueError(f"{type(model).__name__} has an attribute {NAME!r} of its own, where CROME's weights go.")
@@ -59,7 +59,7 @@ def check_names(model: nn.Module, adapter_name: str, shapes: Shapes) -> None:
 
 
 def check_loaded(model: nn.Module, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse tensors that are about to be loaded into an adapter and do not fit it.
+    """Refuse tensors that are about to be loaded into an adapter and do not fit.
 
     Raises:
         ValueError: see `check_tensors` and `check_shapes`.
@@ -73,15 +73,15 @@ def check_loaded(model: nn.Module, adapter_name: str, tensors: Mapping[str, torc
 
 
 def is_of_another_method(module: nn.Module, classes: Any) -> bool:
-    """Whether a module carries adapters, and is of none of the classes."""
+    """Whether a module carries adapters and belongs to none of the classes."""
     return isinstance(module, BaseTunerLayer) and not isinstance(module, classes)
 
 
 def check_free(model: nn.Module, adapter_name: str, classes: Any) -> None:
-    """Refuse the name of another method's adapter: PEFT keeps one configuration per name, and would lose that one.
+    """Refuse the name of another method's adapter. PEFT keeps one configuration per name and would lose the other.
 
     Raises:
-        ValueError: names the method, and another name to write.
+        ValueError: names the method and another name to write.
     """
     for module in model.modules():
         if is_of_another_method(module, classes) and adapter_name in cast(Any, module)._all_available_adapter_names():

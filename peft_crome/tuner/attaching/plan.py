@@ -1,4 +1,4 @@
-"""What attaching an adapter will do to a model: planned and checked first, then done, or undone whole."""
+"""Plan what attaching an adapter will do to a model: check it first, then do it, or undo all of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .also_trained import redirect_into_sites, redirect_token_indices
 from .checks import check_names, find_hidden_size
 from .rollback import roll_back, take_away_old, weights_on
 
-# task_type -> what PEFT adds to modules_to_save: names of a head, of which a model has one
+# task_type -> what PEFT adds to modules_to_save: possible names of its head
 CLASSIFIER = ("classifier", "score")
 HEADS = {"SEQ_CLS": CLASSIFIER, "TOKEN_CLS": CLASSIFIER, "QUESTION_ANS": ("qa_outputs",)}
 
@@ -30,10 +30,10 @@ class Attachment:
     """One adapter that is about to be put on a model.
 
     Attributes:
-        host: what the adapter needs to know of the model.
+        host: facts about the model that the adapter needs.
         hidden_size: width of the embeddings at every site.
-        sites: path of each site -> the branches that it feeds, with the token ids that are each one's own.
-        filled_in: the fields of the configuration that are settled by this model.
+        sites: path of each site -> the branches that it feeds, with their ranges of token ids.
+        filled_in: fields of the configuration that this model determines.
     """
 
     model: nn.Module
@@ -46,23 +46,23 @@ class Attachment:
 
     @property
     def branches(self) -> list[str]:
-        """Names of the branches, in a fixed order."""
+        """The names of the branches, in a fixed order."""
         return list(dict.fromkeys(branch for site in self.sites.values() for branch in site))
 
     def wrap(self, path: str, module: nn.Module) -> None:
-        """Put the adapter on one site, which an adapter may have wrapped before."""
+        """Put the adapter on one site; another adapter may have wrapped it before."""
         weights = weights_on(self.model)
         if self.adapter_name not in weights.crome_up:
             weights.add(self.adapter_name, self.config, self.branches, self.hidden_size, self.host.rms)
             for linear in weights.linears_of(self.adapter_name).values():
-                on_meta = linear.weight.is_meta  # then it stays there until its weights are loaded
+                on_meta = linear.weight.is_meta  # it stays on meta until its weights are loaded
                 linear.to(device=None if on_meta else self.host.device, dtype=self.host.dtype)
             weights.train(module.training)
         if isinstance(module, CromeLayer):
             layer = module
         else:
             layer = CromeLayer(module, weights, self.hidden_size)
-            layer.training = module.training  # a wrapper around the host may be in another mode
+            layer.training = module.training  # a wrapper around the host may have another mode
             replace_everywhere(self.model, module, layer)
         layer.branches_of[self.adapter_name] = self.sites[path]
         # Ovis 2 has a table of images as well.
@@ -72,7 +72,7 @@ class Attachment:
 
     @contextmanager
     def or_undone(self) -> Iterator[None]:
-        """Fill in the configuration and make room; an error in the block leaves model and configuration as before."""
+        """Fill in the configuration and make room. An error in the block restores model and configuration."""
         before = dict(vars(self.config))
         flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         record_backbone(self.config, describe_backbone(self.model, self.host, self.hidden_size))
@@ -80,21 +80,21 @@ class Attachment:
         old = take_away_old(self.model, self.adapter_name)
         try:
             yield
-        except BaseException:  # an interrupt as well
+        except BaseException:  # an interrupt restores as well
             roll_back(self.model, self.adapter_name, old)
             self.config.__dict__.update({"_described": False} | before)
             for parameter, requires_grad in flags:
                 parameter.requires_grad_(requires_grad)
             raise
-        self.config.__dict__.pop("_file", None)  # its weights come next; a later use is for another adapter
+        self.config.__dict__.pop("_file", None)  # its weights are loaded next; a later use is for another adapter
 
 
 def plan(model: nn.Module, adapter_name: str, config: CromeConfig) -> Attachment:
     """Check everything that can be checked before a model is changed.
 
     Raises:
-        ValueError: no sites are known, sites and model do not fit together, a name is taken, or the adapter file that
-            the configuration was read with does not fit; says what to write.
+        ValueError: no sites are known, sites and model do not fit together, a name is taken, or the adapter file of
+            the configuration does not fit; names what to write.
     """
     host = read_host(model)
     branches = find_branches(model, config.branches, of_before=config.trained_on is not None)
@@ -106,7 +106,7 @@ def plan(model: nn.Module, adapter_name: str, config: CromeConfig) -> Attachment
         config._file.check_fits(model, shapes, f"{host.name} (hidden_size {hidden_size})")
     paths = {path: module for path, module in model.named_modules() if path}
     heads = HEADS.get(str(config.task_type), ())
-    named = [*(config.modules_to_save or ()), *heads]  # PEFT adds them to the one it was given, later
+    named = [*(config.modules_to_save or ()), *heads]  # PEFT adds the heads later
     modules_to_save = redirect_into_sites(named, "modules_to_save", branches, paths, heads)
     table = next((path for path, module in paths.items() if module is host.embeddings), None)
     rows = getattr(host.embeddings, "num_embeddings", None)

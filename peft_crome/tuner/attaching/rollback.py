@@ -1,4 +1,4 @@
-"""Taking attachments away: one that failed, and what an earlier one left on the model."""
+"""Take attachments away: one that failed, and what an earlier one left on the model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..weights import NAME, CromeWeights
 
 
 def weights_on(model: nn.Module) -> CromeWeights:
-    """The model's child that holds the weights; made where there is none."""
-    # A compiled model looks for attributes in the module that it wraps, and sets them there.
+    """Return the model's child that holds the weights, and create it if there is none."""
+    # A compiled model reads and sets attributes in the module that it wraps.
     weights: Any = model._modules.setdefault(NAME, CromeWeights())
     if getattr(model, NAME, None) is not weights:
         model.__dict__[NAME] = weights  # `get_parameter` follows attributes
@@ -22,19 +22,19 @@ def weights_on(model: nn.Module) -> CromeWeights:
 
 
 def take_weights_off(model: nn.Module) -> None:
-    """The inverse of `weights_on`."""
+    """Undo `weights_on`."""
     del model._modules[NAME]
     model.__dict__.pop(NAME, None)
 
 
 def take_away_old(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Make room for an adapter, as PEFT's other methods do where a model comes to them a second time.
+    """Make room for an adapter, as PEFT's other methods do when they get a model a second time.
 
-    An adapter of that name goes, whatever its size and its sites; so do weights that no site refers to, which another
+    An adapter of that name is removed, whatever its size and sites. So are weights without a site, which another
     method left when it unloaded the sites.
 
     Returns:
-        What was there, for `roll_back`; empty where there was nothing.
+        What was removed, for `roll_back`; empty if nothing was.
     """
     weights: Any = model._modules.get(NAME)
     layers = [layer for _, layer in crome_layers(model)]
@@ -44,7 +44,7 @@ def take_away_old(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     if not layers or adapter_name not in weights.crome_up:
         return {}
     linears = weights.linears_of(adapter_name)
-    for name in linears:  # not by `delete_adapter`, which would say that another one is active now
+    for name in linears:  # `delete_adapter` would warn that another one is active now
         del getattr(weights, name)[adapter_name]
     branches = {layer: layer.branches_of.pop(adapter_name) for layer in layers if adapter_name in layer.branches_of}
     settings, active = weights.settings[adapter_name], weights._active_adapter
@@ -52,10 +52,10 @@ def take_away_old(model: nn.Module, adapter_name: str) -> dict[str, Any]:
 
 
 def roll_back(model: nn.Module, adapter_name: str, old: dict[str, Any]) -> None:
-    """Leave a model as it was before an attachment that failed.
+    """Restore a model after an attachment that failed.
 
     Args:
-        old: of `take_away_old`.
+        old: the result of `take_away_old`.
     """
     weights: Any = model._modules.get(NAME)
     if weights is None:

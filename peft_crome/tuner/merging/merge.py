@@ -1,4 +1,4 @@
-"""Merging: the text branch folds into its table, the others go on as small modules. `fold.py` has the arithmetic."""
+"""Merge adapters: the text branch folds into its table, the others stay as modules. `fold.py` has the arithmetic."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .fold import folded_table, install_table, why_not_foldable
 logger = logging.getLogger(__name__)
 
 TIE = "tie_word_embeddings"
-# model_type -> why a folded table would not give the adapted model's output
+# model_type -> why a folded table would not reproduce the adapted model's output
 NOT_MERGEABLE = {
     "diffusion_gemma": "also averages its table's rows, for self-conditioning, which the adapter leaves as they are",
 }
 
 
-class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the class of a layer, and Python checks it
-    """What PEFT asks of a layer to merge, unmerge and unload it; `CromeLayer` has the rest."""
+class Mergeable(nn.Module, BaseTunerLayer):  # FSDP2 changes a layer's class, which needs this order
+    """Merge, unmerge and unload a layer, as PEFT asks; `CromeLayer` has the rest."""
 
     base_layer: nn.Module
     _weights: tuple[Any]
     _unmerged: list[nn.Parameter]  # in a list: a merged model's state_dict has one table
-    _surveyed: str | bool | None = False  # why the table does not fold; False: not looked at since the last merge
+    _surveyed: str | bool | None = False  # why the table does not fold; False: not examined yet
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold a text branch into its embedding table; another branch is not linear and goes on with these adapters.
+        """Fold a text branch into its embedding table. Another branch is not linear and stays a module.
 
         Raises:
-            ValueError: safe_merge is set and the new table has values that are not finite.
+            ValueError: safe_merge is set and the new table has non-finite values.
         """
         names = self._attached(check_adapters_to_merge(self, adapter_names))
         table = self.table
@@ -62,7 +62,7 @@ class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the 
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the table back that was there before the first merge: exact, since it was kept."""
+        """Restore the table from before the first merge. It is exact, since that table was kept."""
         if self.unmerged_table is not None:
             now = self.table.weight
             self.unmerged_table.data = self.unmerged_table.data.to(device=now.device, dtype=now.dtype)
@@ -75,9 +75,9 @@ class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return what takes this layer's place in a model without PEFT: what it wraps.
+        """Return the wrapped module, which takes this layer's place in a model without PEFT.
 
-        `CromeModel` merges before it unloads, so a layer that is not merged stays: another method merges its own.
+        `CromeModel` merges before it unloads, so a layer that is not merged stays for another method to merge.
         """
         if merge and not self.folded:
             return self
@@ -89,35 +89,35 @@ class Mergeable(nn.Module, BaseTunerLayer):  # in this order: FSDP2 changes the 
     def unload_trained_copy(
         self, safe_merge: bool = False, adapter_names: list[str] | None = None, merge: bool = True
     ) -> None:
-        """Put the module that `modules_to_save` or `trainable_token_indices` trained in the wrapped one's place."""
+        """Replace the wrapped module by the one that `modules_to_save` or `trainable_token_indices` trained."""
         if isinstance(self.base_layer, AuxiliaryTrainingWrapper):
             self.base_layer = self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
 
     @property
     def table(self) -> Any:
-        """The wrapped module, without a copy of it that trains or `torch.compile` around it."""
+        """The wrapped module, without `torch.compile` or a trained copy around it."""
         return original_module(self.get_base_layer())
 
     @property
     def folded(self) -> bool:
-        """Whether the merged adapters are in the table; a merged site that cannot fold still adds them."""
+        """Whether the table holds the merged adapters; a merged site that cannot fold still adds them."""
         return bool(self._unmerged)
 
     @property
     def unmerged_table(self) -> nn.Parameter | None:
-        """The table as it was before adapters were folded into it; None: none is."""
+        """The table before adapters were folded into it; None if none is folded."""
         return self._unmerged[0] if self._unmerged else None
 
 
 def check_allowed(model: nn.Module, sites: list[Any], names: list[str] | None, unload: bool = False) -> None:
-    """Refuse a merge that would give another model, before anything is changed; say in the log what is kept.
+    """Refuse a merge that would give a different model, before anything changes; log which branches stay modules.
 
     Args:
         sites: the model's `CromeLayer`s.
-        names: of the adapters to merge; None: the active ones.
-        unload: whether PEFT's layers go, so that what cannot be folded would be lost.
+        names: names of the adapters to merge; None: the active ones.
+        unload: whether PEFT's layers are removed, which would lose what cannot be folded.
     Raises:
-        ValueError: nothing can be folded, or a folded table would mean something else; says why.
+        ValueError: nothing can be folded, or a folded table would change the output; gives the reason.
     """
     for part in model.modules():
         if because := _why_not_mergeable(part):
@@ -163,7 +163,7 @@ def check_allowed(model: nn.Module, sites: list[Any], names: list[str] | None, u
 def _why_not_mergeable(module: nn.Module) -> str | None:
     """Return why a folded table would change what else `module` computes, or None if it would not."""
     config = getattr(module, "config", None)
-    # Which of T5's relatives do so depends on the release of transformers.
+    # Which relatives of T5 do so depends on the release of transformers.
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     if getattr(config, TIE, False) and TIE in getattr(code, "co_names", ()):
         return f"scales its output where config.{TIE} is set, and a merge unties the head"
@@ -171,7 +171,7 @@ def _why_not_mergeable(module: nn.Module) -> str | None:
 
 
 def merge_for_good(model: nn.Module, sites: list[Any], safe_merge: bool, names: list[str] | None) -> None:
-    """Fold what folds, of a model whose sites go: a table that trained takes the place of the one it was copied from.
+    """Fold what folds in a model whose sites are removed. A trained table replaces the one it was copied from.
 
     Raises:
         ValueError: see `check_allowed`.
@@ -183,14 +183,14 @@ def merge_for_good(model: nn.Module, sites: list[Any], safe_merge: bool, names: 
 
 
 def share_and_untie(model: nn.Module, sites: list[Any]) -> None:
-    """After a merge: tables that were one parameter are one again, and the head keeps the old table."""
+    """Share tables again that were one parameter before a merge, and keep the old table for the head."""
     merged = [site for site in sites if site.folded]
     first: dict[int, nn.Parameter] = {}
-    for site in merged:  # each fold gave the same values
+    for site in merged:  # each fold computed the same values
         table = site.table
         if site.unmerged_table is not None:
             table.weight = first.setdefault(id(site.unmerged_table), table.weight)
-    # A save or a resize would tie the head to the new table again.
+    # Otherwise a save or a resize would tie the head to the new table again.
     configs = [getattr(unwrapped(model), "config", None), text_config(model)]
     tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
     for site in merged if tied else ():

@@ -1,1 +1,1 @@
-"""A batch in which each row has an adapter of its own."""
+"""Run batches in which each row has its own adapter."""

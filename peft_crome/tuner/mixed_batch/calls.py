@@ -1,4 +1,4 @@
-"""A batch in which each row has an adapter of its own: `forward` and `generate` with `adapter_names`."""
+"""`forward` and `generate` with `adapter_names`: a batch in which each row has its own adapter."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import nn
 from ..weights import NAME
 from .owners import BASE, Rows, check_count
 
-_LOCK = threading.Lock()  # of the counts of running calls
-# The call that runs in this thread or task: a server's requests do not see one another's rows.
+_LOCK = threading.Lock()  # guards the counts of running calls
+# The call that runs in this thread or task, so that a server's requests do not see each other's rows.
 _ROWS: ContextVar[Rows | None] = ContextVar("crome_rows", default=None)
 
 
@@ -24,13 +24,13 @@ _ROWS: ContextVar[Rows | None] = ContextVar("crome_rows", default=None)
 def rows_with_adapters(
     model: nn.Module, names: Sequence[str], arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> Iterator[None]:
-    """While this is open, a call of `model` gives each row its adapter.
+    """Give each row its adapter in calls of `model` while this is open.
 
     Args:
-        model: with CROME's sites in it, in eval mode.
-        names: an adapter for each row of `input_ids`, or "__base__"; where `generate` repeats rows, for beams or
-            several sequences, the adapters go with them.
-        arguments, keywords: of the call.
+        model: model with CROME's sites, in eval mode.
+        names: an adapter for each row of `input_ids`, or "__base__"; if `generate` repeats rows, for beams or
+            several sequences, the adapters are repeated as well.
+        arguments, keywords: arguments of the call.
     Raises:
         ValueError: the model is in training mode or merged, an adapter is unknown, or there are more or fewer names
             than rows.
@@ -45,12 +45,12 @@ def rows_with_adapters(
     unknown = sorted(set(names) - {BASE, *weights.crome_up})
     if unknown:
         raise ValueError(
-            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. There are {[*weights.crome_up]}."
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has {[*weights.crome_up]}."
         )
     ids = keywords.get("input_ids", keywords.get("inputs", arguments[0] if arguments else None))
     ids = ids if isinstance(ids, torch.Tensor) and not ids.is_floating_point() else None
     counted = ids if ids is not None else keywords.get("inputs_embeds")
-    if not hasattr(model, "config"):  # a module of somebody's own: what it is given has a row for each
+    if not hasattr(model, "config"):  # a custom module: each input has one row per name
         counted = next((value for value in (*arguments, *keywords.values()) if isinstance(value, torch.Tensor)), None)
     if isinstance(counted, torch.Tensor):
         check_count(names, len(counted))
@@ -59,7 +59,7 @@ def rows_with_adapters(
     handles = [
         model.register_forward_pre_hook(_of_this_call(rows, rows.begin), with_kwargs=True),
         model.register_forward_hook(_of_this_call(rows, rows.end)),
-        # What trains as well has a copy for each adapter.
+        # Modules that train beside an adapter have a copy for each adapter.
         *(m.register_forward_pre_hook(_of_this_call(rows, rows.name_rows), with_kwargs=True) for m in wrappers),
     ]
     token = _ROWS.set(rows)
@@ -79,17 +79,17 @@ def rows_with_adapters(
 
 
 class _Running:
-    """What the sites of a model ask while calls with names run on it, in whichever threads."""
+    """The override of the sites while calls with names run, in any thread."""
 
     def __init__(self) -> None:
         self.calls = 0
 
     def __call__(self, site: Any, output: Any, site_input: Any) -> Any:
-        """A site's output with each row's adapter added; None where this thread's call is without names."""
+        """Add each row's adapter to a site's output; None if this thread's call has no names."""
         rows = _ROWS.get()
         return None if rows is None or rows.weights is not site._weights[0] else rows.adapt(site, output, site_input)
 
 
 def _of_this_call(rows: Rows, hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that is deaf to other threads' and tasks' passes through the same model."""
+    """Wrap a hook so that it ignores passes of other threads and tasks through the same model."""
     return lambda *arguments: hook(*arguments) if _ROWS.get() is rows else None

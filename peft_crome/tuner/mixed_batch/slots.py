@@ -1,4 +1,4 @@
-"""Many adapters in one product: embeddings sorted by adapter into slots of equal room, and stacked maps."""
+"""Compute many adapters in one product: embeddings sorted by adapter into slots of equal size, and stacked maps."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..maps import StackedLinear
 
 
 class Slots(NamedTuple):
-    """Where a batch's embeddings stand while their adapters act: each slot has one adapter and the same room.
+    """Places of a batch's embeddings while their adapters act. Each slot has one adapter and the same room.
 
     There are at most twice as many slots as adapters, and at most about twice as much room as embeddings, however
     unevenly the adapters share the batch.
 
     Attributes:
-        names: adapter of each slot.
-        source: (slots, room), the embedding at each place; 0 where a place is empty.
-        mine: (n,), the embeddings that have a place.
-        place: (n,), their places, counted through all slots.
+        names: the adapter of each slot.
+        source: (slots, room), the index of the embedding at each place; 0 where a place is empty.
+        mine: (n,), indices of the embeddings that have a place.
+        place: (n,), their places, numbered through all slots.
     """
 
     names: tuple[str, ...]
@@ -31,12 +31,12 @@ class Slots(NamedTuple):
 
     @classmethod
     def of(cls, owners: torch.Tensor, names: dict[int, str], device: torch.device) -> Slots | None:
-        """Sort embeddings into slots; None: no embedding belongs to one of these adapters.
+        """Sort embeddings into slots. None: no embedding belongs to one of these adapters.
 
         Args:
-            owners: (embeddings,), on the CPU: the number of each one's adapter, or -1.
-            names: the adapters' names by number.
-            device: of the embeddings.
+            owners: (embeddings,), on the CPU: the number of each embedding's adapter, or -1.
+            names: number -> name of each adapter.
+            device: device of the embeddings.
         """
         counts = torch.bincount(owners + 1, minlength=1).tolist()
         present = [number for number in sorted(names) if number + 1 < len(counts) and counts[number + 1]]
@@ -45,7 +45,7 @@ class Slots(NamedTuple):
         total = sum(counts[number + 1] for number in present)
         room = -(-total // len(present))
         slots: list[str] = []
-        shift = [0] * len(counts)  # by number: from an embedding's rank among the sorted to its place
+        shift = [0] * len(counts)  # by number: an embedding's place minus its rank among the sorted
         before = 0
         for number in present:
             shift[number] = len(slots) * room - before
@@ -63,21 +63,21 @@ class Slots(NamedTuple):
 
 
 class Stacks:
-    """The maps of a batch's adapters, put together once for all sites and tokens of a call."""
+    """The maps of a batch's adapters, stacked once for all sites and tokens of a call."""
 
     def __init__(self) -> None:
         self._made: dict[Any, StackedLinear] = {}
 
     def maps(self, names: tuple[str, ...], linears: nn.ModuleDict, device: torch.device) -> StackedLinear:
-        """The named adapters' maps of one kind.
+        """Stack the named adapters' maps of one kind.
 
         Args:
-            names: of each slot.
-            linears: adapter name -> map. They may differ in the number of hidden features m: zeros fill up to the
-                widest, which add nothing.
-            device: of the embeddings.
+            names: the adapter of each slot.
+            linears: adapter name -> map. The number of hidden features m may differ: zeros, which add nothing, pad to
+                the widest.
+            device: device of the embeddings.
         """
-        # Without gradients nothing would lead back to the weights from a stack.
+        # A stack made without gradients does not lead back to the weights.
         key = (linears, names, device, torch.is_grad_enabled())
         if key not in self._made:
             weight = _stack([_weight(linears[name], device) for name in names])
@@ -92,13 +92,13 @@ def _weight(linear: nn.Module, device: torch.device) -> torch.Tensor:
 
 
 def _stack(weights: list[torch.Tensor]) -> torch.Tensor:
-    """(slots, out, in): one copy, whatever their number."""
+    """Copy weights into one tensor (slots, out, in), with a single copy for any number of them."""
     if len(weights) == 1:
         return weights[0][None]
     shapes = [weight.shape for weight in weights]
     if len(set(shapes)) == 1:
         return torch.stack(weights)
-    axis = 0 if len({shape[1] for shape in shapes}) == 1 else 1  # the hidden features'
+    axis = 0 if len({shape[1] for shape in shapes}) == 1 else 1  # the axis of the hidden features
     widest = max(shape[axis] for shape in shapes)
     zeros = weights[0].new_zeros([widest if dim == axis else size for dim, size in enumerate(shapes[0])])
     pieces = [piece for weight in weights for piece in (weight, zeros.narrow(axis, 0, widest - weight.shape[axis]))]

@@ -1,1 +1,1 @@
-"""Where embeddings enter a language model."""
+"""Find where embeddings enter a language model."""

@@ -1,4 +1,4 @@
-"""What is wrong with a site, and what to write instead."""
+"""Errors about sites, each with what to write instead."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..branches import Branches, site_path, token_range
 
 
 def no_regex(branch: str, pattern: str, error: re.error) -> ValueError:
-    """The error for a pattern that does not compile."""
+    """Build the error for a pattern that does not compile."""
     return ValueError(
         f"branches[{branch!r}]={pattern!r} is not a regular expression: {error}. "
         f"Write branches={{{branch!r}: ['<module path>']}}, or correct the pattern."
@@ -23,10 +23,10 @@ def no_regex(branch: str, pattern: str, error: re.error) -> ValueError:
 def check_not_nested(branches: Branches) -> None:
     """Refuse sites that are the same module or lie inside each other.
 
-    Of one table, branches may take ranges of token ids that do not overlap.
+    Branches may use ranges of token ids of one table if the ranges do not overlap.
 
     Raises:
-        ValueError: names both.
+        ValueError: names both sites.
     """
     pairs = [(site, branch) for branch, sites in branches.items() for site in sites]
     for number, (site, branch) in enumerate(pairs):
@@ -47,7 +47,7 @@ def check_not_nested(branches: Branches) -> None:
 
 
 def no_such_module(branch: str, missing: list[str], paths: Iterable[str]) -> ValueError:
-    """The error for names that match nothing, with the nearest ones."""
+    """Build the error for names that match nothing, with the nearest names."""
     last_parts = {path.rsplit(".", 1)[-1]: path for path in paths}
     near = (difflib.get_close_matches(name.split(".")[-1], last_parts) for name in missing)
     known = [last_parts[part] for parts in near for part in parts] or [path for path in paths if path.count(".") < 2]
@@ -58,7 +58,7 @@ def no_such_module(branch: str, missing: list[str], paths: Iterable[str]) -> Val
 
 
 def no_such_branch(model: nn.Module, missing: list[str], known: Branches) -> ValueError:
-    """The error for branches that were asked for by name and are not known of this architecture."""
+    """Build the error for branches that are requested by name and unknown for this architecture."""
     return ValueError(
         f"branches: {missing} are not known for {type(model).__name__}; known: {known}. Write branches={[*known]}, or "
         f"name the modules: branches={{{missing[0]!r}: ['<module path>']}}."
@@ -66,11 +66,11 @@ def no_such_branch(model: nn.Module, missing: list[str], known: Branches) -> Val
 
 
 def no_vision_site(model: nn.Module, paths: dict[str, nn.Module], text: list[str], tried: Iterable[str]) -> ValueError:
-    """The error for an architecture without a known vision site: modules of the right width, and the line to write."""
+    """Build the error for an architecture without a known vision site; lists modules of the right width."""
     hidden_size = text_hidden_size(model)
     inside_llm = re.compile(r"(^|\.)(layers|layer|h|block|blocks|lm_head|embed_tokens)(\.|$)")
     wide = [path for path, m in paths.items() if hidden_size in possible_widths(m) and not inside_llm.search(path)]
-    # A projector is likelier than a tower that also happens to have this width inside.
+    # A projector is likelier than a tower that happens to have this width inside.
     towers = {path for path in wide if any(isinstance(part, nn.ModuleList) for part in paths[path].modules())}
     wide.sort(key=lambda path: (path in towers, path in text, len(possible_widths(paths[path])), path.count(".")))
     example = {"vision": wide[:1] or ["<module path>"]}

@@ -1,4 +1,4 @@
-"""Where embeddings of the language model's width are produced: by rules (`rules.py`), and a table (`table.py`)."""
+"""Find the modules that produce the language model's embeddings, by rules (`rules.py`) and a table (`table.py`)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .errors import check_not_nested, no_regex, no_such_branch, no_such_module, 
 from .rules import by_token_id, projectors, text_sites
 from .table import HOSTS
 
-WEIGHTS_PER_WIDTH = 1280  # the paper's adapter has 5·d·256 weights, and so have others, whatever their branches
+WEIGHTS_PER_WIDTH = 1280  # the paper's adapter has 5·d·256 weights; keep that for any number of branches
 
 
 def default_bottleneck_dim(branches: int) -> int:
-    """The hidden features m with which (2·branches + 1)·d·m is about 1280·d; a multiple of 8.
+    """Return the hidden features m with which (2·branches + 1)·d·m is about 1280·d; a multiple of 8.
 
     >>> [default_bottleneck_dim(branches) for branches in (1, 2, 3)]
     [424, 256, 184]
@@ -29,16 +29,16 @@ def default_bottleneck_dim(branches: int) -> int:
 def find_branches(
     model: nn.Module, branches: list[str] | dict[str, list[str] | str] | None, of_before: bool = False
 ) -> Branches:
-    """Resolve a configuration's `branches`, or look the architecture up, to full module paths.
+    """Resolve a configuration's `branches` to full module paths, or find them by architecture.
 
-    A path may end in a range of token ids, "embed_tokens[4:8196]": only these tokens' embeddings are the branch's.
+    A path may end in a range of token ids, "embed_tokens[4:8196]". Then the branch has only these tokens' embeddings.
 
     Args:
-        branches: None: those that carry images and sound. Without a Q-Former, the text branch would be on the
-            embedding table, and is left out.
-        of_before: None means all that are known, as in adapters that were trained before the default left words out.
+        branches: None: the branches that carry images and sound. Without a Q-Former, the text branch would be on
+            the embedding table, and is left out.
+        of_before: None means all known branches, as in adapters from before the default left the text branch out.
     Raises:
-        ValueError: nothing is known of the architecture, or a name matches no branch, no module or two branches.
+        ValueError: the architecture is unknown, or a name matches no branch, no module or two branches.
     """
     paths = dict(adaptable_modules(model))
     if isinstance(branches, dict):
@@ -61,9 +61,9 @@ def find_branches(
 
 
 def adaptable_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Yield path and module of what an adapter may wrap: not the model itself, nothing inside a PEFT layer.
+    """Yield path and module of everything that an adapter may wrap. The model itself and parts of PEFT layers are out.
 
-    A compiled module goes by its wrapper's path alone.
+    Of a compiled module only the wrapper's path is yielded.
     """
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
@@ -78,7 +78,7 @@ def adaptable_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 def _find_by_rules(model: nn.Module, paths: dict[str, nn.Module], table: dict[str, list[str]]) -> Branches:
-    # A module may have several paths (UDOP's patch embedding in transformers 4); `paths` has the first.
+    # A module may have several paths (UDOP's patch embedding in transformers 4); `paths` has the first one.
     first = {module: path for path, module in paths.items()}
     everywhere = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if module in first]
     named = {

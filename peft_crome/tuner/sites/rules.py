@@ -19,7 +19,7 @@ from ...backbone.model import (
 )
 from ..branches import Branches
 
-# What the module between a tower and a language model is called, as the last part of its path.
+# Names of the module between a tower and a language model, as the last part of its path.
 PROJECTOR = re.compile(
     r"((multi_?modal|mm|vision|visual|image|image_to_text|language|audio|speech)_)?"
     r"(projector|projection|connector|aligner|adapter|adaptor|merger|resampler|patch_merger)(_model)?"
@@ -29,7 +29,7 @@ AUDIO = re.compile(r"audio|speech|sound")
 
 
 def text_sites(model: nn.Module, paths: dict[str, nn.Module]) -> list[str]:
-    """The input embeddings, and the modules that share their table: an encoder-decoder has one for each half."""
+    """Find the input embeddings and the modules that share their table: an encoder-decoder has one for each half."""
     embeddings = input_embeddings(model)
     table = getattr(embeddings, "weight", None)
     return [
@@ -45,7 +45,7 @@ def text_sites(model: nn.Module, paths: dict[str, nn.Module]) -> list[str]:
 
 
 def projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) -> Branches:
-    """Modules named like a projector that have the language model's width: the shallowest of each modality."""
+    """Find modules named like a projector that have the language model's width: the shallowest of each modality."""
     hidden_size = text_hidden_size(model)
     host = unwrapped(model)
     modalities = getattr(host, "input_modalities", None) or ()
@@ -65,9 +65,9 @@ def projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) -
         widths = possible_widths(paths[path])
         inside = any(parent.isdigit() or parent.startswith("patch_embed") for parent in parents)
         if inside or (widths and hidden_size not in widths):
-            continue  # a projection inside a layer or where a tower begins, or into another width
+            continue  # a projection in a layer, at the start of a tower, or into another width
         branch = "audio" if AUDIO.search(path) else neutral
-        rank = (path.count("."), not widths)  # a module that states no width is a pooling beside the projector
+        rank = (path.count("."), not widths)  # a module of unknown width is a pooling beside the projector
         if rank == ranks.setdefault(branch, rank):
             branches.setdefault(branch, []).append(path)
         elif rank < ranks[branch]:
@@ -76,7 +76,7 @@ def projectors(model: nn.Module, paths: dict[str, nn.Module], text: list[str]) -
 
 
 def by_token_id(model: nn.Module, text: list[str]) -> Branches:
-    """Hosts whose images are tokens of the vocabulary (Chameleon, Emu3): their rows of the table are vision."""
+    """Find rows of the table that are images, in hosts whose images are tokens of the vocabulary (Chameleon, Emu3)."""
     for module in model.modules():
         ids = getattr(getattr(module, "vocabulary_mapping", None), "image_tokens", None)
         if text and isinstance(ids, list) and ids and all(isinstance(i, int) for i in ids):
@@ -85,7 +85,7 @@ def by_token_id(model: nn.Module, text: list[str]) -> Branches:
 
 
 def _ranges(ids: list[int]) -> Iterator[tuple[int, int]]:
-    """Half-open ranges that hold exactly these numbers."""
+    """Yield half-open ranges that contain exactly these numbers."""
     ids = sorted(set(ids))
     breaks = [i for i, (a, b) in enumerate(pairwise(ids), start=1) if b != a + 1]
     for start, stop in pairwise([0, *breaks, len(ids)]):

@@ -1,9 +1,9 @@
-"""Sites by architecture, for those that the rules of rules.py miss."""
+"""Sites by architecture, for architectures that the rules of rules.py miss."""
 
 from __future__ import annotations
 
-# model_type -> branch -> last parts of the paths of its sites, for architectures that the rules miss. Adding one is a
-# line. Branches that a line does not name are found by the rules.
+# model_type -> branch -> last parts of the paths of its sites, for architectures that the rules miss. To add one,
+# add a line. The rules find branches that a line does not name.
 HOSTS: dict[str, dict[str, list[str]]] = {
     "crome_vlm": {"text": ["text_fusion"], "vision": ["vision_fusion"]},
     "qwen2_5_omni_thinker": {"audio": ["audio_tower.proj"]},
@@ -22,5 +22,5 @@ HOSTS: dict[str, dict[str, list[str]]] = {
     "udop": {"vision": ["encoder.embed_patches"]},
     "granite4_vision": {"vision": ["out_linear"]},
     "evolla": {"protein": ["sequence_compressor_resampler"]},
-    "EvollaModel": {"protein": ["sequence_compressor_resampler"]},  # its model_type in transformers 4
+    "EvollaModel": {"protein": ["sequence_compressor_resampler"]},  # this is its model_type in transformers 4
 }
