@@ -247,7 +247,7 @@ def test_weights_are_moved_to_where_their_input_is() -> None:
     up = w_u_sites(attach(llava().model))[0]
     x = torch.empty(3, 4, device="meta")
     with Moves() as moves:
-        up(x)
+        up(x, x, "silu", None, 0.0)
     assert (id(up.weight), x.device) in moves.moved
 
 
