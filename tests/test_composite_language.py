@@ -10,9 +10,8 @@ from peft import PeftModel
 
 from peft_crome.tuner.sites.find import default_bottleneck_dim
 from tests.test_mixed_batch import COMPOSITES
-from tests.tuner.helpers import assert_equal, attach, logits, randomize
+from tests.tuner.helpers import assert_equal, attach, kernels, logits, randomize
 from tests.vlm.tiny import make_batch
-from tests.zoo.test_language import kernels
 
 
 def batch_of(kind: str, images: tuple[int, ...]) -> dict[str, Any]:
