@@ -9,10 +9,13 @@ from .case import IMAGE_SIZE, IMAGE_TOKEN, TEXT, VISION, WIDTH, Case, architectu
 
 
 def _idefics3_like(config_class: type, model_class: type) -> Case:
+    """An image has four tokens: SmolVLM of transformers 5.20 asks for a multiple of the patch's size."""
+    size = 2 * IMAGE_SIZE
+    vision = VISION | {"image_size": size}
     config = config_class(
-        vision_config=VISION, text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE_TOKEN, scale_factor=2
+        vision_config=vision, text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE_TOKEN, scale_factor=2
     )
-    batch = token_rows(1, 1) | {"pixel_values": pixels(2, 1, 3, IMAGE_SIZE, IMAGE_SIZE)}
+    batch = token_rows(1, 4) | {"pixel_values": pixels(2, 1, 3, size, size)}
     sites = {"text": ["model.text_model.embed_tokens"], "vision": ["model.connector"]}
     return Case(finish(model_class, config), batch, sites, words())
 
