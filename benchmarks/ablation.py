@@ -35,6 +35,7 @@ from rich.console import Console
 
 from benchmarks.devices import Device, is_gpu
 from benchmarks.interleaved import machine, markdown
+from benchmarks.pages import rewrite
 from benchmarks.variants import SOFT_TOKENS, VARIANTS, Variant
 from examples.easy_vqa import data, quickstart
 from examples.easy_vqa.evaluation import answer, score
@@ -145,9 +146,7 @@ def write_report(results: Path = RESULTS) -> None:
         _replace(
             DOCS / "images" / "ablation.png", lambda path: shutil.copy(results / "accuracy_over_weights.png", path)
         )
-        head, _, rest = (DOCS / "ablation.md").read_text().partition(BEGIN)
-        page = f"{head}{BEGIN}\n\n{done} of {len(plan())} runs are done.\n\n{table}\n{END}{rest.partition(END)[2]}"
-        _replace(DOCS / "ablation.md", lambda path: path.write_text(page))
+        rewrite(DOCS / "ablation.md", BEGIN, END, f"{done} of {len(plan())} runs are done.\n\n{table}")
 
 
 def _spread(values: list[float], records: list[dict[str, Any]], kind: str) -> str:

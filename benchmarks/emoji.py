@@ -27,6 +27,7 @@ from rich.console import Console
 from benchmarks import emoji_data as data
 from benchmarks.devices import Device, is_gpu
 from benchmarks.interleaved import machine, markdown
+from benchmarks.pages import rewrite
 from examples.easy_vqa.demo import ALIGN_RATES, FINETUNE_RATES, NAMES
 from examples.easy_vqa.evaluation import accuracies, answer
 from examples.easy_vqa.language import columns, language_kept
@@ -122,9 +123,8 @@ def write_report(results: Path = RESULTS) -> str:
     results.mkdir(parents=True, exist_ok=True)
     (results / "table.md").write_text(table)
     if results.resolve() == RESULTS.resolve():
-        head, _, rest = PAGE.read_text().partition(BEGIN)
         done = f"{len(records)} of {SEEDS * len(METHODS)} runs are done."
-        PAGE.write_text(f"{head}{BEGIN}\n\n{done}\n\n{table}\n{END}{rest.partition(END)[2]}")
+        rewrite(PAGE, BEGIN, END, f"{done}\n\n{table}")
     return table
 
 

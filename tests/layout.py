@@ -11,6 +11,8 @@ from pathlib import Path
 
 import grimp
 
+from benchmarks.pages import rewrite
+
 PAGE = Path(__file__).parent.parent / "docs" / "layout.md"
 BEGIN, END = "<!-- begin: written by python -m tests.layout -->", "<!-- end -->"
 PACKAGE = "peft_crome"
@@ -43,19 +45,12 @@ def diagram() -> str:
     return "\n".join(["```mermaid", "flowchart TD", *lines, "```"])
 
 
-def main(check: bool) -> int:
-    """Write the diagram, or compare it with the page; the process's exit status."""
-    text = PAGE.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    wanted = f"{head}{BEGIN}\n\n{diagram()}\n\n{END}{rest.partition(END)[2]}"
-    if wanted == text:
-        return 0
-    if check:
-        print(f"{PAGE} shows other imports than the code has. Write: python -m tests.layout", file=sys.stderr)
-        return 1
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+def main() -> None:
+    """Write the diagram, or compare it."""
+    check = "--check" in sys.argv
+    if rewrite(PAGE, BEGIN, END, diagram(), check) and check:
+        sys.exit(f"{PAGE.name} shows other imports than the code has. Write: python -m tests.layout")
 
 
 if __name__ == "__main__":
-    sys.exit(main("--check" in sys.argv[1:]))
+    main()

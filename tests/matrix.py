@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import rewrite
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -27,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 BUILD = Path(os.environ.get("MATRIX") or ROOT / "build" / "matrix").absolute()
 ROWS: dict[str, dict[str, Any]] = tomllib.loads((ROOT / "tests" / "matrix.toml").read_text(encoding="utf-8"))
 PAGE = ROOT / "docs" / "versions.md"
-BEGIN, END = "<!-- begin: written by python -m tests.matrix -->\n", "\n<!-- end -->"
+BEGIN, END = "<!-- begin: written by python -m tests.matrix -->", "<!-- end -->"
 TORCH = "torch==2.13.0"
 NAMED = ("transformers", "peft", "torch", "accelerate", "huggingface_hub")
 TOOLS = ("bitsandbytes==0.50.2", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "sentencepiece", "typer")
@@ -140,8 +142,7 @@ def main() -> None:
     if not arguments.ci:
         known = {name: BUILD / f"{name}.json" for name in ROWS}
         text = page_of({name: json.loads(path.read_text()) for name, path in known.items() if path.is_file()})
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        PAGE.write_text(before + BEGIN + "\n" + text + "\n" + END + rest.split(END)[1], encoding="utf-8")
+        rewrite(PAGE, BEGIN, END, text)
     ours = {name: part["ours"] for name, row in results.items() for part in row["parts"].values() if part["ours"]}
     for name, failures in ours.items():
         print(f"{name}: failed by peft_crome:", *failures, sep="\n  ")

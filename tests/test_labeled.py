@@ -218,16 +218,6 @@ class KeepsAll(nn.Module):
         return self.host.get_input_embeddings()  # type: ignore[operator]
 
 
-def test_a_model_that_keeps_all(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    case = llava()
-    model = KeepsAll(case.model)
-    monkeypatch.setattr(labeled, "unwrapped", lambda model: model)
-    monkeypatch.setattr(labeled, "input_embeddings", lambda model: model.get_input_embeddings())
-    monkeypatch.setattr(labeled, "text_config", lambda model: model.config.text_config)
-    assert logits_at_labels(model, case.batch) is case.batch
-    assert "takes logits_to_keep and keeps all" in caplog.text
-
-
 class OtherLoss(KeepsAll):
     """A model that adds something to the loss where tokens are chosen."""
 
@@ -239,14 +229,20 @@ class OtherLoss(KeepsAll):
         return output
 
 
-def test_a_model_with_another_loss(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(KeepsAll, "takes logits_to_keep and keeps all"), (OtherLoss, "its loss at chosen tokens is")],
+)
+def test_a_model_whose_trial_fails(
+    kind: type[KeepsAll], reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     case = llava()
-    model = OtherLoss(case.model)
+    model = kind(case.model)
     monkeypatch.setattr(labeled, "unwrapped", lambda model: model)
     monkeypatch.setattr(labeled, "input_embeddings", lambda model: model.get_input_embeddings())
     monkeypatch.setattr(labeled, "text_config", lambda model: model.config.text_config)
     assert logits_at_labels(model, case.batch) is case.batch
-    assert "its loss at chosen tokens is" in caplog.text
+    assert reason in caplog.text
 
 
 # ---- compiled, and in two processes ----

@@ -11,6 +11,7 @@ from benchmarks import decoding, many_adapters
 from benchmarks.gpu.hosts import SHAPES
 from benchmarks.interleaved import OUT_OF_MEMORY, markdown, middle, ratios
 from benchmarks.methods import FLOOR
+from benchmarks.pages import rewrite
 
 PAGE = Path(__file__).parents[2] / "docs" / "speed.md"
 BEGIN, END = "<!-- begin: written by python -m benchmarks.gpu -->", "<!-- end -->"
@@ -32,9 +33,7 @@ def tables(record: dict[str, Any]) -> str:
 
 def write_page(record: dict[str, Any] | None) -> None:
     """Put the tables between the marks of docs/speed.md, or a sentence if there is no record."""
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    body = tables(record) if record else f"{NOT_RUN}\n"
-    PAGE.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    rewrite(PAGE, BEGIN, END, tables(record) if record else NOT_RUN)
 
 
 def section_of_the_page() -> str:

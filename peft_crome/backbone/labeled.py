@@ -42,7 +42,8 @@ def logits_at_labels(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str,
             a token without a label.
     Returns:
         The batch with `logits_to_keep` and `shift_labels`. The model's `logits` are then (labels, vocabulary). With
-        `torch.compile` before transformers 5.21 they are (batch, positions with a label in any row, vocabulary).
+        `torch.compile`, and with transformers before 5.21, they are (batch, positions with a label in any row,
+        vocabulary).
         The batch is unchanged if it has no labels, has one of these keys, or the model takes none of them.
     """
     labels = batch.get("labels")

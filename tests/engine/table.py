@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import rewrite
+
 from .conftest import RESULTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "vllm.md"
@@ -44,12 +46,8 @@ def first(rows: list[str] | None) -> str:
 
 def main() -> None:
     """Write the table, or compare it."""
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    made = table(json.loads(RESULTS.read_text(encoding="utf-8")))
-    page = f"{head}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}"
-    if "--check" not in sys.argv:
-        PAGE.write_text(page, encoding="utf-8")
-    elif page != PAGE.read_text(encoding="utf-8"):
+    check = "--check" in sys.argv
+    if rewrite(PAGE, BEGIN, END, table(json.loads(RESULTS.read_text(encoding="utf-8"))), check) and check:
         sys.exit(f"{PAGE.name} is out of date. Write: python -m tests.engine.table")
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from benchmarks.pages import rewrite
+
 from . import ABSENT, FAMILIES, Family
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -40,11 +42,8 @@ def special(family: Family) -> str:
 
 def main() -> None:
     """Write the table, or compare it."""
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    page = f"{head}{BEGIN}\n\n{table()}\n\n{END}{rest.partition(END)[2]}"
-    if "--check" not in sys.argv:
-        PAGE.write_text(page, encoding="utf-8")
-    elif page != PAGE.read_text(encoding="utf-8"):
+    check = "--check" in sys.argv
+    if rewrite(PAGE, BEGIN, END, table(), check) and check:
         sys.exit(f"{PAGE.name} is out of date. Write: python -m tests.families.table")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from benchmarks.pages import rewrite
 from tests.zoo import REFUSED, ZOO
 from tests.zoo.test_language import PER_TOKEN
 from tests.zoo_results import RESULTS
@@ -68,21 +68,12 @@ def ok(check: dict[str, str]) -> bool:
     return check["outcome"] != "failed"
 
 
-def main(arguments: list[str]) -> int:
-    """Write the page, or with --check say whether it is up to date."""
-    page = PAGE.read_text(encoding="utf-8")
-    head, rest = page.split(BEGIN)
-    tail = rest.split(END)[1]
-    new = f"{head}{BEGIN}\n\n{table(json.loads(RESULTS.read_text()))}\n{END}{tail}"
-    if "--check" in arguments:
-        if new != page:
-            print(f"{PAGE.name} is out of date. Run: python -m pytest tests/zoo && python -m tests.zoo.table")
-        return int(new != page)
-    temporary = PAGE.with_suffix(".tmp")
-    temporary.write_text(new, encoding="utf-8")
-    os.replace(temporary, PAGE)
-    return 0
+def main() -> None:
+    """Write the table, or compare it."""
+    check = "--check" in sys.argv
+    if rewrite(PAGE, BEGIN, END, table(json.loads(RESULTS.read_text())), check) and check:
+        sys.exit(f"{PAGE.name} is out of date. Write: python -m pytest tests/zoo && python -m tests.zoo.table")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()
