@@ -1,4 +1,4 @@
-"""Measure speed and memory on a GPU, against PEFT's LoRA, in less than nine minutes.
+"""Measure speed and memory on a GPU, against PEFT's LoRA, in a budget of eight minutes.
 
     python -m benchmarks.gpu --device cuda                  # the shapes of LLaVA-1.5-7B and of a 0.5B for small cards
     python -m benchmarks.gpu --device cuda --size 0.5b      # one of them
