@@ -14,7 +14,8 @@ from torch import nn
 
 from .compat import keeps_logits_by_token
 from .four_bit import mend_repacking
-from .model import COMPILED, KNOWN_ROWS, input_embeddings, placeholder_ids, text_config, unwrapped
+from .model import COMPILED, KNOWN_ROWS, placeholder_ids, text_config, unwrapped
+from .modes import evaluating
 
 IGNORED = -100
 TOLERANCE = 1e-2  # between losses of two kernels in bfloat16; wrong positions fail by shape
@@ -42,15 +43,15 @@ def logits_at_labels(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str,
             a token without a label.
     Returns:
         The batch with `logits_to_keep` and `shift_labels`. The model's `logits` are then (labels, vocabulary). With
-        `torch.compile`, and with transformers before 5.21, they are (batch, positions with a label in any row,
-        vocabulary).
+        `torch.compile`, before transformers 5.21, or if the model takes no mask of tokens, they are (batch, positions
+        with a label in any row, vocabulary).
         The batch is unchanged if it has no labels, has one of these keys, or the model takes none of them.
     """
     labels = batch.get("labels")
     if labels is None or not {"logits_to_keep", "shift_labels"}.isdisjoint(batch):
         return batch
     if model not in _choices:
-        _choices[model] = _choice_of(model)
+        _choices[model] = _choice_of(model, labels.device)
     choice = _choices[model]
     return batch if choice is None else {**batch, **choice(labels)}
 
@@ -79,14 +80,14 @@ def _targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return targets, wanted
 
 
-def _choice_of(model: nn.Module) -> Choice | None:
+def _choice_of(model: nn.Module, device: torch.device) -> Choice | None:
     """Find the first way to choose tokens that a model takes; None, with a line in the log, if it takes none."""
     host = unwrapped(model)
     compiled = any(COMPILED in module._modules or module._compiled_call_impl for module in model.modules())
     choices = (_by_token, _by_place) if keeps_logits_by_token() and not compiled else (_by_place,)
     because = _no_argument(host)
     for choice in choices if because is None else ():
-        because = _trial(model, host, choice)
+        because = _trial(model, host, choice, device)
         if because is None:
             return choice
     logger.warning("%s computes the logits of all tokens in training: %s.", type(host).__name__, because)
@@ -99,32 +100,33 @@ def _no_argument(host: nn.Module) -> str | None:
         return "the labels of an encoder-decoder are all that its decoder reads"
     if "logits_to_keep" not in inspect.signature(type(host).forward).parameters:
         return "its forward has no argument logits_to_keep"
+    if text_config(host) is None:
+        return "its configuration names no vocabulary"
     return None
 
 
-def _trial(model: nn.Module, host: nn.Module, choose: Choice) -> str | None:
+def _trial(model: nn.Module, host: nn.Module, choose: Choice, device: torch.device) -> str | None:
     """Compare both losses on two rows of text. All processes of a run do the same, whatever their rows."""
     size, taken = text_config(host).vocab_size, placeholder_ids(host)
     words = [number % size for number in KNOWN_ROWS if number % size not in taken]
-    table = next(iter(input_embeddings(host).parameters()))  # type: ignore[union-attr]
-    ids = torch.tensor([words, words[::-1]], device=table.device)
+    ids = torch.tensor([words, words[::-1]], device=device)
     labels = ids.clone()
     labels[0, :-3] = labels[1, :-1] = IGNORED
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     chosen = choose(labels)
     mend_repacking(host)  # an evaluation would end 4-bit training on a CPU
-    modes = [(module, module.training) for module in model.modules()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        with (
+            evaluating(model),
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            torch.compiler.set_stance("force_eager"),
+        ):
             whole, kept = model(**batch), model(**batch, **chosen)
         loss, again, logits = whole["loss"], kept["loss"], kept["logits"]
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         return f"it does not take them at chosen tokens ({error})"
-    finally:
-        for module, training in modes:
-            module.training = training
     if logits.shape[:-1] != chosen["shift_labels"].shape:
         return "it takes logits_to_keep and keeps all"
     if not torch.isclose(again, loss, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):

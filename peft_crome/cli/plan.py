@@ -74,18 +74,19 @@ def plan(
             gradient_checkpointing = gradient_checkpointing or parsed.training.gradient_checkpointing
             length = length or parsed.training.max_length
             model = costs.recipe_skeleton(parsed)
-            image = costs.tokens_per_image(model, host_of(parsed), parsed.previous)
+            host = host_of(parsed)
+            image = costs.image_tokens(host, parsed.previous) if host is not None else _of_composite(model)
         elif backbone is None:
             raise RecipeError("Name a recipe, a model, or two to join: peft-crome plan --backbone NAME --vision NAME.")
         elif vision is not None:
             values = {"preset": stage, "backbones": {"language": backbone, **options}, **UNREAD}
             model = costs.recipe_skeleton(load_recipe(values))
-            image = costs.tokens_per_image(model, None)
+            image = _of_composite(model)
         elif qformer or image_size or stage != "pretrain":
             raise RecipeError("--qformer, --stage and --image-size are for a tower. Name it: --vision NAME.")
         else:
             model = costs.model_skeleton(backbone, dtype, quantization)
-            image = costs.tokens_per_image(model, Host(name=backbone))
+            image = costs.image_tokens(Host(name=backbone))
         tokens = length or image + costs.TEXT_TOKENS
         if tokens <= image:
             raise RecipeError(f"--length {tokens}: an image alone takes {image} tokens. Write more.")
@@ -99,6 +100,11 @@ def plan(
     _batches(estimates, device, computed, rows)
     known = device.seconds(1, computed) is not None
     say(_assumption(device.name, str(computed).removeprefix("torch."), known, devices.SHARE))
+
+
+def _of_composite(model: Any) -> int:
+    """Return the tokens of an image; 0 if they are not known."""
+    return model.get_base_model().image_seq_length or 0
 
 
 def _parts(cost: Any) -> None:

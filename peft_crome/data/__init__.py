@@ -11,9 +11,9 @@ except ImportError as error:
 from .collator import ConversationCollator
 from .images import Augmentation, open_image
 from .mixture import mix, mixture_probabilities
+from .one_answer import split_turns
 from .rows import FAULTS, Fault, RowError
 from .sources import check_files, load_rows, read_rows
-from .split_turns import split_turns
 from .templates import CHAT_TEMPLATES
 from .trl_rows import to_trl
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..backbone.labeled import IGNORED
 from ..backbone.positions import position_limit
 from ..utils.shorten import short
 from .answer_spans import Messages, Span
@@ -24,7 +25,6 @@ from .row_text import Draft, RowSize, RowText, or_error
 from .rows import COUNTS, DRAW, DRAWN
 from .taken import check_batch, check_row, naming_batch
 
-IGNORE = -100
 ORDINARY: Header = ("image", (640, 480))  # if no size is known
 
 
@@ -148,7 +148,7 @@ class ConversationCollator:
         batch = parts[0] if len(parts) == 1 else _merge(parts, groups, self.processor.tokenizer.pad_token_id or 0)
         for number, row in enumerate(rows):
             if not row.get(COUNTS, True):
-                batch["labels"][number] = IGNORE
+                batch["labels"][number] = IGNORED
         return batch
 
     def encode(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -194,10 +194,7 @@ class ConversationCollator:
             encoding = next(encodings)
             length = len(encoding) + draft.left_out
             if draft.is_learned(encoding) and length <= self._shortest_limit:
-                target = draft.read.target
-                sizes.append(
-                    RowSize(length, length, length if target is None else len(target), draft.read.instruction)
-                )
+                sizes.append(RowSize(length, length))
             else:
                 sizes.append(or_error(self._size, row))
         return sizes
@@ -209,7 +206,7 @@ class ConversationCollator:
 
     def _size(self, row: dict[str, Any]) -> RowSize:
         encoded = self.encode(row)
-        return RowSize(encoded["length"], len(encoded["input_ids"]), len(encoded["labels"]), encoded["instruction"])
+        return RowSize(encoded["length"], len(encoded["input_ids"]))
 
     def _draft(self, row: dict[str, Any]) -> Draft:
         read = self._read(row)
@@ -294,7 +291,7 @@ class ConversationCollator:
                 key: value[:, : self.max_length] if _by_token(value, shape) else value for key, value in made.items()
             }
             labels = [row[: self.max_length] for row in labels]
-        made["labels"] = padded([torch.tensor(row) for row in labels], IGNORE)
+        made["labels"] = padded([torch.tensor(row) for row in labels], IGNORED)
         return made
 
     def _labels(self, tokens: Tokens, read: RowText, row: dict[str, Any]) -> list[int]:
@@ -310,7 +307,7 @@ class ConversationCollator:
         else:
             # A token may also contain the space before an answer. A token that ends before an answer is no part of it.
             learned = set(tokens_in(tokens, spans))
-            labels = [token if number in learned else IGNORE for number, token in enumerate(tokens.ids)]
+            labels = [token if number in learned else IGNORED for number, token in enumerate(tokens.ids)]
             if not learned:
                 raise row_error(
                     name, "answer", "no token is learned; the answer is empty, or the chat template leaves it out."
@@ -323,7 +320,7 @@ class ConversationCollator:
         kinds = " and ".join(media_of(row)) or "image"
         if self.max_length is not None and not self.is_encoder_decoder and length > self.max_length:
             cuts_medium = bool(of_media) and of_media[-1] >= self.max_length
-            if cuts_medium or all(label == IGNORE for label in labels[: self.max_length]):
+            if cuts_medium or all(label == IGNORED for label in labels[: self.max_length]):
                 raise row_error(
                     name,
                     "long",
@@ -362,7 +359,7 @@ def _merge(parts: list[dict[str, Any]], groups: list[list[int]], pad_token: int)
         if not is_label and not _by_token(value, parts[0]["input_ids"].shape):
             merged[key] = value
             continue
-        fill = {"labels": IGNORE, "input_ids": pad_token}.get(key, 0)
+        fill = {"labels": IGNORED, "input_ids": pad_token}.get(key, 0)
         rows: dict[int, torch.Tensor] = {}
         for part, group in zip(parts, groups, strict=True):
             # Values that a processor makes only for media are zero for a row of text.

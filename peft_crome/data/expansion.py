@@ -17,7 +17,7 @@ from .processed import Processed, Tokens, UnknownPlaceholder, user_turn
 from .taken import kinds_taken
 
 PROBES: tuple[Header, ...] = (("image", (64, 64)), ("image", (448, 224)), ("image", (350, 1000)))
-KEPT = 1 << 16  # number of image sizes kept
+KEPT = 1 << 14  # expansions kept, one for each combination of headers in a row
 Run = tuple[str, int]  # a text and its number of repetitions
 
 

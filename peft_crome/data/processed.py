@@ -126,7 +126,7 @@ class Processed:
         return made, row_tokens
 
     def tokens(self, text: str) -> Tokens:
-        """Tokenize an expanded text with the arguments of the processor's last call."""
+        """Tokenize an expanded text, with or without special tokens as in the processor's last call."""
         (encoding,) = self.encodings([text])
         return Tokens(text, encoding.ids, encoding.offsets)
 

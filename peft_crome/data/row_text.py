@@ -62,14 +62,10 @@ class RowSize:
     Attributes:
         length: tokens before a cut.
         kept: tokens after the cut.
-        target: number of labels; an encoder-decoder has labels only for the answer.
-        instruction: text that a Q-Former reads.
     """
 
     length: int
     kept: int
-    target: int
-    instruction: str
 
 
 def or_error(function: Callable[[dict[str, Any]], Made], row: dict[str, Any]) -> Made | ValueError:

@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..backbone.model import unwrapped
+from ..backbone.modes import evaluating
 from ..data.instructions import check_instructions
 from ..data.media import media_of, with_media
 from ..data.media_reader import MediaReader
@@ -58,13 +59,8 @@ def generate_answers(
     processor = with_template(processor)
     check_instructions(processor, host.config, rows)
     check_rows(rows, processor)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         return _generate(model, processor, rows, batch_size, max_new_tokens, system, progress)
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _generate(

@@ -14,9 +14,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 
+from ..backbone.labeled import IGNORED
 from ..backbone.model import unwrapped
-
-IGNORED = -100
+from ..backbone.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,7 @@ def text_loss(
     )
     sums: dict[bool, list[float]] = {True: [], False: []}
     counts: list[int] = []
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         for first in tqdm(range(0, len(chunks), batch_size), desc="text loss", leave=False, disable=not progress):
             batch = _batch(chunks[first : first + batch_size], start, encoder_decoder, model.device)
             targets = batch["labels"] if encoder_decoder else batch["labels"][:, 1:]
@@ -86,9 +84,6 @@ def text_loss(
             sums[True] += _row_losses(model, batch, targets, encoder_decoder)
             with adapters_off(model):
                 sums[False] += _row_losses(model, batch, targets, encoder_decoder)
-    finally:
-        for module in training:
-            module.training = True
     differences = [on - off for on, off in zip(sums[True], sums[False], strict=True)]
     (adapted, adapted_stderr), (base, base_stderr), (cost, cost_stderr) = (
         _mean(values, counts) for values in (sums[True], sums[False], differences)

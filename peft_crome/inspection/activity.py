@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..backbone.model import placeholder_ids
+from ..backbone.modes import evaluating
 from ..backbone.outputs import embeddings_in
 from ..tuner.bottleneck import gate_and_hidden
 from ..tuner.branches import in_ranges
@@ -82,15 +83,10 @@ def inspect_activity(model: nn.Module, batch: dict[str, Any]) -> list[BranchActi
             f"The adapters {names} are active, or some are merged; expected one, not merged. Write "
             f"model.set_adapter({names[0]!r}), and model.unmerge_adapter() where one is merged."
         )
-    modes = [(module, module.training) for module in model.modules()]
     records: dict[tuple[str, str], _Record] = {}
-    model.eval()
-    try:
-        with _recording(model, layers, names[0], batch, records), torch.random.fork_rng(devices=[]):
-            model(**batch)
-    finally:
-        for module, training in modes:
-            module.training = training
+    recording = _recording(model, layers, names[0], batch, records)
+    with evaluating(model), recording, torch.random.fork_rng(devices=[]):
+        model(**batch)
     return [record.report(branch, site) for (branch, site), record in records.items() if record.tokens]
 
 

@@ -14,6 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..backbone.model import COMPILED
+from ..backbone.modes import evaluating
 from ..backbone.outputs import embeddings_in
 from .branches import in_ranges
 from .layer import CromeLayer, crome_layers
@@ -106,18 +107,18 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[SiteReport]:
             f"{type(model).__name__} has no active CROME adapter. Attach one: get_peft_model(model, CromeConfig()), "
             "or activate it: model.set_adapter('default')."
         )
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # without dropout and running statistics
     weights.observer = watch = Watch()
     try:
-        # Hooks cannot watch the inside of a compiled graph.
-        with torch.compiler.set_stance("force_eager"), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with (
+            evaluating(model),  # without dropout and running statistics
+            torch.compiler.set_stance("force_eager"),  # hooks cannot watch the inside of a compiled graph
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+        ):
             outputs = model(**batch)
         rows = watch.report(layers, outputs)
     finally:
         weights.observer = None
-        for module, training in modes:
-            module.training = training
     expected = expected_branches({branch for _, branch in acting(layers)}, batch, from_images(layers))
     verify(rows, expected, {branch for _, branch in training_pairs(weights, layers)})
     return rows

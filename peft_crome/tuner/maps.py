@@ -22,8 +22,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        weight, x, *before = inputs
-        ctx.save_for_backward(weight, *([tensor for tensor in before if tensor is not None] or [x]))
+        weight, x, before = inputs
+        ctx.save_for_backward(weight, x if before is None else before)
         ctx.dtype = x.dtype
 
     @staticmethod
@@ -112,11 +112,11 @@ class CromeUp(CromeLinear):
 
 
 class StackedLinear:
-    """Apply the same map of several adapters; (adapters, tokens, in) -> (adapters, tokens, out).
+    """Apply the map of each slot's adapter; (slots, tokens, in) -> (slots, tokens, out).
 
     Args:
         linear: the map of any one of the adapters.
-        weight: stacked weights, (adapters, out, in).
+        weight: stacked weights, (slots, out, in).
     """
 
     def __init__(self, linear: CromeLinear, weight: torch.Tensor) -> None:

@@ -136,12 +136,16 @@ class AdapterPool:
     @property
     def names(self) -> list[str]:
         """All adapters of the pool."""
-        return list(self._kept)
+        with self._lock:
+            self._forget_deleted()
+            return list(self._kept)
 
     @property
     def resident(self) -> list[str]:
         """The adapters on the device; the least recently used comes first."""
-        return list(self._resident)
+        with self._lock:
+            self._forget_deleted()
+            return list(self._resident)
 
     @property
     def hit_rate(self) -> float:
@@ -150,7 +154,7 @@ class AdapterPool:
 
     def __repr__(self) -> str:
         return (
-            f"AdapterPool({len(self._resident)} of {len(self._kept)} adapters on the device, room for {self.room}, "
+            f"AdapterPool({len(self.resident)} of {len(self.names)} adapters on the device, room for {self.room}, "
             f"the rest {'in memory' if self.rest == 'memory' else 'on disk'}, hit rate {self.hit_rate:.2f})"
         )
 

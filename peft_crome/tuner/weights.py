@@ -84,7 +84,7 @@ class CromeWeights(nn.Module, BaseTunerLayer):
         """Compute what one adapter adds to the embeddings of a branch; (..., d), in the adapter's dtype.
 
         Args:
-            stack: stacks the maps of several adapters like this one; x's first axis has one entry per adapter.
+            stack: stacks the maps that x's first axis needs, one for each slot (see `Slots`).
         """
         activation, dropout = self.settings[adapter_name]
         kinds = [getattr(self, name) for name in (GATE + branch, DOWN + branch, "crome_up")]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..backbone.modes import evaluating
 from .language_inputs import arguments_by_token
 
 _proven: WeakSet[nn.Module] = WeakSet()
@@ -44,24 +45,17 @@ def check_head(language_model: PreTrainedModel) -> None:
         return
     decoder = decoder_of(language_model)
     head, table = language_model.get_output_embeddings(), language_model.get_input_embeddings()
-    training = [(module, module.training) for module in language_model.modules()]
     weight = next(table.parameters())
     dtype = weight.dtype if weight.is_floating_point() else language_model.dtype
     width = getattr(table, "embedding_dim", None) or weight.shape[-1]
     embeddings = torch.linspace(-1, 1, 2 * width, dtype=dtype, device=weight.device).reshape(1, 2, width)
     ids = torch.ones(1, 2, dtype=torch.long, device=weight.device)
     arguments = {"use_cache": False, "return_dict": True, **arguments_by_token(language_model, ids, {})}
-    try:
-        for module, _ in training:
-            module.training = False
-        with torch.no_grad():
-            logits = language_model(inputs_embeds=embeddings.clone(), **arguments).logits  # CTRL scales it in place
-            hidden = decoder(inputs_embeds=embeddings, **arguments).last_hidden_state
-            fits = getattr(head, "in_features", hidden.shape[-1]) == hidden.shape[-1]
-            again = scaled(language_model.config.get_text_config(), head(hidden)).to(logits) if fits else None
-    finally:
-        for module, was_training in training:
-            module.training = was_training
+    with evaluating(language_model), torch.no_grad():
+        logits = language_model(inputs_embeds=embeddings.clone(), **arguments).logits  # CTRL scales it in place
+        hidden = decoder(inputs_embeds=embeddings, **arguments).last_hidden_state
+        fits = getattr(head, "in_features", hidden.shape[-1]) == hidden.shape[-1]
+        again = scaled(language_model.config.get_text_config(), head(hidden)).to(logits) if fits else None
     bound = 8 * torch.finfo(logits.dtype).eps * logits.abs().max()
     if again is None or again.shape != logits.shape or (again - logits).abs().max() > bound:
         raise ValueError(

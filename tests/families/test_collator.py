@@ -156,7 +156,7 @@ def test_rows_are_measured_by_their_headers(
         assert encoded["input_ids"] == batch["input_ids"][0].tolist(), one["id"]
         assert encoded["labels"] == batch["labels"][0].tolist()
         assert encoded["length"] == batch["input_ids"].shape[1]
-        assert size == RowSize(encoded["length"], encoded["length"], len(encoded["labels"]), encoded["instruction"])
+        assert size == RowSize(encoded["length"], encoded["length"])
 
 
 WORDS = st.lists(
@@ -200,7 +200,7 @@ def test_counts_are_the_processors_own(
             assert isinstance(size, RowError)
             assert size.faults == closely.faults
         else:
-            assert size == RowSize(length, len(closely["input_ids"]), len(closely["labels"]), closely["instruction"])
+            assert size == RowSize(length, len(closely["input_ids"]))
 
 
 @functools.cache

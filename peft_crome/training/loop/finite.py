@@ -99,8 +99,8 @@ class FiniteCheck:
             step: number of the current step, from 1.
             directory: directory of the checkpoints.
         Raises:
-            NotFiniteError: a loss is NaN or infinite, or the gradient is. Under fp16 an overflow of the gradient does
-                not raise; it reduces the loss scale and skips the step.
+            NotFiniteError: a loss is NaN or infinite, or the gradient is. Under fp16 an overflow of the gradient
+                reduces the loss scale and skips the step, and raises only at the smallest scale.
         """
         losses, rows = self.losses, self.rows
         self.losses, self.rows = [], []

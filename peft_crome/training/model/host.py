@@ -37,14 +37,23 @@ def has_been_trained(directory: str) -> bool:
     return is_adapter(directory) or _has(directory, RECORD)
 
 
-def has_processor(directory: str) -> bool:
-    """Whether a folder or a Hub repository has a processor."""
-    return _has(directory, "processor_config.json") or _has(directory, "preprocessor_config.json")
+def place_of_processor(host: Host, directory: str | None = None) -> tuple[str, str | None] | None:
+    """Return the folder or Hub repository that has the model's processor, and its revision; None if there is none.
+
+    Args:
+        directory: directory of an adapter, which may have the processor that it was trained with.
+    """
+    places = [(host.name, host.revision)] if directory is None else [(directory, None), (host.name, host.revision)]
+    for name, revision in places:
+        if any(_has(name, f"{kind}_config.json", revision) for kind in ("processor", "preprocessor")):
+            return name, revision
+    return None
 
 
-def _has(directory: str, file: str) -> bool:
+def _has(directory: str, file: str, revision: str | None = None) -> bool:
     try:
-        return cached_file(directory, file, _raise_exceptions_for_missing_entries=False) is not None
+        found = cached_file(directory, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return found is not None
     except (OSError, HFValidationError):  # neither a folder nor a reachable repository
         return False
 
@@ -84,8 +93,7 @@ def read_processor(host: Host, directory: str | None = None) -> Any:
     Raises:
         StageError: there is no processor, or it does not know a setting.
     """
-    has_own = directory is not None and has_processor(directory)
-    place, revision = (directory, None) if has_own else (host.name, host.revision)
+    place, revision = place_of_processor(host, directory) or (host.name, host.revision)
     try:
         processor = AutoProcessor.from_pretrained(place, **_revision(revision), **host.processor)
     except (OSError, ValueError, TypeError, ImportError) as error:

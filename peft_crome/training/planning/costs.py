@@ -15,7 +15,7 @@ from ...data.processed import with_template
 from ...tuner import CromeConfig
 from ...vlm import CromeVLMConfig
 from ..errors import StageError
-from ..model.host import has_processor, host_of, read_processor
+from ..model.host import host_of, place_of_processor, read_processor
 from ..model.previous import check_same, follow_moved_backbones
 from ..model.skeleton import composite_config, host_skeleton, read_config, skeleton
 from ..quantization import Bits
@@ -64,18 +64,15 @@ def model_skeleton(name: str, dtype: str, quantization: Bits | None) -> PeftMode
     return host_skeleton(config, getattr(torch, dtype), quantization, CromeConfig(branches=["text"]))
 
 
-def tokens_per_image(model: nn.Module, host: Host | None, directory: str | None = None) -> int:
-    """Return the tokens of an image: the composite's, or those of 640 x 480 pixels from another model's processor.
+def image_tokens(host: Host, directory: str | None = None) -> int:
+    """Return the tokens that a model's processor makes of an image of 640 x 480 pixels.
 
     Args:
-        host: the other model.
         directory: directory of an adapter, which may have the processor that it was trained with.
     Returns:
         The number of tokens; 0 if the model has no processor with a chat template.
     """
-    if host is None:
-        return getattr(model.get_base_model(), "image_seq_length", None) or 0  # type: ignore[operator]
-    if not (has_processor(host.name) or (directory is not None and has_processor(directory))):
+    if place_of_processor(host, directory) is None:
         return 0
     processor = read_processor(host, directory)
     if getattr(processor, "image_processor", None) is None or with_template(processor).chat_template is None:

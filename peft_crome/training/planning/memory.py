@@ -135,8 +135,8 @@ def predict_step(
     """Predict the cost of a training step by running it on the meta device.
 
     Args:
-        model: a model of `recipe_skeleton` or `model_skeleton`, or any other adapted model that takes text. Only its
-            gradient checkpointing is changed.
+        model: a model of `recipe_skeleton` or `model_skeleton`, or any other adapted model that takes text. Its
+            gradient checkpointing is changed, and it is left in training mode.
         size: size of the batch.
         gradient_checkpointing: recompute activations in the backward pass, and keep one per layer.
         accumulate: whether gradients of earlier rows exist already.

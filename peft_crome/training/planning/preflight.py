@@ -13,9 +13,9 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ...backbone.labeled import logits_at_labels
+from ...backbone.labeled import IGNORED, logits_at_labels
+from ...backbone.modes import evaluating
 from ...data import ConversationCollator
-from ...data.collator import IGNORE
 from ...data.media import media_of
 from ...tuner import CromeConfig, guard
 from ...tuner.weights import DOWN, GATE
@@ -123,7 +123,8 @@ def preflight(
             batch = trainer._prepare_inputs(plain(list(examples)))
             asked = logits_at_labels(model, batch)
             _check_batch(model, asked, examples)
-            if asked is not batch:
+            # Positions that rows share are more than one row's labels, so all logits are the bound then.
+            if asked is not batch and asked["shift_labels"].dim() == 1 and not arguments.torch_compile:
                 label_tokens = sample.label_tokens
     config, dtype = model.get_base_model().config, frozen_dtype(model)
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
@@ -187,7 +188,7 @@ def sample_rows(rows: Any, collator: ConversationCollator) -> RowSample:
         encoded = collator.encode(row)
         lengths.append(encoded["length"])
         target = max(target, len(encoded["labels"]))
-        labels = max(labels, sum(label != IGNORE for label in encoded["labels"]))
+        labels = max(labels, sum(label != IGNORED for label in encoded["labels"]))
         reader = getattr(collator.processor, "qformer_tokenizer", None)
         media = media_of(row)
         if reader is not None and media:
@@ -227,7 +228,6 @@ def check_gradients(model: nn.Module, batch: Mapping[str, Any]) -> None:
     cache = getattr(base, "feature_cache", None)
     if cache is not None:
         base.feature_cache = None  # training may see this image differently
-    modes = [(module, module.training) for module in model.modules()]
     try:
         try:
             silent = {report.branch for report in guard.check(model, batch) if not report.calls}
@@ -235,8 +235,7 @@ def check_gradients(model: nn.Module, batch: Mapping[str, Any]) -> None:
             raise
         except RuntimeError as error:
             raise RecipeError(f"stage: the adapter would not train. {error}") from error
-        model.eval()
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             loss = model(**batch).loss
             if loss.requires_grad:  # with a Q-Former, text alone reaches nothing that trains
                 loss.backward()
@@ -250,8 +249,6 @@ def check_gradients(model: nn.Module, batch: Mapping[str, Any]) -> None:
     finally:
         if cache is not None:
             base.feature_cache = cache
-        for module, training in modes:
-            module.training = training
         model.zero_grad()
     if without and any("pixel_values" in name for name in batch):
         raise RecipeError(

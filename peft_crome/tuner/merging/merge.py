@@ -29,7 +29,7 @@ class Mergeable(nn.Module, BaseTunerLayer):  # FSDP2 changes a layer's class, wh
     base_layer: nn.Module
     _weights: tuple[Any]
     _unmerged: list[nn.Parameter]  # in a list: a merged model's state_dict has one table
-    _surveyed: str | bool | None = False  # why the table does not fold; False: not examined yet
+    _surveyed: str | bool | None = False  # why the table does not fold; False: not examined since the last merge
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold a text branch into its embedding table. Another branch is not linear and stays a module.
