@@ -214,9 +214,6 @@ class KeepsAll(nn.Module):
     def forward(self, logits_to_keep: Any = 0, shift_labels: Any = None, **batch: Any) -> Any:
         return self.host(**batch)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.host.get_input_embeddings()  # type: ignore[operator]
-
 
 class OtherLoss(KeepsAll):
     """A model that adds something to the loss where tokens are chosen."""
@@ -239,7 +236,6 @@ def test_a_model_whose_trial_fails(
     case = llava()
     model = kind(case.model)
     monkeypatch.setattr(labeled, "unwrapped", lambda model: model)
-    monkeypatch.setattr(labeled, "input_embeddings", lambda model: model.get_input_embeddings())
     monkeypatch.setattr(labeled, "text_config", lambda model: model.config.text_config)
     assert logits_at_labels(model, case.batch) is case.batch
     assert reason in caplog.text

@@ -18,8 +18,9 @@ COLORS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
 SHAPES = ("circle", "rectangle", "triangle")
 KINDS = ("what", "yes/no")
 YES_NO_GROUPS = ("is there, shown", "is there, not shown", "is there not, shown", "is there not, not shown")
-SYSTEM = "You answer questions about images."
-CAPTION_REQUEST = "Describe the image."
+# Every record of results was made with these words. "Images" in place of "pictures" costs the quick start two points.
+SYSTEM = "You answer questions about pictures."
+CAPTION_REQUEST = "Describe the picture."
 
 
 def load_questions(split: str) -> list[dict[str, Any]]:

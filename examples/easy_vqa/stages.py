@@ -36,7 +36,7 @@ def write_data(folder: Path, test_questions: int) -> None:
     """Write easy-VQA in the LLaVA format: a training and a test file per stage."""
     for split in ("train", "test"):
         questions = data.load_questions(split)
-        captions = [(i, [("Describe the image.", text)]) for i, text in data.captions(questions).items()]
+        captions = [(i, [(data.CAPTION_REQUEST, text)]) for i, text in data.captions(questions).items()]
         by_kind: dict[str, list[Any]] = {"pretrain": captions, "instruct": [], "finetune": []}
         for row in questions:
             kind = "finetune" if row["answer"] in data.SHAPES else "instruct"

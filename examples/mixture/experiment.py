@@ -39,7 +39,7 @@ def write_data(folder: Path, test_rows: int) -> None:
     """Write captions and questions of both sets, and their tests."""
     for split in ("train", "test"):
         questions = data.load_questions(split)
-        captions = [(i, [("Describe the image.", text)]) for i, text in data.captions(questions).items()]
+        captions = [(i, [(data.CAPTION_REQUEST, text)]) for i, text in data.captions(questions).items()]
         asked = [(row["image_id"], [(row["question"], row["answer"])]) for row in questions if row["kind"] == "what"]
         asked = every(asked, test_rows) if split == "test" else together(asked)
         write_json(folder / f"easy_vqa-{split}.json", [conversation(n, *row) for n, row in enumerate(asked)])
@@ -48,7 +48,7 @@ def write_data(folder: Path, test_rows: int) -> None:
     written = [(number, WORDS[digit]) for number, digit in enumerate(digits.target)]
     for split, rows in (("train", written[:TRAINING_DIGITS]), ("test", every(written[TRAINING_DIGITS:], test_rows))):
         asked = [(number, [("Which digit is written here?", word)]) for number, word in rows]
-        captions = [(number, [("Describe the image.", word)]) for number, word in rows]
+        captions = [(number, [(data.CAPTION_REQUEST, word)]) for number, word in rows]
         write_json(folder / f"digits-{split}.json", [conversation(n, *row) for n, row in enumerate(asked)])
         write_json(folder / f"digits-captions-{split}.json", [conversation(n, *r) for n, r in enumerate(captions)])
     (folder / "digits").mkdir(exist_ok=True)

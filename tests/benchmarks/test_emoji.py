@@ -35,7 +35,7 @@ def test_rows_show_every_object_before_one_comes_again(stage: str) -> None:
     by_number = {thing.number: thing for thing in OBJECTS}
     for number, row in zip(shown, rows, strict=True):
         thing = by_number[number]
-        asked = "Describe the image." if stage == "align" else QUESTION
+        asked = emoji_data.CAPTION_REQUEST if stage == "align" else QUESTION
         assert row["turns"] == [[asked, thing.kind]]
     assert rows == emoji_data.rows(train, 2 * len(train), 5, stage)
 

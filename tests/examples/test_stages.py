@@ -21,7 +21,7 @@ model = CromeVLMForConditionalGeneration.from_pretrained(directory)
 processor = CromeVLMProcessor.from_pretrained(directory)
 question = {"type": "text", "text": "what shape is in the image?"}
 messages = [
-    {"role": "system", "content": "You answer questions about images."},
+    {"role": "system", "content": "You answer questions about pictures."},
     {"role": "user", "content": [{"type": "image", "image": Image.open(image)}, question]},
 ]
 inputs = processor.apply_chat_template(
