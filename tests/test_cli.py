@@ -218,7 +218,7 @@ def test_doctor_measures_and_shows_rows(values: dict[str, Any], dataset: Path) -
     assert "--show and --max-length need --model" in result.stderr
 
 
-def test_doctor_reports_and_mends_before_it_shows(
+def test_doctor_reports_and_fixes_before_it_shows(
     values: dict[str, Any],
     dataset: Path,
     tmp_path: Path,

@@ -13,7 +13,7 @@ import transformers as tf
 from torch import nn
 
 from peft_crome import CromeVLMForConditionalGeneration
-from peft_crome.backbone.four_bit import REPACKS, mend_repacking
+from peft_crome.backbone.four_bit import REPACKS, fix_repacking
 from tests.tuner.helpers import KEYS, attach, crome_weight, logits, randomize
 from tests.tuner.test_quantized import QUANTIZATION, quantized, wide_llava
 from tests.zoo.llava import llava
@@ -89,5 +89,5 @@ def test_projection_of_a_composite_trains_after_an_evaluation(tmp_path: Path) ->
 def test_only_sizes_that_fit_are_repacked(in_features: int, out_features: int, fits: bool) -> None:
     layer = bnb.nn.Linear4bit(in_features, out_features).to("cpu")
     setattr(layer, REPACKS, True)  # as on a CPU that repacks
-    mend_repacking(layer)
+    fix_repacking(layer)
     assert getattr(layer, REPACKS) is fits

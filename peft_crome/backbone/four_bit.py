@@ -17,7 +17,7 @@ ROWS = 32  # rows that the packed order joins
 BLOCK = 64  # weights per scale in a layer that is not quantized yet
 
 
-def mend_repacking(model: nn.Module) -> None:
+def fix_repacking(model: nn.Module) -> None:
     """Unpack layers when a gradient has to pass, and keep layers that do not fit from repacking.
 
     The next evaluation packs again what fits. The MLP of SigLIP so400m (1152 and 4304), for example, does not fit.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .compat import keeps_logits_by_token
-from .four_bit import mend_repacking
+from .four_bit import fix_repacking
 from .model import COMPILED, KNOWN_ROWS, placeholder_ids, text_config, unwrapped
 from .modes import evaluating
 
@@ -114,7 +114,7 @@ def _trial(model: nn.Module, host: nn.Module, choose: Choice, device: torch.devi
     labels[0, :-3] = labels[1, :-1] = IGNORED
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     chosen = choose(labels)
-    mend_repacking(host)  # an evaluation would end 4-bit training on a CPU
+    fix_repacking(host)  # an evaluation would end 4-bit training on a CPU
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
         with (

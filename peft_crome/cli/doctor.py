@@ -80,8 +80,8 @@ def doctor(
             )
         _report(findings, FAULTS)
         if fix is not None:
-            written, mended = write_fixed(data, fix, findings, folders)
-            console.print(f"{fix}: {written:,} rows, {mended:,} of them mended; {data} is as it was.", soft_wrap=True)
+            written, fixed = write_fixed(data, fix, findings, folders)
+            console.print(f"{fix}: {written:,} rows, {fixed:,} of them fixed; {data} is as it was.", soft_wrap=True)
         if show and collator is not None:
             for row in islice(read_rows(data, folders, columns=columns, prompt=prompt, faulty="drop"), show):
                 _show(row, collator)
@@ -146,8 +146,8 @@ def _report(findings: Any, names: dict[str, str]) -> None:
         for kind, name in names.items():
             rows = list(dict.fromkeys(patient for patient, _ in kinds.get(kind, [])))
             if rows:
-                mended = " (read without that part)" if all(fault.mended for _, fault in kinds[kind]) else ""
-                table.add_row(name + mended, f"{len(kinds[kind]):,}", escape(", ".join(map(cut, rows[:EXAMPLES]))))
+                fixed = " (read without that part)" if all(fault.fixed for _, fault in kinds[kind]) else ""
+                table.add_row(name + fixed, f"{len(kinds[kind]):,}", escape(", ".join(map(cut, rows[:EXAMPLES]))))
         console.print(table)
     if findings.ignored:
         fields = (f"{cut(name)} ({count:,} rows)" for name, count in findings.ignored.most_common())

@@ -289,23 +289,23 @@ def write_fixed(
     folders = ImageFolders(images if images is not None else path.parent)
     patients = {patient.number: patient for patient in findings.patients}
     lines = output.suffix == ".jsonl"
-    written = mended = 0
+    written = fixed = 0
     with new_file(output) as file:
         for number, row in enumerate(stream(path)):
             patient = patients.get(number)
             if patient is not None:
-                if not all(fault.mended for fault in patient.faults):
+                if not all(fault.fixed for fault in patient.faults):
                     continue
                 if turns_key(row) == "prompt" or row.get("chosen") is not None:
                     continue
-                row = _mend(row, number, folders)
-                mended += 1
+                row = _fix(row, number, folders)
+                fixed += 1
             file.write("" if lines else "[\n" if written == 0 else ",\n")
             file.write(_as_json(row))
             file.write("\n" if lines else "")
             written += 1
         file.write("" if lines else "\n]\n" if written else "[]\n")
-    return written, mended
+    return written, fixed
 
 
 def _as_json(row: Any) -> str:
@@ -325,11 +325,11 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _mend(row: dict[str, Any], number: int, folders: ImageFolders) -> dict[str, Any]:
+def _fix(row: dict[str, Any], number: int, folders: ImageFolders) -> dict[str, Any]:
     """Leave out the turns that are not read, with the media that they show. Other fields are unchanged."""
     parsed, _ = parse(row, number, folders)
     key = turns_key(row)
-    assert parsed is not None and key is not None  # noqa: PT018  # only rows whose faults are all mended get here
+    assert parsed is not None and key is not None  # noqa: PT018  # only rows whose faults are all fixed get here
     kept = [row[key][turn] for turn in kept_turns([ROLES[role_of(turn)] for turn in row[key]])]
     fixed = {**row, key: kept}
     for kind, of_kind in FIELDS.items():

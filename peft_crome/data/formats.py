@@ -40,7 +40,7 @@ def parse(
     Returns:
         The row, {"id": text, "images": [path or {"bytes", "path"}], "videos": [the same, or {"frames": images}],
         "audio": [as images], "messages": [{"role", "content": [{"type": "image", "video" or "audio"} or {"type":
-        "text", "text"}]}]}, or None if a fault is not mended; and the faults. A row may also have "answers" (texts of
+        "text", "text"}]}]}, or None if a fault is not fixed; and the faults. A row may also have "answers" (texts of
         several people), "options" (texts of a multiple choice) and "rejected" (a text).
     """
     if isinstance(row, Fault):
@@ -79,7 +79,7 @@ def parse(
     faults += wrong
     if row.get("rejected") and said_by(row["turns"][-1])[0] == "user":
         faults.append(Fault("answer", "'rejected' answers the last turn, which has no 'chosen' answer. Add that one."))
-    if any(not fault.mended for fault in faults):
+    if any(not fault.fixed for fault in faults):
         return None, faults
     texts: dict[str, Any] = {
         "answers": as_texts(row.get("answers")),
@@ -282,10 +282,10 @@ def _ordered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list
         return messages, [Fault("answer", alone if "assistant" in roles else none)]
     faults = []
     if len(kept) <= kept[-1]:
-        faults.append(Fault("order", "the first turn is an answer; it is left out.", mended=True))
+        faults.append(Fault("order", "the first turn is an answer; it is left out.", fixed=True))
     if kept[-1] + 1 < len(roles):
         wrong = "the last turn is not an answer; what follows the last answer is left out."
-        faults.append(Fault("order", wrong, mended=True))
+        faults.append(Fault("order", wrong, fixed=True))
     dialogue_roles = [roles[number] for number in kept if roles[number] != "system" or number > 0]
     if dialogue_roles != ["user", "assistant"] * (len(dialogue_roles) // 2):
         wrong = f"roles out of order: {', '.join(dialogue_roles[:12])}. Expected user, assistant, in turn."

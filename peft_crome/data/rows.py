@@ -37,12 +37,12 @@ class Fault:
     Args:
         kind: a key of `FAULTS`.
         message: what was given, and what to write.
-        mended: whether the row is still read, without the faulty part.
+        fixed: whether the row is still read, without the faulty part.
     """
 
     kind: str
     message: str
-    mended: bool = False
+    fixed: bool = False
 
 
 def is_unicode(text: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
 from torch import nn
 
-from ..backbone.four_bit import mend_repacking
+from ..backbone.four_bit import fix_repacking
 from ..backbone.model import input_embeddings, part_for_good, replace_everywhere, tied_weights
 from ..backbone.trainers import watch_trainers
 from .attaching.also_trained import tie_trained_tokens
@@ -52,7 +52,7 @@ class CromeModel(BaseTuner):
                 tie_trained_tokens(model, adapter_name, self.peft_config[adapter_name].inference_mode)
         finally:
             del self._attachment
-        mend_repacking(model)
+        fix_repacking(model)
         arm(model, model._modules[NAME])  # type: ignore[arg-type]
 
     def _check_target_module_exists(self, peft_config: CromeConfig, key: str) -> bool:  # type: ignore[override]

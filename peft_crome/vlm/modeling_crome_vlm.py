@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from ..backbone.four_bit import mend_repacking
+from ..backbone.four_bit import fix_repacking
 from ..backbone.positions import check_positions
 from ..backbone.trainers import watch_trainers
 from .configuration_crome_vlm import CromeVLMConfig
@@ -91,7 +91,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             language_model if language_model is not None else auto_class.from_config(config.text_config)
         )
         check_takes_embeddings(self.language_model)
-        mend_repacking(self)
+        fix_repacking(self)
         self.vision_layout = infer_layout(config)
         self.num_patch_tokens = self.vision_layout.num_selected(
             config.vision_feature_select_strategy, config.vision_pool_size

@@ -130,7 +130,7 @@ def test_copy_leaves_out_images_of_turns_that_it_leaves_out(tmp_path: Path) -> N
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     findings = examine(tmp_path / "rows.json", open_images=False)
-    findings.patients = [  # the first three are the same conversation once mended
+    findings.patients = [  # the first three are the same conversation once fixed
         Patient(one.number, one.name, tuple(fault for fault in one.faults if fault.kind != "duplicate"))
         for one in findings.patients
     ]
@@ -264,9 +264,9 @@ def test_whatever_a_row_holds_it_is_read_or_named(rows: list[Any], tmp_path: Pat
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     findings = examine(path, open_images=False)
-    bad = {patient.number for patient in findings.patients if not all(fault.mended for fault in patient.faults)}
+    bad = {patient.number for patient in findings.patients if not all(fault.fixed for fault in patient.faults)}
     bad -= {p.number for p in findings.patients if {f.kind for f in p.faults} <= {"missing", "duplicate", "order"}
-            and all(f.mended for f in p.faults if f.kind == "order")}  # fmt: skip
+            and all(f.fixed for f in p.faults if f.kind == "order")}  # fmt: skip
     kept = list(read_rows(path, faulty="drop"))
     assert len(kept) == len(rows) - len(bad)
     for row in kept:

@@ -137,7 +137,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         to_trl(read_rows(write(tmp_path, plain, {"conversations": [MORE]})))
 
 
-def test_a_faulty_row_whose_answer_is_chosen_is_left_out_of_a_mended_copy(tmp_path: Path) -> None:
+def test_a_faulty_row_whose_answer_is_chosen_is_left_out_of_a_fixed_copy(tmp_path: Path) -> None:
     sound = {"conversations": [MORE], "chosen": LAST, "rejected": A}
     path = write(tmp_path, sound, {"conversations": [A, MORE], "chosen": LAST, "rejected": A})
     assert write_fixed(path, tmp_path / "fixed.json", examine(path)) == (1, 0)

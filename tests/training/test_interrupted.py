@@ -139,7 +139,7 @@ def test_harmless_keys_may_change_and_data_may_not(
     assert train(load_recipe(values))["stages"][0]["resumed"]
 
 
-def test_faulty_row_in_the_middle_of_a_run_is_mended_and_the_run_goes_on(
+def test_faulty_row_in_the_middle_of_a_run_is_fixed_and_the_run_goes_on(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An image that cannot be read, found after a checkpoint; nothing of what was trained is lost."""
