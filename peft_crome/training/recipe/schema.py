@@ -66,32 +66,45 @@ class Backbones(_Section):
     vision: str | None = Field(default=None, description="Name or directory of the vision tower.")
     instructblip: str | None = Field(
         default=None,
-        description="InstructBLIP or BLIP-2 checkpoint: its tower and its trained Q-Former, instead of `vision`.",
+        description="InstructBLIP or BLIP-2 checkpoint to take tower and Q-Former from, instead of `vision`.",
     )
     qformer: dict[str, Any] | None = Field(
-        default=None, description="Configuration of a new Q-Former (beside `vision`)."
+        default=None,
+        description="Sizes of a new Q-Former between `vision` and the language model. {} takes InstructBLIP's.",
     )
     qformer_tokenizer: str | None = Field(
-        default=None, description="Tokenizer of the instructions that the Q-Former reads."
+        default=None, description="Name or directory of the tokenizer with which the Q-Former reads the question."
     )
-    num_query_tokens: int = Field(default=32, ge=1, description="Tokens that a new Q-Former reads an image into.")
+    num_query_tokens: int = Field(default=32, ge=1, description="Tokens per image that a new Q-Former gives.")
     image_token_order: list[Literal["query", "patch"]] | None = Field(
-        default=None, description="Order of an image's tokens."
+        default=None, description="Order of an image's tokens: the Q-Former's (query) and the tower's (patch)."
     )
     image_size: int | None = Field(
-        default=None, ge=1, description="Pixels; by default what the tower's processor makes."
+        default=None,
+        ge=1,
+        description="Height and width of an image in pixels. Default: the size that the tower's processor has.",
     )
-    vision_feature_layer: int = Field(default=-1, description="-1: the tower's output; -2: its penultimate layer.")
-    vision_pool_size: int = Field(default=1, ge=1, description="n averages n x n patches into one token.")
-    quantization: Bits | None = Field(default=None, description="How the language model is loaded.")
+    vision_feature_layer: int = Field(
+        default=-1, description="Layer of the tower to take. -1 is its output, and -2 the layer before the last."
+    )
+    vision_pool_size: int = Field(
+        default=1, ge=1, description="With n, each n x n patches of an image are averaged into one token."
+    )
+    quantization: Bits | None = Field(
+        default=None, description="Load the language model in 4 or 8 bits, with bitsandbytes."
+    )
     vision_quantization: Bits | None = Field(
-        default=None, description="How the tower is loaded; a Q-Former stays as it is, since it trains."
+        default=None, description="Load the vision tower in 4 or 8 bits. A Q-Former trains, so it is not quantized."
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(default="bfloat16", description="Of what is frozen.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="Dtype of the frozen weights."
+    )
     vision_revision: str | None = Field(
-        default=None, description="Branch, tag or commit of the tower or InstructBLIP."
+        default=None, description="Branch, tag or commit of the vision tower, or of InstructBLIP, on the Hub."
     )
-    text_revision: str | None = Field(default=None, description="Branch, tag or commit of the language model.")
+    text_revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the language model on the Hub."
+    )
 
     _home = field_validator("language", "vision", "instructblip", "qformer_tokenizer")(_expanded)
 
@@ -138,15 +151,18 @@ def _is_count(value: Any) -> bool:
 class Host(_Section):
     """A frozen vision-language model. A run that starts from an adapter takes the adapter's model."""
 
-    name: str = Field(description="Name or directory of the model.")
-    revision: str | None = Field(default=None, description="Branch, tag or commit.")
-    quantization: Bits | None = Field(default=None, description="How the model is loaded.")
+    name: str = Field(description="Hub name or directory of the model.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the model on the Hub.")
+    quantization: Bits | None = Field(default=None, description="Load the model in 4 or 8 bits, with bitsandbytes.")
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
-        default=None, description="Of what is frozen; None: as the checkpoint is stored."
+        default=None, description="Dtype of the frozen weights. Default: the checkpoint's."
     )
-    attn_implementation: str | None = Field(default=None, description="As in `from_pretrained`: sdpa, eager, ...")
+    attn_implementation: str | None = Field(
+        default=None, description="Attention to use, such as sdpa or eager. Default: what `from_pretrained` takes."
+    )
     processor: dict[str, Any] = Field(
-        default_factory=dict, description="Settings of the model's processor: min_pixels, do_image_splitting, ..."
+        default_factory=dict,
+        description="Settings to change in the model's processor, such as max_pixels or do_image_splitting.",
     )
 
     _home = field_validator("name")(_expanded)
@@ -155,47 +171,68 @@ class Host(_Section):
 class Adapter(_Section):
     """The CROME adapter, as in `CromeConfig`. A stage that starts from a directory continues with its adapter."""
 
-    bottleneck_dim: int | None = Field(default=None, ge=1, description="None: about 1280 weights per unit of width.")
+    bottleneck_dim: int | None = Field(
+        default=None, ge=1, description="Hidden features. Default: 424 for one branch, 256 for two, 184 for three."
+    )
     branches: list[str] | None = Field(
         default=None,
         min_length=1,
-        description="By default what carries images; [text, vision] adapts words as well, in every prompt.",
+        description="Kinds of embeddings to adapt. Default: those of images and sound. [text, vision] adapts words "
+        "as well, which changes every prompt.",
     )
-    gate_activation: Literal["silu", "sigmoid"] = "silu"
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    init_weights: bool | Literal["scaled", "normal"] = True
+    gate_activation: Literal["silu", "sigmoid"] = Field(default="silu", description="Activation function of the gate.")
+    dropout: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="Probability of dropping a hidden feature in training."
+    )
+    init_weights: bool | Literal["scaled", "normal"] = Field(
+        default=True, description="How weights start. With true, the new adapter changes nothing until it is trained."
+    )
 
 
 class Images(_Section):
     """How training images are prepared. The processor that is saved with the model has these values."""
 
-    random_crop: bool = Field(default=False, description="Crop 50% to 100% of the area, then resize.")
+    random_crop: bool = Field(
+        default=False, description="Cut out a random 50% to 100% of the area of each image, and resize it."
+    )
     horizontal_flip: bool = Field(
-        default=False, description="Mirror every second image; not where left and right matter."
+        default=False, description="Mirror every second image. Leave it off if left and right matter for the answer."
     )
     views: int | None = Field(
         default=None,
         ge=1,
-        description="Crops and mirror images that an image has, always the same; None: each time another one.",
+        description="Number of different crops and mirror images of an image. Default: a new one each time.",
     )
-    resample: Literal["bicubic", "bilinear"] | None = Field(default=None, description="None: the tower's processor's.")
-    mean: tuple[float, float, float] | None = None
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    resample: Literal["bicubic", "bilinear"] | None = Field(
+        default=None, description="Filter to resize images with. Default: the one that the tower's processor has."
+    )
+    mean: tuple[float, float, float] | None = Field(
+        default=None, description="Mean of each color channel, to normalize with. Default: the tower's."
+    )
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(
+        default=None, description="Standard deviation of each color channel. Default: the tower's."
+    )
 
 
 class Source(_Section):
     """A source of rows, as in `peft_crome.data.read_rows`."""
 
-    path: str = Field(description="JSON, JSONL or parquet file, a folder of `datasets`, or a data set of the Hub.")
+    path: str = Field(
+        description="A JSON, JSONL or parquet file, a folder that `datasets` can load, or the name of a Hub data set."
+    )
     images: str | dict[str, str] | None = Field(
-        default=None, description="Folder that image paths start from, or a folder per beginning of them."
+        default=None,
+        description="Folder that holds the images, or {beginning of a path: folder}. Default: the folder of the file.",
     )
     columns: dict[Literal["question", "answer", "image", "video", "audio", "id", "options"], str] | None = Field(
-        default=None, description="Of a table instead of conversations: what its columns are called."
+        default=None,
+        description="For a table: {what it holds: name of its column}, as in {question: query, answer: label}.",
     )
-    prompt: str | None = Field(default=None, description="The question, for a table without questions (captions).")
-    name: str | None = Field(default=None, description="Configuration of a data set of the Hub.")
-    split: str = Field(default="train", description="Of a folder or a data set of the Hub.")
+    prompt: str | None = Field(
+        default=None, description="One question for all rows, for a table that has no column of questions."
+    )
+    name: str | None = Field(default=None, description="Configuration of a Hub data set.")
+    split: str = Field(default="train", description="Split of a folder or a Hub data set.")
 
     _home = field_validator("path", "images")(_expanded)
 
@@ -208,23 +245,26 @@ class Source(_Section):
 class Data(Source):
     """One data set to train on, as in `peft_crome.data.load_rows`."""
 
-    streaming: bool = Field(default=False, description="Read while training; keep nothing on disk.")
+    streaming: bool = Field(default=False, description="Read rows while training, and keep no copy on disk.")
     faulty: Literal["stop", "drop"] = Field(
-        default="stop", description="What to do at rows that cannot be read; `peft-crome doctor` shows them all."
+        default="stop",
+        description="Whether a row that cannot be read stops the run or is dropped. The doctor lists such rows.",
     )
     weight: float | None = Field(
-        default=None, gt=0, description="How often this set is drawn from, relative to the others'."
+        default=None, gt=0, description="How often rows of this data set come, relative to the other sets."
     )
 
 
 class Questions(Source):
     """One data set to answer while training. Its rows must contain the inputs of its metrics."""
 
-    split: str = Field(default="validation", description="Of a folder or a data set of the Hub.")
+    split: str = Field(default="validation", description="Split of a folder or a Hub data set.")
     label: str | None = Field(
-        default=None, description="What its scores are called, eval_LABEL_METRIC; None: the file's name."
+        default=None, description="Name in the log: scores appear as eval_LABEL_METRIC. Default: the name of the file."
     )
-    metrics: list[Metric] = Field(default=["exact_match"], min_length=1, description="docs/evaluation.md has them.")
+    metrics: list[Metric] = Field(
+        default=["exact_match"], min_length=1, description="Scores to compute. docs/evaluation.md explains each."
+    )
 
     @property
     def called(self) -> str:
@@ -235,13 +275,13 @@ class Questions(Source):
 class Evaluation(_Section):
     """Data sets to answer by free generation at regular steps, and after the last one."""
 
-    data: list[Questions] = Field(min_length=1)
-    steps: int = Field(default=500, ge=1, description="Optimizer steps from one evaluation to the next.")
+    data: list[Questions] = Field(min_length=1, description="The data sets to answer.")
+    steps: int = Field(default=500, ge=1, description="Number of optimizer steps between two evaluations.")
     max_rows: int | None = Field(
-        default=1000, ge=1, description="The first rows of each set; they are kept in memory. None: all."
+        default=1000, ge=1, description="Use only this many rows of each set. They are kept in memory. null uses all."
     )
-    batch_size: int = Field(default=16, ge=1, description="Rows at a time, on each device.")
-    max_new_tokens: int = Field(default=32, ge=1, description="Of an answer.")
+    batch_size: int = Field(default=16, ge=1, description="Rows to answer at a time on each device.")
+    max_new_tokens: int = Field(default=32, ge=1, description="Largest number of tokens in an answer.")
 
     @model_validator(mode="after")
     def _labels(self) -> Evaluation:
@@ -255,9 +295,9 @@ class Evaluation(_Section):
 class FeatureCache(_Section):
     """Keep the frozen tower's features, so that each image runs through it once in all epochs and runs."""
 
-    directory: str = Field(description="Folder; runs and machines may share it.")
+    directory: str = Field(description="Folder for the features. Several runs and machines may share it.")
     max_gigabytes: float = Field(
-        default=50.0, gt=0, description="Images that come when it is full are computed each time."
+        default=50.0, gt=0, description="Size at which the folder is full. Later images are then computed each time."
     )
 
     _home = field_validator("directory")(_expanded)
@@ -270,7 +310,7 @@ class Mixture(_Section):
         default=2.0,
         gt=0,
         allow_inf_nan=True,  # infinity draws all sets equally
-        description="p proportional to rows ** (1 / temperature): 2 is the paper's square root.",
+        description="A set of N rows is drawn in proportion to N ** (1 / temperature). 1 draws by size.",
     )
 
 
@@ -279,26 +319,49 @@ class Training(_Section):
 
     batch_size: int = Field(default=32, ge=1, description="Rows per optimizer step, over all devices.")
     rows_per_device: int | None = Field(
-        default=None, ge=1, description="Rows per forward pass; None: all of a device's."
+        default=None,
+        ge=1,
+        description="Rows per forward pass. Less takes less memory and more time. Default: all at once.",
     )
-    epochs: float | None = Field(default=None, gt=0)
-    max_steps: int | None = Field(default=None, ge=1)
-    learning_rate: float = Field(default=1e-5, gt=0, description="The peak.")
-    learning_rates: dict[str, NonNegativeFloat] = Field(default_factory=dict, description="Other peaks, by part.")
-    initial_learning_rate: float = Field(default=1e-8, ge=0, description="Where the warm-up starts.")
-    warmup_steps: int | Share = Field(default=1000, ge=0, description="Below 1: a share of all steps.")
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.05, ge=0)
-    max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping.")
-    max_length: int | None = Field(default=None, ge=1, description="Tokens per row, longer ones are cut at the end.")
-    gradient_checkpointing: bool = False
-    group_by_length: bool = Field(default=False, description="Rows of about one length come in one batch.")
-    logging_steps: int = Field(default=10, ge=1)
+    epochs: float | None = Field(
+        default=None, gt=0, description="Number of times that all rows are read. Or give `max_steps`."
+    )
+    max_steps: int | None = Field(default=None, ge=1, description="Number of optimizer steps. Or give `epochs`.")
+    learning_rate: float = Field(default=1e-5, gt=0, description="Highest learning rate, after the warm-up.")
+    learning_rates: dict[str, NonNegativeFloat] = Field(
+        default_factory=dict, description="Highest learning rate of single parts, as in {image_projection: 0.0001}."
+    )
+    initial_learning_rate: float = Field(
+        default=1e-8, ge=0, description="Learning rate at the beginning of the warm-up."
+    )
+    warmup_steps: int | Share = Field(
+        default=1000, ge=0, description="Number of steps of the warm-up. Below 1, a share of all steps."
+    )
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="The two betas of AdamW.")
+    weight_decay: float = Field(default=0.05, ge=0, description="Weight decay of AdamW.")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Larger gradients are scaled down to this norm. 0 leaves them as they are."
+    )
+    max_length: int | None = Field(
+        default=None, ge=1, description="Longest row in tokens. Longer rows are cut at the end. Default: no limit."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations twice instead of keeping them: less memory, more time."
+    )
+    group_by_length: bool = Field(
+        default=False, description="Put rows of about the same length into one batch, so that less is padding."
+    )
+    logging_steps: int = Field(default=10, ge=1, description="Number of steps between two lines of the log.")
     save_steps: int = Field(
-        default=500, ge=1, description="A run that is started again continues from its last checkpoint."
+        default=500,
+        ge=1,
+        description="Number of steps between two checkpoints. An interrupted run continues from the last one.",
     )
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    arguments: dict[str, Any] = Field(default_factory=dict, description="Further arguments of TrainingArguments.")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the new weights and of the order of the rows.")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Other arguments of transformers' TrainingArguments, as in {report_to: tensorboard}.",
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -327,33 +390,41 @@ class Training(_Section):
 class Recipe(_Section):
     """All settings of a stage. `load_recipe` reads one from YAML."""
 
-    stage: Literal["pretrain", "instruct", "finetune"]
-    output: str = Field(description="Directory to write, complete or not at all.")
-    previous: str | None = Field(
-        default=None, description="Directory of the stage or the adapter before, or a Hub repository of one."
+    stage: Literal["pretrain", "instruct", "finetune"] = Field(
+        description="Which parts train. docs/stages.md explains the three stages."
     )
-    model: Host | None = Field(default=None, description="A vision-language model that sees already; or its name.")
-    backbones: Backbones | None = None
+    output: str = Field(description="Directory to write. It must not exist, and appears when the run is complete.")
+    previous: str | None = Field(
+        default=None, description="Directory or Hub name of the adapter or stage to continue from."
+    )
+    model: Host | None = Field(
+        default=None, description="The vision-language model to adapt. A name alone stands for `name`."
+    )
+    backbones: Backbones | None = Field(
+        default=None, description="A language model and a vision tower to join, instead of `model`."
+    )
     trains: list[str] = Field(
         default=["adapter"],
-        description="With `model`: [adapter], or also modules to train in full, such as multi_modal_projector.",
+        description="With `model`: the adapter, and modules to train in full, as in [adapter, multi_modal_projector].",
     )
-    adapter: Adapter | None = None
-    images: Images = Images()
-    data: list[Data] = Field(min_length=1)
-    mixture: Mixture | None = None
-    feature_cache: FeatureCache | None = None
-    evaluation: Evaluation | None = None
-    training: Training
+    adapter: Adapter | None = Field(default=None, description="Settings of the adapter.")
+    images: Images = Field(default=Images(), description="How a joined model prepares images.")
+    data: list[Data] = Field(min_length=1, description="The data sets to train on.")
+    mixture: Mixture | None = Field(default=None, description="How often each data set is drawn from.")
+    feature_cache: FeatureCache | None = Field(
+        default=None, description="Keep what the frozen vision tower gives for each image on disk."
+    )
+    evaluation: Evaluation | None = Field(default=None, description="Score the model at intervals while it trains.")
+    training: Training = Field(description="The optimizer, its schedule and the loop.")
     chat_template: str | None = Field(
-        default=None, description="'vicuna', 'plain', 't5' or a Jinja template; None: the language model's own."
+        default=None, description="vicuna, plain, t5, words or a Jinja template. Default: the model's own."
     )
     images_after_text: bool | None = Field(
         default=None,
-        description="Images stand after the words of their turn, as in the paper, or where the row has them; None: "
-        "as in the stage before, at first where the row has them.",
+        description="With true, images come after the words of their turn, as in the paper. With false, they stay "
+        "where the row has them. Default: as in the stage before, and false in the first.",
     )
-    system: str | None = Field(default=None, description="A system message before each conversation that has none.")
+    system: str | None = Field(default=None, description="System message for rows that have none.")
 
     _home = field_validator("output", "previous")(_expanded)
 
