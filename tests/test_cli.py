@@ -34,7 +34,8 @@ def test_train_then_evaluate(values: dict[str, Any], dataset: Path, tmp_path: Pa
     recipe.write_text(yaml.safe_dump(values))
     result = runner.invoke(app, ["train", str(recipe), "--set", "training.max_steps=3"])
     assert result.exit_code == 0, result.output
-    assert "pretrain: what trains, on 11 rows" in result.stdout
+    assert "pretrain on 11 rows, to align images with text" in result.stdout
+    assert "loss: " in result.stdout
     assert "3 steps in" in result.stdout
     assert "image_projection" in result.stdout
     assert "GB predicted for 4 rows of" in result.stdout
@@ -65,6 +66,7 @@ def test_train_then_evaluate(values: dict[str, Any], dataset: Path, tmp_path: Pa
     ("settings", "message"),
     [
         (["training.learning_rte=1"], "training.learning_rte: no such key; did you mean 'learning_rate'?"),
+        (["learning_rate=1"], "learning_rate: no such key; did you mean 'training.learning_rate'?"),
         (["training"], "is not a setting; write --set training.max_steps=100"),
         (["data.0.path=missing.json"], "missing.json is missing; expected a JSON list, JSONL or parquet"),
         (["backbones.language=not/there"], "not/there"),
@@ -88,10 +90,26 @@ def test_train_says_what_is_wrong(
     assert not Path(values["output"]).exists()
 
 
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("query=question", "--column query=question: expected question=NAME, where NAME is your column"),
+        ("question", "--column question: expected question=NAME"),
+    ],
+)
+def test_column_says_what_stands_left_of_the_sign(column: str, message: str, tmp_path: Path) -> None:
+    result = runner.invoke(
+        app, ["finetune", "model", "a.jsonl", "--output", str(tmp_path / "out"), "--column", column]
+    )
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
 def test_module_is_the_command() -> None:
     result = subprocess.run([sys.executable, "-m", "peft_crome", "--help"], capture_output=True, text=True, check=True)
     for command in ("train", "evaluate", "preset", "doctor", "plan", "inspect", "export"):
         assert command in result.stdout
+        assert runner.invoke(app, [command, "-h"]).exit_code == 0
     result = runner.invoke(app, ["--version"])
     assert result.stdout == f"peft-crome {__version__}\n"
 
@@ -233,11 +251,11 @@ def test_doctor_reports_and_fixes_before_it_shows(
     result = runner.invoke(app, [*said, "--show", "2", "--fix", str(tmp_path / "fixed.json")])
     assert result.exit_code == 1
     assert not result.stderr
-    assert "something is wrong with 1" in result.stdout
+    assert "rows; 1 faulty." in result.stdout
     assert len(json.loads((tmp_path / "fixed.json").read_text())) == len(rows) - 1
     assert "row '0' cannot be shown: " in result.stdout
     assert "row '1': " in result.stdout
-    assert result.stdout.index("something is wrong") < result.stdout.index("cannot be shown")
+    assert result.stdout.index("1 faulty") < result.stdout.index("cannot be shown")
 
 
 def test_doctor_goes_by_a_recipe_before_anything_is_trained(
@@ -261,7 +279,7 @@ def test_doctor_goes_by_a_recipe_before_anything_is_trained(
     result = runner.invoke(app, said)
     assert result.exit_code == 1
     assert "row '3': the instruction has 22 tokens, and the Q-Former reads 12" in result.stdout
-    assert "something is wrong with 1" in result.stdout
+    assert "rows; 1 faulty." in result.stdout
     assert "row '0': " in runner.invoke(app, [*said, "--max-length", "5"]).stdout
 
     following = {**values, "stage": "instruct", "previous": values["output"], "output": str(tmp_path / "instruct")}

@@ -16,7 +16,7 @@ GB = 1e9
 def announce(recipe: Recipe, report: Any) -> None:
     """Print a pre-flight report: parts, memory, time, rows that are cut. Warnings are logged where they arise."""
     count = "streamed rows" if report.rows is None else f"{report.rows:,} rows"
-    say(f"{recipe.stage}: what trains, on {count}, to {STAGES[recipe.stage].purpose}")
+    say(f"{recipe.stage} on {count}, to {STAGES[recipe.stage].purpose}:")
     console.print(parts_table(report.trained, report.cost))
     if report.cost is not None:
         say(
@@ -51,4 +51,4 @@ def parts_table(trained: dict[str, int], cost: Any) -> Table:
 
 def say(line: str) -> None:
     """Print one line without line breaks, so that it can be searched."""
-    console.print(line, soft_wrap=True, highlight=False)
+    console.print(line, soft_wrap=True, highlight=False, markup=False)

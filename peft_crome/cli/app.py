@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated, NoReturn
 
 import typer
@@ -10,7 +11,12 @@ from rich.console import Console
 
 from ..version import __version__
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 console = Console()
 
 
@@ -23,15 +29,17 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the release.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Check data, and train, evaluate and inspect CROME adapters of vision-language models."""
+    """Teach a vision-language model a task with a CROME adapter. Most users need only finetune and evaluate."""
+    # PEFT 0.21.2 reads this old name at every attachment; a user of the command line cannot act on it.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def fail(error: BaseException) -> NoReturn:
     """Print an error and exit with status 1."""
-    Console(stderr=True).print(f"[red]{type(error).__name__}[/red]", end=" ")
+    Console(stderr=True).print("[red]Error:[/red]", end=" ")
     print(error, file=sys.stderr)
     raise typer.Exit(1)
 

@@ -15,38 +15,39 @@ from rich.text import Text
 
 from ..utils.shorten import cut, short
 from .app import console, fail
-from .options import COLUMN, IMAGES, pairs
+from .options import Column, Images, Prompt, pairs
 
 BAR = 40  # characters of a histogram's longest bar
 EXAMPLES = 3
 
 
 def doctor(
-    data: Annotated[Path, typer.Argument(help="A JSON, JSONL or parquet file of conversations.")],
-    images: Annotated[
-        list[str] | None,
-        typer.Option(help=IMAGES),
-    ] = None,
+    data: Annotated[Path, typer.Argument(help="A JSON, JSONL or parquet file.")],
+    images: Images = None,
     open_images: Annotated[
-        bool, typer.Option(help="Decode every image, video and sound, or only check that the file exists.")
+        bool, typer.Option(help="Decode all images, videos and sounds, or only check that their files exist.")
     ] = True,
     model: Annotated[
         str | None,
-        typer.Option(help="Measure rows in tokens of this recipe (YAML), model, or adapter."),
+        typer.Option(help="Count the tokens that this model makes of each row. Name a model, an adapter or a recipe."),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Number of tokens at which training will cut a row.")
+        int | None, typer.Option(min=1, help="Number of tokens at which training will cut a row. Needs --model.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message for rows that have none.")] = None,
     show: Annotated[
         int,
-        typer.Option(min=0, help="Print this many rows token by token, with learned tokens in green. Needs --model."),
+        typer.Option(
+            min=0, help="Print this many rows token by token. Tokens that training learns are green. Needs --model."
+        ),
     ] = 0,
-    fix: Annotated[Path | None, typer.Option(help="Write a corrected copy to this file. DATA is not changed.")] = None,
-    column: Annotated[list[str] | None, typer.Option(help=COLUMN)] = None,
-    prompt: Annotated[str | None, typer.Option(help="One question for all rows, for a table that has none.")] = None,
+    fix: Annotated[
+        Path | None, typer.Option(help="Write a copy without the faults to this file. DATA is not changed.")
+    ] = None,
+    column: Column = None,
+    prompt: Prompt = None,
 ) -> None:
-    """Check a data set. Names each faulty row, then counts them. Exits with status 1 if something is wrong."""
+    """Check a data set before training, and name each faulty row. Exits with status 1 if there are any."""
     from ..data import FAULTS, read_rows
     from ..data.doctor import Patient, check_copy, examine, write_fixed
 
@@ -81,7 +82,9 @@ def doctor(
         _report(findings, FAULTS)
         if fix is not None:
             written, fixed = write_fixed(data, fix, findings, folders)
-            console.print(f"{fix}: {written:,} rows, {fixed:,} of them fixed; {data} is as it was.", soft_wrap=True)
+            console.print(
+                f"{fix} holds {written:,} rows, {fixed:,} of them fixed. {data} is unchanged.", soft_wrap=True
+            )
         if show and collator is not None:
             for row in islice(read_rows(data, folders, columns=columns, prompt=prompt, faulty="drop"), show):
                 _show(row, collator)
@@ -137,7 +140,7 @@ def _show(row: dict[str, Any], collator: Any) -> None:
 
 def _report(findings: Any, names: dict[str, str]) -> None:
     text = f", {findings.text_rows:,} of them text alone" if findings.text_rows else ""
-    console.print(f"{findings.rows:,} rows{text}; something is wrong with {len(findings.patients):,}.")
+    console.print(f"{findings.rows:,} rows{text}; {len(findings.patients):,} faulty.")
     kinds = findings.by_kind()
     if kinds:
         table = Table()

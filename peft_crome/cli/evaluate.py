@@ -15,39 +15,42 @@ from rich.table import Table
 from ..utils.atomic import new_file
 from .app import console, fail, place
 from .evaluate_text import evaluate_text
-from .options import COLUMN, IMAGES, pairs
+from .options import DATA, SPLIT, Column, Device, Images, Name, Prompt, pairs
 
 
 def evaluate(
-    directory: Annotated[str, typer.Argument(help="Directory or Hub name of a model, a stage or an adapter.")],
-    data: Annotated[
-        str | None, typer.Argument(help="A JSON, JSONL or parquet file, a folder of `datasets`, or a Hub data set.")
-    ] = None,
-    images: Annotated[list[str] | None, typer.Option(help=IMAGES)] = None,
+    directory: Annotated[str, typer.Argument(help="Hub name or directory of an adapter, a stage or a model.")],
+    data: Annotated[str | None, typer.Argument(help=DATA)] = None,
+    images: Images = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="exact_match, vqa_accuracy, multiple_choice, cider, rouge_l, bleu or chrf. Repeatable."),
+        typer.Option(
+            help="Score to compute: exact_match (the default), vqa_accuracy, multiple_choice, cider, rouge_l, bleu or "
+            "chrf. Repeatable."
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many rows.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    system: Annotated[str | None, typer.Option(help="System message. Default: the one used in training.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Device to run on. Default: the accelerator if there is one.")
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows, as many as this.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows to answer at a time.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens in an answer.")] = 32,
+    system: Annotated[
+        str | None, typer.Option(help="System message for rows that have none. Default: the one used in training.")
     ] = None,
-    column: Annotated[list[str] | None, typer.Option(help=COLUMN)] = None,
-    prompt: Annotated[str | None, typer.Option(help="One question for all rows, for a table that has none.")] = None,
-    name: Annotated[str | None, typer.Option(help="Configuration of a Hub data set.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a folder or a Hub data set.")] = "validation",
+    device: Device = None,
+    column: Column = None,
+    prompt: Prompt = None,
+    name: Name = None,
+    split: Annotated[str, typer.Option(help=SPLIT)] = "validation",
     output: Annotated[
         Path | None, typer.Option(help="Write the answers to this JSONL file, and the scores to NAME.scores.json.")
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="Measure the loss on this text file, with the adapter and without. Repeatable."),
+        typer.Option(
+            help="Instead of DATA: measure the loss on this text file, with the adapter and without it. Repeatable."
+        ),
     ] = None,
 ) -> None:
-    """Answer a data set by free generation and score the answers, or measure the loss on plain text."""
+    """Let a model answer a data set and score its answers, or measure its loss on plain text."""
     if text:
         return evaluate_text(directory, data, text, batch_size, device, output)
     if data is None:

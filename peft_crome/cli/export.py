@@ -12,13 +12,16 @@ from .app import console, fail
 
 def export(
     adapters: Annotated[
-        list[str], typer.Argument(help="Directories or Hub repositories of adapters; or name=directory, for requests.")
+        list[str],
+        typer.Argument(help="Hub names or directories of adapters. NAME=DIRECTORY sets the name for requests."),
     ],
-    output: Annotated[Path, typer.Argument(help="A new directory, for vllm serve.")],
-    model: Annotated[str | None, typer.Option(help="The host; by default the one that the adapters name.")] = None,
-    copy: Annotated[bool, typer.Option("--copy", help="Copy the weights of a host on the Hub, too.")] = False,
+    output: Annotated[Path, typer.Argument(help="Directory to write for vllm serve. It must not exist.")],
+    model: Annotated[str | None, typer.Option(help="Model to serve. Default: the one that the adapters name.")] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the weights of a model on the Hub, instead of naming it.")
+    ] = False,
 ) -> None:
-    """Write a model that vLLM serves with images: the host, and one adapter or many."""
+    """Write a directory that vLLM serves: the model, with one adapter or many."""
     from ..serving.export import export as write
     from ..serving.export import load_for_export
 

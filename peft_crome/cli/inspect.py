@@ -12,24 +12,25 @@ from rich.table import Table
 
 from .app import console, fail, place
 from .evaluate import system_of
+from .options import Device
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="Directory or Hub repository of an adapter or a stage.")],
+    adapter: Annotated[str, typer.Argument(help="Hub name or directory of an adapter or a stage.")],
     other: Annotated[str | None, typer.Argument(help="A second adapter to compare with.")] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Run the backbone on this prompt and show what the adapter does.")
+        str | None, typer.Option(help="Run the model on this prompt, and show how strongly the adapter acts on it.")
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="An image to put before the prompt. Repeatable.")] = None,
-    model: Annotated[str | None, typer.Option(help="The backbone. Default: the one that the adapter names.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to run. Default: the one that the adapter names.")] = None,
     system: Annotated[str | None, typer.Option(help="System message. Default: the one used in training.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Device to run on. Default: the accelerator if there is one.")
+    device: Device = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write a page and a figure, NAME.html and NAME.png, to this NAME.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write NAME.html and NAME.png.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite these two files.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite these two files if they exist.")] = False,
 ) -> None:
-    """Show the singular values and dead units of an adapter, and what its gates do on a prompt."""
+    """Show what an adapter has learned, from its weights. With --prompt, also show what it does to an input."""
     from ..data import open_image
     from ..inspection import look, write_inspection
     from ..inspection.files import check_output

@@ -21,34 +21,38 @@ UNREAD: dict[str, Any] = {"output": "planned", "data": [{"path": "planned"}]}  #
 def plan(
     recipe: Annotated[
         str | None,
-        typer.Argument(help="A YAML file, a preset, or the model or adapter that finetune starts from."),
+        typer.Argument(help="A model or an adapter that finetune starts from, a recipe (YAML), or a preset."),
     ] = None,
     settings: Settings = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="Language model to join to --vision, or, alone, a vision-language model.")
-    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="Language model to join to --vision.")] = None,
     vision: Annotated[str | None, typer.Option(help="Vision tower to join to --backbone.")] = None,
     qformer: Annotated[bool, typer.Option("--qformer", help="Add a new Q-Former of InstructBLIP's size.")] = False,
     stage: Annotated[
-        Literal["pretrain", "instruct"], typer.Option(help="Stage to plan. For `finetune`, give a recipe or a model.")
+        Literal["pretrain", "instruct"],
+        typer.Option(help="Stage of a joined model to plan. For `finetune`, name the model first."),
     ] = "pretrain",
-    quantization: Annotated[Bits | None, typer.Option(help="Quantization of the language model.")] = None,
+    quantization: Annotated[Bits | None, typer.Option(help="Load the language model in 4 or 8 bits.")] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"], typer.Option(help="Dtype of the frozen weights.")
     ] = "bfloat16",
     image_size: Annotated[int | None, typer.Option(min=1, help="Height and width of an image in pixels.")] = None,
     gpu: Annotated[
-        str, typer.Option(help="h100, a100-80, a100-40, l40s, rtx4090, rtx3090, t4, or a memory size such as 48gb.")
+        str,
+        typer.Option(help="GPU: h100, a100-80, a100-40, l40s, rtx4090, rtx3090, t4, or a memory size such as 48gb."),
     ] = "h100",
     rows: Annotated[int, typer.Option(min=1, help="Number of rows in an epoch.")] = 100_000,
     length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a row, with those of its image. Default: the image's and 128.")
+        int | None, typer.Option(min=1, help="Tokens of a row with its image. Default: the image's and 128 of text.")
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute activations instead of keeping them.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Compute activations twice instead of keeping them, which takes less memory and more time.",
+        ),
     ] = False,
 ) -> None:
-    """Predict the memory and the time of a stage on a GPU. Downloads no weights."""
+    """Predict the memory and the time of a run on a GPU, without downloading weights."""
     from ..training.model.host import host_of
     from ..training.planning import costs, devices
     from ..training.planning.memory import NotPredictable

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from ..training.recipe import file as recipes
-from .announce import announce
+from .announce import announce, say
 from .app import console, fail
-from .options import COLUMN, IMAGES, pairs
+from .options import DATA, SPLIT, Column, Images, Name, Prompt, pairs
 
 # The learning rate is the best in the ablation (docs/ablation.md) for an adapter alone.
 FINETUNE: dict[str, Any] = {
@@ -22,7 +22,10 @@ FINETUNE: dict[str, Any] = {
 }
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Set a key of the recipe, as in --set training.max_steps=100. Repeatable."),
+    typer.Option(
+        "--set",
+        help="Change a setting, as in --set training.max_steps=100. docs/stages.md lists them all. Repeatable.",
+    ),
 ]
 
 
@@ -33,11 +36,11 @@ def train(
         bool,
         typer.Option(
             "--accept-changed-data",
-            help="Continue from checkpoints although the data or training.max_length have changed.",
+            help="Continue an interrupted run although its data or training.max_length have changed.",
         ),
     ] = False,
 ) -> None:
-    """Train one stage. Run the same command again to continue an interrupted run."""
+    """Train from a recipe, which has all settings. Run the same command again to continue an interrupted run."""
     _run(recipe, _overrides(settings), accept_changed_data)
 
 
@@ -45,24 +48,25 @@ def finetune(
     model: Annotated[
         str,
         typer.Argument(
-            help="Name or directory of a vision-language model, or of an adapter or stage to continue from."
+            help="Hub name or directory of a vision-language model, or of an adapter or stage to continue from."
         ),
     ],
-    data: Annotated[
-        str, typer.Argument(help="A JSON, JSONL or parquet file, a folder of `datasets`, or a Hub data set.")
-    ],
+    data: Annotated[str, typer.Argument(help=DATA)],
     output: Annotated[str, typer.Option(help="Directory to write the adapter to. It must not exist.")],
-    images: Annotated[list[str] | None, typer.Option(help=IMAGES)] = None,
-    column: Annotated[list[str] | None, typer.Option(help=COLUMN)] = None,
-    prompt: Annotated[str | None, typer.Option(help="One question for all rows, for a table that has none.")] = None,
-    name: Annotated[str | None, typer.Option(help="Configuration of a Hub data set.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a folder or a Hub data set.")] = "train",
+    images: Images = None,
+    column: Column = None,
+    prompt: Prompt = None,
+    name: Name = None,
+    split: Annotated[str, typer.Option(help=SPLIT)] = "train",
     settings: Settings = None,
     print_recipe: Annotated[
-        bool, typer.Option("--print-recipe", help="Print the recipe that this command stands for, and train nothing.")
+        bool,
+        typer.Option(
+            "--print-recipe", help="Print the settings as a recipe for `peft-crome train`, and train nothing."
+        ),
     ] = False,
 ) -> None:
-    """Train an adapter for one task on a model. Run the same command again to continue an interrupted run."""
+    """Teach a model a task by an adapter. Run the same command again to continue an interrupted run."""
     import yaml
 
     overrides = _overrides(settings)
@@ -121,18 +125,17 @@ def _run(recipe: Any, overrides: dict[str, Any], accept_changed_data: bool = Fal
         print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)
         raise typer.Exit(130) from None
     last = record["stages"][-1]
-    console.print(f"{last['steps']} steps in {last['seconds']:.0f} s")
+    console.print(f"{last['steps']} steps in {last['seconds']:.0f} s{' since the restart' * last['resumed']}")
     if last["losses"]:
         console.print(
             f"loss: {last['losses'][0][1]:.4f} at step {last['losses'][0][0]}, {last['losses'][-1][1]:.4f} last"
         )
-    console.print(
-        f"{parsed.output} holds all that is needed beside the frozen models; its README.md shows how to load it."
-    )
+    say(f"{parsed.output} is written. Its README.md shows how to load it.")
+    say(f"To score it: peft-crome evaluate {parsed.output} DATA")
 
 
-def preset(name: Annotated[str, typer.Argument(help="pretrain, instruct or finetune.")]) -> None:
-    """Print the paper's recipe for a stage. Add your data and output to it."""
+def preset(name: Annotated[str, typer.Argument(help="The stage: pretrain, instruct or finetune.")]) -> None:
+    """Print one of the paper's recipes, to complete with your data and output."""
     if name not in recipes.PRESETS:
         fail(ValueError(f"No preset {name!r}; expected one of {list(recipes.PRESETS)}."))
     print(recipes.preset_text(name), end="")

@@ -12,6 +12,7 @@ import pyarrow.parquet
 
 from .rows import Fault
 
+EXPECTED = "a JSON list, JSONL or parquet"
 BOM = b"\xef\xbb\xbf"
 
 
@@ -25,7 +26,13 @@ def stream(path: Path) -> Iterator[Any]:
         ValueError: the file is neither JSON nor parquet, or is empty.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected a JSON list, JSONL or parquet.")
+        raise FileNotFoundError(f"{path} is missing; expected {EXPECTED}.")
+    if path.suffix.lower() == ".csv":
+        convert = f"pandas.read_csv({str(path)!r}).to_json({str(path.with_suffix('.jsonl'))!r}, "
+        raise ValueError(
+            f"{path} is CSV; expected {EXPECTED}. Convert it in Python: import pandas; "
+            f"{convert}orient='records', lines=True)"
+        )
     if path.suffix.lower() == ".parquet":
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
             yield from batch.to_pylist()
@@ -42,7 +49,7 @@ def stream(path: Path) -> Iterator[Any]:
             yield from _lines(file, path)
         else:
             beginning = repr(first.decode(errors="replace")) if first else "nothing"
-            raise ValueError(f"{path} begins with {beginning}; expected a JSON list, JSONL or parquet.")
+            raise ValueError(f"{path} begins with {beginning}; expected {EXPECTED}.")
 
 
 def _first_character(file: BinaryIO) -> bytes:

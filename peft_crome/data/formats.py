@@ -16,6 +16,7 @@ from .references import MOST_OPTIONS, as_choice, as_texts, with_options
 from .rows import Fault
 from .turns import answer_text, first_of, place_by_others, read_turn, said_by
 
+NAME_COLUMNS = "name its columns: --column question=NAME --column answer=NAME --column image=NAME"
 COLUMNS = ("question", "answer", *FIELDS, "id", "options", "rejected")
 
 
@@ -109,9 +110,10 @@ def _turns(row: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
     key = turns_key(row)
     turns = _turns_of(row, key) if key is not None else None
     if not isinstance(turns, list) or not turns:
-        actual = f"{key or 'conversations'!r} is {short(turns)}"
-        expected = "[{'from': 'human', 'value': '...'}, ...]; a table needs its columns named"
-        return {}, [Fault("row", f"{actual}; expected {expected}; the row has {short(sorted(map(str, row)), 150)}.")]
+        found = f"no conversation in the fields {short(sorted(map(str, row)), 150)}"
+        if key is not None:
+            found = f"{key!r} is {short(turns)}; expected [{{'from': 'human', 'value': '...'}}, ...]"
+        return {}, [Fault("row", f"{found}. If these rows are a table, {NAME_COLUMNS}.")]
     others = [other for other in TURNS if other != key and isinstance(row.get(other), list) and row[other]]
     for other in others:
         if list(map(said_by, _turns_of(row, other))) != list(map(said_by, turns)):

@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetGenerationError
 from ..utils.read_image import read_image
 from ..utils.shorten import cut, short
 from ..version import __version__
-from .files import stream
+from .files import EXPECTED, stream
 from .formats import COLUMNS, parse, row_name
 from .image_paths import ImageFolders
 from .media import FIELDS, NOUNS, media_of
@@ -153,8 +153,8 @@ def load_rows(
         settings["images"] = _absolute(images if images is not None else ".")
         return _load_table(str(path), name, split, streaming, settings)
     if not local.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected a JSON list, JSONL or parquet.")
-    if local.suffix.lower() not in SUFFIXES:
+        raise FileNotFoundError(f"{path} is missing; expected {EXPECTED}.")
+    if local.suffix.lower() not in (*SUFFIXES, ".csv"):  # `read_rows` refuses CSV with the line that converts it
         raise ValueError(
             f"{path}: expected a file ending in .json, .jsonl or .parquet, a folder, or a name of the Hub."
         )
@@ -343,7 +343,7 @@ def check_files(rows: Iterable[dict[str, Any]]) -> None:
         name, kind, path = missing[0]
         raise ValueError(
             f"Row {short(name)}: the {NOUNS[kind]} {cut(path)} is missing ({len(missing)} such files in all). Name "
-            "the folder that image paths start from, or take these rows out: peft-crome doctor shows them all."
+            "the folder that holds the images, --images FOLDER, or take the rows out. `peft-crome doctor` lists them."
         )
 
 

@@ -40,7 +40,7 @@ STAGES = {
             ("pretrain", "instruct"),
             "follow instructions about images",
         ),
-        Stage("finetune", (ADAPTER,), ("pretrain", "instruct", "finetune"), "learn one task, by the adapter alone"),
+        Stage("finetune", (ADAPTER,), ("pretrain", "instruct", "finetune"), "learn one task by the adapter"),
     )
 }
 

@@ -71,7 +71,7 @@ def test_command_names_rows_counts_and_fails(path: Path, tmp_path: Path) -> None
         assert f"row '{name}': " in result.stdout
     for name in SOUND:
         assert f"row '{name}'" not in result.stdout
-    assert "13 rows, 2 of them text alone; something is wrong with 10." in result.stdout
+    assert "13 rows, 2 of them text alone; 10 faulty." in result.stdout
     for words in ("a missing image", "roles out of order", "longer side of images, up to", "turns in a row"):
         assert words in result.stdout
     fixed = tmp_path / "fixed.json"

@@ -180,7 +180,7 @@ def test_what_stands_outside_question_and_answer_is_left_out(tmp_path: Path) -> 
     ("row", "kind", "message"),
     [
         ("text", "row", "row '0': str instead of an object"),
-        ({"id": 3}, "row", r"row '3': 'conversations' is None; expected \[\{'from'"),
+        ({"id": 3}, "row", r"row '3': no conversation in the fields \['id'\].* --column question=NAME"),
         ({"id": 3, "conversations": []}, "row", r"row '3': 'conversations' is \[\]"),
         ({"id": 3, "conversations": TURNS, "video": 5}, "path", "row '3': the video '5' is none; expected a path"),
         ({"id": 3, "conversations": [{"from": "robot", "value": "x"}]}, "turn", "row '3': .*robot.* is not a turn"),
@@ -261,6 +261,10 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "object.json").write_text('{\n"rows": []\n}')
     with pytest.raises(ValueError, match="holds one object; expected a list of rows"):
         list(read_rows(tmp_path / "object.json"))
+    (tmp_path / "table.csv").write_text("image,answer\na.png,a cat\n")
+    for read in (load_rows, lambda path: list(read_rows(path))):
+        with pytest.raises(ValueError, match=r"table.csv is CSV; .*pandas.read_csv\('.*table.csv'\).to_json\("):
+            read(tmp_path / "table.csv")
     (tmp_path / "image.json").write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match=r"image.json begins with .*; expected a JSON list"):
         list(read_rows(tmp_path / "image.json"))

@@ -141,7 +141,7 @@ def test_a_broken_video_stops_training_and_the_doctor_names_it(
     )
     doctor = run("doctor", data, "--model", model)
     assert doctor.exit_code == 1
-    assert "something is wrong with 1." in doctor.output
+    assert "; 1 faulty." in doctor.output
     assert "cannot read the video" in doctor.output
     made = finetune(model, data, tmp_path / "adapter")
     assert made.exit_code == 1

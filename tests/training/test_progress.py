@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from peft_crome.training import load_recipe, train
-from peft_crome.training.loop.progress import ProgressLine
+from peft_crome.training.loop.progress import LastLoss, ProgressLine
 
 LINE = r"step 2/6: loss [\d.]+, [\d,]+ tokens/s, [\d.]+ GB, \d\d:\d\d left"
 
@@ -25,6 +25,25 @@ def test_in_a_file_each_log_is_a_line(values: dict[str, Any], capsys: pytest.Cap
     assert re.search(LINE, said.err)
     assert len(re.findall(r"^step ", said.err, re.M)) == 3
     assert "{" not in said.out
+
+
+def test_continued_run_says_where_it_is_and_a_short_one_logs_its_last_loss(
+    values: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values["training"] |= {"logging_steps": 100, "save_steps": 2, "arguments": {}}
+
+    def stop(self: Any, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LastLoss, "on_step_end", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_recipe(values))
+    assert "continuing" not in capsys.readouterr().err
+    record = train(load_recipe(values))["stages"][-1]
+    assert "continuing from step 2 of 6" in capsys.readouterr().err
+    assert [step for step, _ in record["losses"]] == [6]
 
 
 def test_tokens_are_those_of_the_batches(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,4 +112,4 @@ def test_command_line_on_a_pseudo_terminal(values: dict[str, Any], tmp_path: Pat
     assert process.wait() == 1
     text = written.decode()
     assert re.search(r"(\r|\n)(\x1b\[\w+)*step 1: rows_exact_match [\d.]+% ± [\d.]+%\r?\n", text)
-    assert re.search(r"\n(\x1b\[\d+m)?NotFiniteError(\x1b\[0m)? Step \d", text)
+    assert re.search(r"\n(\x1b\[\d+m)?Error:(\x1b\[0m)? Step \d", text)

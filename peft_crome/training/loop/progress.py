@@ -27,6 +27,13 @@ def memory() -> str:
     return f"{psutil.Process().memory_info().rss / 1e9:.1f} GB"
 
 
+class LastLoss(TrainerCallback):
+    """Log the loss of the last step too. A run shorter than `logging_steps` would log none."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps
+
+
 class ProgressLine(TrainerCallback):
     """Show transformers' progress bar with the values that a user looks for.
 
@@ -56,6 +63,8 @@ class ProgressLine(TrainerCallback):
         self._restart()
         self.begun = (state.global_step, self.since)
         self.speaks = state.is_world_process_zero
+        if self.speaks and state.global_step:
+            print(f"continuing from step {state.global_step} of {state.max_steps}", file=sys.stderr, flush=True)
         if self.speaks and sys.stderr.isatty():
             self.bar = tqdm(
                 total=state.max_steps,

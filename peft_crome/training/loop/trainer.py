@@ -20,7 +20,7 @@ from ..errors import RecipeError
 from ..recipe.schema import Recipe, Training
 from ..stages import trained_parameters
 from .finite import ROW_IDS, FiniteCheck
-from .progress import ProgressLine
+from .progress import LastLoss, ProgressLine
 from .schedule import warmup_then_cosine
 
 
@@ -130,6 +130,7 @@ class CromeTrainer(Trainer):
             self.train_dataset = DrawStream(self.train_dataset, block=self._rows_at_a_time())
         if self.pop_callback(ProgressCallback) is not None:  # absent with `disable_tqdm` or in a notebook
             self.add_callback(self.progress)
+        self.add_callback(LastLoss())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as in `Trainer`.

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ..errors import RecipeError
 from ..stages import STAGES
-from .schema import Recipe, keys_at
+from .schema import SECTIONS, Recipe, keys_at
 
 PRESETS = tuple(STAGES)
 # Settings of a preset for its tower, which do not apply to another tower.
@@ -78,7 +78,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         return Recipe.model_validate(values)
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors()]
-        raise RecipeError("\n".join([f"{name} is not a valid recipe:", *(f"  {line}" for line in lines)])) from None
+        raise RecipeError("\n".join([f"{name} is not valid:", *(f"  {line}" for line in lines)])) from None
 
 
 def preset_text(name: str) -> str:
@@ -191,10 +191,12 @@ def _set(values: dict[str, Any], key: str, value: Any, name: str) -> None:
 def _explain(detail: Any) -> str:
     key = ".".join(str(part) for part in detail["loc"]) or "recipe"
     if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(detail["loc"][-1]), keys_at(detail["loc"][:-1]), n=1)
+        name = str(detail["loc"][-1])
+        near = difflib.get_close_matches(name, keys_at(detail["loc"][:-1]), n=1)
+        near = near or [f"{section}.{name}" for section in SECTIONS if name in keys_at((section,))]
         return f"{key}: no such key" + (f"; did you mean {near[0]!r}?" if near else "")
     if detail["type"] == "missing":
-        return f"{key}: missing"
+        return f"{key}: missing; write it into the recipe, or --set {key}=..."
     message = detail["msg"].removeprefix("Value error, ")
     suffix = "" if isinstance(detail["input"], Mapping) else f" (given: {detail['input']!r})"
     return f"{key}: {message}{suffix}"

@@ -508,12 +508,13 @@ def _check_jinja(template: str) -> None:
         ) from error
 
 
+SECTIONS: dict[str, type[BaseModel]] = {
+    "training": Training, "model": Host, "backbones": Backbones, "adapter": Adapter, "images": Images, "data": Data,
+    "mixture": Mixture, "feature_cache": FeatureCache, "evaluation": Evaluation, "evaluation.data": Questions,
+}  # fmt: skip
+
+
 def keys_at(location: tuple[Any, ...]) -> list[str]:
     """Return the keys of a section; `location` is pydantic's, with numbers for entries of a list."""
-    sections = {
-        "model": Host, "backbones": Backbones, "adapter": Adapter, "images": Images, "data": Data, "mixture": Mixture,
-        "feature_cache": FeatureCache, "evaluation": Evaluation, "evaluation.data": Questions,
-        "training": Training,
-    }  # fmt: skip
-    section = sections.get(".".join(part for part in location if isinstance(part, str)), Recipe)
-    return list(section.model_fields)  # type: ignore[attr-defined]
+    section = SECTIONS.get(".".join(part for part in location if isinstance(part, str)), Recipe)
+    return list(section.model_fields)
