@@ -166,6 +166,18 @@ def test_the_code_for_a_model_that_sees_runs(tmp_path: Path, monkeypatch: pytest
     run_code(card, tmp_path / "adapter", tmp_path, monkeypatch)
 
 
+def test_the_code_for_a_run_loads_the_processor_that_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its chat template and settings may differ from the base's, which has no template here."""
+    save_tokenizer_and_model(tmp_path / "base")
+    processor = tf.AutoProcessor.from_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    model = attach(tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "base"))
+    describe_adapter(model, record=RECORD)
+    model.save_pretrained(tmp_path / "adapter")
+    run_code(card_of(tmp_path / "adapter"), tmp_path / "adapter", tmp_path, monkeypatch)
+
+
 def test_the_code_for_the_composite_runs(
     tmp_path: Path, composite: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
