@@ -147,7 +147,7 @@ def _from_columns(
 ) -> tuple[dict[str, Any], list[Fault]]:
     absent = [field for field in columns.values() if field not in row]
     if absent:
-        return {}, [Fault("row", f"no column {absent}; there are {short(sorted(map(str, row)), 150)}.")]
+        return {}, [Fault("row", f"no column {absent}; the columns are {short(sorted(map(str, row)), 150)}.")]
     question = row[columns["question"]] if "question" in columns else prompt
     answer = row[columns["answer"]]
     optional_fields: dict[str, Any] = {}

@@ -111,8 +111,8 @@ def check_columns(columns: Mapping[str, str] | None, prompt: str | None) -> None
     unknown = [key for key in columns if key not in COLUMNS]
     if unknown or "answer" not in columns or ("question" in columns) == (prompt is not None):
         raise ValueError(
-            f"columns={dict(columns)}, prompt={prompt!r}: expected the names of `answer` and `question` (or a fixed "
-            f"`prompt` instead of the latter), and of {COLUMNS[2:]} where there are such."
+            f"columns={dict(columns)}, prompt={prompt!r}: expected the names of `answer` and `question`, or a "
+            f"`prompt` instead of `question`. A table may also have {', '.join(COLUMNS[2:])}."
         )
 
 

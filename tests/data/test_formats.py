@@ -156,7 +156,7 @@ def test_tables_with_named_columns(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"columns": {"answer": "label", "image": "image"}, "prompt": "Which digit?"}
     [row] = read_rows(write(tmp_path / "captions.json", rows), **settings)
     assert [message["content"][-1]["text"] for message in row["messages"]] == ["Which digit?", "3"]
-    with pytest.raises(ValueError, match=r"no column \['text'\]; there are \['image', 'label'\]"):
+    with pytest.raises(ValueError, match=r"no column \['text'\]; the columns are \['image', 'label'\]"):
         list(read_rows(tmp_path / "captions.json", columns={"answer": "text"}, prompt="Which digit?"))
     with pytest.raises(ValueError, match=r"expected the names of `answer` and `question`"):
         list(read_rows(tmp_path / "captions.json", columns={"answer": "label"}))

@@ -166,8 +166,8 @@ def read_config(host: Host) -> Any:
         return AutoConfig.from_pretrained(host.name, **_revision(host.revision))
     except (OSError, ValueError) as error:
         raise StageError(
-            f"model: {host.name!r} is not a folder with a model, and the Hub does not give it ({error}). An adapter "
-            "whose model has moved names its old place in adapter_config.json; write the new one there."
+            f"model: {host.name!r} is not a folder with a model, and the Hub does not give it ({error}). Check the "
+            "name. If the model of an adapter has moved, write its new place into adapter_config.json."
         ) from error
 
 
