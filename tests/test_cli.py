@@ -251,7 +251,7 @@ def test_doctor_reports_and_fixes_before_it_shows(
     result = runner.invoke(app, [*said, "--show", "2", "--fix", str(tmp_path / "fixed.json")])
     assert result.exit_code == 1
     assert not result.stderr
-    assert "rows; 1 faulty." in result.stdout
+    assert "; 1 faulty." in result.stdout
     assert len(json.loads((tmp_path / "fixed.json").read_text())) == len(rows) - 1
     assert "row '0' cannot be shown: " in result.stdout
     assert "row '1': " in result.stdout
@@ -279,7 +279,7 @@ def test_doctor_goes_by_a_recipe_before_anything_is_trained(
     result = runner.invoke(app, said)
     assert result.exit_code == 1
     assert "row '3': the instruction has 22 tokens, and the Q-Former reads 12" in result.stdout
-    assert "rows; 1 faulty." in result.stdout
+    assert "; 1 faulty." in result.stdout
     assert "row '0': " in runner.invoke(app, [*said, "--max-length", "5"]).stdout
 
     following = {**values, "stage": "instruct", "previous": values["output"], "output": str(tmp_path / "instruct")}

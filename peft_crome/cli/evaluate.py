@@ -29,7 +29,7 @@ def evaluate(
             "chrf. Repeatable."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first rows, as many as this.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many rows, from the first on.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows to answer at a time.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens in an answer.")] = 32,
     system: Annotated[

@@ -126,10 +126,8 @@ def _run(recipe: Any, overrides: dict[str, Any], accept_changed_data: bool = Fal
         raise typer.Exit(130) from None
     last = record["stages"][-1]
     console.print(f"{last['steps']} steps in {last['seconds']:.0f} s{' since the restart' * last['resumed']}")
-    if last["losses"]:
-        console.print(
-            f"loss: {last['losses'][0][1]:.4f} at step {last['losses'][0][0]}, {last['losses'][-1][1]:.4f} last"
-        )
+    marks = dict.fromkeys((0, len(last["losses"]) - 1))  # the first and the last, which may be one
+    say("loss: " + ", ".join("{1:.4f} at step {0}".format(*last["losses"][mark]) for mark in marks))
     say(f"{parsed.output} is written. Its README.md shows how to load it.")
     say(f"To score it: peft-crome evaluate {parsed.output} DATA")
 
