@@ -46,11 +46,11 @@ def pairs(items: list[str], option: str) -> dict[str, str]:
     for item in items:
         begin, equals, rest = item.partition("=")
         mapping[begin if equals else ""] = rest if equals else item
-    for begin in mapping if option == "--column" else ():
-        if begin not in COLUMNS:
-            given = f"{begin}={mapping[begin]}" if begin else mapping[begin]
-            raise ValueError(
-                f"--column {given}: expected question=NAME, where NAME is your column. To the left of = "
-                f"stands one of {', '.join(COLUMNS)}."
-            )
+    unknown = [begin for begin in mapping if begin not in COLUMNS] if option == "--column" else []
+    if unknown:
+        given = "=".join(filter(None, (unknown[0], mapping[unknown[0]])))
+        raise ValueError(
+            f"--column {given}: expected question=NAME, where NAME is your column. To the left of = stands one of "
+            f"{', '.join(COLUMNS)}."
+        )
     return mapping

@@ -126,8 +126,9 @@ def _run(recipe: Any, overrides: dict[str, Any], accept_changed_data: bool = Fal
         raise typer.Exit(130) from None
     last = record["stages"][-1]
     console.print(f"{last['steps']} steps in {last['seconds']:.0f} s{' since the restart' * last['resumed']}")
-    marks = dict.fromkeys((0, len(last["losses"]) - 1))  # the first and the last, which may be one
-    say("loss: " + ", ".join("{1:.4f} at step {0}".format(*last["losses"][mark]) for mark in marks))
+    losses = last["losses"]
+    for step, loss in losses[:1] + losses[1:][-1:]:  # the first and the last, which may be one
+        say(f"loss: {loss:.4f} at step {step}")
     say(f"{parsed.output} is written. Its README.md shows how to load it.")
     say(f"To score it: peft-crome evaluate {parsed.output} DATA")
 
