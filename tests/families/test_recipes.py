@@ -277,6 +277,7 @@ def test_answers_are_those_of_each_row_alone(make: Make, data: Path) -> None:
         ({"stage": "pretrain"}, "write stage: finetune"),
         ({"previous": "somewhere"}, "give one of `model`"),
         ({"images_after_text": True}, "the chat template of `model` decides where images stand"),
+        ({"chat_template": "plain"}, "chat_template: 'plain' is for joined models. Leave it out, or write words"),
         ({"model": "nowhere/at-all"}, "is not a folder with a model, and the Hub does not give it"),
     ],
     ids=lambda value: str(value)[:30],

@@ -167,6 +167,12 @@ def prepare_processor(processor: Any, recipe: Recipe) -> None:
         StageError: the processor lacks a setting of the recipe.
     """
     if recipe.chat_template is not None:
+        named = recipe.chat_template in CHAT_TEMPLATES and recipe.chat_template != "words"
+        if named and not hasattr(processor, "images_after_text"):
+            raise StageError(
+                f"chat_template: {recipe.chat_template!r} is for joined models. Leave it out, or write words, or a "
+                "Jinja template."
+            )
         processor.chat_template = CHAT_TEMPLATES.get(recipe.chat_template, recipe.chat_template)
     if recipe.images_after_text is not None:
         if not hasattr(processor, "images_after_text"):

@@ -417,7 +417,8 @@ class Recipe(_Section):
     evaluation: Evaluation | None = Field(default=None, description="Score the model at intervals while it trains.")
     training: Training = Field(description="The optimizer, its schedule and the loop.")
     chat_template: str | None = Field(
-        default=None, description="vicuna, plain, t5, words or a Jinja template. Default: the model's own."
+        default=None,
+        description="A Jinja template or words, and for a joined model vicuna, plain or t5. Default: the model's.",
     )
     images_after_text: bool | None = Field(
         default=None,
