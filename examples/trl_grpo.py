@@ -44,6 +44,7 @@ def main(
     generations: Annotated[int, typer.Option(help="Answers to one question; divides the batch size.")] = 8,
     new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 32,
     learning_rate: float = 1e-4,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Sample with vLLM, which must be installed.")] = False,
 ) -> None:
     """Train for some steps, save the adapter, print the first and the last mean reward."""
     arguments = GRPOConfig(
@@ -53,6 +54,7 @@ def main(
         num_generations=generations,
         max_completion_length=new_tokens,
         learning_rate=learning_rate,
+        use_vllm=vllm,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 20,
         logging_steps=max(1, steps // 20),

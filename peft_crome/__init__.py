@@ -12,6 +12,7 @@ from .version import __version__
 register()
 
 from .backbone.labeled import logits_at_labels
+from .backbone.trainers import CHECKS
 from .features.cache import FeatureCache, cache_features
 from .sharing.card_details import describe_adapter
 from .tuner import CromeConfig, CromeLayer, CromeModel
@@ -21,6 +22,16 @@ from .tuner.pool import AdapterPool
 
 if has_composite():
     from .vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
+
+
+def _sample_with_vllm(trainer: Any) -> None:
+    if getattr(trainer.args, "use_vllm", False):
+        from .serving.rollouts import prepare
+
+        prepare(trainer)
+
+
+CHECKS.append(_sample_with_vllm)
 
 __all__ = [
     "AdapterPool",

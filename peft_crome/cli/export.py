@@ -28,7 +28,7 @@ def export(
     try:
         names = adapter_names(adapters)
         network, where, processor = load_for_export(names, model)
-        write(network, output, **where, copy=copy, processor=processor)
+        write(network, output, **where, copy=copy or None, processor=processor)
     except (OSError, ValueError, ImportError) as error:
         fail(error)
     named = "" if len(names) == 1 else f" A request names its adapter, one of {', '.join(names)}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -38,10 +38,11 @@ def export(
     *,
     host: str | Path | None = None,
     revision: str | None = None,
-    copy: bool = False,
+    copy: bool | None = None,
     processor: Any = None,
+    adapters: list[str] | None = None,
 ) -> None:
-    """Write a directory for `vllm serve`: the host, and the branches that read images, of all adapters on the model.
+    """Write a directory for `vllm serve`: the host, and the branches that read images, of adapters on the model.
 
     A text branch is folded into the host's embedding table, so an adapter with one is exported alone. The files are
     read back and compared with the model, which is not changed.
@@ -49,11 +50,13 @@ def export(
     Args:
         model: model with one adapter or several.
         output_dir: a new directory, which appears when it is complete.
-        host: the host's checkpoint. Files of a directory are copied unchanged. A Hub repository is recorded by name;
-            vLLM reads the weights from it. None: the weights in memory are written.
+        host: the host's checkpoint, a directory or a Hub repository, whose files are copied unchanged. None: the
+            weights in memory are written.
         revision: revision of the repository.
-        copy: whether to copy the repository's weights as well.
-        processor: processor to save beside weights from memory.
+        copy: whether the copy has the host's weights. If not, vLLM reads them from the checkpoint. None: those of a
+            directory are copied, and those of a repository are not.
+        processor: processor to save instead of the checkpoint's.
+        adapters: names of the adapters to write; None: all.
     Raises:
         FileExistsError: output_dir exists already.
         ValueError: see `read_served` and `fold`; or vLLM has no class for the host, or only one without images.
@@ -63,7 +66,7 @@ def export(
         raise FileExistsError(f"{output} is there already; nothing was written. Name a new directory.")
     model = unwrapped(model, PeftModel)
     base = unwrapped(model)
-    served, folded = read_served(model)
+    served, folded = read_served(model, adapters)
     if folded and host is not None:
         raise ValueError("A text branch is folded into the host's own weights. Load the host, and leave `host` out.")
     composite = isinstance(base, CromeVLMForConditionalGeneration)
@@ -71,12 +74,16 @@ def export(
     check_vllm(name)
     write: Any = write_composite if composite else partial(write_host, base)
     target = unwrapped(base.language_model) if composite else base
-    named = host is not None and not Path(host).is_dir() and not copy
-    if named:
-        served = Served(served.hidden_size, served.adapters, str(host), revision)
+    if copy is None:
+        copy = host is not None and Path(host).is_dir()
+    if host is not None and not copy:
+        place = Path(host).resolve() if Path(host).is_dir() else host
+        served = Served(served.hidden_size, served.adapters, str(place), revision)
     with new_directory(output) as temporary:
         if host is not None:
-            copy_host(host, temporary, weights=not named, revision=revision)
+            copy_host(host, temporary, weights=copy, revision=revision)
+            if processor is not None:
+                processor.save_pretrained(temporary)
         else:
             with text_folded(model, target, base) if folded else nullcontext():
                 write(base, temporary, processor)
@@ -85,8 +92,8 @@ def export(
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def read_served(model: PeftModel) -> tuple[Served, bool]:
-    """Describe the adapters on a model.
+def read_served(model: PeftModel, names: list[str] | None = None) -> tuple[Served, bool]:
+    """Describe adapters on a model; all of them, or those that are named.
 
     Returns:
         The description, and whether a text branch must be folded.
@@ -96,12 +103,14 @@ def read_served(model: PeftModel) -> tuple[Served, bool]:
     check_alone(model)
     layers = list(crome_layers(unwrapped(model)))
     tables = [layer for _, layer in layers if isinstance(layer.table, torch.nn.Embedding)]
+    names = [*model.peft_config] if names is None else names
     adapters = {}
-    for name, config in model.peft_config.items():
-        if any(layer.branches_of.get(name) for layer in tables) and len(model.peft_config) > 1:
+    for name in names:
+        config = model.peft_config[name]
+        if any(layer.branches_of.get(name) for layer in tables) and len(names) > 1:
             raise ValueError(
                 f"The adapter {name!r} has a text branch, which is folded into the host's embedding table, so an "
-                f"engine serves one such adapter; the model has {sorted(model.peft_config)}. Export it alone, or "
+                f"engine serves one such adapter; the model has {sorted(names)}. Export it alone, or "
                 "train with branches=['vision']."
             )
         sites: dict[str, list[str]] = {}
@@ -139,7 +148,7 @@ def check_vllm(architecture: str) -> None:
 
 def load_for_export(
     adapters: Mapping[str, str], model: str | None = None
-) -> tuple[PeftModel, dict[str, str | None], Any]:
+) -> tuple[PeftModel, dict[str, Any], Any]:
     """Put adapters on their host. The host's weights are loaded only if they have to be written again.
 
     Args:
@@ -192,8 +201,8 @@ def _attached(host: Any, adapters: Mapping[str, str]) -> PeftModel:
 
 
 def _write_adapters(model: PeftModel, served: Served, folder: Path, architecture: str) -> None:
-    state = {key: value for key, value in _weights(model).state_dict().items() if not _is_folded(key, model)}
-    weights = {WEIGHTS_PREFIX + key: value.detach().float().cpu().contiguous() for key, value in state.items()}
+    matrices = served_weights(model, [*served.adapters])
+    weights = {name: value.float().cpu().contiguous() for name, value in matrices}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():  # vLLM reads only files in the index
@@ -208,6 +217,13 @@ def _write_adapters(model: PeftModel, served: Served, folder: Path, architecture
     same = written.keys() == weights.keys() and all(torch.equal(written[key], weights[key]) for key in weights)
     if not same or Served.of(json.loads(path.read_text(encoding="utf-8"))) != served:
         raise ValueError(f"What was written to {folder} is not what was meant, and is not kept. Is the disk full?")
+
+
+def served_weights(model: PeftModel, adapters: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the matrices of adapters that are not folded, with their names in the exported file."""
+    for key, value in _weights(model).state_dict().items():
+        if key.split(".")[1] in adapters and not _is_folded(key, model):
+            yield WEIGHTS_PREFIX + key, value
 
 
 def _is_folded(key: str, model: PeftModel) -> bool:

@@ -1,6 +1,5 @@
 """The PEFT method CROME: configuration, layer, sites, model."""
 
-from . import trainers  # noqa: F401  # registers what a Trainer must refuse
 from .config import CromeConfig
 from .layer import CromeLayer
 from .model import CromeModel

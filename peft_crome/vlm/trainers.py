@@ -15,15 +15,9 @@ def prepare(trainer: Any) -> None:
     """Refuse settings that would train another model than intended. Called once a trainer is made.
 
     Raises:
-        ValueError: vLLM does not know the composite, or a TRL trainer runs a composite in a way that its language
-            model or its Q-Former does not support.
+        ValueError: a TRL trainer runs a composite in a way that its language model or its Q-Former does not support.
     """
-    model = trainer.model
-    if getattr(trainer.args, "use_vllm", False) and any(
-        isinstance(m, CromeVLMForConditionalGeneration) for m in model.modules()
-    ):
-        raise ValueError("use_vllm=True: vLLM does not know this composite model. Write use_vllm=False.")
-    host = unwrapped(model)
+    host = unwrapped(trainer.model)
     of_trl = any(cls.__module__.split(".")[0] == "trl" for cls in type(trainer).__mro__)
     if not of_trl or not isinstance(host, CromeVLMForConditionalGeneration):
         return

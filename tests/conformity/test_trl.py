@@ -431,41 +431,6 @@ def test_an_encoder_decoder_is_refused_before_training(
         make(model, processor, tmp_path)
 
 
-@pytest.mark.parametrize("trainer_name", ["GRPO", "RLOO"])
-@pytest.mark.parametrize("host_name", ["llava", "composite"])
-def test_vllm_is_refused_before_it_is_started(
-    host_name: str, trainer_name: str, model: PeftModel, folder: Path, tmp_path: Path
-) -> None:
-    """vLLM is not installed here: TRL's own error would say so, and come later."""
-    if host_name == "composite":
-        host: Any = composite()
-        processor, model = processor_of(host), get_peft_model(host, CromeConfig(bottleneck_dim=4))
-    else:
-        processor = AutoProcessor.from_pretrained(folder)
-    with pytest.raises(ValueError, match=r"use_vllm=True: vLLM .* Write use_vllm=False"):
-        by_rewards(trainer_name, model, processor, tmp_path, use_vllm=True)
-
-
-@pytest.mark.parametrize("integrated", [False, True], ids=["new", "integrated"])
-def test_vllm_is_refused_for_a_new_adapter_and_an_integrated_one(
-    integrated: bool, folder: Path, tmp_path: Path
-) -> None:
-    from trl import GRPOConfig, GRPOTrainer
-
-    arguments = {"output_dir": str(tmp_path), "activation_checkpointing": False, "use_vllm": True, **COMMON}
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder)
-    config: CromeConfig | None = CromeConfig(bottleneck_dim=4)
-    if integrated:
-        model.add_adapter(config)
-        config = None
-    with pytest.raises(ValueError, match="would generate without the CROME adapter"):
-        GRPOTrainer(
-            model=model, args=GRPOConfig(**arguments), train_dataset=rows_of("prompt"), peft_config=config,
-            processing_class=processor, reward_funcs=lambda completion_ids, **kwargs: [0.0] * len(completion_ids),
-        )  # fmt: skip
-
-
 def test_trainers_that_are_not_trl_s_are_left_alone() -> None:
     host = composite(language="t5")
     collate = lambda rows: rows  # noqa: E731

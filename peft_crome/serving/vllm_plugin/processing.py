@@ -68,3 +68,10 @@ class Choosing:
     def _get_mm_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], *args: Any) -> Any:
         _, rest = self._choose(hf_processor_mm_kwargs)
         return super()._get_mm_prompt_updates(mm_items, rest, *args)  # type: ignore[misc]
+
+    def _apply_prompt_updates(self, token_ids: list[int], mm_prompt_updates: Mapping[str, Any]) -> Any:
+        # TRL passes placeholders that are expanded, and vLLM would expand them again (huggingface/trl#6294).
+        found = self._find_mm_placeholders(token_ids, mm_prompt_updates)  # type: ignore[attr-defined]
+        if all(len(found.get(modality, [])) == len(items) for modality, items in mm_prompt_updates.items()):
+            return token_ids, found
+        return super()._apply_prompt_updates(token_ids, mm_prompt_updates)  # type: ignore[misc]

@@ -45,21 +45,29 @@ class Mergeable(nn.Module, BaseTunerLayer):  # FSDP2 changes a layer's class, wh
         if why_not_foldable(table) if surveyed is False else surveyed:
             self.merged_adapters.extend(names)
             return
-        merged, weights = table.weight, self._weights[0]
-        training = weights.training
-        table.weight = merged if self.unmerged_table is None else self.unmerged_table
-        try:
-            weights.eval()  # dropout must not be folded in
-            folded = folded_table(table, lambda rows, ids: self.adapt(rows, [*self.merged_adapters, *names], ids))
-        finally:
-            table.weight = merged
-            weights.train(training)
+        folded = self.folded_table([*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(folded).all():
             broken = ", ".join(names)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken.")
         self._unmerged = self._unmerged or [table.weight]
         install_table(table, folded)
         self.merged_adapters.extend(names)
+
+    def folded_table(self, names: list[str]) -> torch.Tensor:
+        """Compute the embedding table with adapters folded in, without installing it.
+
+        Returns:
+            (vocabulary, d), a new tensor.
+        """
+        table, weights = self.table, self._weights[0]
+        merged, training = table.weight, weights.training
+        table.weight = merged if self.unmerged_table is None else self.unmerged_table
+        try:
+            weights.eval()  # dropout must not be folded in
+            return folded_table(table, lambda rows, ids: self.adapt(rows, names, ids))
+        finally:
+            table.weight = merged
+            weights.train(training)
 
     def unmerge(self) -> None:
         """Restore the table from before the first merge. It is exact, since that table was kept."""
