@@ -146,9 +146,7 @@ def check_vllm(architecture: str) -> None:
         )
 
 
-def load_for_export(
-    adapters: Mapping[str, str], model: str | None = None
-) -> tuple[PeftModel, dict[str, Any], Any]:
+def load_for_export(adapters: Mapping[str, str], model: str | None = None) -> tuple[PeftModel, dict[str, Any], Any]:
     """Put adapters on their host. The host's weights are loaded only if they have to be written again.
 
     Args:
