@@ -1,4 +1,4 @@
-# make quickstart | demo | check | test | models-table | test-families | test-fast | test-matrix | test-oldest | test-vllm | lint | docs | bench | bench-import | clean
+# make quickstart | demo | check | test | models-table | test-families | test-deepspeed | test-fast | test-matrix | test-oldest | test-vllm | lint | docs | bench | bench-import | clean
 #
 # Each makes the virtual environment it needs in $(VENV), once, and again when pyproject.toml has changed.
 #   make quickstart PYTHON=python3.12      another interpreter for the virtual environment
@@ -24,19 +24,21 @@ QUICKSTART_READY :=
 DEV_READY :=
 CONFORMITY_READY :=
 FAMILIES_READY :=
+DEEPSPEED_READY :=
 else
 RUN := $(VENV)/bin/python
 QUICKSTART_READY := $(VENV)/.installed-quickstart
 DEV_READY := $(VENV)/.installed-dev
 CONFORMITY_READY := $(VENV)/.installed-conformity
 FAMILIES_READY := $(VENV)/.installed-families
+DEEPSPEED_READY := $(VENV)/.installed-deepspeed
 endif
 # The environment of `make test-vllm`.
 VLLM ?= build/vllm/env
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check
 
 export NO_MKDOCS_2_WARNING := 1
-.PHONY: help quickstart demo check test models-table test-families test-fast test-matrix test-oldest test-vllm lint docs bench bench-import clean
+.PHONY: help quickstart demo check test models-table test-families test-deepspeed test-fast test-matrix test-oldest test-vllm lint docs bench bench-import clean
 .DELETE_ON_ERROR:
 
 help:
@@ -55,7 +57,7 @@ demo: $(DEV_READY)  ## the long version, six hours; it continues where it was st
 check: lint  ## a minute: format, lint, types, the import contract, and the tests of what changed since the last commit
 	@tests="$$($(RUN) -m tests.changed)"; test -z "$$tests" || $(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu" $$tests
 
-test: $(CONFORMITY_READY) lint test-families  ## everything that CI checks
+test: $(CONFORMITY_READY) lint test-families test-deepspeed  ## everything that CI checks
 	$(RUN) -m pytest -n $(WORKERS) --ignore tests/families
 	$(RUN) -m tests.zoo.table --check
 	$(RUN) -m tests.layout --check
@@ -69,6 +71,9 @@ models-table: $(CONFORMITY_READY)  ## write the table of docs/models.md from a r
 test-families: $(FAMILIES_READY)  ## tiny checkpoints with the real processors of well-known families: ten minutes
 	PYTHONPATH="$(CURDIR):$(CURDIR)/tests/startup:$(abspath $(VENV))/families" $(RUN) -m pytest -n $(WORKERS) tests/families
 	$(RUN) -m tests.families.table --check
+
+test-deepspeed: $(DEEPSPEED_READY)  ## ZeRO on two processes on the CPU: two minutes
+	PYTHONPATH="$(CURDIR):$(abspath $(VENV))/deepspeed" $(RUN) -m pytest tests/training/test_deepspeed.py
 
 test-fast: $(DEV_READY)  ## the quick tests of the method, the composite and the data: three minutes
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu" tests/tuner tests/vlm tests/utils tests/evaluation \
@@ -139,6 +144,11 @@ $(VENV)/.installed-conformity: $(VENV)/.installed-dev
 $(VENV)/.installed-families: tests/families/packages.txt | $(VENV)/.installed-dev
 	rm -rf $(VENV)/families
 	$(PIP) --quiet --no-deps --target $(VENV)/families -r tests/families/packages.txt
+	@touch $@
+
+$(VENV)/.installed-deepspeed: tests/training/deepspeed.txt | $(VENV)/.installed-dev
+	rm -rf $(VENV)/deepspeed
+	$(PIP) --quiet --no-deps --target $(VENV)/deepspeed -r tests/training/deepspeed.txt
 	@touch $@
 
 $(VLLM)/.installed: tests/engine/packages.txt pyproject.toml

@@ -40,7 +40,14 @@ STAND_INS = {
     "docs/finetune.md": {"HuggingFaceTB/SmolVLM-256M-Instruct": save_smolvlm},
     "docs/trl.md": {"HuggingFaceTB/SmolVLM-256M-Instruct": save_smolvlm},
 }
-NOT_RUN = {"docs/composite.md": 2, "docs/index.md": 1, "docs/models.md": 1, "docs/saving.md": 1, "docs/sharing.md": 2}
+NOT_RUN = {
+    "docs/composite.md": 2,
+    "docs/distributed.md": 1,
+    "docs/index.md": 1,
+    "docs/models.md": 1,
+    "docs/saving.md": 1,
+    "docs/sharing.md": 2,
+}
 
 FENCE = re.compile(r"^(?P<indent>[ ]*)```(?P<language>[^\n`]*)\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.S | re.M)
 INCLUDE = re.compile(r'^--8<-- "(?P<include>[^"\n]+)"$', re.M)

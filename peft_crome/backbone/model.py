@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -231,10 +232,11 @@ def embedding_rows(model: nn.Module) -> torch.Tensor | None:
     weight = weight if weight is not None else getattr(table, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return None
-    if weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
-        return _called_rows(table)
-    rows = weight.detach()[_some_ids(weight.shape[0])]
-    return (rows * embed_scale(table)).float()
+    with gather_params_ctx(weight, modifier_rank=None):  # ZeRO-3 has partitioned it
+        if weight.is_meta or not weight.is_floating_point() or weight.dim() != 2:
+            return _called_rows(table)
+        rows = weight.detach()[_some_ids(weight.shape[0])]
+        return (rows * embed_scale(table)).float()
 
 
 def _some_ids(count: int) -> list[int]:

@@ -123,8 +123,10 @@ class AdapterFile:
         """
         if not self.host and not self.modules_to_save:
             return
-        state = {name: tensor for name, tensor in model.state_dict().items() if ".modules_to_save." not in f".{name}"}
-        host_shapes = {host_path(name): tuple(tensor.shape) for name, tensor in state.items()}
+        state = model.state_dict(keep_vars=True)
+        state = {name: tensor for name, tensor in state.items() if ".modules_to_save." not in f".{name}"}
+        # A weight that ZeRO-3 has partitioned is empty.
+        host_shapes = {host_path(name): tuple(getattr(x, "ds_shape", x.shape)) for name, x in state.items()}
         integers = {host_path(name) for name, tensor in state.items() if not tensor.is_floating_point()}
         named = [f".{host_path(name)}." for name in self.modules_to_save]
         missing = {path for path in host_shapes if any(part in f".{path}." for part in named)}

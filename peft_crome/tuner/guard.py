@@ -316,9 +316,14 @@ class Guard:
         zero: Any = 0.0
         for name, branch in sorted(missed):
             up = self.weights.crome_up[name].weight
-            nothing = torch.zeros(0, up.shape[0], dtype=up.dtype, device=up.device)
+            nothing = torch.zeros(0, self.weights.out_features, dtype=up.dtype, device=up.device)
             zero = zero + self.weights(nothing, branch, name).sum()  # the sum of no embeddings
         for parameter in (p for copy in self.copies for p in copy.parameters() if p.requires_grad):
+            if not parameter.numel():
+                raise RuntimeError(
+                    "A batch reached no module that trains beside the adapter. DeepSpeed ZeRO-3 would repeat their "
+                    "last gradient. Put an image into every batch, or leave modules_to_save out."
+                )
             zero = zero + parameter.flatten()[:0].sum().to(zero.device)
         return _plus(outputs, zero)
 

@@ -7,6 +7,7 @@ from accelerate import DistributedType
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
+from tests.training.test_deepspeed import ZERO3
 from tests.training.test_sharded import FSDP2
 
 FOLDER = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -37,6 +38,14 @@ def test_fsdp_file_says_what_the_tests_of_it_run() -> None:
         if key.upper() in FSDP2:
             assert str(value).upper() == FSDP2[key.upper()].upper(), key
     assert {key.lower() for key in FSDP2} - {"accelerate_use_fsdp"} <= set(said)
+
+
+def test_zero3_file_says_what_the_tests_of_it_run() -> None:
+    said = load_config_from_file(str(FOLDER / "zero3.yaml")).deepspeed_config
+    names = {key: f"ACCELERATE_DEEPSPEED_{key.removesuffix('_flag').upper()}" for key in said}
+    assert {names[key]: str(value).lower() for key, value in said.items()} | {
+        "ACCELERATE_USE_DEEPSPEED": "true"
+    } == ZERO3
 
 
 @pytest.mark.parametrize("name", sorted(set(KINDS) - {"zero3"}))  # for which accelerate asks for DeepSpeed

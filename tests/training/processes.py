@@ -11,6 +11,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ def run(
     kill_at: int | None = None,
     record: tuple[Path, Path] | None = None,
     sharded: dict[str, str] | None = None,
+    spoil_at: int | None = None,
 ) -> list[int | None]:
     """Train a recipe with all that its processes print and see in files beside `log`.
 
@@ -43,7 +46,19 @@ def run(
         kill_at: the step after which the first process is killed, before its checkpoint; the others then are, as
             torchrun does.
         record: a folder, and where to copy it to whenever something in it is about to be written.
-        sharded: by accelerate's FSDP2, with these variables of `accelerate launch`.
+        sharded: by accelerate's FSDP2 or DeepSpeed, with these variables of `accelerate launch`.
+        spoil_at: the step, counted from 0, whose gradient is NaN and whose loss is finite.
+    Returns:
+        Exit codes.
+    """
+    return spread(partial(_run, values, log, kill_at, record, spoil_at), log, processes, sharded)
+
+
+def spread(
+    target: Callable[[int], None], log: Path, processes: int, environment: dict[str, str] | None = None
+) -> list[int | None]:
+    """Call a function with 0, 1, ... in processes joined by gloo; what they print is beside `log`.
+
     Returns:
         Exit codes.
     """
@@ -54,10 +69,9 @@ def run(
     for rank in range(processes):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-        environment = {key: str(value) for key, value in place.items()} if processes > 1 else {}
-        environment |= sharded or {}
-        arguments = (values, log, rank, kill_at, record, sharded is not None, {**os.environ, **environment})
-        process = CONTEXT.Process(target=_run, args=arguments)
+        joined = {key: str(value) for key, value in place.items()} if processes > 1 else {}
+        arguments = (target, log, rank, {**os.environ, **joined, **(environment or {})})
+        process = CONTEXT.Process(target=_start, args=arguments)
         process.start()
         started.append(process)
     deadline = time.monotonic() + SECONDS
@@ -71,28 +85,45 @@ def run(
     return [process.exitcode for process in started]
 
 
-def _run(
-    values: dict[str, Any],
-    log: Path,
-    rank: int,
-    kill_at: int | None,
-    record: tuple[Path, Path] | None,
-    sharded: bool,
-    environment: dict[str, str],
-) -> None:
+def _start(target: Callable[[int], None], log: Path, rank: int, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     with open(f"{log}.{rank}", "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(1)
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__ = {}  # its collective for CPUs takes a compiler and minutes
+    target(rank)
+
+
+def _run(
+    values: dict[str, Any],
+    log: Path,
+    kill_at: int | None,
+    record: tuple[Path, Path] | None,
+    spoil_at: int | None,
+    rank: int,
+) -> None:
     multiprocessing.set_start_method("fork", force=True)  # workers see their parent die then, and start sooner
     from peft_crome.training import load_recipe, train
     from peft_crome.training import run as module
+    from peft_crome.training.loop.sharding import gather_trained
 
     class Watched(module.CromeTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            return loss + (loss - loss.detach()).sqrt() if self.state.global_step == spoil_at else loss
+
         def training_step(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any) -> torch.Tensor:
             digest = hashlib.sha256(b"".join(inputs[key].numpy().tobytes() for key in sorted(inputs)))
+            spoilt = self.state.global_step == spoil_at
+            before = gather_trained(self.model) if spoilt else {}
             loss = super().training_step(model, inputs, *args)
+            if spoilt:
+                after = gather_trained(self.model)
+                print(f"Changed weights: {[key for key in before if not torch.equal(before[key], after[key])]}")
             line = [rank, self.state.global_step, digest.hexdigest(), loss.item()]
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -102,7 +133,7 @@ def _run(
 
         def create_accelerator_and_postprocess(self) -> None:
             super().create_accelerator_and_postprocess()
-            if sharded:
+            if os.environ.get("ACCELERATE_USE_FSDP") == "true":
                 _shard(self)
 
     module.CromeTrainer = Watched  # type: ignore[misc]

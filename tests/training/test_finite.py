@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import DistributedType
 
 from peft_crome.training import CromeTrainer, NotFiniteError, load_recipe, train
 from peft_crome.training.loop.finite import LONGEST_ID, FiniteCheck, decode_ids, encode_ids
@@ -165,7 +167,7 @@ def test_all_processes_stop_and_share_the_questions(values: dict[str, Any], data
 def test_overflow_of_a_gradient_under_fp16_is_the_scalers(loss: float, scale: float, stops: str | None) -> None:
     """It leaves such a step out and halves its scale. PyTorch scales on GPUs alone, so this is a stand-in."""
     scaler = SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: scale)
-    accelerator = SimpleNamespace(scaler=scaler, num_processes=1)
+    accelerator = SimpleNamespace(scaler=scaler, num_processes=1, distributed_type=DistributedType.NO)
     check = FiniteCheck()
     check.see(torch.tensor(loss), encode_ids(["7"]))
     if stops is None:
@@ -173,3 +175,14 @@ def test_overflow_of_a_gradient_under_fp16_is_the_scalers(loss: float, scale: fl
         return
     with pytest.raises(NotFiniteError, match=f"Step 1: {stops} is NaN or infinite, from the rows '7'. The run"):
         check.check(torch.tensor(float("inf")), accelerator, 1, "nowhere")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_deepspeed_scales_an_fp16_loss_itself(precision: str) -> None:
+    accelerator = SimpleNamespace(
+        scaler=None, num_processes=1, distributed_type=DistributedType.DEEPSPEED, mixed_precision=precision
+    )
+    check = FiniteCheck()
+    check.see(torch.tensor(1.0), encode_ids(["7"]))
+    with nullcontext() if precision == "fp16" else pytest.raises(NotFiniteError, match="Step 1: the gradient"):
+        check.check(float("inf"), accelerator, 1, "nowhere")

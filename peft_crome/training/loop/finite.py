@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from datasets import Dataset
 
@@ -110,7 +110,11 @@ class FiniteCheck:
         norm = 0.0 if norm is None else norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # DeepSpeed, FSDP
         gradient = torch.as_tensor(norm).isfinite()
         scaler = accelerator.scaler
-        if scaler is not None and scaler.is_enabled() and scaler.get_scale() > SMALLEST_SCALE:
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            scales = accelerator.mixed_precision == "fp16"  # it raises at its own smallest scale
+        else:
+            scales = scaler is not None and scaler.is_enabled() and scaler.get_scale() > SMALLEST_SCALE
+        if scales:
             gradient = torch.ones_like(gradient)
         sound = (finite.all() & gradient.to(finite.device).all()).float()
         if accelerator.num_processes > 1:  # a process that stopped alone would leave the others waiting

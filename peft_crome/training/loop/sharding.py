@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
 import torch
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -21,7 +19,7 @@ def is_sharded(model: nn.Module) -> bool:
 def gather_trained(model: nn.Module) -> dict[str, torch.Tensor]:
     """Gather the trained weights by name, whole and on the CPU. Every process must call it with its shard."""
     values = {name: value for _, name, value in trained_parameters(model)}
-    with _zero3(list(values.values())):
+    with gather_params_ctx(values.values(), modifier_rank=None):
         return {
             name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu().clone()
             for name, value in values.items()
@@ -51,11 +49,3 @@ def check_storage(model: nn.Module, dtype: torch.dtype) -> None:
                 f'bnb_4bit_quant_storage="{str(dtype).removeprefix("torch.")}" and save it again, or name one that is '
                 "not quantized and write backbones.quantization: 4bit."
             )
-
-
-def _zero3(values: list[Any]) -> Any:
-    if not any(hasattr(value, "ds_id") for value in values):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(values)

@@ -19,8 +19,10 @@ from ..recipe.schema import Adapter, Backbones, Recipe
 from ..stages import STAGES, modules_to_save
 from .host import build_on_host, host_of
 from .previous import check_reader, check_same, follow_moved_backbones, go_on_with, local_directory, located
+from .zero3 import without_zero3
 
 
+@without_zero3()
 def build(recipe: Recipe) -> tuple[PeftModel, Any, dict[str, Any] | None]:
     """Load everything that a stage starts from. Trained weights are in float32, and all others are frozen.
 

@@ -22,6 +22,7 @@ from ..recipe.schema import Backbones
 from ..stages import Stage, modules_to_save
 from .host import auto_class
 from .packed import pack
+from .zero3 import without_zero3
 
 
 def composite_config(backbones: Backbones) -> CromeVLMConfig:
@@ -74,6 +75,7 @@ def read_config(key: str, name: str, revision: str | None = None) -> PreTrainedC
         raise StageError(f"{key}: {name!r} cannot be loaded: {error}") from error
 
 
+@without_zero3()
 def skeleton(config: CromeVLMConfig, stage: Stage, adapter: CromeConfig) -> PeftModel:
     """Build a composite with an adapter as `build` does, but on the meta device.
 
@@ -102,6 +104,7 @@ def skeleton(config: CromeVLMConfig, stage: Stage, adapter: CromeConfig) -> Peft
     return model
 
 
+@without_zero3()
 def host_skeleton(
     config: PreTrainedConfig, dtype: torch.dtype, quantization: Bits | None, adapter: CromeConfig
 ) -> PeftModel:
