@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from examples.easy_vqa.data import CAPTION_REQUEST
-from examples.easy_vqa.model import cached_features
+from examples.easy_vqa.model import Images, cached_features
 from examples.easy_vqa.parts import fetch
 
 VENDORS = ("google", "twitter")
@@ -71,10 +71,15 @@ class Thing:
 
 
 @cache
+def entries() -> tuple[dict[str, Any], ...]:
+    """Read the list of all drawings: name, category, subcategory, image, and more."""
+    return tuple(json.loads((fetch("emoji-datasource-google") / "package" / "emoji.json").read_text()))
+
+
+@cache
 def things() -> tuple[Thing, ...]:
     """List the objects in the order of the file."""
-    rows = json.loads((fetch("emoji-datasource-google") / "package" / "emoji.json").read_text())
-    kept = [row for row in rows if row["category"] not in LEFT_OUT and row["subcategory"] in KINDS]
+    kept = [row for row in entries() if row["category"] not in LEFT_OUT and row["subcategory"] in KINDS]
     return tuple(Thing(number, KINDS[row["subcategory"]], row["image"]) for number, row in enumerate(kept))
 
 
@@ -108,16 +113,19 @@ def drawing(vendor: str, thing: Thing, view: int = 0) -> Image.Image:
     return white.convert("RGB")
 
 
-def features(vendor: str, image_processor: Any, views: int = 1) -> torch.Tensor:
-    """Compute the frozen tower's features of a vendor's drawings, (objects * views, 16, 384) fp16; the views of an
-    object are consecutive."""
+def images(vendor: str, views: int = 1) -> Images:
+    """List a vendor's drawings of the objects; the views of an object are consecutive."""
     objects = things()
-    return cached_features(
+    return Images(
         f"emoji-{vendor}-{views}-views",
         len(objects) * views,
         lambda i: drawing(vendor, objects[i // views], i % views),
-        image_processor,
     )
+
+
+def features(vendor: str, image_processor: Any, views: int = 1) -> torch.Tensor:
+    """Compute the frozen tower's features of a vendor's drawings, (objects * views, 16, 384) fp16."""
+    return cached_features(images(vendor, views), image_processor)
 
 
 def rows(objects: list[Thing], count: int, seed: int, stage: str) -> list[dict[str, Any]]:

@@ -55,13 +55,15 @@ def captions(questions: list[dict[str, Any]]) -> dict[int, str]:
 
 def blind_baselines(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Answer the test questions without images: name of a baseline -> one answer per row of `test`."""
-    frequent = Counter(row["answer"] for row in train).most_common(1)[0][0]
+    answers = Counter(row["answer"] for row in train)
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
         by_text[row["question"]][row["answer"]] += 1
     return {
-        "most frequent answer": [frequent for _ in test],
-        "best answer to each question text": [by_text[row["question"]].most_common(1)[0][0] for row in test],
+        "most frequent answer": [answers.most_common(1)[0][0] for _ in test],
+        "best answer to each question text": [
+            (by_text[row["question"]] or answers).most_common(1)[0][0] for row in test
+        ],
     }
 
 

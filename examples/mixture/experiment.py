@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,20 @@ from examples.easy_vqa.stages import conversation, every, together
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TRAINING_DIGITS = 1400  # of 1,797, which are ordered by the people who wrote them
 SETS = ("easy_vqa", "digits")
+QUESTION = "Which digit is written here?"
+
+
+@cache
+def digits() -> Any:
+    """Load scikit-learn's digits: images, (1797, 8, 8) with values from 0 to 16, and targets, (1797,)."""
+    return load_digits()
+
+
+def digit_image(number: int) -> Image.Image:
+    """Draw a digit in white on black, 64 x 64."""
+    pixels = digits().images[number]
+    image = Image.fromarray((pixels * (255 / 16)).round().astype("uint8"))
+    return image.resize((64, 64), Image.Resampling.BICUBIC)
 
 
 def write_data(folder: Path, test_rows: int) -> None:
@@ -44,17 +59,15 @@ def write_data(folder: Path, test_rows: int) -> None:
         asked = every(asked, test_rows) if split == "test" else together(asked)
         write_json(folder / f"easy_vqa-{split}.json", [conversation(n, *row) for n, row in enumerate(asked)])
         write_json(folder / f"easy_vqa-captions-{split}.json", [conversation(n, *r) for n, r in enumerate(captions)])
-    digits = load_digits()
-    written = [(number, WORDS[digit]) for number, digit in enumerate(digits.target)]
+    written = [(number, WORDS[digit]) for number, digit in enumerate(digits().target)]
     for split, rows in (("train", written[:TRAINING_DIGITS]), ("test", every(written[TRAINING_DIGITS:], test_rows))):
-        asked = [(number, [("Which digit is written here?", word)]) for number, word in rows]
+        asked = [(number, [(QUESTION, word)]) for number, word in rows]
         captions = [(number, [(data.CAPTION_REQUEST, word)]) for number, word in rows]
         write_json(folder / f"digits-{split}.json", [conversation(n, *row) for n, row in enumerate(asked)])
         write_json(folder / f"digits-captions-{split}.json", [conversation(n, *r) for n, r in enumerate(captions)])
     (folder / "digits").mkdir(exist_ok=True)
-    for number, pixels in enumerate(digits.images):  # 8 x 8 values from 0 to 16
-        image = Image.fromarray((pixels * (255 / 16)).round().astype("uint8"))
-        image.resize((64, 64), Image.Resampling.BICUBIC).save(folder / "digits" / f"{number}.png")
+    for number, _ in written:
+        digit_image(number).save(folder / "digits" / f"{number}.png")
     (folder / "complete").touch()  # must come last
 
 

@@ -1,0 +1,180 @@
+"""List the runs in the order of their worth, with what each costs, and choose learning rates from the sweep."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+from .runs import Kind, Records, Run
+from .settings import BASE, LADDER, Sizes, experiment, names
+
+FULL = Sizes(
+    tasks=("emoji_kinds", "emoji_grids", "easy_vqa", "words", "digits"),
+    sweep_tasks=("emoji_kinds", "easy_vqa"),
+    experiments=tuple(name for name in names() if name != BASE),
+    few=("crome/vision", "crome/text-and-vision", "lora/rank13-q-v", "full-finetuning/projection"),
+    seeds=3,
+    align_steps=300,
+    align_images=16,
+    steps=100,
+    tune_steps=40,
+    scale=1.0,
+    validation=150,
+    test=300,
+    kept=50,
+    text=48_000,
+    book=400_000,
+    examples=(16, 64, 256, 1024),
+    rates=4,
+    more_rates=2,
+)
+# All code paths in about a minute, for tests. The numbers mean nothing.
+REDUCED = Sizes(
+    tasks=("words", "digits"),
+    sweep_tasks=("digits",),
+    experiments=("crome/vision", "lora/rank13-q-v"),
+    few=("crome/vision",),
+    seeds=1,
+    align_steps=2,
+    align_images=2,
+    steps=2,
+    tune_steps=1,
+    scale=0.125,
+    validation=4,
+    test=4,
+    kept=2,
+    text=2500,
+    book=5000,
+    examples=(2,),
+    rates=2,
+    more_rates=0,
+)
+# Core-seconds on an AMD EPYC with AVX-512 and bfloat16 instructions, one thread.
+START = 20.0  # importing and loading
+STEP = 2.5  # 16 images with a question each
+QUESTION = 0.1
+CHARACTER = 5.1 / 3930  # with the method and without it
+TUNE_STEP = 15.0
+
+
+def plan(sizes: Sizes, records: Records) -> list[Run]:
+    """List all runs. A sweep has more of them while the best learning rate lies at an end."""
+    seeds = range(sizes.seeds)
+    main = [Run("main", name, task, seed) for seed in seeds for task in sizes.tasks for name in sizes.experiments]
+    few = [
+        Run("examples", name, task, seed, examples=count)
+        for seed in seeds[:2]
+        for task in sizes.sweep_tasks
+        for count in sizes.examples
+        for name in sizes.few
+    ]
+    changes = [
+        Run("change", name, sizes.sweep_tasks[0], frozen=frozen)
+        for frozen in ("bfloat16", "nf4")
+        for name in sizes.few
+    ]
+    return [
+        *(Run("host", seed=seed) for seed in seeds),
+        *(Run("base", BASE, task, seed) for seed in seeds for task in sizes.tasks),
+        *(
+            Run("sweep", name, task, rate=rate)
+            for name in sizes.experiments
+            for rate in rates_to_try(name, sizes, records)
+            for task in sizes.sweep_tasks
+        ),
+        *main,
+        *few,
+        *(Run("sequence", name, seed=seed) for seed in seeds[:2] for name in sizes.few),
+        *changes,
+    ]
+
+
+def needs(run: Run, sizes: Sizes, records: Records) -> list[Run]:
+    """List the runs without a record that must end before this one can start."""
+    wanted = [] if run.kind == "host" else [Run("host", seed=run.seed, language=run.language)]
+    if run.kind not in ("host", "base", "sweep"):
+        rates = rates_to_try(run.experiment, sizes, records)
+        wanted += [Run("sweep", run.experiment, task, rate=rate) for rate in rates for task in sizes.sweep_tasks]
+    return [one for one in wanted if one not in records]
+
+
+def rate_of(run: Run, sizes: Sizes, records: Records) -> float:
+    """Return a run's learning rate: a sweep's own, else the one that the sweep has chosen, else 0."""
+    if run.rate is not None:
+        return run.rate
+    if run.kind in ("host", "base"):
+        return 0.0
+    return best_rate(validation_of(run.experiment, sizes, records))
+
+
+def rates_to_try(name: str, sizes: Sizes, records: Records) -> list[float]:
+    """List a method's learning rates: its first ones, and those beyond an end as long as the best one lies there."""
+    tried = list(experiment(name).params.learning_rates[: sizes.rates])
+    for _ in range(sizes.more_rates):
+        known = validation_of(name, sizes, records)
+        if not all(rate in known for rate in tried):
+            break
+        best = LADDER.index(best_rate({rate: known[rate] for rate in tried}))
+        if LADDER[best] == tried[0]:
+            tried = [*LADDER[max(0, best - 1) : best], *tried]
+        elif LADDER[best] == tried[-1]:
+            tried = [*tried, *LADDER[best + 1 : best + 2]]
+    return tried
+
+
+def validation_of(name: str, sizes: Sizes, records: Records) -> dict[float, float]:
+    """Return the mean accuracy on validation rows of each rate that all tasks of the sweep have tried, ascending."""
+    found: dict[float, float] = {}
+    for rate in LADDER:
+        own = [records.get(Run("sweep", name, task, rate=rate)) for task in sizes.sweep_tasks]
+        if all(own):
+            found[rate] = statistics.mean(record["metrics"]["validation"]["accuracy"] for record in own if record)
+    return found
+
+
+def best_rate(validation: dict[float, float]) -> float:
+    """Return the rate with the highest accuracy; the lowest of equals."""
+    return max(sorted(validation), key=lambda rate: validation[rate])
+
+
+def core_minutes(run: Run, sizes: Sizes) -> float:
+    """Estimate a run's cost from the seconds of a step, a question and a character."""
+    train, ask = sizes.steps * STEP, START + sizes.test * QUESTION
+    if run.frozen != "bfloat16":
+        train, ask = 1.4 * train, 1.4 * ask
+    seconds = {
+        "host": START + sizes.align_steps * STEP,
+        "base": ask + sizes.test * QUESTION,
+        "sweep": START + train + sizes.validation * QUESTION,
+        "main": ask + train + (sizes.test + sizes.kept * (len(sizes.tasks) - 1)) * QUESTION,
+        "examples": ask + train,
+        "sequence": START + len(sizes.tasks) * (train + 2 * sizes.test * QUESTION),
+        "change": 2 * train + 5 * ask,
+    }[run.kind]
+    if run.kind == "main":
+        first = run.seed == 0 and run.task == sizes.tasks[0]
+        if first or experiment(run.experiment).params.changes_text:
+            seconds += (sizes.book if first else sizes.text) * CHARACTER
+    return seconds / 60
+
+
+def describe(sizes: Sizes, records: Records) -> str:
+    """Format the plan: for each kind of run how many there are, are done and are left, and the core-hours."""
+    runs = plan(sizes, records)
+    lines = [f"{'kind':10}{'runs':>6}{'done':>6}{'left':>6}{'core-hours':>12}{'left':>8}{'measured':>10}"]
+    kinds: Iterable[Kind] = dict.fromkeys(run.kind for run in runs)
+    totals = [0.0] * 6
+    for kind in kinds:
+        own = [run for run in runs if run.kind == kind]
+        left = [run for run in own if run not in records]
+        spent = sum(records[run]["run_info"]["cpu_seconds"] for run in own if run in records) / 3600
+        hours = [sum(core_minutes(run, sizes) for run in some) / 60 for some in (own, left)]
+        row = [len(own), len(own) - len(left), len(left), *hours, spent]
+        totals = [total + value for total, value in zip(totals, row, strict=True)]
+        lines.append(_line(kind, row))
+    return "\n".join([*lines, _line("all", totals)])
+
+
+def _line(kind: str, row: list[float]) -> str:
+    counts, (hours, left, spent) = row[:3], row[3:]
+    return f"{kind:10}" + "".join(f"{count:>6.0f}" for count in counts) + f"{hours:>12.1f}{left:>8.1f}{spent:>10.1f}"
