@@ -39,6 +39,7 @@ from .hosts import (
     save_projection,
     trained_weights,
 )
+from .plan import characters
 from .runs import Run, projection_file
 from .settings import Sizes, experiment
 from .tasks import TASKS
@@ -227,9 +228,8 @@ def _main(run: Run, rate: float, sizes: Sizes, results: Path, output: Path) -> t
     metrics["captions of other tasks"] = {
         other.name: score for other in others if (score := bench.ask_captions(other)) is not None
     }
-    first = run.seed == 0 and run.task == sizes.tasks[0] and run.frozen == "bfloat16"
-    if first or bench.experiment.params.changes_text:
-        metrics["text"] = bench.text(sizes.book if first else sizes.text)
+    if length := characters(run, sizes):
+        metrics["text"] = bench.text(length)
     return trained, metrics
 
 

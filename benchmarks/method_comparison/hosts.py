@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import BitsAndBytesConfig
 
 from examples.easy_vqa.data import CAPTION_REQUEST
 from examples.easy_vqa.model import POOL_SIZE, PROJECTION, nf4
-from examples.easy_vqa.parts import dinov2_small, smollm2
+from examples.easy_vqa.parts import dinov2_small, gemma3_270m, smollm2
 from examples.easy_vqa.training import Stage, fit
 from peft_crome import CromeVLMForConditionalGeneration, CromeVLMProcessor
 
@@ -25,7 +26,7 @@ from .tasks import Task
 from .tasks.task import features
 
 DTYPE = torch.bfloat16  # of what is frozen, in all records, so that rows compare
-LANGUAGES: dict[str, Callable[[], Path]] = {"smollm2": smollm2}
+LANGUAGES: dict[str, Callable[[], Path]] = {"smollm2": smollm2, "gemma3": gemma3_270m}
 FROZEN: dict[str, Callable[[], BitsAndBytesConfig | None]] = {
     "bfloat16": lambda: None,
     "nf4": nf4,
@@ -94,7 +95,10 @@ def attach(model: Any, experiment: Experiment) -> nn.Module:
     """Attach a method to a composite, with what trains in float32."""
     config = experiment.peft_config()
     if config is not None:
-        model = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # PEFT's LayerNorm tuning does not know RMSNorm's sizes, which only saving for other tools needs.
+            warnings.filterwarnings("ignore", message="Unsupported layer type")
+            model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or name.endswith(experiment.params.trains))
         if parameter.requires_grad:

@@ -14,6 +14,8 @@ FULL = Sizes(
     experiments=tuple(name for name in names() if name != BASE),
     few=("crome/vision", "crome/text-and-vision", "lora/rank13-q-v", "full-finetuning/projection"),
     seeds=3,
+    language="smollm2",
+    other_languages=("gemma3",),
     align_steps=300,
     align_images=16,
     steps=100,
@@ -35,6 +37,8 @@ REDUCED = Sizes(
     experiments=("crome/vision", "lora/rank13-q-v"),
     few=("crome/vision",),
     seeds=1,
+    language="smollm2",
+    other_languages=(),
     align_steps=2,
     align_images=2,
     steps=2,
@@ -54,47 +58,55 @@ START = 20.0  # importing and loading
 STEP = 2.5  # 16 images with a question each
 QUESTION = 0.1
 CHARACTER = 5.1 / 3930  # with the method and without it
-TUNE_STEP = 15.0
+SLOWER = {"smollm2": 1.0, "gemma3": 1.5, "bfloat16": 1.0, "nf4": 1.4}  # factors of steps and questions
 
 
 def plan(sizes: Sizes, records: Records) -> list[Run]:
     """List all runs. A sweep has more of them while the best learning rate lies at an end."""
-    seeds = range(sizes.seeds)
-    main = [Run("main", name, task, seed) for seed in seeds for task in sizes.tasks for name in sizes.experiments]
-    few = [
-        Run("examples", name, task, seed, examples=count)
-        for seed in seeds[:2]
-        for task in sizes.sweep_tasks
-        for count in sizes.examples
-        for name in sizes.few
-    ]
-    changes = [
-        Run("change", name, sizes.sweep_tasks[0], frozen=frozen)
-        for frozen in ("bfloat16", "nf4")
-        for name in sizes.few
-    ]
-    return [
+    seeds, first, few = range(sizes.seeds), sizes.sweep_tasks[0], sizes.few
+    sweeps = {
+        language: [
+            Run("sweep", name, task, language=language, rate=rate)
+            for name in (sizes.experiments if language == sizes.language else few)
+            for rate in rates_to_try(name, language, sizes, records)
+            for task in sizes.tasks_of_sweep(language)
+        ]
+        for language in (sizes.language, *sizes.other_languages)
+    }
+    runs = [
         *(Run("host", seed=seed) for seed in seeds),
         *(Run("base", BASE, task, seed) for seed in seeds for task in sizes.tasks),
+        *sweeps[sizes.language],
+        *(Run("main", name, task, seed) for seed in seeds for task in sizes.tasks for name in sizes.experiments),
         *(
-            Run("sweep", name, task, rate=rate)
-            for name in sizes.experiments
-            for rate in rates_to_try(name, sizes, records)
+            Run("examples", name, task, seed, examples=count)
+            for seed in seeds[:2]
             for task in sizes.sweep_tasks
+            for count in sizes.examples
+            for name in few
         ),
-        *main,
-        *few,
-        *(Run("sequence", name, seed=seed) for seed in seeds[:2] for name in sizes.few),
-        *changes,
+        *(Run("sequence", name, seed=seed) for seed in seeds[:2] for name in few),
+        *(Run("change", name, first, frozen=frozen) for frozen in ("bfloat16", "nf4") for name in few),
     ]
+    for other in sizes.other_languages:
+        runs += [
+            Run("host", language=other),
+            *(Run("base", BASE, task, language=other) for task in sizes.sweep_tasks),
+            *sweeps[other],
+            *(Run("main", name, task, language=other) for task in sizes.sweep_tasks for name in few),
+        ]
+    return runs
 
 
 def needs(run: Run, sizes: Sizes, records: Records) -> list[Run]:
     """List the runs without a record that must end before this one can start."""
     wanted = [] if run.kind == "host" else [Run("host", seed=run.seed, language=run.language)]
     if run.kind not in ("host", "base", "sweep"):
-        rates = rates_to_try(run.experiment, sizes, records)
-        wanted += [Run("sweep", run.experiment, task, rate=rate) for rate in rates for task in sizes.sweep_tasks]
+        wanted += [
+            Run("sweep", run.experiment, task, language=run.language, rate=rate)
+            for rate in rates_to_try(run.experiment, run.language, sizes, records)
+            for task in sizes.tasks_of_sweep(run.language)
+        ]
     return [one for one in wanted if one not in records]
 
 
@@ -104,14 +116,14 @@ def rate_of(run: Run, sizes: Sizes, records: Records) -> float:
         return run.rate
     if run.kind in ("host", "base"):
         return 0.0
-    return best_rate(validation_of(run.experiment, sizes, records))
+    return best_rate(validation_of(run.experiment, run.language, sizes, records))
 
 
-def rates_to_try(name: str, sizes: Sizes, records: Records) -> list[float]:
+def rates_to_try(name: str, language: str, sizes: Sizes, records: Records) -> list[float]:
     """List a method's learning rates: its first ones, and those beyond an end as long as the best one lies there."""
     tried = list(experiment(name).params.learning_rates[: sizes.rates])
     for _ in range(sizes.more_rates):
-        known = validation_of(name, sizes, records)
+        known = validation_of(name, language, sizes, records)
         if not all(rate in known for rate in tried):
             break
         best = LADDER.index(best_rate({rate: known[rate] for rate in tried}))
@@ -122,11 +134,12 @@ def rates_to_try(name: str, sizes: Sizes, records: Records) -> list[float]:
     return tried
 
 
-def validation_of(name: str, sizes: Sizes, records: Records) -> dict[float, float]:
+def validation_of(name: str, language: str, sizes: Sizes, records: Records) -> dict[float, float]:
     """Return the mean accuracy on validation rows of each rate that all tasks of the sweep have tried, ascending."""
     found: dict[float, float] = {}
     for rate in LADDER:
-        own = [records.get(Run("sweep", name, task, rate=rate)) for task in sizes.sweep_tasks]
+        tasks = sizes.tasks_of_sweep(language)
+        own = [records.get(Run("sweep", name, task, language=language, rate=rate)) for task in tasks]
         if all(own):
             found[rate] = statistics.mean(record["metrics"]["validation"]["accuracy"] for record in own if record)
     return found
@@ -139,23 +152,31 @@ def best_rate(validation: dict[float, float]) -> float:
 
 def core_minutes(run: Run, sizes: Sizes) -> float:
     """Estimate a run's cost from the seconds of a step, a question and a character."""
-    train, ask = sizes.steps * STEP, START + sizes.test * QUESTION
-    if run.frozen != "bfloat16":
-        train, ask = 1.4 * train, 1.4 * ask
-    seconds = {
-        "host": START + sizes.align_steps * STEP,
-        "base": ask + sizes.test * QUESTION,
-        "sweep": START + train + sizes.validation * QUESTION,
-        "main": ask + train + (sizes.test + sizes.kept * (len(sizes.tasks) - 1)) * QUESTION,
-        "examples": ask + train,
-        "sequence": START + len(sizes.tasks) * (train + 2 * sizes.test * QUESTION),
-        "change": 2 * train + 5 * ask,
-    }[run.kind]
-    if run.kind == "main":
-        first = run.seed == 0 and run.task == sizes.tasks[0]
-        if first or experiment(run.experiment).params.changes_text:
-            seconds += (sizes.book if first else sizes.text) * CHARACTER
-    return seconds / 60
+    slower = SLOWER[run.language] * SLOWER[run.frozen]
+    train, test, tasks = sizes.steps * STEP, sizes.test * QUESTION, len(sizes.tasks)
+    seconds = (
+        START
+        + slower
+        * {
+            "host": sizes.align_steps * STEP,
+            "base": 2 * test,
+            "sweep": train + sizes.validation * QUESTION,
+            "main": train + 2 * test + sizes.kept * (tasks - 1) * QUESTION,
+            "examples": train + test,
+            "sequence": tasks * (train + 2 * test),
+            "change": 2 * train + 5 * test + 5 * START,
+        }[run.kind]
+    )
+    return (seconds + slower * characters(run, sizes) * CHARACTER) / 60
+
+
+def characters(run: Run, sizes: Sizes) -> int:
+    """Return how much text a run measures: a method's first run the whole book, the others less or nothing."""
+    if run.kind != "main":
+        return 0
+    if (run.seed, run.task, run.language) == (0, sizes.tasks[0], sizes.language):
+        return sizes.book
+    return sizes.text if experiment(run.experiment).params.changes_text else 0
 
 
 def describe(sizes: Sizes, records: Records) -> str:

@@ -62,6 +62,8 @@ class Report:
                 over_examples(curves, images / f"comparison_examples_{task}.png")
                 parts.append(f"![Accuracy over training images](images/comparison_examples_{task}.png)")
         parts += ["### Tasks one after another", self.sequences(), "### A change underneath", self.changes()]
+        for language in self.sizes.other_languages:
+            parts += [f"### Another language model, {language}", self.on(language)]
         return "\n\n".join(part.strip() for part in parts)
 
     def accuracies(self, split: str) -> str:
@@ -185,9 +187,7 @@ class Report:
             own = [self.records[run]["metrics"] for run in self.of("sequence", name)]
             alone = [self.values("main", name, task, "test", "accuracy") for task in self.sizes.tasks]
             cells = [
-                _percent(
-                    [statistics.mean(score["accuracy"] for score in metrics[when].values()) for _, metrics in own]
-                )
+                _percent([statistics.mean(score["accuracy"] for score in metrics[when].values()) for metrics in own])
                 for when in ("right after", "at the end")
             ]
             each = _percent([statistics.mean(map(statistics.mean, alone))] if all(alone) else [])
@@ -206,9 +206,19 @@ class Report:
                 rows.append([_title(name), CHANGES[trained], *cells])
         return markdown(["", "trained on", *CHANGES.values()], rows)
 
-    def of(self, kind: Kind, name: str) -> list[Run]:
+    def on(self, language: str) -> str:
+        """Format accuracy on new images with another language model."""
+        rows = []
+        for name in (BASE, *self.sizes.few):
+            own = {run.task: self.metric(run, "test", "accuracy") for run in self.of(_kind(name), name, language)}
+            cells = [_percent([own[task]] if task in own else []) for task in self.sizes.sweep_tasks]
+            rows.append([_title(name), *cells])
+        return markdown(["", *(TASKS[task].title for task in self.sizes.sweep_tasks)], rows)
+
+    def of(self, kind: Kind, name: str, language: str | None = None) -> list[Run]:
         """List the runs of a kind and a method that have records, seed by seed."""
-        runs = [run for run in plan(self.sizes, self.records) if run.kind == kind and run.experiment == name]
+        wanted = (kind, name, language or self.sizes.language)
+        runs = [run for run in plan(self.sizes, self.records) if (run.kind, run.experiment, run.language) == wanted]
         return [run for run in runs if run in self.records]
 
     def values(self, kind: Kind, name: str, task: str, *keys: str, examples: int | None = None) -> list[Any]:

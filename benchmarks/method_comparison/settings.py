@@ -68,6 +68,8 @@ class Sizes(BaseModel):
         experiments: names of the compared methods.
         few: methods of the further measurements: number of examples, tasks in sequence, a change underneath.
         seeds: number of seeds of the main table.
+        language: the language model of all measurements.
+        other_languages: language models on which the methods of `few` learn the sweep's tasks, with one seed.
         align_steps, steps, tune_steps: optimizer steps of a host, of a method, and of the language model that changes.
         align_images: captioned images of a step of a host.
         scale: factor of a task's images per step.
@@ -86,6 +88,8 @@ class Sizes(BaseModel):
     experiments: tuple[str, ...]
     few: tuple[str, ...]
     seeds: int
+    language: str
+    other_languages: tuple[str, ...]
     align_steps: int
     align_images: int
     steps: int
@@ -99,6 +103,10 @@ class Sizes(BaseModel):
     examples: tuple[int, ...]
     rates: int
     more_rates: int
+
+    def tasks_of_sweep(self, language: str) -> tuple[str, ...]:
+        """Return the tasks that choose a learning rate: the first alone on another language model."""
+        return self.sweep_tasks if language == self.language else self.sweep_tasks[:1]
 
     def images_per_step(self, full: int) -> int:
         """Return the images of a step of a task that has `full` of them at full size."""

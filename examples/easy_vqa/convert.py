@@ -64,13 +64,22 @@ def convert_smollm2(gguf_file: Path, target: Path) -> None:
 
 
 def convert_gemma3(gguf_file: Path, target: Path) -> None:
-    """Write Gemma 3 270M from GGUF as a bf16 Gemma3ForCausalLM, without a tokenizer.
+    """Write Gemma 3 270M from GGUF as a bf16 Gemma3ForCausalLM, with tokenizer and generation config.
+
+    The file has no chat template, so the tokenizer gets one of Gemma's form.
 
     Args:
         gguf_file: the Q4_K_M file; its dequantized weights are rounded to bf16.
         target: existing directory to write to.
     """
-    read_gguf(gguf_file, Gemma3ForCausalLM, rms_norm_eps=1e-6).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+    tokenizer.chat_template = Path(__file__).with_name("gemma.jinja").read_text()
+    model = read_gguf(gguf_file, Gemma3ForCausalLM, rms_norm_eps=1e-6)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig.from_dict(ids)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
 
 
 def read_gguf(gguf_file: Path, model_class: type[PreTrainedModel], **settings: Any) -> PreTrainedModel:

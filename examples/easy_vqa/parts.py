@@ -168,7 +168,7 @@ def smollm2() -> Path:
 
 
 def gemma3_270m() -> Path:
-    """Return a directory with Gemma 3 270M: Gemma3ForCausalLM in bf16 (540 MB), without a tokenizer.
+    """Return a directory with Gemma 3 270M: Gemma3ForCausalLM in bf16 (540 MB), tokenizer, chat template.
 
     The first call takes two or three minutes and 2 GB of memory. Raises PartError as `fetch` does.
     """
@@ -184,7 +184,7 @@ def gemma3_270m() -> Path:
             console.print("Converting Gemma 3 270M from GGUF (two or three minutes)")
             convert.convert_gemma3(gguf_file, target)
 
-    return _write_once(cache_dir() / f"gemma3-270m-c{CONVERSION}", write)
+    return _write_once(cache_dir() / f"gemma3-270m-with-tokenizer-c{CONVERSION}", write)
 
 
 def dinov2_small() -> Path:

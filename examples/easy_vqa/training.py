@@ -187,23 +187,28 @@ class WordLoss:
         captions = [self.tokenizer.decode(row[row != -100], skip_special_tokens=True) for row in labels]
         # With a space in front, as words in a sentence.
         ids = [self.tokenizer.encode(f" {caption}", add_special_tokens=False) for caption in captions]
-        table = word_table(self.model)  # not in __init__: Trainer moves the model
-        words = torch.stack([table[row].float().mean(dim=0) for row in ids])
+        words = torch.stack([word_embeddings(self.model, torch.tensor(row)).float().mean(dim=0) for row in ids])
         tokens = outputs.image_hidden_states.float().mean(dim=1)
         distance = (tokens - words).square().sum(dim=-1).mean() / words.square().sum(dim=-1).mean()
         return answer_loss(outputs, labels, num_items_in_batch) + self.weight * distance
 
 
-def word_table(model: torch.nn.Module) -> torch.Tensor:
-    """Return the frozen language model's embedding table, (vocabulary, hidden)."""
+def word_embeddings(model: torch.nn.Module, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the frozen language model's embeddings as its layers read them, which Gemma scales: (ids, hidden).
+
+    Args:
+        ids: token ids; None: every 48th of the vocabulary.
+    """
     table = model.get_input_embeddings()  # type: ignore[operator]
-    return getattr(table, "base_layer", table).weight.detach()
+    table = getattr(table, "base_layer", table)
+    ids = torch.arange(0, table.num_embeddings, 48) if ids is None else ids
+    return table(ids.to(table.weight.device)).detach()
 
 
 @torch.no_grad()
 def start_at_words(model: torch.nn.Module, features: torch.Tensor) -> None:
     """Scale the new projection so that image tokens are as large as words, instead of eight times as large."""
     weight = next(p for name, p in model.named_parameters() if "image_projection" in name and p.requires_grad)
-    size = word_table(model)[::48].float().square().mean(dim=-1).sqrt().median()
+    size = word_embeddings(model).float().square().mean(dim=-1).sqrt().median()
     given = (features[:200].to(weight) @ weight.T).square().mean().sqrt()
     weight.mul_(size / given)

@@ -24,7 +24,7 @@ from benchmarks.method_comparison.tasks.task import Task, words_alone
 from examples.easy_vqa.model import Images, cached_features
 from examples.easy_vqa.records import write_json
 from peft_crome.evaluation import adapters_off
-from tests.vlm.tiny import build, make_batch
+from tests.vlm.tiny import VOCABULARY, build, make_batch
 
 WITHOUT_DOWNLOAD = [TASKS[name] for name in ("digits", "words", "emoji_grids")]
 
@@ -54,14 +54,15 @@ def test_everything_that_trains_has_a_gradient_and_text_changes_as_declared(name
     """In bfloat16, the dtype of all records; what trains is float32, and moves to another host by name."""
     batch = make_batch(build())
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
-    text = {key: batch[key][1:2] for key in ("input_ids", "attention_mask")}  # the row without an image
+    text = {"input_ids": torch.tensor([[1, 50, 60, 70]])}  # no soft token among them
     if experiment(name).params.soft_tokens:
         batch["input_ids"][:, -1] = experiment(name).params.soft_tokens[-1]
     host = build().to(torch.bfloat16)
     host.image_projection.float()
+    before = host(**text).logits
     model = attach(host.requires_grad_(False), experiment(name))
-    before = model(**text).logits
-    model(**batch, labels=batch["input_ids"]).loss.backward()
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] >= VOCABULARY, -100)
+    model(**batch, labels=labels).loss.backward()
     trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
     assert trained
     for key, value in trained.items():
@@ -179,10 +180,8 @@ def test_scores_of_different_questions_are_refused() -> None:
 
 
 def test_hits_are_grouped_by_image() -> None:
-    asked = [
-        {"image_id": i, "question": "?", "answer": a, "kind": k}
-        for i, a, k in ((7, "yes", "yes/no"), (3, "red", "what"), (7, "no", "yes/no"))
-    ]
+    rows = [(7, "yes", "yes/no"), (3, "red", "what"), (7, "no", "yes/no")]
+    asked = [{"image_id": i, "question": "?", "answer": answer, "kind": kind} for i, answer, kind in rows]
     found = scored(asked, ["yes", "blue", "no"])
     assert found["hits"] == ["11", "0"]
     assert found["accuracy"] == 2 / 3
@@ -220,13 +219,13 @@ def test_every_run_has_a_record_of_its_own_and_all_fit_the_budget() -> None:
 def test_a_sweep_goes_on_while_the_best_rate_lies_at_an_end() -> None:
     name = "crome/vision"
     first = {3e-4: 0.1, 1e-3: 0.2, 3e-3: 0.3, 1e-2: 0.4}
-    assert rates_to_try(name, FULL, {}) == list(first)
-    assert rates_to_try(name, FULL, sweep(name, first)) == [*first, 3e-2]
-    assert rates_to_try(name, FULL, sweep(name, first | {3e-2: 0.3})) == [*first, 3e-2]
-    assert rates_to_try(name, FULL, sweep(name, first | {3e-2: 0.5})) == [*first, 3e-2, 1e-1]
-    assert rates_to_try(name, FULL, sweep(name, first | {3e-2: 0.5, 1e-1: 0.6})) == [*first, 3e-2, 1e-1]
+    assert rates_to_try(name, FULL.language, FULL, {}) == list(first)
+    assert rates_to_try(name, FULL.language, FULL, sweep(name, first)) == [*first, 3e-2]
+    assert rates_to_try(name, FULL.language, FULL, sweep(name, first | {3e-2: 0.3})) == [*first, 3e-2]
+    assert rates_to_try(name, FULL.language, FULL, sweep(name, first | {3e-2: 0.5})) == [*first, 3e-2, 1e-1]
+    assert rates_to_try(name, FULL.language, FULL, sweep(name, first | {3e-2: 0.5, 1e-1: 0.6})) == [*first, 3e-2, 1e-1]
     falling = {3e-4: 0.4, 1e-3: 0.3, 3e-3: 0.2, 1e-2: 0.1}
-    assert rates_to_try(name, FULL, sweep(name, falling)) == [1e-4, *falling]
+    assert rates_to_try(name, FULL.language, FULL, sweep(name, falling)) == [1e-4, *falling]
 
 
 def test_a_main_run_waits_for_its_host_and_its_sweep() -> None:
@@ -287,7 +286,7 @@ def record(run: Run, accuracy: float) -> dict[str, Any]:
     }
     return {
         "run_info": {"run": asdict(run), "learning_rate": 1e-3, "cpu_seconds": 300.0},
-        "train_info": trained | {"settings": {"steps": 100}},
+        "train_info": trained | {"settings": {"steps": 100}, "peak_memory_bytes": 2**30},
         "metrics": metrics,
     }
 

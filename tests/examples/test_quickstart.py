@@ -100,7 +100,7 @@ def test_word_loss_is_the_distance_to_the_captions_words():
     model = backbone("projection")
     loss = training.WordLoss(model, shared, weight=2.0)
     ids = shared.tokenizer.encode(" red circle", add_special_tokens=False)
-    words = training.word_table(model)[ids].float().mean(0)
+    words = training.word_embeddings(model, torch.tensor(ids)).float().mean(0)
     labels = torch.tensor([[*shared.tokenizer.encode("red circle", add_special_tokens=False), 2, -100]])
     logits = torch.zeros(1, labels.shape[1], 49152)
     plain = training.answer_loss(SimpleNamespace(logits=logits), labels)
@@ -117,7 +117,7 @@ def test_projection_starts_at_the_size_of_words():
     training.start_at_words(model, features)
     with torch.no_grad():
         tokens = model.get_base_model().get_image_features(vision_features=features[:50]).pooler_output.float()
-    size = training.word_table(model).float().square().mean(-1).sqrt().median()
+    size = training.word_embeddings(model).float().square().mean(-1).sqrt().median()
     assert tokens.square().mean().sqrt().item() == pytest.approx(size.item(), rel=0.1)
 
 
