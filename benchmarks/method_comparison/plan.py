@@ -11,6 +11,7 @@ from .settings import BASE, LADDER, Sizes, experiment, names
 FULL = Sizes(
     tasks=("emoji_kinds", "emoji_grids", "easy_vqa", "words", "digits"),
     sweep_tasks=("emoji_kinds", "easy_vqa"),
+    example_tasks=("emoji_kinds", "words"),
     experiments=tuple(name for name in names() if name != BASE),
     few=("crome/vision", "crome/text-and-vision", "lora/rank13-q-v", "full-finetuning/projection"),
     seeds=3,
@@ -34,6 +35,7 @@ FULL = Sizes(
 REDUCED = Sizes(
     tasks=("words", "digits"),
     sweep_tasks=("digits",),
+    example_tasks=("digits",),
     experiments=("crome/vision", "lora/rank13-q-v"),
     few=("crome/vision",),
     seeds=1,
@@ -81,7 +83,7 @@ def plan(sizes: Sizes, records: Records) -> list[Run]:
         *(
             Run("examples", name, task, seed, examples=count)
             for seed in seeds[:2]
-            for task in sizes.sweep_tasks
+            for task in sizes.example_tasks
             for count in sizes.examples
             for name in few
         ),

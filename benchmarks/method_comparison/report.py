@@ -55,7 +55,7 @@ class Report:
         if points:
             over_text(points, images / "comparison_text.png")
             parts.append("![Accuracy over the loss on text](images/comparison_text.png)")
-        for task in self.sizes.sweep_tasks:
+        for task in self.sizes.example_tasks:
             parts += [f"### Number of training images, {TASKS[task].title}", self.few_examples(task)]
             curves = {_title(name): curve for name in self.sizes.few if (curve := self.curve(name, task))}
             if curves:

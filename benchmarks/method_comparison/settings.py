@@ -65,6 +65,7 @@ class Sizes(BaseModel):
     Attributes:
         tasks: names of tasks, in the order in which a sequence learns them.
         sweep_tasks: tasks on whose validation rows a learning rate is chosen.
+        example_tasks: tasks of the measurement of how little data is enough.
         experiments: names of the compared methods.
         few: methods of the further measurements: number of examples, tasks in sequence, a change underneath.
         seeds: number of seeds of the main table.
@@ -85,6 +86,7 @@ class Sizes(BaseModel):
 
     tasks: tuple[str, ...]
     sweep_tasks: tuple[str, ...]
+    example_tasks: tuple[str, ...]
     experiments: tuple[str, ...]
     few: tuple[str, ...]
     seeds: int

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.method_comparison import __main__ as command
-from benchmarks.method_comparison import execute, hosts
+from benchmarks.method_comparison import execute, hosts, work
 from benchmarks.method_comparison.differences import paired
 from benchmarks.method_comparison.execute import scored
 from benchmarks.method_comparison.hosts import attach, load_trained, trained_weights
@@ -251,10 +250,10 @@ def test_a_second_call_does_what_is_left(tmp_path: Path, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         write_json(run.file(results), record(run, 0.5))
 
-    monkeypatch.setattr(command, "do", do)
+    monkeypatch.setattr(work, "do", do)
     with pytest.raises(KeyboardInterrupt):
-        command.work(REDUCED, tmp_path, tmp_path, processes=0)
-    assert command.work(REDUCED, tmp_path, tmp_path, processes=0) == []
+        work.work(REDUCED, tmp_path, tmp_path, processes=0)
+    assert work.work(REDUCED, tmp_path, tmp_path, processes=0) == []
     runs = plan(REDUCED, read(tmp_path))
     assert done == [*runs[:5], *runs[4:]]
 
@@ -350,7 +349,7 @@ def test_the_reduced_form_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     for module in (execute, hosts):
         monkeypatch.setattr(module, "features", few_features)
-    assert command.work(REDUCED, tmp_path / "results", tmp_path / "output", processes=0) == []
+    assert work.work(REDUCED, tmp_path / "results", tmp_path / "output", processes=0) == []
     records = read(tmp_path / "results")
     assert set(records) == set(plan(REDUCED, records))
     crome, lora = (records[Run("main", name, "words")] for name in REDUCED.experiments)
