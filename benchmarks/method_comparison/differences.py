@@ -35,7 +35,7 @@ def paired(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> Di
     """
     if [score["digest"] for score in one] != [score["digest"] for score in other]:
         raise ValueError("The scores are of different questions. Pass scores of one task, split and list of seeds.")
-    seeds = [_one_seed(a["hits"], b["hits"]) for a, b in zip(one, other, strict=True)]
+    seeds = [_one_seed(a["hits"].split(), b["hits"].split()) for a, b in zip(one, other, strict=True)]
     means = [mean for mean, _ in seeds]
     within = math.sqrt(sum(stderr**2 for _, stderr in seeds)) / len(seeds)
     between = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0

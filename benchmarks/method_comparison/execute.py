@@ -131,8 +131,8 @@ def scored(asked: list[Question], said: list[str]) -> dict[str, Any]:
     """Build the record of some answers.
 
     Returns:
-        accuracy, n, kinds (accuracy, stderr and n by kind), hits (for each image a string with a 1 for each right
-        answer and a 0 for each wrong one), and digest, which is equal where the questions are.
+        accuracy, n, kinds (accuracy, stderr and n by kind), hits (for each image a word with a 1 for each right answer
+        and a 0 for each wrong one), and digest, which is equal where the questions are.
     """
     kinds = [row["kind"] for row in asked]
     hits: dict[int, str] = {}
@@ -143,7 +143,7 @@ def scored(asked: list[Question], said: list[str]) -> dict[str, Any]:
         "accuracy": right / len(asked),
         "n": len(asked),
         "kinds": accuracies(tuple(dict.fromkeys(kinds)), list(kinds), asked, said),
-        "hits": list(hits.values()),
+        "hits": " ".join(hits.values()),
         "digest": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12],
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def align(model: Any, shared: Any, tasks: Sequence[Task], seed: int, steps: int,
     stage = Stage("align", steps, per_step, questions_per_image=1, learning_rate=ALIGN_RATE, word_weight=1.0)
     fitted = fit(model, stage, seed, shared, torch.cat(parts), None, rows, use_cpu=True)
     model.requires_grad_(False)
-    return fitted
+    return {"settings": asdict(stage), **fitted}
 
 
 def save_projection(model: Any, file: Path) -> None:

@@ -28,6 +28,7 @@ FULL = Sizes(
     text=48_000,
     book=400_000,
     examples=(16, 64, 256, 1024),
+    frozen=("bfloat16", "nf4"),
     rates=4,
     more_rates=2,
 )
@@ -52,6 +53,7 @@ REDUCED = Sizes(
     text=2500,
     book=5000,
     examples=(2,),
+    frozen=("nf4",),
     rates=2,
     more_rates=0,
 )
@@ -88,7 +90,7 @@ def plan(sizes: Sizes, records: Records) -> list[Run]:
             for name in few
         ),
         *(Run("sequence", name, seed=seed) for seed in seeds[:2] for name in few),
-        *(Run("change", name, first, frozen=frozen) for frozen in ("bfloat16", "nf4") for name in few),
+        *(Run("change", name, first, frozen=frozen) for frozen in sizes.frozen for name in few),
     ]
     for other in sizes.other_languages:
         runs += [

@@ -199,7 +199,7 @@ class Report:
     def changes(self) -> str:
         """Format accuracy of an adapter on the model that it was trained on, and on changed ones."""
         rows = []
-        for trained in ("bfloat16", "nf4"):
+        for trained in self.sizes.frozen:
             for name in self.sizes.few:
                 own = [run for run in self.of("change", name) if run.frozen == trained]
                 cells = [_percent([self.records[run]["metrics"][to]["accuracy"] for run in own]) for to in CHANGES]

@@ -78,6 +78,7 @@ class Sizes(BaseModel):
         text: characters of English prose on which runs are measured, a method that leaves text alone in one run.
         book: the same for each method's first run.
         examples: numbers of training images in the measurement of how little data is enough.
+        frozen: how the language model is frozen where an adapter learns that then moves.
         rates: how many of a method's learning rates a sweep tries; more_rates: how many further ones it may add while
             the best one lies at an end.
     """
@@ -103,6 +104,7 @@ class Sizes(BaseModel):
     text: int
     book: int
     examples: tuple[int, ...]
+    frozen: tuple[str, ...]
     rates: int
     more_rates: int
 
