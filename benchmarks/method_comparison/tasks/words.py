@@ -1,7 +1,7 @@
 """Words in print: read a word. The fonts are new where the test is shifted.
 
 The fonts come with matplotlib: DejaVu (free, derived from Bitstream Vera), STIX (STIX Font License) and BaKoMa's
-Computer Modern (BaKoMa Fonts Licence). Their license texts are in matplotlib's package.
+Computer Modern (BaKoMa license). Their license texts are in matplotlib's package.
 """
 
 from __future__ import annotations
