@@ -68,7 +68,7 @@ class Sizes(BaseModel):
         example_tasks: tasks of the measurement of how little data is enough.
         experiments: names of the compared methods.
         few: methods of the further measurements: number of examples, tasks in sequence, a change underneath.
-        seeds: number of seeds of the main table.
+        seeds, few_seeds: numbers of seeds of the main table, and of the measurements of few methods.
         language: the language model of all measurements.
         other_languages: language models on which the methods of `few` learn the sweep's tasks, with one seed.
         align_steps, steps, tune_steps: optimizer steps of a host, of a method, and of the language model that changes.
@@ -91,6 +91,7 @@ class Sizes(BaseModel):
     experiments: tuple[str, ...]
     few: tuple[str, ...]
     seeds: int
+    few_seeds: int
     language: str
     other_languages: tuple[str, ...]
     align_steps: int
