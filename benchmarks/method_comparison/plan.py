@@ -26,7 +26,7 @@ FULL = Sizes(
     scale=1.0,
     validation=150,
     test=300,
-    kept=40,
+    kept=30,
     text=48_000,
     book=400_000,
     examples=(16, 64, 256, 1024),
@@ -65,7 +65,13 @@ START = 20.0  # importing and loading
 STEP = 2.5  # 16 images with a question each
 QUESTION = 0.19
 CHARACTER = 5.1 / 3930  # with the method and without it
-SLOWER = {"gemma3": 1.5, "nf4": 1.4, "lora/rank2-all-linear": 1.5, "lora/rank13-q-v-dora": 1.2}
+SLOWER = {
+    "gemma3": 1.5,
+    "nf4": 1.4,
+    "lora/rank2-all-linear": 1.5,
+    "prompt_tuning/15-tokens": 1.3,
+    "lora/rank13-q-v-dora": 1.2,
+}
 
 
 def plan(sizes: Sizes, records: Records) -> list[Run]:

@@ -11,6 +11,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import jinja2
 import pytest
 
 from examples.easy_vqa import parts
@@ -314,3 +315,17 @@ def test_easy_vqa_holds_the_announced_counts():
         assert {answer for _, answer, _ in questions} == answers
         images = {int(path.stem) for path in (data / split / "images").glob("*.png")}
         assert images == {image_id for _, _, image_id in questions} == set(range(image_count))
+
+
+def test_gemmas_template_ends_each_turn_and_puts_the_system_into_the_first() -> None:
+    source = Path(parts.__file__).with_name("gemma.jinja").read_text(encoding="utf-8")
+    turns = [("system", "Be short."), ("user", " Color? "), ("assistant", "red"), ("user", "Shape?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = jinja2.Template(source).render(messages=messages, bos_token="<bos>", add_generation_prompt=True)
+    assert text == (
+        "<bos><start_of_turn>user\nBe short.\n\nColor?<end_of_turn>\n<start_of_turn>model\nred<end_of_turn>\n"
+        "<start_of_turn>user\nShape?<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert jinja2.Template(source).render(messages=messages[1:2], bos_token="") == (
+        "<start_of_turn>user\nColor?<end_of_turn>\n"
+    )
