@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
-from .runs import Kind, Records, Run
+from .runs import LANGUAGE, Kind, Records, Run
 from .settings import BASE, LADDER, Sizes, experiment, names
 
 FULL = Sizes(
@@ -17,7 +17,6 @@ FULL = Sizes(
     few=("crome/vision", "crome/text-and-vision", "lora/rank13-q-v", "full-finetuning/projection"),
     seeds=3,
     few_seeds=1,
-    language="smollm2",
     other_languages=("gemma3",),
     align_steps=300,
     align_images=16,
@@ -43,7 +42,6 @@ REDUCED = Sizes(
     few=("crome/vision",),
     seeds=1,
     few_seeds=1,
-    language="smollm2",
     other_languages=(),
     align_steps=2,
     align_images=2,
@@ -80,16 +78,16 @@ def plan(sizes: Sizes, records: Records) -> list[Run]:
     sweeps = {
         language: [
             Run("sweep", name, task, language=language, rate=rate)
-            for name in (sizes.experiments if language == sizes.language else few)
+            for name in (sizes.experiments if language == LANGUAGE else few)
             for rate in rates_to_try(name, language, sizes, records)
             for task in sizes.tasks_of_sweep(language)
         ]
-        for language in (sizes.language, *sizes.other_languages)
+        for language in (LANGUAGE, *sizes.other_languages)
     }
     runs = [
         *(Run("host", seed=seed) for seed in seeds),
         *(Run("base", BASE, task, seed) for seed in seeds for task in sizes.tasks),
-        *sweeps[sizes.language],
+        *sweeps[LANGUAGE],
         *(Run("main", name, task, seed) for seed in seeds for task in sizes.tasks for name in sizes.experiments),
         *(
             Run("examples", name, task, seed, examples=count)
@@ -187,7 +185,7 @@ def characters(run: Run, sizes: Sizes) -> int:
     """Return how much text a run measures: a method's first run the whole book, the others less or nothing."""
     if run.kind != "main":
         return 0
-    if (run.seed, run.task, run.language) == (0, sizes.tasks[0], sizes.language):
+    if (run.seed, run.task, run.language) == (0, sizes.tasks[0], LANGUAGE):
         return sizes.book
     return sizes.text if experiment(run.experiment).params.changes_text else 0
 

@@ -13,7 +13,7 @@ from benchmarks.pages import rewrite
 from .differences import Difference, paired
 from .plan import plan
 from .plots import over_examples, over_text
-from .runs import Kind, Records, Run
+from .runs import LANGUAGE, Kind, Records, Run
 from .settings import BASE, Sizes, experiment
 from .tasks import TASKS
 
@@ -215,9 +215,9 @@ class Report:
             rows.append([_title(name), *cells])
         return markdown(["", *(TASKS[task].title for task in self.sizes.sweep_tasks)], rows)
 
-    def of(self, kind: Kind, name: str, language: str | None = None) -> list[Run]:
+    def of(self, kind: Kind, name: str, language: str = LANGUAGE) -> list[Run]:
         """List the runs of a kind and a method that have records, seed by seed."""
-        wanted = (kind, name, language or self.sizes.language)
+        wanted = (kind, name, language)
         runs = [run for run in plan(self.sizes, self.records) if (run.kind, run.experiment, run.language) == wanted]
         return [run for run in runs if run in self.records]
 

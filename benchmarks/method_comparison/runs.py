@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+LANGUAGE = "smollm2"  # of all measurements but one
 Kind = Literal["host", "base", "sweep", "main", "examples", "sequence", "change"]
 Records = dict["Run", dict[str, Any]]
 
@@ -30,7 +31,7 @@ class Run:
     experiment: str = ""
     task: str = ""
     seed: int = 0
-    language: str = "smollm2"
+    language: str = LANGUAGE
     frozen: str = "bfloat16"
     rate: float | None = None
     examples: int | None = None

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 import peft_crome  # noqa: F401  # registers CROME with PEFT
 
+from .runs import LANGUAGE
+
 FOLDER = Path(__file__).parent
 EXPERIMENTS = FOLDER / "experiments"
 DEFAULTS = FOLDER / "default_training_params.json"
@@ -69,7 +71,6 @@ class Sizes(BaseModel):
         experiments: names of the compared methods.
         few: methods of the further measurements: number of examples, tasks in sequence, a change underneath.
         seeds, few_seeds: numbers of seeds of the main table, and of the measurements of few methods.
-        language: the language model of all measurements.
         other_languages: language models on which the methods of `few` learn the sweep's tasks, with one seed.
         align_steps, steps, tune_steps: optimizer steps of a host, of a method, and of the language model that changes.
         align_images: captioned images of a step of a host.
@@ -92,7 +93,6 @@ class Sizes(BaseModel):
     few: tuple[str, ...]
     seeds: int
     few_seeds: int
-    language: str
     other_languages: tuple[str, ...]
     align_steps: int
     align_images: int
@@ -111,7 +111,7 @@ class Sizes(BaseModel):
 
     def tasks_of_sweep(self, language: str) -> tuple[str, ...]:
         """Return the tasks that choose a learning rate: the first alone on another language model."""
-        return self.sweep_tasks if language == self.language else self.sweep_tasks[:1]
+        return self.sweep_tasks if language == LANGUAGE else self.sweep_tasks[:1]
 
     def images_per_step(self, full: int) -> int:
         """Return the images of a step of a task that has `full` of them at full size."""

@@ -16,7 +16,7 @@ from benchmarks.method_comparison.hosts import attach, load_trained, trained_wei
 from benchmarks.method_comparison.plan import FULL, REDUCED, core_minutes, describe, needs, plan, rate_of, rates_to_try
 from benchmarks.method_comparison.plots import front
 from benchmarks.method_comparison.report import NOT_RUN, Report, write_report
-from benchmarks.method_comparison.runs import Records, Run, read
+from benchmarks.method_comparison.runs import LANGUAGE, Records, Run, read
 from benchmarks.method_comparison.settings import BASE, LADDER, experiment, names
 from benchmarks.method_comparison.tasks import TASKS, emoji_grids, words
 from benchmarks.method_comparison.tasks.task import Task, words_alone
@@ -210,7 +210,7 @@ def test_every_run_has_a_record_of_its_own_and_all_fit_the_budget() -> None:
     assert len(set(runs)) == len(runs)
     methods = [name for name in FULL.experiments if name != BASE]
     assert len(methods) >= 8
-    main = [run for run in runs if run.kind == "main" and run.language == FULL.language]
+    main = [run for run in runs if run.kind == "main" and run.language == LANGUAGE]
     assert len(main) == len(methods) * len(FULL.tasks) * 3
     assert sum(core_minutes(run, FULL) for run in runs) < 40 * 60
     assert describe(FULL, {}).splitlines()[-1].split()[:4] == ["all", str(len(runs)), "0", str(len(runs))]
@@ -219,13 +219,13 @@ def test_every_run_has_a_record_of_its_own_and_all_fit_the_budget() -> None:
 def test_a_sweep_goes_on_while_the_best_rate_lies_at_an_end() -> None:
     name = "crome/vision"
     first = {3e-4: 0.1, 1e-3: 0.2, 3e-3: 0.3, 1e-2: 0.4}
-    assert rates_to_try(name, FULL.language, FULL, {}) == list(first)
-    assert rates_to_try(name, FULL.language, FULL, sweep(name, first)) == [*first, 3e-2]
-    assert rates_to_try(name, FULL.language, FULL, sweep(name, first | {3e-2: 0.3})) == [*first, 3e-2]
-    assert rates_to_try(name, FULL.language, FULL, sweep(name, first | {3e-2: 0.5})) == [*first, 3e-2, 1e-1]
-    assert rates_to_try(name, FULL.language, FULL, sweep(name, first | {3e-2: 0.5, 1e-1: 0.6})) == [*first, 3e-2, 1e-1]
+    assert rates_to_try(name, LANGUAGE, FULL, {}) == list(first)
+    assert rates_to_try(name, LANGUAGE, FULL, sweep(name, first)) == [*first, 3e-2]
+    assert rates_to_try(name, LANGUAGE, FULL, sweep(name, first | {3e-2: 0.3})) == [*first, 3e-2]
+    assert rates_to_try(name, LANGUAGE, FULL, sweep(name, first | {3e-2: 0.5})) == [*first, 3e-2, 1e-1]
+    assert rates_to_try(name, LANGUAGE, FULL, sweep(name, first | {3e-2: 0.5, 1e-1: 0.6})) == [*first, 3e-2, 1e-1]
     falling = {3e-4: 0.4, 1e-3: 0.3, 3e-3: 0.2, 1e-2: 0.1}
-    assert rates_to_try(name, FULL.language, FULL, sweep(name, falling)) == [1e-4, *falling]
+    assert rates_to_try(name, LANGUAGE, FULL, sweep(name, falling)) == [1e-4, *falling]
 
 
 def test_a_main_run_waits_for_its_host_and_its_sweep() -> None:
@@ -257,6 +257,17 @@ def test_a_second_call_does_what_is_left(tmp_path: Path, monkeypatch: pytest.Mon
     assert work.work(REDUCED, tmp_path, tmp_path, processes=0) == []
     runs = plan(REDUCED, read(tmp_path))
     assert done == [*runs[:5], *runs[4:]]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_in_its_process_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = [Run("host", seed=seed, language="none") for seed in range(2)]
+    monkeypatch.setattr(work, "plan", lambda sizes, records: wrong)
+    assert set(work.work(REDUCED, tmp_path, tmp_path, processes=1)) == set(wrong)
+    assert capsys.readouterr().err.count("KeyError: 'none'") >= 2
+    assert read(tmp_path) == {}
 
 
 # ---- the page ----
