@@ -64,8 +64,8 @@ STEP = 2.5  # 16 images with a question each
 QUESTION = 0.19
 CHARACTER = 5.1 / 3930  # with the method and without it
 SLOWER = {
-    "gemma3": 1.5,
-    "nf4": 1.4,
+    "gemma3": 1.2,
+    "nf4": 1.1,
     "lora/rank2-all-linear": 1.5,
     "prompt_tuning/15-tokens": 1.3,
     "lora/rank13-q-v-dora": 1.2,
