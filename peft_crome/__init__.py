@@ -13,6 +13,7 @@ register()
 
 from .backbone.labeled import logits_at_labels
 from .backbone.trainers import CHECKS
+from .backbone.packed_rows import pack_rows
 from .features.cache import FeatureCache, cache_features
 from .sharing.card_details import describe_adapter
 from .tuner import CromeConfig, CromeLayer, CromeModel
@@ -49,6 +50,7 @@ __all__ = [
     "describe_adapter",
     "hotswap_adapter",
     "logits_at_labels",
+    "pack_rows",
 ]
 
 

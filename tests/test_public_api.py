@@ -34,6 +34,7 @@ PUBLIC_NAMES = [
     "describe_adapter",
     "hotswap_adapter",
     "logits_at_labels",
+    "pack_rows",
 ]
 
 

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .compat import keeps_logits_by_token
-from .four_bit import fix_repacking
 from .model import COMPILED, KNOWN_ROWS, placeholder_ids, text_config, unwrapped
-from .modes import evaluating
+from .modes import trying
 
 IGNORED = -100
 TOLERANCE = 1e-2  # between losses of two kernels in bfloat16; wrong positions fail by shape
@@ -74,10 +73,15 @@ def _targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     In a batch without labels the first token is kept, so that the loss still depends on the model.
     """
-    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    targets = targets_of(labels)
     wanted = targets != IGNORED
     wanted[0, 0] |= ~wanted.any()
     return targets, wanted
+
+
+def targets_of(labels: torch.Tensor) -> torch.Tensor:
+    """Return the label that each token predicts, (batch, tokens)."""
+    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
 def _choice_of(model: nn.Module, device: torch.device) -> Choice | None:
@@ -114,15 +118,8 @@ def _trial(model: nn.Module, host: nn.Module, choose: Choice, device: torch.devi
     labels[0, :-3] = labels[1, :-1] = IGNORED
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     chosen = choose(labels)
-    fix_repacking(host)  # an evaluation would end 4-bit training on a CPU
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with (
-            evaluating(model),
-            torch.no_grad(),
-            torch.random.fork_rng(devices),
-            torch.compiler.set_stance("force_eager"),
-        ):
+        with trying(model):
             whole, kept = model(**batch), model(**batch, **chosen)
         loss, again, logits = whole["loss"], kept["loss"], kept["logits"]
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:

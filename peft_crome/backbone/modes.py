@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+from .four_bit import fix_repacking
 
 
 @contextmanager
@@ -18,3 +21,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def trying(model: nn.Module) -> Iterator[None]:
+    """Call a model that may be in training or compiled, without a gradient, a compilation or a random number drawn."""
+    fix_repacking(model)  # an evaluation would end 4-bit training on a CPU
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        torch.random.fork_rng(devices),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield

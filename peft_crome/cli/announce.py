@@ -26,6 +26,11 @@ def announce(recipe: Recipe, report: Any) -> None:
     if report.seconds is not None:
         low, high = report.seconds
         say(f"time: {low:.2g} to {high:.2g} s a step, an estimate from how fast this device multiplies")
+    if report.padding is not None and report.padding.random:
+        found = report.padding
+        grouped = "" if report.rows is None else f"{found.grouped:.0%} with training.group_by_length, "
+        say(f"padding: {found.random:.0%} of the tokens in random batches of {report.size.rows} rows, {grouped}"
+            f"{found.packed:.0%} with training.packing")  # fmt: skip
     sample = report.sample
     if sample.max_length is not None:
         share = sample.cut / len(sample.lengths)

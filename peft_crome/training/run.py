@@ -15,6 +15,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 
 from ..data import Augmentation, ConversationCollator
+from ..data.packing import PackingOrder
 from ..data.taken import check_rows, shows_more_than_images
 from ..features.cache import cache_features
 from ..vlm import CromeVLMForConditionalGeneration, CromeVLMProcessor
@@ -88,7 +89,7 @@ def train(
             args=arguments,
             settings=recipe.training,
             train_dataset=rows,
-            data_collator=NamedRows(collator),
+            data_collator=NamedRows(PackingOrder(collator) if recipe.training.packing else collator),
             image_tokens=collator.image_tokens if recipe.training.group_by_length else 0,
         )
     except (RuntimeError, ImportError) as error:  # the package of report_to or of the optimizer is missing

@@ -13,6 +13,7 @@ from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from ...backbone.labeled import logits_at_labels
 from ...backbone.model import unwrapped
+from ...backbone.packed_rows import pack_rows
 from ...data.draws import DrawOrder, Draws, DrawStream
 from ...data.lengths import row_lengths
 from ..directory.run_folder import complete_checkpoint
@@ -121,9 +122,11 @@ class CromeTrainer(Trainer):
         host = unwrapped(self.model)
         self._dtype = getattr(host, "dtype", None)
         # With these, every process must call the same modules, including the tower.
-        sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if hasattr(host, "blank_image"):
-            host.blank_image = self.accelerator.distributed_type in sharded
+            host.blank_image = sharded
+        if sharded and settings.packing:
+            raise RecipeError("training.packing: FSDP and DeepSpeed train padded rows. Take it out.")
         if self.train_dataset is not None and has_length(self.train_dataset):
             self.train_dataset = Draws(self.train_dataset)
         elif self.train_dataset is not None:
@@ -152,8 +155,13 @@ class CromeTrainer(Trainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Compute the loss as `Trainer` does, from logits at labels; from all logits if the outputs are requested."""
+        """Compute the loss as `Trainer` does, from logits at labels; from all logits if the outputs are requested.
+
+        With `packing`, the rows of the batch are packed.
+        """
         if not (return_outputs or self.label_smoother or self.compute_loss_func):
+            if self.settings.packing:
+                inputs = pack_rows(model, inputs, self.settings.max_length)
             inputs = logits_at_labels(model, inputs)
         return super().compute_loss(model, inputs, return_outputs, **kwargs)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...backbone.labeled import IGNORED, logits_at_labels
 from ...backbone.modes import evaluating
+from ...backbone.packed_rows import can_pack, takes_one_row
 from ...data import ConversationCollator
 from ...data.media import media_of
 from ...tuner import CromeConfig, guard
@@ -30,6 +31,7 @@ from ..stages import STAGES, count_trained, trained_parameters
 from .costs import frozen_dtype
 from .devices import Device, this_device
 from .memory import NotPredictable, StepCost, StepSize, predict_step
+from .padding import Padding, padding_of
 
 SAMPLE = 256  # number of rows whose tokens are counted
 STREAMED = 32  # number of rows if they have to be fetched
@@ -64,9 +66,14 @@ class RowSample:
         return sum(self.max_length is not None and length > self.max_length for length in self.lengths)
 
     @property
+    def kept(self) -> list[int]:
+        """Tokens of each row after the cut."""
+        return [min(length, self.max_length or length) for length in self.lengths]
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row, after the cut."""
-        return min(max(self.lengths), self.max_length or max(self.lengths))
+        return max(self.kept)
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Preflight:
         cost: cost of that pass. If it is None, `warnings` has the reason.
         device: the device that the run uses.
         seconds: lower and upper estimate of an optimizer step, or None if unknown.
+        padding: how much of a forward pass is padding; None for an encoder-decoder, whose rows are never packed.
         warnings: probable mistakes, each with the key to change.
     """
 
@@ -91,6 +99,7 @@ class Preflight:
     cost: StepCost | None
     device: Device
     seconds: tuple[float, float] | None
+    padding: Padding | None
     warnings: list[str]
 
 
@@ -123,6 +132,8 @@ def preflight(
             batch = trainer._prepare_inputs(plain(list(examples)))
             asked = logits_at_labels(model, batch)
             _check_batch(model, asked, examples)
+            if recipe.training.packing:  # twice, since one row is packed with none
+                can_pack(model, trainer._prepare_inputs(plain([*examples, *examples])))
             # Positions that rows share are more than one row's labels, so all logits are the bound then.
             if asked is not batch and asked["shift_labels"].dim() == 1 and not arguments.torch_compile:
                 label_tokens = sample.label_tokens
@@ -154,7 +165,17 @@ def preflight(
         warnings.append(f"Memory and time are not predicted. {error}")
     for warning in warnings:
         logger.warning(warning)
-    return Preflight(trained, count, sample, size, cost, device, seconds, warnings)
+    padding = None
+    if not config.is_encoder_decoder:
+        padding = padding_of(
+            sample.kept,
+            each,
+            step=recipe.training.batch_size,
+            max_length=recipe.training.max_length,
+            total=count or 0,
+            flash=takes_one_row(model),
+        )
+    return Preflight(trained, count, sample, size, cost, device, seconds, padding, warnings)
 
 
 def _slow_dtype(device: Device, dtype: torch.dtype, recipe: Recipe) -> list[str]:
