@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in_turn
 from benchmarks.labeled_logits import composite_of
-from benchmarks.methods import CROME, FIRST_WORD, IGNORED, attach, base_of, training_step
+from benchmarks.methods import CROME, FIRST_WORD, IGNORED, LAST_WORD, attach, base_of, training_step
 from benchmarks.pages import rewrite
 from examples.easy_vqa.records import write_json
 from peft_crome import logits_at_labels, pack_rows
@@ -79,10 +79,12 @@ def rows_of_mix(rows: int) -> tuple[list[int], list[int], list[int]]:
 def batch_of_lengths(host: Any, lengths: Sequence[int], labels: Sequence[int]) -> dict[str, torch.Tensor]:
     """Build a padded batch of random words; each row of image length and more shows an image."""
     chance = torch.Generator().manual_seed(0)
+    last = min(LAST_WORD, host.config.get_text_config().vocab_size)
     rows, targets = [], []
     images = 0
     for length, labeled in zip(lengths, labels, strict=True):
-        ids = torch.randint(FIRST_WORD, 2000, (length,), generator=chance)
+        ids = torch.randint(FIRST_WORD, last, (length,), generator=chance)
+        ids[ids == host.config.image_token_id] = FIRST_WORD
         if length > host.image_seq_length + 8:
             ids[4 : 4 + host.image_seq_length] = host.config.image_token_id
             images += 1
@@ -134,7 +136,8 @@ def measure_step(
         return logits_at_labels(model, batch)
 
     def in_packs(model: nn.Module, batch: Any) -> Any:
-        return logits_at_labels(model, pack_rows(model, batch, limit))
+        packed = logits_at_labels(model, pack_rows(model, batch, limit))
+        return {name: value for name, value in packed.items() if name != "use_cache"}  # `training_step` has it
 
     asked: dict[str, Callable[[nn.Module, Any], Any]] = {"padded": at_labels, "packed": in_packs}
     ways = {name: training_step(model, batch, ask) for name, ask in asked.items()}

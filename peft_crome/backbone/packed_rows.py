@@ -135,9 +135,9 @@ def _packed(host: nn.Module, batch: Mapping[str, Any], bins: Bins) -> dict[str, 
     """Rearrange each value that has a number per token. Padding between bins is copied from the batch's padding."""
     mask, shape = batch["attention_mask"].bool(), batch["input_ids"].shape
     counted = mask.long().cumsum(dim=1) - 1
-    lengths = mask.sum(dim=1)
+    lengths = mask.sum(dim=1).tolist()
     tokens = mask.flatten().nonzero().flatten()
-    parts = tokens.split([int(lengths[rows].sum()) for rows in bins])
+    parts = tokens.split([sum(lengths[row] for row in rows) for rows in bins])
     source = pad_sequence(list(parts), batch_first=True, padding_value=int(mask.flatten().long().argmin()))
     first = mask & (counted == 0)  # predicted by no token, and certainly not by another conversation's last one
     values = {**batch, "labels": batch["labels"].masked_fill(first, IGNORED)}
