@@ -134,11 +134,11 @@ def test_a_faulty_row_is_named(quiet: dict[str, Any]) -> None:
         PackingOrder(ConversationCollator(processor))(rows)
 
 
-def test_padding_that_is_announced(values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_padding_that_is_announced(quiet: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     from peft_crome.cli.announce import announce
 
     reports: list[Preflight] = []
-    recipe = load_recipe(values)
+    recipe = load_recipe(quiet)
     train_recipe(recipe, reports.append)
     (report,) = reports
     assert report.padding is not None
@@ -153,10 +153,10 @@ def test_padding_that_is_announced(values: dict[str, Any], capsys: pytest.Captur
 
 
 def test_padding_of_two_lengths() -> None:
-    """Of 100 and 700 tokens, all batches of one length have no padding, and two rows of 800 hold any."""
+    """Of 100 and 700 tokens. Batches of one length have no padding but the one where the lengths meet."""
     lengths = [100, 700] * 64
     random.Random(0).shuffle(lengths)
     found = padding_of(lengths, 2, step=2, max_length=1400, total=100_000)
     assert found.random == pytest.approx(300 / 1100, abs=0.08)  # half of the batches have 600 of 1,400 tokens
-    assert found.grouped == 0
+    assert 0 <= found.grouped < 0.03
     assert found.packed == 0
