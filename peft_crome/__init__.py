@@ -12,8 +12,8 @@ from .version import __version__
 register()
 
 from .backbone.labeled import logits_at_labels
-from .backbone.trainers import CHECKS
 from .backbone.packed_rows import pack_rows
+from .backbone.trainers import CHECKS
 from .features.cache import FeatureCache, cache_features
 from .sharing.card_details import describe_adapter
 from .tuner import CromeConfig, CromeLayer, CromeModel
