@@ -18,6 +18,7 @@ from peft_crome.training.planning.padding import padding_of
 from tests.training.processes import run
 from tests.training.test_distributed import losses
 from tests.training.test_resume import assert_same_end
+from tests.training.test_sharded import FSDP2
 from tests.training.tiny import weights
 
 LIMIT = 48  # tokens: two or three conversations
@@ -84,8 +85,7 @@ def test_two_processes_have_the_losses_of_one(quiet: dict[str, Any], tmp_path: P
 def test_sharded_models_are_refused(quiet: dict[str, Any], tmp_path: Path) -> None:
     quiet["training"]["packing"] = True
     log = tmp_path / "log"
-    sharded = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
-    assert run(quiet, log, processes=2, sharded=sharded) != [0, 0]
+    assert run(quiet, log, processes=2, sharded=FSDP2) != [0, 0]
     assert "training.packing: FSDP and DeepSpeed train padded rows. Take it out." in Path(f"{log}.0").read_text()
     assert not Path(quiet["output"]).exists()
 
