@@ -1,4 +1,4 @@
-# make quickstart | demo | check | test | models-table | test-families | test-deepspeed | test-fast | test-matrix | test-oldest | test-vllm | lint | docs | bench | bench-import | clean
+# make quickstart | demo | check | test | models-table | test-families | test-deepspeed | test-fast | test-matrix | test-oldest | test-vllm | vllm-table | lint | docs | bench | bench-import | clean
 #
 # Each makes the virtual environment it needs in $(VENV), once, and again when pyproject.toml has changed.
 #   make quickstart PYTHON=python3.12      another interpreter for the virtual environment
@@ -38,7 +38,7 @@ VLLM ?= build/vllm/env
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check
 
 export NO_MKDOCS_2_WARNING := 1
-.PHONY: help quickstart demo check test models-table test-families test-deepspeed test-fast test-matrix test-oldest test-vllm lint docs bench bench-import clean
+.PHONY: help quickstart demo check test models-table test-families test-deepspeed test-fast test-matrix test-oldest test-vllm vllm-table lint docs bench bench-import clean
 .DELETE_ON_ERROR:
 
 help:
@@ -110,10 +110,12 @@ test-oldest: test-matrix  ## the lower bounds of pyproject.toml, each at exactly
 # vLLM pins its own transformers, so it has an environment of its own, of some 4 GB.
 test-vllm: $(VLLM)/.installed  ## adapters in vLLM itself, on the CPU: tiny hosts, many adapters, HTTP
 	PYTHONPATH="$(CURDIR):$(CURDIR)/tests/startup" $(VLLM)/bin/python -m pytest -W default tests/engine
+
+vllm-table: test-vllm  ## write the table of docs/vllm.md from a run of these tests
 	$(VLLM)/bin/python -m tests.engine.table
 
 clean:
-	rm -rf $(VENV) build/matrix site dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build/matrix build/vllm site dist .mypy_cache .ruff_cache .pytest_cache
 
 # ---- virtual environments ----
 

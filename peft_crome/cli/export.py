@@ -17,6 +17,10 @@ def export(
     ],
     output: Annotated[Path, typer.Argument(help="Directory to write for vllm serve. It must not exist.")],
     model: Annotated[str | None, typer.Option(help="Model to serve. Default: the one that the adapters name.")] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="The model's revision on the Hub. Without --model, the adapters may name one."),
+    ] = None,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the weights of a model on the Hub, instead of naming it.")
     ] = False,
@@ -27,12 +31,15 @@ def export(
 
     try:
         names = adapter_names(adapters)
-        network, where, processor = load_for_export(names, model)
+        network, where, processor = load_for_export(names, model, revision)
         write(network, output, **where, copy=copy or None, processor=processor)
     except (OSError, ValueError, ImportError) as error:
         fail(error)
-    named = "" if len(names) == 1 else f" A request names its adapter, one of {', '.join(names)}."
-    console.print(f"Serve it: vllm serve {output}.{named}", markup=False, soft_wrap=True)
+    several = len(names) > 1
+    trust = " --trust-request-mm-kwargs" if several else ""
+    console.print(f"Serve it: vllm serve {output}{trust}", markup=False, soft_wrap=True)
+    if several:
+        console.print(f"A request names its adapter, one of {', '.join(names)}.", markup=False, soft_wrap=True)
 
 
 def adapter_names(adapters: list[str]) -> dict[str, str]:
@@ -44,10 +51,10 @@ def adapter_names(adapters: list[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     for item in adapters:
         name, equals, place = item.partition("=")
-        if not equals:
+        if not equals or "/" in name or Path(item).exists():  # a path may have the sign, too
             name, place = (Path(item).name if len(adapters) > 1 else "default"), item
         if name in names or "." in name or not name:
             problem = f"{name!r} twice" if name in names else f"the name {name!r}"
-            raise ValueError(f"Got {problem}; expected a name of its own, without a dot, for each: name={place}.")
+            raise ValueError(f"Got {problem}; expected a name of its own, without a dot, for each: NAME={place}.")
         names[name] = place
     return names

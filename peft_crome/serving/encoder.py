@@ -69,7 +69,7 @@ class ImageEncoder:
             reason = f"also reads {more} inside" if more else "does not go through the adapter's vision branch there"
             raise ValueError(
                 f"{type(self.host).__name__} {reason}, so embeddings alone are not what the adapted model computes. "
-                "Serve it with transformers: model.generate(...)."
+                "Serve it with images: peft_crome.serving.export(...), or with transformers."
             )
         if isinstance(embeddings, torch.Tensor):
             embeddings = list(embeddings) if embeddings.dim() == 3 else [embeddings]
@@ -85,11 +85,12 @@ class ImageEncoder:
             ValueError: as in a call.
         Source: vLLM's documentation of multimodal inputs, "Embedding Inputs".
         """
-        model_type = getattr(getattr(self.host, "config", None), "model_type", None)
-        if model_type in NOT_IN_VLLM:
+        config = getattr(self.host, "config", None)
+        types = [getattr(part, "model_type", None) for part in (config, getattr(config, "vision_config", None))]
+        if refused := [model_type for model_type in types if model_type in NOT_IN_VLLM]:
             logger.warning(
-                "vLLM 0.32 takes no image embeddings for %r. Serve it with transformers: model.generate(...).",
-                model_type,
+                "vLLM 0.32 takes no image embeddings for %r. Serve it with images: peft_crome.serving.export(...).",
+                refused[0],
             )
         embeddings = self(**inputs)
         grids = {key: inputs[key].cpu() for key in GRIDS if inputs.get(key) is not None}

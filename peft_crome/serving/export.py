@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..backbone.model import unwrapped
+from ..sharing.provenance import describe_shape
 from ..tuner import CromeWeights
 from ..tuner.layer import crome_layers
 from ..utils.atomic import new_directory
@@ -26,7 +27,7 @@ from ..utils.templates import render
 from ..vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
 from .folded import check_alone
 from .host_files import copy_host, text_folded, write_composite, write_host
-from .served import KEY, WEIGHTS, WEIGHTS_PREFIX, Served, ServedAdapter
+from .served import BASE_NAME, KEY, WEIGHTS, WEIGHTS_PREFIX, Served, ServedAdapter
 from .vllm_plugin import PREFIX
 
 logger = logging.getLogger(__name__)
@@ -44,14 +45,15 @@ def export(
 ) -> None:
     """Write a directory for `vllm serve`: the host, and the branches that read images, of adapters on the model.
 
-    A text branch is folded into the host's embedding table, so an adapter with one is exported alone. The files are
-    read back and compared with the model, which is not changed.
+    A text branch is folded into the host's embedding table, so an adapter with one is exported alone. The model is
+    not changed. Weights that are written from memory are read back and compared with it; files of `host` are copied,
+    and only their configuration is compared.
 
     Args:
         model: model with one adapter or several.
         output_dir: a new directory, which appears when it is complete.
-        host: the host's checkpoint, a directory or a Hub repository, whose files are copied unchanged. None: the
-            weights in memory are written.
+        host: the checkpoint of the model that the adapters are on, a directory or a Hub repository, whose files are
+            copied unchanged. None: the weights in memory are written.
         revision: revision of the repository.
         copy: whether the copy has the host's weights. If not, vLLM reads them from the checkpoint. None: those of a
             directory are copied, and those of a repository are not.
@@ -59,7 +61,8 @@ def export(
         adapters: names of the adapters to write; None: all.
     Raises:
         FileExistsError: output_dir exists already.
-        ValueError: see `read_served` and `fold`; or vLLM has no class for the host, or only one without images.
+        ValueError: see `read_served` and `fold`. Or vLLM has no class for the host, or only one without images; or
+            `host` is of another shape than the model.
     """
     output = Path(output_dir)
     if output.exists():
@@ -67,9 +70,10 @@ def export(
     model = unwrapped(model, PeftModel)
     base = unwrapped(model)
     served, folded = read_served(model, adapters)
-    if folded and host is not None:
-        raise ValueError("A text branch is folded into the host's own weights. Load the host, and leave `host` out.")
     composite = isinstance(base, CromeVLMForConditionalGeneration)
+    if host is not None and (folded or composite):
+        written = "A composite is" if composite else "A host with a text branch in its embedding table is"
+        raise ValueError(f"{written} written from memory, so it has no files to copy. Leave host={str(host)!r} out.")
     name = type(base).__name__ if composite else (base.config.architectures or [type(base).__name__])[0]
     check_vllm(name)
     write: Any = write_composite if composite else partial(write_host, base)
@@ -82,13 +86,14 @@ def export(
     with new_directory(output) as temporary:
         if host is not None:
             copy_host(host, temporary, weights=copy, revision=revision)
+            _check_host(host, temporary, base.config)
             if processor is not None:
                 processor.save_pretrained(temporary)
         else:
             with text_folded(model, target, base) if folded else nullcontext():
                 write(base, temporary, processor)
         _write_adapters(model, served, temporary, name)
-        card = render("sharing/templates/served.md.jinja", name=str(host or name), adapters=[*served.adapters])
+        card = render("sharing/templates/served.md.jinja", name=host or name, served=served, folded=folded)
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -98,7 +103,7 @@ def read_served(model: PeftModel, names: list[str] | None = None) -> tuple[Serve
     Returns:
         The description, and whether a text branch must be folded.
     Raises:
-        ValueError: no adapter reads images, one of several has a text branch, or a branch depends on the token.
+        ValueError: an adapter reads no images or is called "__base__", or one of several has a text branch.
     """
     check_alone(model)
     layers = list(crome_layers(unwrapped(model)))
@@ -107,6 +112,8 @@ def read_served(model: PeftModel, names: list[str] | None = None) -> tuple[Serve
     adapters = {}
     for name in names:
         config = model.peft_config[name]
+        if name == BASE_NAME:
+            raise ValueError(f"{BASE_NAME!r} is a request's name for the host alone. Give this adapter another name.")
         if any(layer.branches_of.get(name) for layer in tables) and len(names) > 1:
             raise ValueError(
                 f"The adapter {name!r} has a text branch, which is folded into the host's embedding table, so an "
@@ -146,28 +153,34 @@ def check_vllm(architecture: str) -> None:
         )
 
 
-def load_for_export(adapters: Mapping[str, str], model: str | None = None) -> tuple[PeftModel, dict[str, Any], Any]:
+def load_for_export(
+    adapters: Mapping[str, str], model: str | None = None, revision: str | None = None
+) -> tuple[PeftModel, dict[str, Any], Any]:
     """Put adapters on their host. The host's weights are loaded only if they have to be written again.
 
     Args:
         adapters: name -> directory or Hub repository.
-        model: the host; None: the one that the adapters name.
+        model, revision: the host, and its revision on the Hub; None: those that the adapters name. A revision that an
+            adapter names is not one of another `model`.
     Returns:
         The model; `host` and `revision` for `export`, empty if the weights were loaded; then also the processor.
     Raises:
         ValueError: the adapters name no host or several, or transformers has no class for it.
     """
-    configs = {name: PeftConfig.from_pretrained(path) for name, path in adapters.items()}
-    hosts = {(model or config.base_model_name_or_path, config.revision) for config in configs.values()}
-    host, revision = hosts.pop()
-    if host is None or hosts:
-        problem = "name no host" if host is None else f"are for several hosts, {sorted(map(str, {host, *hosts}))}"
+    configs = [PeftConfig.from_pretrained(path) for path in adapters.values()]
+    hosts = {(config.base_model_name_or_path, revision or config.revision) for config in configs}
+    if model is not None:
+        hosts = {(model, revision)}
+    unnamed = None in {name for name, _ in hosts}
+    if unnamed or len(hosts) > 1:
+        problem = "name no host" if unnamed else f"are for several hosts (name, revision), {sorted(hosts, key=str)}"
         raise ValueError(f"The adapters {sorted(adapters)} {problem}. Write --model and its directory or name.")
+    ((host, revision),) = hosts
     of_hub = {} if revision is None else {"revision": revision}
     config = AutoConfig.from_pretrained(host, **of_hub)
     if isinstance(config, CromeVLMConfig):
         network = CromeVLMForConditionalGeneration.from_pretrained(host, adapter="ignore", **of_hub)
-        return _attached(network, adapters), {}, _processor(host, network)
+        return _attached(network, adapters), {}, _processor(host, network, of_hub)
     name = (config.architectures or ["none"])[0]
     if not hasattr(transformers, name):
         raise ValueError(
@@ -182,12 +195,29 @@ def load_for_export(adapters: Mapping[str, str], model: str | None = None) -> tu
     return _attached(kind.from_pretrained(host, **of_hub), adapters), {}, AutoProcessor.from_pretrained(host, **of_hub)
 
 
-def _processor(host: str, composite: Any) -> Any:
+def _processor(host: str, composite: Any, of_hub: Mapping[str, str]) -> Any:
     """Load a composite's processor, or build it from its backbones if the directory has none."""
     try:
-        return AutoProcessor.from_pretrained(host)
+        return AutoProcessor.from_pretrained(host, **of_hub)
     except (OSError, ValueError):
         return CromeVLMProcessor.from_backbones(config=composite.config)
+
+
+def _check_host(host: str | Path, files: Path, config: Any) -> None:
+    """Refuse files of another model than the one that the adapters are on, as far as configurations differ."""
+    there = {"model_type": json.loads((files / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type")}
+    if there["model_type"] == config.model_type:
+        there = describe_shape(type(config).from_pretrained(files))
+    different = [
+        f"{key} {there[key]!r} and not {value!r}"
+        for key, value in describe_shape(config).items()
+        if there.get(key, value) != value
+    ]
+    if different:
+        raise ValueError(
+            f"{host} is not the model that the adapters are on: it has {', '.join(different)}. Name the directory or "
+            "the repository of that model."
+        )
 
 
 def _attached(host: Any, adapters: Mapping[str, str]) -> PeftModel:

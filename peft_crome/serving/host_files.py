@@ -17,7 +17,8 @@ from ..sharing.written import check_model_files, check_ordinary
 from ..tuner.without_sites import sites_out
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
-NOT_THE_HOSTS = ("README.md", "adapter_*", ".*", "consolidated*", "original")  # last: Mistral's and Meta's
+# The last are Mistral's and Meta's. A folder's name is a pattern for `shutil`, and its files' for the Hub.
+NOT_THE_HOSTS = ("README.md", "adapter_*", ".*", "consolidated*", "original", "original/*")
 
 
 def write_host(target: Any, host: Any, folder: Path, processor: Any = None, **kwargs: Any) -> None:

@@ -47,6 +47,18 @@ def describe_backbone(model: nn.Module, host: Host, hidden_size: int) -> dict[st
     }
 
 
+def describe_shape(config: Any) -> dict[str, Any]:
+    """Describe a model by its configuration alone: architecture, width and depth of the language model, and tower."""
+    text = config.get_text_config()
+    return {
+        "model_type": config.model_type,
+        "language model": text.model_type,
+        "hidden_size": getattr(text, "hidden_size", None),
+        "num_hidden_layers": getattr(text, "num_hidden_layers", None),
+        **{f"tower's {name}": value for name, value in (_describe_tower(config) or {}).items()},
+    }
+
+
 def record_backbone(config: Any, here: dict[str, Any]) -> None:
     """Fill in `config.trained_on` on this backbone.
 

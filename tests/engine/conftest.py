@@ -46,17 +46,22 @@ def engine(model: Path, dtype: str = "float32", **settings: Any) -> Iterator[Any
         gc.collect()
 
 
-def ask(llm: Any, requests: list[dict[str, Any]], tokens: int, **sampling: Any) -> list[list[int]]:
-    """Greedy tokens of all requests, in one batch."""
+def parameters(tokens: int) -> Any:
+    """Greedy decoding of so many tokens."""
     from vllm import SamplingParams
 
-    parameters = SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, **sampling)
-    return [list(output.outputs[0].token_ids) for output in llm.generate(requests, parameters, use_tqdm=False)]
+    return SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens)
+
+
+def ask(llm: Any, requests: list[dict[str, Any]], tokens: int) -> list[list[int]]:
+    """Greedy tokens of all requests, in one batch."""
+    outputs = llm.generate(requests, parameters(tokens), use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 @pytest.fixture(scope="session")
 def record() -> Iterator[Callable[..., None]]:
-    """Note what a test found; `python -m tests.engine.table` writes it into the page."""
+    """Note what a test found; `make vllm-table` writes it into the page."""
     results: dict[str, dict[str, Any]] = {}
 
     def note(host: str, **values: Any) -> None:
@@ -64,6 +69,5 @@ def record() -> Iterator[Callable[..., None]]:
 
     yield note
     if results:
-        before = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps({**before, **results}, indent=2, sort_keys=True) + "\n")
+        RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")

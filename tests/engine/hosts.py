@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_crome import CromeConfig
+from peft_crome.serving import export
 from tests.families import FAMILIES, gemma, parts
 from tests.families.conversations import picture, render, turn
 
@@ -21,8 +24,10 @@ HEAD = 32  # the least that vLLM's attention takes on a CPU
 OTHER_LOGITS = ("gemma3",)
 HOSTS = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl",
-    "mistral3", "glm4v",
+    "mistral3", "glm4v", "pixtral",
 )  # fmt: skip
+ONE_TILE = {"internvl": {"crop_to_patches": False}, "idefics3": {"do_image_splitting": False}}
+ONE_TILE["smolvlm"] = ONE_TILE["idefics3"]
 SIZES = ((140, 100), (90, 200))  # of the images that hosts are asked about
 TOKENS = 16
 CLOSE = 1e-3  # two logits, of random weights, that are of order 1
@@ -64,7 +69,26 @@ def load_host(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return tf.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
 
 
-def save_adapters(host: Any, folder: Path, names: list[str], **settings: Any) -> PeftModel:
+@dataclass(frozen=True)
+class Exported:
+    """A host with adapters: in transformers, with its processor, and the folders of the host alone and the export."""
+
+    model: PeftModel
+    processor: Any
+    host: Path
+    served: Path
+
+
+def exported(name: str, folder: Path, adapters: Sequence[str] = ("default",), **arguments: Any) -> Exported:
+    """Build a host, put adapters on it, which are saved to `folder`, and export them, by default with its files."""
+    host, served = folder / "host", folder / "served"
+    build_host(name, host)
+    model = save_adapters(load_host(host), folder / "adapters", adapters)
+    export(model, served, **{"host": host, **arguments})
+    return Exported(model, tf.AutoProcessor.from_pretrained(host), host, served)
+
+
+def save_adapters(host: Any, folder: Path, names: Sequence[str], **settings: Any) -> PeftModel:
     """Put adapters of random weights on a host, each saved to a folder of its name."""
     for seed, name in enumerate(names):
         torch.manual_seed(seed)
@@ -94,9 +118,9 @@ def request_of(processor: Any, conversation: list[dict[str, Any]]) -> dict[str, 
     return {"prompt_token_ids": tokens, "multi_modal_data": {"image": conversation[0]["content"][0]["image"]}}
 
 
-def inputs_of(processor: Any, conversation: list[dict[str, Any]]) -> Any:
+def inputs_of(processor: Any, conversation: list[dict[str, Any]], **options: Any) -> Any:
     """What transformers is given."""
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    options |= {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     return render(processor, conversation, **options)
 
 

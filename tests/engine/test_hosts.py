@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from peft import PeftModel
 
 from peft_crome.serving import ImageEncoder, export, host_files
@@ -18,12 +17,14 @@ from peft_crome.serving.served import ARGUMENT, BASE_NAME, WEIGHTS
 from .conftest import ask, engine
 from .hosts import (
     HOSTS,
+    ONE_TILE,
     OTHER_LOGITS,
     TOKENS,
     agree,
     all_equal,
     build_host,
     conversations,
+    exported,
     generated,
     inputs_of,
     load_host,
@@ -31,54 +32,88 @@ from .hosts import (
     save_adapters,
 )
 
-# Without the plug-in: the encoder gives tiles and not images, or the host reads more than embeddings.
-REFUSED = (*NOT_IN_VLLM, "internvl", "glm4v", "qwen3_vl")
+TAKES_EMBEDDINGS = ("internvl", "llava", "qwen2_vl", "qwen2_5_vl")
+# What refuses the encoder's embeddings: vLLM, or the encoder itself.
+NO_IMAGES = "Expected type: .*ImageProcessorItems.*, but found type: .*ImageEmbeddingItems"
+REFUSES_EMBEDDINGS = {
+    **dict.fromkeys(NOT_IN_VLLM, NO_IMAGES),
+    "qwen3_vl": r"also reads \['deepstack_features'\] inside",
+}
 
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_images(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
-    build_host(name, tmp_path / "host")
-    model = save_adapters(load_host(tmp_path / "host"), tmp_path / "adapter", ["default"])
-    export(model, tmp_path / "served", host=tmp_path / "host")
-    processor = tf.AutoProcessor.from_pretrained(tmp_path / "host")
-    inputs = [inputs_of(processor, conversation) for conversation in conversations()]
-    requests = [request_of(processor, conversation) for conversation in conversations()]
-    adapted = [generated(model, batch) for batch in inputs]
-    with model.disable_adapter():
-        frozen = [generated(model, batch) for batch in inputs]
+    case = exported(name, tmp_path)
+    inputs = [inputs_of(case.processor, conversation) for conversation in conversations()]
+    requests = [request_of(case.processor, conversation) for conversation in conversations()]
+    adapted = [generated(case.model, batch) for batch in inputs]
+    with case.model.disable_adapter():
+        frozen = [generated(case.model, batch) for batch in inputs]
     assert any(one[: len(other)] != other[: len(one)] for one, other in zip(adapted, frozen, strict=True))
     host_alone = {"mm_processor_kwargs": {ARGUMENT: BASE_NAME}}
-    with engine(tmp_path / "served", enable_mm_embeds=True) as llm:
+    with engine(case.served) as llm:
         served = ask(llm, requests, TOKENS)
         record(name, images=agree(served, adapted))
         assert all_equal(served, adapted)
         assert all_equal(ask(llm, [request | host_alone for request in requests], TOKENS), frozen)
-        embeddings = embeddings_served(llm, model, requests, inputs)
-    record(name, embeddings=None if embeddings is None else agree(embeddings, adapted))
-    assert embeddings is None or all_equal(embeddings, adapted)
-    assert (embeddings is None) == (name in REFUSED)
-    model = PeftModel.from_pretrained(load_host(tmp_path / "host", torch.bfloat16), str(tmp_path / "adapter")).eval()
+    model = PeftModel.from_pretrained(load_host(case.host, torch.bfloat16), str(tmp_path / "adapters")).eval()
     adapted = [generated(model, batch, close=0) for batch in inputs]
-    with engine(tmp_path / "served", "bfloat16") as llm:
+    with engine(case.served, "bfloat16") as llm:
         record(name, bfloat16=agree(ask(llm, requests, TOKENS), adapted))
+
+
+@pytest.mark.parametrize("name", [*TAKES_EMBEDDINGS, *REFUSES_EMBEDDINGS])
+def test_image_embeddings(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
+    """The host as it is, without the plug-in's class, gets the encoder's embeddings in place of images of one tile."""
+    case = exported(name, tmp_path)
+    inputs = [inputs_of(case.processor, conversation, **ONE_TILE.get(name, {})) for conversation in conversations()]
+    encoder = ImageEncoder(case.model)
+
+    def requests() -> list[dict[str, Any]]:
+        images = [{"multi_modal_data": encoder.multi_modal_data(**batch)} for batch in inputs]
+        asked = [request_of(case.processor, conversation) for conversation in conversations()]
+        return [request | data for request, data in zip(asked, images, strict=True)]
+
+    if name in REFUSES_EMBEDDINGS:
+        refused = pytest.raises((TypeError, ValueError), match=REFUSES_EMBEDDINGS[name])
+        with engine(case.host, enable_mm_embeds=True) as llm, refused:
+            ask(llm, requests(), TOKENS)
+        record(name, embeddings="refused")
+        return
+    adapted = [generated(case.model, batch) for batch in inputs]
+    with engine(case.host, enable_mm_embeds=True) as llm:
+        served = ask(llm, requests(), TOKENS)
+    record(name, embeddings=agree(served, adapted))
+    assert all_equal(served, adapted)
+
+
+def test_embeddings_given_to_an_exported_model_stay_as_they_are(tmp_path: Path) -> None:
+    """They have the adapter in them already, whether the request names it or not."""
+    case = exported("llava", tmp_path)
+    inputs = [inputs_of(case.processor, conversation) for conversation in conversations()]
+    adapted = [generated(case.model, batch) for batch in inputs]
+    requests = [
+        request_of(case.processor, conversation)
+        | {"multi_modal_data": ImageEncoder(case.model).multi_modal_data(**batch)}
+        for conversation, batch in zip(conversations(), inputs, strict=True)
+    ]
+    with engine(case.served, enable_mm_embeds=True) as llm:
+        for named in ({}, {"mm_processor_kwargs": {ARGUMENT: "default"}}):
+            assert all_equal(ask(llm, [request | named for request in requests], TOKENS), adapted)
 
 
 @pytest.mark.parametrize("name", OTHER_LOGITS)
 def test_embeddings_of_images(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
     """What the language model reads is the adapted model's, where the engine's language model is not the host's."""
-    build_host(name, tmp_path / "host")
-    model = save_adapters(load_host(tmp_path / "host"), tmp_path / "adapter", ["default"])
-    export(model, tmp_path / "served", host=tmp_path / "host")
-    processor = tf.AutoProcessor.from_pretrained(tmp_path / "host")
-    conversation = conversations()[0]
-    inputs = inputs_of(processor, conversation)
-    adapted = torch.cat(ImageEncoder(model)(**inputs))
-    with engine(tmp_path / "served") as llm:
-        ask(llm, [request_of(processor, conversation)], 1)
+    case, conversation = exported(name, tmp_path), conversations()[0]
+    inputs = inputs_of(case.processor, conversation)
+    adapted = torch.cat(ImageEncoder(case.model)(**inputs))
+    with engine(case.served) as llm:
+        ask(llm, [request_of(case.processor, conversation)], 1)
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         served = torch.cat([*runner.encoder_cache.values()])
-    with model.disable_adapter(), torch.no_grad():
-        features = model.get_base_model().get_image_features(
+    with case.model.disable_adapter(), torch.no_grad():
+        features = case.model.get_base_model().get_image_features(
             **{key: value for key, value in inputs.items() if key.startswith("pixel_")}
         )
         frozen = features.pooler_output.reshape(adapted.shape)
@@ -89,17 +124,14 @@ def test_embeddings_of_images(name: str, tmp_path: Path, record: Callable[..., N
 
 def test_a_host_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The exported directory has the adapter's weights alone; a directory stands for the repository."""
-    build_host("qwen2_vl", tmp_path / "host")
-    model = save_adapters(load_host(tmp_path / "host"), tmp_path / "adapter", ["default"])
     monkeypatch.setattr(host_files, "snapshot_download", lambda *args, **kwargs: tmp_path / "host")
-    export(model, tmp_path / "served", host="somebody/qwen")
-    assert [path.name for path in (tmp_path / "served").glob("*.safetensors")] == [WEIGHTS]
-    config = tmp_path / "served" / "config.json"
-    config.write_text(config.read_text().replace("somebody/qwen", str(tmp_path / "host")))
-    processor = tf.AutoProcessor.from_pretrained(tmp_path / "host")
-    adapted = [generated(model, inputs_of(processor, conversation)) for conversation in conversations()]
-    with engine(tmp_path / "served") as llm:
-        served = ask(llm, [request_of(processor, conversation) for conversation in conversations()], TOKENS)
+    case = exported("qwen2_vl", tmp_path, host="somebody/qwen")
+    assert [path.name for path in case.served.glob("*.safetensors")] == [WEIGHTS]
+    config = case.served / "config.json"
+    config.write_text(config.read_text().replace("somebody/qwen", str(case.host)))
+    adapted = [generated(case.model, inputs_of(case.processor, conversation)) for conversation in conversations()]
+    with engine(case.served) as llm:
+        served = ask(llm, [request_of(case.processor, conversation) for conversation in conversations()], TOKENS)
     assert all_equal(served, adapted)
 
 
@@ -109,20 +141,3 @@ def test_a_host_that_vllm_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"vLLM .* has no class for AyaVisionForConditionalGeneration\. Serve it"):
         export(model, tmp_path / "served", host=tmp_path / "host")
     assert not (tmp_path / "served").exists()
-
-
-def embeddings_served(llm: Any, model: Any, requests: list[dict[str, Any]], inputs: list[Any]) -> Any:
-    """Tokens with the encoder's embeddings in the images' place; None: vLLM refuses them."""
-    from vllm.exceptions import VLLMClientError
-
-    encoder = ImageEncoder(model)
-    try:
-        data = [encoder.multi_modal_data(**batch) for batch in inputs]
-        given = [
-            request | {"multi_modal_data": images, "mm_processor_kwargs": {ARGUMENT: BASE_NAME}}
-            for request, images in zip(requests, data, strict=True)
-        ]
-        return ask(llm, given, TOKENS)
-    except (VLLMClientError, ValueError, NotImplementedError, KeyError, AttributeError, TypeError) as error:
-        print(f"embeddings: {type(error).__name__}: {error}")
-        return None

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import transformers as tf
 
-from peft_crome.serving import export
 from peft_crome.serving.served import BASE_NAME
 from tests.families.conversations import picture, turn
 
-from .hosts import all_equal, build_host, generated, inputs_of, load_host, save_adapters
+from .hosts import all_equal, exported, generated, inputs_of
 from .server import Server, data_url, message, png, serve
 
 HOST, TOKENS, LENGTH, TEXT = "qwen2_vl", 16, 256, "What is this?"
@@ -38,20 +36,16 @@ class Running(NamedTuple):
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("http")
-    build_host(HOST, folder / "host")
-    model = save_adapters(load_host(folder / "host"), folder, NAMES)
-    export(model, folder / "served", host=folder / "host")
-    processor = tf.AutoProcessor.from_pretrained(folder / "host")
+    case = exported(HOST, folder, NAMES)
     images = [picture(60 + 7 * number, 100 - 5 * number)["image"] for number in range(CLIENTS)]
     expected = {}
     for number, image in enumerate(images):
-        inputs = inputs_of(processor, [turn("user", {"type": "image", "image": image}, TEXT)])
+        inputs = inputs_of(case.processor, [turn("user", {"type": "image", "image": image}, TEXT)])
         for name in [*NAMES, BASE_NAME]:
-            chosen = {"adapter_names": [name]}
-            expected[name, number] = generated(model, inputs, **chosen)
+            expected[name, number] = generated(case.model, inputs, adapter_names=[name])
     assert len({tuple(tokens) for tokens in expected.values()}) > len(images) * 2
     arguments = ("--enforce-eager", "--dtype", "float32", "--max-model-len", str(LENGTH), "--max-num-seqs", "8")
-    with serve(folder / "served", folder / "log", *arguments, "--trust-request-mm-kwargs") as server:
+    with serve(case.served, folder / "log", *arguments, "--trust-request-mm-kwargs") as server:
         yield Running(server, images, expected, folder)
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from peft_crome.cli import app
 from peft_crome.serving import export, host_files
+from peft_crome.serving.export import load_for_export
 from peft_crome.serving.served import WEIGHTS, Served
 from tests.examples.tiny_llava import save_tokenizer_and_model
 from tests.test_mixed_batch import qformer_composite
@@ -66,9 +68,13 @@ def test_a_host_in_a_directory_is_copied_as_it_is(
     with caplog.at_level(logging.WARNING, "peft_crome"):
         result = CliRunner().invoke(app, ["export", *arguments, "--model", str(host)])
     assert result.exit_code == 0, result.output
+    assert f"vllm serve {tmp_path / 'served'} --trust-request-mm-kwargs\n" in result.output
     assert "one of red, verde" in result.output
     assert "was not checked" in caplog.text
     served = tmp_path / "served"
+    card = (served / "README.md").read_text()
+    assert "vllm serve <this directory or repository> --trust-request-mm-kwargs\n```" in card
+    assert "transformers loads the host alone from here" in card
     files = {path.name for path in host.iterdir()}
     for name in files - {"config.json", "model.safetensors.index.json"}:
         assert (served / name).read_bytes() == (host / name).read_bytes(), name
@@ -98,12 +104,43 @@ def test_a_host_on_the_hub_is_named(host: Path, tmp_path: Path, monkeypatch: pyt
     served = Served.of(json.loads((tmp_path / "served" / "config.json").read_text()))
     assert (served.host, served.revision) == ("somebody/llava", "abc")
     assert asked[0][1]["revision"] == "abc"
-    assert "*.safetensors" in asked[0][1]["ignore_patterns"]
+    repository = ["model.safetensors", "config.json", "original/params.json", "original/consolidated.00.pth"]
+    assert list(filter_repo_objects(repository, ignore_patterns=asked[0][1]["ignore_patterns"])) == ["config.json"]
+    card = (tmp_path / "served" / "README.md").read_text()
+    assert "vllm serve <this directory or repository>\n```" in card
+    assert "The host's weights are not here. vLLM reads them from somebody/llava, revision abc." in card
     assert [path.name for path in (tmp_path / "served").glob("*.safetensors*")] == [WEIGHTS]
     assert AutoProcessor.from_pretrained(tmp_path / "served")
     export(model, tmp_path / "copied", host="somebody/llava", copy=True)
     assert Served.of(json.loads((tmp_path / "copied" / "config.json").read_text())).host is None
     assert (tmp_path / "copied" / "model.safetensors").is_file()
+    assert list(filter_repo_objects(repository, ignore_patterns=asked[1][1]["ignore_patterns"])) == repository[:2]
+
+
+def test_the_revision_of_a_host(host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that the adapters name is not one of another host."""
+    save_adapters(host, tmp_path / "adapter", "default")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    values = {"base_model_name_or_path": "somebody/llava", "revision": "abc"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    asked: list[tuple[str, str | None]] = []
+
+    class Config:
+        @staticmethod
+        def from_pretrained(name: str, revision: str | None = None) -> Any:
+            asked.append((name, revision))
+            return AutoConfig.from_pretrained(host)
+
+    monkeypatch.setitem(load_for_export.__globals__, "AutoConfig", Config)
+    adapters = {"default": str(tmp_path / "adapter")}
+    for given in ((), (None, "def"), (str(host),), ("somebody/llava", "def")):
+        where = load_for_export(adapters, *given)[1]
+        assert (where["host"], where["revision"]) == asked[-1]
+    expected = [("somebody/llava", "abc"), ("somebody/llava", "def"), (str(host), None), ("somebody/llava", "def")]
+    assert asked == expected
+    save_adapters(host, tmp_path / "other", "default")
+    with pytest.raises(ValueError, match=r"are for several hosts \(name, revision\), .*'abc'.*Write --model"):
+        load_for_export({**adapters, "other": str(tmp_path / "other")})
 
 
 def test_a_text_branch_is_folded(host: Path, tmp_path: Path) -> None:
@@ -114,6 +151,7 @@ def test_a_text_branch_is_folded(host: Path, tmp_path: Path) -> None:
     arguments = ["export", str(tmp_path / "adapter"), str(tmp_path / "served"), "--model", str(host)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
+    assert "with the text branch in its embedding table" in (tmp_path / "served" / "README.md").read_text()
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "served").eval()
     torch.testing.assert_close(logits(stock, text), expected)
     assert {key.split(".")[1] for key in matrices(tmp_path / "served", "default")} == {
@@ -157,6 +195,8 @@ def test_a_composite_is_written_whole(tmp_path: Path) -> None:
     batch = make_batch(host)
     with model.disable_adapter():
         assert_equal(logits(stock, batch), logits(model, batch))
+    with pytest.raises(ValueError, match="A composite is written from memory, so it has no files to copy"):
+        export(model, tmp_path / "new", host=tmp_path / "served")
     for other in (qformer_composite(), build(language="t5")):
         with pytest.raises(ValueError, match="vLLM does not serve a composite with"):
             export(attach(other), tmp_path / "new")
@@ -171,14 +211,28 @@ def test_what_is_refused(host: Path, tmp_path: Path) -> None:
     words = attach(ZOO["llava"]().model, branches=["text"])
     with pytest.raises(ValueError, match=r"has no branch that reads images\. Write fold"):
         export(words, tmp_path / "new")
+    reserved = attach(ZOO["llava"]().model, "__base__", branches=["vision"])
+    with pytest.raises(ValueError, match="'__base__' is a request's name for the host alone"):
+        export(reserved, tmp_path / "new")
+    other = ZOO["gemma3"]().model.config
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"it has model_type 'gemma3' and not 'llava'\. Name the directory"):
+        export(model, tmp_path / "new", host=tmp_path / "other")
+    wide = AutoConfig.from_pretrained(host)
+    wide.text_config.num_hidden_layers += 1
+    wide.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"it has num_hidden_layers 3 and not 2\. Name the directory"):
+        export(model, tmp_path / "new", host=tmp_path / "other")
     (host / "model.safetensors").rename(host / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"has no safetensors files\. Write them"):
         export(model, tmp_path / "new", host=host)
     for arguments, message in {
         ("a/x", "b/x", "new"): "Got 'x' twice; expected a name of its own",
         ("v1.0=a", "b", "new"): "Got the name 'v1.0'; expected a name of its own, without a dot",
+        ("runs/rate=0.1", "b", "new"): "Got the name 'rate=0.1'; expected a name of its own, without a dot",
     }.items():
         result = CliRunner().invoke(app, ["export", *arguments])
         assert result.exit_code == 1
         assert message in result.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "host", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "host", "other", "there"]

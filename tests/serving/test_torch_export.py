@@ -1,10 +1,11 @@
-"""The image encoder as a program of torch.export, and in ONNX where onnxruntime is installed (`make test-vllm`)."""
+"""The image encoder as a program of torch.export, and in ONNX, run by onnxruntime."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -56,8 +57,6 @@ def test_torch_export(name: str) -> None:
 @pytest.mark.parametrize("name", HOSTS)
 @torch.no_grad()
 def test_onnx(name: str, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     encoder, pixel_values, expected = encoder_of(name)
     torch.onnx.export(encoder, (pixel_values,), dynamo=True).save(tmp_path / "encoder.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])

@@ -9,7 +9,7 @@ import torch
 from vllm.exceptions import VLLMNotFoundError
 from vllm.multimodal.inputs import MultiModalFieldConfig
 
-from ..served import ARGUMENT, Served
+from ..served import ARGUMENT, BASE, Served
 
 FIELD = "crome_adapter_"  # + modality: the adapter's number, shared by all items of a batch
 COUNT = "crome_items_"
@@ -51,9 +51,10 @@ class Choosing:
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         number, rest = self._choose(hf_kwargs)
         processed = super()._apply_hf_processor_main(mm_items, rest)  # type: ignore[misc]
-        for modality, count in mm_items.get_all_counts().items():
-            processed[FIELD + modality] = torch.tensor(number)
-            processed[COUNT + modality] = count
+        for modality, items in mm_items.items():
+            given = items.get_passthrough_data()  # embeddings, which the model takes as they are
+            processed[FIELD + modality] = torch.tensor(BASE if given else number)
+            processed[COUNT + modality] = items.get_count()
         return processed
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> dict[str, Any]:
