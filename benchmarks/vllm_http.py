@@ -1,16 +1,18 @@
 """Compare an adapter in vLLM, over HTTP with images, with `generate`.
 
+    export PYTHONPATH=.:tests/startup
     build/vllm/env/bin/peft-crome export outputs/quickstart/finetune/adapter build/vllm/served \\
         --model outputs/quickstart/finetune/composite
     build/vllm/env/bin/python -m benchmarks.vllm_http outputs/quickstart/finetune build/vllm/served
 
-Run both in the environment of `make test-vllm`. The second starts vLLM's server on this machine, asks it test
+Run them in the environment of `make test-vllm`. The last starts vLLM's server on this machine, asks it test
 questions of easy-VQA with eight clients at once, and writes docs/vllm.md.
 """
 
 from __future__ import annotations
 
 import os
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -72,14 +74,15 @@ def ask(server: Server, row: dict[str, Any]) -> list[int]:
 
 def described(record: dict[str, Any]) -> str:
     """Describe a record in words, for the page."""
-    where = record["machine"]
-    return (
-        f"The server gave the tokens of `generate` for {record['answers_equal']} of {record['questions']} test\n"
+    cpu = record["machine"]
+    words = (
+        f"The server gave the tokens of `generate` for {record['answers_equal']} of {record['questions']} test "
         f"questions with images, and {record['answers_right']} of the answers were right. Eight clients took "
-        f"{record['seconds_vllm_eight_clients']:.0f} s\nfor them, and `generate`, one question after another, "
-        f"{record['seconds_generate_one_by_one']:.0f} s. This was one run in\n{record['dtype']} with vLLM "
-        f"{record['vllm']}, on one thread of a CPU ({where['processor']}, {where['instructions']})."
+        f"{record['seconds_vllm_eight_clients']:.0f} s for them, and `generate`, one question after another, "
+        f"{record['seconds_generate_one_by_one']:.0f} s. This was one run in {record['dtype']} with vLLM "
+        f"{record['vllm']}, on one thread of a CPU ({cpu['processor']}, {cpu['instructions']})."
     )
+    return textwrap.fill(words, 100)
 
 
 def main(

@@ -14,7 +14,8 @@ from ..tuner import CromeLayer
 from ..vlm import CromeVLMForConditionalGeneration
 from ..vlm.language_inputs import arguments_by_token
 
-# model_type of hosts, or of their towers, whose image embeddings vLLM 0.32 rejects.
+# model_type of hosts, or of their towers, whose image embeddings vLLM 0.32 rejects. LLaVA-NeXT's and OneVision's fail
+# inside the engine if two images of a batch differ in length.
 NOT_IN_VLLM = ("gemma3", "idefics3", "llava_next", "llava_onevision", "mistral3", "pixtral", "smolvlm")
 GRIDS = ("image_grid_thw",)  # inputs from which an engine numbers positions
 
@@ -89,7 +90,7 @@ class ImageEncoder:
         types = [getattr(part, "model_type", None) for part in (config, getattr(config, "vision_config", None))]
         if refused := [model_type for model_type in types if model_type in NOT_IN_VLLM]:
             logger.warning(
-                "vLLM 0.32 takes no image embeddings for %r. Serve it with images: peft_crome.serving.export(...).",
+                "vLLM 0.32 does not serve image embeddings of %r. Give it images: peft_crome.serving.export(...).",
                 refused[0],
             )
         embeddings = self(**inputs)

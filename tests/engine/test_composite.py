@@ -66,6 +66,10 @@ def test_images(joined: tuple[Any, Any], branches: list[str], tmp_path: Path, re
             assert frozen != adapted
     if branches == ["vision"]:
         record("composite", images=agree(served, adapted))
+        model.to(torch.bfloat16)  # the checkpoint stays in float32
+        adapted = [generated(model, batch, close=0) for batch in inputs]
+        with engine(tmp_path / "served", "bfloat16", max_model_len=128) as llm:
+            record("composite", bfloat16=agree(ask(llm, requests, TOKENS), adapted))
 
 
 def test_prompts_as_embeddings(joined: tuple[Any, Any], tmp_path: Path, record: Callable[..., None]) -> None:
@@ -79,10 +83,3 @@ def test_prompts_as_embeddings(joined: tuple[Any, Any], tmp_path: Path, record: 
         served = ask(llm, [{"prompt_embeds": prompt} for prompt in prompts], TOKENS)
     record("composite", embeddings=agree(served, adapted))
     assert all_equal(served, adapted)
-    model.to(torch.bfloat16)
-    adapted = [generated(model, batch, close=0) for batch in inputs]
-    prompts = [ImageEncoder(model).prompt_embeds(**batch)[0] for batch in inputs]
-    with engine(
-        tmp_path / "folded", "bfloat16", max_model_len=128, enable_prompt_embeds=True, limit_mm_per_prompt={}
-    ) as llm:
-        record("composite", bfloat16=agree(ask(llm, [{"prompt_embeds": p} for p in prompts], TOKENS), adapted))

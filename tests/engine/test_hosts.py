@@ -35,8 +35,10 @@ from .hosts import (
 TAKES_EMBEDDINGS = ("internvl", "llava", "qwen2_vl", "qwen2_5_vl")
 # What refuses the encoder's embeddings: vLLM, or the encoder itself.
 NO_IMAGES = "Expected type: .*ImageProcessorItems.*, but found type: .*ImageEmbeddingItems"
+UNEQUAL = "data contains inconsistent shapes"  # of two images in a batch
 REFUSES_EMBEDDINGS = {
     **dict.fromkeys(NOT_IN_VLLM, NO_IMAGES),
+    **dict.fromkeys(("llava_next", "llava_onevision"), UNEQUAL),
     "qwen3_vl": r"also reads \['deepstack_features'\] inside",
 }
 
@@ -63,7 +65,9 @@ def test_images(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize("name", [*TAKES_EMBEDDINGS, *REFUSES_EMBEDDINGS])
-def test_image_embeddings(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
+def test_image_embeddings(
+    name: str, tmp_path: Path, record: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
     """The host as it is, without the plug-in's class, gets the encoder's embeddings in place of images of one tile."""
     case = exported(name, tmp_path)
     inputs = [inputs_of(case.processor, conversation, **ONE_TILE.get(name, {})) for conversation in conversations()]
@@ -78,6 +82,7 @@ def test_image_embeddings(name: str, tmp_path: Path, record: Callable[..., None]
         refused = pytest.raises((TypeError, ValueError), match=REFUSES_EMBEDDINGS[name])
         with engine(case.host, enable_mm_embeds=True) as llm, refused:
             ask(llm, requests(), TOKENS)
+        assert ("does not serve image embeddings of" in caplog.text) == (name in NOT_IN_VLLM)
         record(name, embeddings="refused")
         return
     adapted = [generated(case.model, batch) for batch in inputs]

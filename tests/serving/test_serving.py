@@ -196,7 +196,7 @@ def test_hosts_whose_embeddings_vllm_does_not_take_are_named(name: str, caplog: 
     case = ZOO[name]()
     with caplog.at_level(logging.WARNING, "peft_crome"):
         ImageEncoder(adapted(case)).multi_modal_data(**case.batch)
-    assert (f"takes no image embeddings for {name!r}" in caplog.text) == (name in NOT_IN_VLLM)
+    assert (f"does not serve image embeddings of {name!r}" in caplog.text) == (name in NOT_IN_VLLM)
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")

@@ -90,7 +90,7 @@ class CromeVLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
         text = config.get_text_config()
         self.configure_mm_token_handling(text.vocab_size, [config.image_token_id])
         with self._mark_tower_model(vllm_config, "image"):
-            self.vision_tower = build_tower(config.vision_config).eval()
+            self.vision_tower = build_tower(config.vision_config, dtype=vllm_config.model_config.dtype).eval()
             self.vision_layout = infer_layout(config)
             self.image_projection = nn.Linear(
                 self.vision_layout.hidden_size, text.hidden_size, bias=config.image_projection_bias
