@@ -20,6 +20,7 @@ from .hosts import (
     ONE_TILE,
     OTHER_LOGITS,
     TOKENS,
+    Exported,
     agree,
     all_equal,
     build_host,
@@ -33,12 +34,12 @@ from .hosts import (
 )
 
 TAKES_EMBEDDINGS = ("internvl", "llava", "qwen2_vl", "qwen2_5_vl")
+ONE_AT_A_TIME = ("llava_next", "llava_onevision")  # a batch of images that differ in length fails inside the engine
 # What refuses the encoder's embeddings: vLLM, or the encoder itself.
 NO_IMAGES = "Expected type: .*ImageProcessorItems.*, but found type: .*ImageEmbeddingItems"
-UNEQUAL = "data contains inconsistent shapes"  # of two images in a batch
 REFUSES_EMBEDDINGS = {
-    **dict.fromkeys(NOT_IN_VLLM, NO_IMAGES),
-    **dict.fromkeys(("llava_next", "llava_onevision"), UNEQUAL),
+    **dict.fromkeys(set(NOT_IN_VLLM).difference(ONE_AT_A_TIME), NO_IMAGES),
+    "glm4v": "At most 1 image",  # the embeddings and their grid count as two
     "qwen3_vl": r"also reads \['deepstack_features'\] inside",
 }
 
@@ -64,32 +65,41 @@ def test_images(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
         record(name, bfloat16=agree(ask(llm, requests, TOKENS), adapted))
 
 
-@pytest.mark.parametrize("name", [*TAKES_EMBEDDINGS, *REFUSES_EMBEDDINGS])
+@pytest.mark.parametrize("name", [*TAKES_EMBEDDINGS, *ONE_AT_A_TIME, *sorted(REFUSES_EMBEDDINGS)])
 def test_image_embeddings(
     name: str, tmp_path: Path, record: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The host as it is, without the plug-in's class, gets the encoder's embeddings in place of images of one tile."""
+    from vllm.exceptions import VLLMClientError
+
     case = exported(name, tmp_path)
     inputs = [inputs_of(case.processor, conversation, **ONE_TILE.get(name, {})) for conversation in conversations()]
-    encoder = ImageEncoder(case.model)
-
-    def requests() -> list[dict[str, Any]]:
-        images = [{"multi_modal_data": encoder.multi_modal_data(**batch)} for batch in inputs]
-        asked = [request_of(case.processor, conversation) for conversation in conversations()]
-        return [request | data for request, data in zip(asked, images, strict=True)]
-
-    if name in REFUSES_EMBEDDINGS:
-        refused = pytest.raises((TypeError, ValueError), match=REFUSES_EMBEDDINGS[name])
-        with engine(case.host, enable_mm_embeds=True) as llm, refused:
-            ask(llm, requests(), TOKENS)
-        assert ("does not serve image embeddings of" in caplog.text) == (name in NOT_IN_VLLM)
-        record(name, embeddings="refused")
-        return
     adapted = [generated(case.model, batch) for batch in inputs]
     with engine(case.host, enable_mm_embeds=True) as llm:
-        served = ask(llm, requests(), TOKENS)
-    record(name, embeddings=agree(served, adapted))
-    assert all_equal(served, adapted)
+        if name in REFUSES_EMBEDDINGS:
+            with pytest.raises((TypeError, ValueError, VLLMClientError), match=REFUSES_EMBEDDINGS[name]):
+                ask(llm, with_embeddings(case, inputs), TOKENS)
+            record(name, embeddings="refused")
+        elif name in ONE_AT_A_TIME:
+            requests = with_embeddings(case, inputs)
+            assert all_equal([ask(llm, [request], TOKENS)[0] for request in requests], adapted)
+            llm.llm_engine.reset_encoder_cache()
+            with pytest.raises(ValueError, match="data contains inconsistent shapes"):
+                ask(llm, requests, TOKENS)
+            record(name, embeddings="equal, for images of one length")
+        else:
+            served = ask(llm, with_embeddings(case, inputs), TOKENS)
+            record(name, embeddings=agree(served, adapted))
+            assert all_equal(served, adapted)
+    assert ("does not serve image embeddings of" in caplog.text) == (name in NOT_IN_VLLM)
+
+
+def with_embeddings(case: Exported, inputs: list[Any]) -> list[dict[str, Any]]:
+    """The requests of `conversations()`, with the encoder's embeddings as their images."""
+    encoder = ImageEncoder(case.model)
+    asked = [request_of(case.processor, conversation) for conversation in conversations()]
+    images = [{"multi_modal_data": encoder.multi_modal_data(**batch)} for batch in inputs]
+    return [request | image for request, image in zip(asked, images, strict=True)]
 
 
 def test_embeddings_given_to_an_exported_model_stay_as_they_are(tmp_path: Path) -> None:
@@ -97,11 +107,7 @@ def test_embeddings_given_to_an_exported_model_stay_as_they_are(tmp_path: Path) 
     case = exported("llava", tmp_path)
     inputs = [inputs_of(case.processor, conversation) for conversation in conversations()]
     adapted = [generated(case.model, batch) for batch in inputs]
-    requests = [
-        request_of(case.processor, conversation)
-        | {"multi_modal_data": ImageEncoder(case.model).multi_modal_data(**batch)}
-        for conversation, batch in zip(conversations(), inputs, strict=True)
-    ]
+    requests = with_embeddings(case, inputs)
     with engine(case.served, enable_mm_embeds=True) as llm:
         for named in ({}, {"mm_processor_kwargs": {ARGUMENT: "default"}}):
             assert all_equal(ask(llm, [request | named for request in requests], TOKENS), adapted)
