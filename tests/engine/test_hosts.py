@@ -83,6 +83,7 @@ def test_image_embeddings(
         elif name in ONE_AT_A_TIME:
             requests = with_embeddings(case, inputs)
             assert all_equal([ask(llm, [request], TOKENS)[0] for request in requests], adapted)
+            llm.reset_prefix_cache()
             llm.llm_engine.reset_encoder_cache()
             with pytest.raises(ValueError, match="data contains inconsistent shapes"):
                 ask(llm, requests, TOKENS)
