@@ -16,7 +16,9 @@ from ..vlm.language_inputs import arguments_by_token
 
 # model_type of hosts, or of their towers, whose image embeddings vLLM 0.32 rejects. LLaVA-NeXT's and OneVision's fail
 # inside the engine if two images of a batch differ in length.
-NOT_IN_VLLM = ("gemma3", "glm4v", "idefics3", "llava_next", "llava_onevision", "mistral3", "pixtral", "smolvlm")
+NOT_IN_VLLM = (
+    "gemma3", "glm4v", "idefics3", "llava_next", "llava_onevision", "mistral3", "paligemma", "pixtral", "smolvlm",
+)  # fmt: skip
 GRIDS = ("image_grid_thw",)  # inputs from which an engine numbers positions
 
 logger = logging.getLogger(__name__)

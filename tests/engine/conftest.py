@@ -46,11 +46,11 @@ def engine(model: Path, dtype: str = "float32", **settings: Any) -> Iterator[Any
         gc.collect()
 
 
-def parameters(tokens: int) -> Any:
+def parameters(tokens: int, **others: Any) -> Any:
     """Greedy decoding of so many tokens."""
     from vllm import SamplingParams
 
-    return SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens)
+    return SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, **others)
 
 
 def ask(llm: Any, requests: list[dict[str, Any]], tokens: int) -> list[list[int]]:

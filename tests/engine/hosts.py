@@ -19,9 +19,9 @@ from tests.families import FAMILIES, gemma, parts
 from tests.families.conversations import picture, render, turn
 
 HEAD = 32  # the least that vLLM's attention takes on a CPU
-# On a CPU, vLLM's attention does not let an image's tokens read those behind them, as Gemma 3 does: the logits of the
-# host alone differ by up to 0.3 from those of transformers.
-OTHER_LOGITS = ("gemma3",)
+# Here an image's tokens read those behind them, and vLLM's attention on a CPU does not let them. The logits of the host
+# alone differ by up to 0.3 from those of transformers.
+OTHER_LOGITS = ("gemma3", "paligemma")
 HOSTS = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl",
     "mistral3", "glm4v", "pixtral",
@@ -110,16 +110,32 @@ def conversations() -> list[list[dict[str, Any]]]:
     return [[turn("user", picture(*size), "What color is this?")] for size in SIZES]
 
 
+def without_template(processor: Any) -> bool:
+    """Whether a processor takes a prompt in place of a conversation, as PaliGemma's."""
+    return not (processor.chat_template or processor.tokenizer.chat_template)
+
+
+def prompt_of(conversation: list[dict[str, Any]]) -> str:
+    """The prompt of such a processor."""
+    return "<image>" + conversation[0]["content"][1]["text"]
+
+
 def request_of(processor: Any, conversation: list[dict[str, Any]]) -> dict[str, Any]:
     """What vLLM is given: the prompt's tokens, since vLLM adds a second `<bos>` to a text that begins with one."""
+    image = {"multi_modal_data": {"image": conversation[0]["content"][0]["image"]}}
+    if without_template(processor):
+        return {"prompt": prompt_of(conversation), **image}
     text = render(processor, conversation, add_generation_prompt=True, tokenize=False)
     begins = text.startswith(processor.tokenizer.bos_token or "\0")
     tokens = processor.tokenizer(text, add_special_tokens=not begins)["input_ids"]
-    return {"prompt_token_ids": tokens, "multi_modal_data": {"image": conversation[0]["content"][0]["image"]}}
+    return {"prompt_token_ids": tokens, **image}
 
 
 def inputs_of(processor: Any, conversation: list[dict[str, Any]], **options: Any) -> Any:
     """What transformers is given."""
+    if without_template(processor):
+        images = [[conversation[0]["content"][0]["image"]]]
+        return processor(images=images, text=[prompt_of(conversation)], return_tensors="pt")
     options |= {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     return render(processor, conversation, **options)
 

@@ -14,7 +14,7 @@ from peft_crome.serving import ImageEncoder, export, host_files
 from peft_crome.serving.encoder import NOT_IN_VLLM
 from peft_crome.serving.served import ARGUMENT, BASE_NAME, WEIGHTS
 
-from .conftest import ask, engine
+from .conftest import ask, engine, parameters
 from .hosts import (
     HOSTS,
     ONE_TILE,
@@ -40,6 +40,7 @@ NO_IMAGES = "Expected type: .*ImageProcessorItems.*, but found type: .*ImageEmbe
 REFUSES_EMBEDDINGS = {
     **dict.fromkeys(set(NOT_IN_VLLM).difference(ONE_AT_A_TIME), NO_IMAGES),
     "glm4v": "At most 1 image",  # the embeddings and their grid count as two
+    "paligemma": "Expected there to be 1 image items .* but only found 0",
     "qwen3_vl": r"also reads \['deepstack_features'\] inside",
 }
 
@@ -77,7 +78,7 @@ def test_image_embeddings(
     adapted = [generated(case.model, batch) for batch in inputs]
     with engine(case.host, enable_mm_embeds=True) as llm:
         if name in REFUSES_EMBEDDINGS:
-            with pytest.raises((TypeError, ValueError, VLLMClientError), match=REFUSES_EMBEDDINGS[name]):
+            with pytest.raises((TypeError, ValueError, RuntimeError, VLLMClientError), match=REFUSES_EMBEDDINGS[name]):
                 ask(llm, with_embeddings(case, inputs), TOKENS)
             record(name, embeddings="refused")
         elif name in ONE_AT_A_TIME:
@@ -117,21 +118,46 @@ def test_embeddings_given_to_an_exported_model_stay_as_they_are(tmp_path: Path) 
 @pytest.mark.parametrize("name", OTHER_LOGITS)
 def test_embeddings_of_images(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
     """What the language model reads is the adapted model's, where the engine's language model is not the host's."""
-    case, conversation = exported(name, tmp_path), conversations()[0]
-    inputs = inputs_of(case.processor, conversation)
+    case = exported(name, tmp_path)
+    inputs = inputs_of(case.processor, conversations()[0])
     adapted = torch.cat(ImageEncoder(case.model)(**inputs))
+    with torch.no_grad():
+        expected = case.model(**inputs).logits[0, -1].log_softmax(-1)
     with engine(case.served) as llm:
-        ask(llm, [request_of(case.processor, conversation)], 1)
-        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        served = torch.cat([*runner.encoder_cache.values()])
-    with case.model.disable_adapter(), torch.no_grad():
-        features = case.model.get_base_model().get_image_features(
-            **{key: value for key, value in inputs.items() if key.startswith("pixel_")}
-        )
-        frozen = features.pooler_output.reshape(adapted.shape)
+        served = embeddings_in(llm, case)
+        request = request_of(case.processor, conversations()[0])
+        (output,) = llm.generate(request, parameters(1, logprobs=5), use_tqdm=False)
+    first = output.outputs[0].logprobs[0]
+    assert max(abs(found.logprob - float(expected[token])) for token, found in first.items()) > 1e-3
     difference = float((served - adapted).abs().max())
-    assert difference < 1e-4 < float((frozen - adapted).abs().max())
+    assert difference < 1e-4 < float((embeddings_alone(case, inputs) - adapted).abs().max())
     record(name, images=f"embeddings equal to {difference:.0e}, the host's own logits differ")
+
+
+def test_a_host_that_has_another_tower_in_vllm(tmp_path: Path, record: Callable[..., None]) -> None:
+    """SmolVLM, without an adapter: its tokens are not compared."""
+    case = exported("smolvlm", tmp_path)
+    alone = embeddings_alone(case, inputs_of(case.processor, conversations()[0]))
+    with engine(case.host) as llm:
+        difference = (embeddings_in(llm, case) - alone).abs().max()
+    assert float(difference) > 0.1 * float(alone.abs().max())
+    record("smolvlm", images="not compared, the host's own embeddings differ")
+
+
+def embeddings_in(llm: Any, case: Exported) -> torch.Tensor:
+    """What the engine's encoder gives for the first image, (tokens, hidden)."""
+    ask(llm, [request_of(case.processor, conversations()[0])], 1)
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    return torch.cat([*runner.encoder_cache.values()])
+
+
+@torch.no_grad()
+def embeddings_alone(case: Exported, inputs: Any) -> torch.Tensor:
+    """What the host without its adapter gives in transformers, (tokens, hidden)."""
+    pixels = {key: value for key, value in inputs.items() if key.startswith("pixel_")}
+    with case.model.disable_adapter():
+        embeddings = case.model.get_base_model().get_image_features(**pixels).pooler_output
+    return embeddings.reshape(-1, embeddings.shape[-1])
 
 
 def test_a_host_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
