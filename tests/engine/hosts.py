@@ -19,8 +19,8 @@ from tests.families import FAMILIES, gemma, parts
 from tests.families.conversations import picture, render, turn
 
 HEAD = 32  # the least that vLLM's attention takes on a CPU
-# Here an image's tokens read those behind them, and vLLM's attention on a CPU does not let them. The logits of the host
-# alone differ by up to 0.3 from those of transformers.
+# Here an image's tokens read those behind them, and vLLM's attention on a CPU does not let them. The logits of the
+# host alone differ by up to 0.3 from those of transformers.
 OTHER_LOGITS = ("gemma3", "paligemma")
 HOSTS = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl",
