@@ -105,8 +105,8 @@ class Branches:
         if silent:
             raise RuntimeError(
                 f"{type(self).__name__} embedded an item of the kind {modality!r} without the adapter {silent[0]!r}: "
-                "vLLM compiled the module that it acts on, or did not run it. Leave compile_mm_encoder, "
-                "cudagraph_mm_encoder and image embeddings out."
+                "vLLM compiled the module that it acts on, or did not run it. Leave compile_mm_encoder and "
+                "cudagraph_mm_encoder out."
             )
         return embeddings
 
