@@ -46,6 +46,7 @@ NOT_RUN = {
     "docs/index.md": 1,
     "docs/models.md": 1,
     "docs/saving.md": 1,
+    "docs/serving.md": 1,
     "docs/sharing.md": 2,
 }
 
