@@ -96,7 +96,7 @@ def test_streaming_gives_the_same_rows(path: Path) -> None:
 
 def test_error_is_the_rows_own(path: Path) -> None:
     path.write_text(json.dumps([llava(0), {"id": "bad"}]))
-    with pytest.raises(ValueError, match=r"rows.json, row 'bad': 'conversations' is None"):
+    with pytest.raises(ValueError, match=r"rows.json, row 'bad': no conversation in the fields \['id'\]"):
         load_rows(path)
     assert len(load_rows(path, faulty="drop")) == 1
     path.write_text("[]")
