@@ -18,6 +18,7 @@ from peft_crome import CromeConfig, CromeVLMForConditionalGeneration, logits_at_
 from peft_crome.backbone import labeled
 from peft_crome.backbone.compat import has_composite, keeps_logits_by_token
 from tests.language_zoo.small import small_config
+from tests.losses import loss_and_gradients
 from tests.tuner.helpers import adapted, attach, randomize
 from tests.zoo import ZOO, Batch
 from tests.zoo.llava import llava
@@ -48,14 +49,6 @@ def uneven(batch: Batch) -> Batch:
     labels = batch["labels"].clone()
     labels[1, :-1] = -100
     return {**batch, "labels": labels}
-
-
-def loss_and_gradients(model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    torch.manual_seed(0)
-    loss = model(**batch).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(model: nn.Module, batch: Batch, **arguments: Any) -> Mapping[str, Any]:

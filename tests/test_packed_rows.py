@@ -15,7 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from peft_crome import logits_at_labels, pack_rows
 from peft_crome.backbone import packed_rows
 from peft_crome.backbone.packed_rows import area, best_fit, can_pack, fullest, next_fit
-from tests.test_labeled import NO_LABELS, loss_and_gradients
+from tests.losses import loss_and_gradients
+from tests.test_labeled import NO_LABELS
 from tests.tuner.helpers import adapted, logits
 from tests.zoo import ZOO, Batch
 from tests.zoo.llava import llava

@@ -17,7 +17,7 @@ from peft_crome import CromeConfig, logits_at_labels, pack_rows
 from peft_crome.backbone import packed_rows
 from peft_crome.data import ConversationCollator
 from peft_crome.data.packing import PackingOrder
-from tests.test_labeled import loss_and_gradients
+from tests.losses import loss_and_gradients
 
 from . import FAMILIES, Family
 from .conversations import turn
