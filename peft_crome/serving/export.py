@@ -160,8 +160,8 @@ def load_for_export(
 
     Args:
         adapters: name -> directory or Hub repository.
-        model, revision: the host, and its revision on the Hub; None: those that the adapters name. A revision that an
-            adapter names is not one of another `model`.
+        model: the host; None: the one that the adapters name.
+        revision: the host's revision on the Hub; None: without `model`, the one that the adapters name.
     Returns:
         The model; `host` and `revision` for `export`, empty if the weights were loaded; then also the processor.
     Raises:
