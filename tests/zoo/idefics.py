@@ -17,7 +17,9 @@ def _idefics3_like(config_class: type, model_class: type) -> Case:
     )
     batch = token_rows(1, 4) | {"pixel_values": pixels(2, 1, 3, size, size)}
     sites = {"text": ["model.text_model.embed_tokens"], "vision": ["model.connector"]}
-    return Case(finish(model_class, config), batch, sites, words())
+    model = finish(model_class, config)
+    model.generation_config.suppress_tokens = [IMAGE_TOKEN]  # transformers 4 would look for its image
+    return Case(model, batch, sites, words())
 
 
 @architecture("idefics3")
