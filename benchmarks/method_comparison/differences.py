@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peft_crome.evaluation.text_loss import mean_by_chunk
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -46,9 +48,4 @@ def _one_seed(one: Sequence[str], other: Sequence[str]) -> tuple[float, float]:
     """Return the mean difference and its standard error, with images as clusters of questions."""
     sums = [a.count("1") - b.count("1") for a, b in zip(one, other, strict=True)]
     sizes = [len(flags) for flags in one]
-    total, count = sum(sizes), len(sizes)
-    mean = sum(sums) / total
-    if count < 2:
-        return mean, math.nan
-    square = sum((value - mean * size) ** 2 for value, size in zip(sums, sizes, strict=True))
-    return mean, math.sqrt(square * count / (count - 1)) / total
+    return mean_by_chunk(sums, sizes)

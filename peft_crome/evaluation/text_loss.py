@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +86,7 @@ def text_loss(
                 sums[False] += _row_losses(model, batch, targets, encoder_decoder)
     differences = [on - off for on, off in zip(sums[True], sums[False], strict=True)]
     (adapted, adapted_stderr), (base, base_stderr), (cost, cost_stderr) = (
-        _mean(values, counts) for values in (sums[True], sums[False], differences)
+        mean_by_chunk(values, counts) for values in (sums[True], sums[False], differences)
     )
     return TextLoss(
         adapted=adapted,
@@ -158,12 +158,16 @@ def _row_losses(
     ]
 
 
-def _mean(sums: Iterable[float], counts: list[int]) -> tuple[float, float]:
-    """Compute the mean over all tokens, and its standard error over the chunks, weighted by their tokens."""
-    values = list(sums)
+def mean_by_chunk(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Compute the mean over all items, and its standard error over chunks, weighted by their items.
+
+    Args:
+        sums: sum of the values of each chunk.
+        counts: number of items of each chunk, such as its tokens.
+    """
     total, count = sum(counts), len(counts)
-    mean = sum(values) / total
+    mean = sum(sums) / total
     if count < 2:
         return mean, math.nan
-    square = sum((value - mean * tokens) ** 2 for value, tokens in zip(values, counts, strict=True))
+    square = sum((value - mean * tokens) ** 2 for value, tokens in zip(sums, counts, strict=True))
     return mean, math.sqrt(square * count / (count - 1)) / total

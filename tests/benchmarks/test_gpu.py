@@ -23,7 +23,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_every_section_is_measured(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="4-bit needs bitsandbytes")
     before = page.PAGE.read_text(encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
         command.main(device=device, size=["tiny"], minutes=20, results=tmp_path, report=False)
@@ -162,7 +162,7 @@ def test_device_that_is_not_there(device: str, message: str, monkeypatch: pytest
 @pytest.mark.parametrize("frozen", ["bf16", "nf4"])
 def test_models_share_their_frozen_weights(frozen: str) -> None:
     if frozen == "nf4":
-        pytest.importorskip("bitsandbytes")
+        pytest.importorskip("bitsandbytes", reason="4-bit needs bitsandbytes")
     host = hosts.build(hosts.SHAPES["tiny"], "cpu", frozen)
     before = {name: tensor.clone() for name, tensor in host.state_dict().items() if isinstance(tensor, torch.Tensor)}
     tensors = {tensor.data_ptr() for tensor in host.parameters()}

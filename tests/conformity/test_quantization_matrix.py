@@ -26,7 +26,7 @@ SKIPPED = ["lm_head"]
 
 
 def torchao_int8() -> Any:
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao", reason="its quantization needs torchao")
     from torchao.quantization import Int8WeightOnlyConfig
 
     return tf.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=SKIPPED)
@@ -34,7 +34,7 @@ def torchao_int8() -> Any:
 
 def torchao_int4() -> Any:
     """Per group of 32, unpacked: torchao's packed 4-bit layouts need a GPU."""
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao", reason="its quantization needs torchao")
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup
 
     return tf.TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(32)), modules_to_not_convert=SKIPPED)
@@ -49,7 +49,7 @@ def load(folder: Path, dtype: torch.dtype, quantization: Callable[[], Any] | Non
 
 def load_hqq(folder: Path) -> nn.Module:
     """By HQQ's own layers: transformers 5.23 says of its HqqConfig that it is not available yet."""
-    pytest.importorskip("hqq")
+    pytest.importorskip("hqq", reason="its quantization needs hqq")
     from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
 
     HQQLinear.set_backend(HQQBackend.PYTORCH)
