@@ -57,7 +57,7 @@ demo: $(DEV_READY)  ## the long version, six hours; it continues where it was st
 check: lint  ## a minute: format, lint, types, the import contract, and the tests of what changed since the last commit
 	@tests="$$($(RUN) -m tests.changed)"; test -z "$$tests" || $(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu" $$tests
 
-test: $(CONFORMITY_READY) lint test-families test-deepspeed  ## everything that CI checks
+test: $(CONFORMITY_READY) lint test-families test-deepspeed  ## all tests but those of other releases and of vLLM, which .ci/run adds
 	$(RUN) -m pytest -n $(WORKERS) --ignore tests/families
 	$(RUN) -m tests.zoo.table --check
 	$(RUN) -m tests.layout --check

@@ -16,7 +16,6 @@ FULL = Sizes(
     experiments=tuple(name for name in names() if name != BASE),
     few=("crome/vision", "crome/text-and-vision", "lora/rank13-q-v", "full-finetuning/projection"),
     seeds=3,
-    few_seeds=1,
     other_languages=("gemma3",),
     align_steps=300,
     align_images=16,
@@ -41,7 +40,6 @@ REDUCED = Sizes(
     experiments=("crome/vision", "lora/rank13-q-v"),
     few=("crome/vision",),
     seeds=1,
-    few_seeds=1,
     other_languages=(),
     align_steps=2,
     align_images=2,
@@ -90,13 +88,12 @@ def plan(sizes: Sizes, records: Records) -> list[Run]:
         *sweeps[LANGUAGE],
         *(Run("main", name, task, seed) for seed in seeds for task in sizes.tasks for name in sizes.experiments),
         *(
-            Run("examples", name, task, seed, examples=count)
-            for seed in range(sizes.few_seeds)
+            Run("examples", name, task, examples=count)
             for task in sizes.example_tasks
             for count in sizes.examples
             for name in few
         ),
-        *(Run("sequence", name, seed=seed) for seed in range(sizes.few_seeds) for name in few),
+        *(Run("sequence", name) for name in few),
         *(Run("change", name, first, frozen=frozen) for frozen in sizes.frozen for name in few),
     ]
     for other in sizes.other_languages:

@@ -51,11 +51,6 @@ class Experiment(BaseModel):
     params: TrainingParams
     adapter: dict[str, Any] | None
 
-    @property
-    def is_trained(self) -> bool:
-        """Whether anything trains."""
-        return self.adapter is not None or bool(self.params.trains)
-
     def peft_config(self) -> PeftConfig | None:
         """Build the configuration; None without an adapter."""
         return None if self.adapter is None else PeftConfig.from_pretrained(str(EXPERIMENTS / self.name))
@@ -70,7 +65,7 @@ class Sizes(BaseModel):
         example_tasks: tasks of the measurement of how little data is enough.
         experiments: names of the compared methods.
         few: methods of the further measurements: number of examples, tasks in sequence, a change underneath.
-        seeds, few_seeds: numbers of seeds of the main table, and of the measurements of few methods.
+        seeds: number of seeds of the main table. Other measurements have one.
         other_languages: language models on which the methods of `few` learn the sweep's tasks, with one seed.
         align_steps, steps, tune_steps: optimizer steps of a host, of a method, and of the language model that changes.
         align_images: captioned images of a step of a host.
@@ -92,7 +87,6 @@ class Sizes(BaseModel):
     experiments: tuple[str, ...]
     few: tuple[str, ...]
     seeds: int
-    few_seeds: int
     other_languages: tuple[str, ...]
     align_steps: int
     align_images: int

@@ -18,7 +18,7 @@ COLORS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
 SHAPES = ("circle", "rectangle", "triangle")
 KINDS = ("what", "yes/no")
 YES_NO_GROUPS = ("is there, shown", "is there, not shown", "is there not, shown", "is there not, not shown")
-# Every record of results was made with these words. "Images" in place of "pictures" costs the quick start two points.
+# The records of results were made with these words. That of examples.second_task alone had "images" in them.
 SYSTEM = "You answer questions about pictures."
 CAPTION_REQUEST = "Describe the picture."
 

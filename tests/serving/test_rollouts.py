@@ -142,7 +142,9 @@ def test_models_without_an_adapter_are_left_to_trl() -> None:
     from trl.generation.vllm_generation import VLLMGeneration
 
     assert type(generation_of(ZOO["llava"]().model)) is VLLMGeneration
-    assert issubclass(type(generation_of(attach(ZOO["llava"]().model))), VLLMGeneration)
+    adapted = type(generation_of(attach(ZOO["llava"]().model)))
+    assert adapted is not VLLMGeneration
+    assert issubclass(adapted, VLLMGeneration)
 
 
 def test_what_is_sent_is_the_active_adapter_and_a_folded_table() -> None:
