@@ -26,7 +26,10 @@ if has_composite():
 
 
 def _sample_with_vllm(trainer: Any) -> None:
-    if getattr(trainer.args, "use_vllm", False):
+    ours = (CromeLayer, CromeVLMForConditionalGeneration) if has_composite() else CromeLayer
+    if getattr(trainer.args, "use_vllm", False) and any(
+        isinstance(module, ours) for module in trainer.model.modules()
+    ):
         from .serving.rollouts import prepare
 
         prepare(trainer)

@@ -135,6 +135,15 @@ def test_left_padding() -> None:
         assert torch.equal(packed[key], expected[key])
 
 
+def test_padding_on_the_left_has_a_position_that_each_table_has() -> None:
+    """Text rows of 4, 2, 3 and 2 tokens in rows of at most six: the last has a token of padding."""
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]])
+    ids = torch.tensor([[1, 5, 6, 7], [3, 3, 1, 8], [3, 1, 9, 5], [3, 3, 1, 6]])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill((mask == 0) | (ids == 1), -100)}
+    packed = pack_rows(adapted(llava()), batch, 6)
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1, 0]]
+
+
 def test_rows_between_packed_ones_are_padded_as_the_batch_was() -> None:
     """Text rows of 4, 2, 3 and 2 tokens in rows of at most six: the last has a token of padding."""
     model = adapted(llava())

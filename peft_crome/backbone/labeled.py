@@ -122,6 +122,8 @@ def _trial(model: nn.Module, host: nn.Module, choose: Choice, device: torch.devi
         with trying(model):
             whole, kept = model(**batch), model(**batch, **chosen)
         loss, again, logits = whole["loss"], kept["loss"], kept["logits"]
+    except torch.OutOfMemoryError:  # a RuntimeError, which says nothing about the model
+        raise
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         return f"it does not take them at chosen tokens ({error})"
     if logits.shape[:-1] != chosen["shift_labels"].shape:

@@ -39,7 +39,8 @@ def pack_rows(model: nn.Module, batch: Mapping[str, Any], max_length: int | None
     Args:
         model: the model that the loop calls. It may be wrapped by DDP or `torch.compile`.
         batch: arguments of `model(**batch)`; "input_ids", "attention_mask" and "labels" are (rows, tokens).
-        max_length: number of tokens of a packed row. None: that of the longest conversation.
+        max_length: number of tokens of a packed row. None: that of the longest conversation. With flash attention, all
+            conversations are in one row.
     Returns:
         The batch in fewer or shorter rows, with `position_ids` and without `attention_mask`.
         The batch is unchanged if it lacks one of these keys, has `position_ids`, or would have as many tokens.
@@ -50,14 +51,14 @@ def pack_rows(model: nn.Module, batch: Mapping[str, Any], max_length: int | None
     host = unwrapped(model)
     lengths = mask.sum(dim=1).tolist()
     bins = [list(range(len(lengths)))] if takes_one_row(model) else fullest(lengths, max_length, next_fit)
-    if area(lengths, bins) >= mask.numel() or not _is_proven(model, host, batch, bins):
+    if area(lengths, bins) >= mask.numel() or not _is_proven(host, batch, bins):
         return batch
     return _packed(host, batch, bins)
 
 
 def can_pack(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Try a model with all rows of a batch in one row, unless it was tried with these keys. The log has a reason."""
-    return _is_proven(model, unwrapped(model), batch, [list(range(len(batch["input_ids"])))])
+    return _is_proven(unwrapped(model), batch, [list(range(len(batch["input_ids"])))])
 
 
 def fullest(lengths: Sequence[int], max_length: int | None, fit: Fit) -> Bins:
@@ -134,7 +135,7 @@ def takes_one_row(model: nn.Module) -> bool:
 def _packed(host: nn.Module, batch: Mapping[str, Any], bins: Bins) -> dict[str, Any]:
     """Rearrange each value that has a number per token. Padding between bins is copied from the batch's padding."""
     mask, shape = batch["attention_mask"].bool(), batch["input_ids"].shape
-    counted = mask.long().cumsum(dim=1) - 1
+    counted = (mask.long().cumsum(dim=1) - 1).clamp(min=0)  # padding on the left comes before the first
     lengths = mask.sum(dim=1).tolist()
     tokens = mask.flatten().nonzero().flatten()
     parts = tokens.split([sum(lengths[row] for row in rows) for rows in bins])
@@ -167,13 +168,13 @@ def _positions(host: nn.Module, batch: Mapping[str, Any], counted: torch.Tensor)
     return torch.cat([counted[None], grids.to(counted)])
 
 
-def _is_proven(model: nn.Module, host: nn.Module, batch: Mapping[str, Any], bins: Bins) -> bool:
+def _is_proven(host: nn.Module, batch: Mapping[str, Any], bins: Bins) -> bool:
     """Whether a model's logits stay the same in packed rows; tried once for each new key of a batch."""
     proven = _proven.setdefault(host, set())
     if proven is not None and not batch.keys() <= proven:
         if not (batch["labels"] != IGNORED).any():
             return False  # nothing would be compared
-        because = _trial(model, host, batch, bins)
+        because = _trial(host, batch, bins)
         if because is None:
             proven.update(batch)
         else:
@@ -182,15 +183,19 @@ def _is_proven(model: nn.Module, host: nn.Module, batch: Mapping[str, Any], bins
     return proven is not None
 
 
-def _trial(model: nn.Module, host: nn.Module, batch: Mapping[str, Any], bins: Bins) -> str | None:
+def _trial(host: nn.Module, batch: Mapping[str, Any], bins: Bins) -> str | None:
     """Compare the logits of a batch before and after. The host itself is called, since DDP waits for its processes."""
     if getattr(getattr(host, "config", None), "is_encoder_decoder", False):
         return "an encoder-decoder reads each row apart"
+    if getattr(text_config(host), "output_router_logits", False):
+        return "the loss of its routers would count the padding between rows"
     try:
         packed = _after_text(_packed(host, batch, bins))
-        asked = [logits_at_labels(model, form) for form in (batch, packed)]
+        asked = [logits_at_labels(host, form) for form in (batch, packed)]
         with trying(host):
             before, after = (_of_labels(host(**form)["logits"], form) for form in asked)
+    except torch.OutOfMemoryError:  # a RuntimeError, which says nothing about the model
+        raise
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         return f"it does not take them ({error})"
     if before.shape != after.shape:

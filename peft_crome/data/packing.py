@@ -22,8 +22,9 @@ class PackingOrder:
         self.collator = collator
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        sizes = [] if DRAWN in rows[0] else self.collator.measure(rows)
-        lengths = [size.kept for size in sizes if not isinstance(size, ValueError)]
+        if DRAWN in rows[0]:  # a run that is resumed skips them
+            return self.collator(rows)
+        lengths = [size.kept for size in self.collator.measure(rows) if not isinstance(size, ValueError)]
         if len(lengths) < len(rows):
             return self.collator(rows)  # which raises the error of a row
         bins = fullest(lengths, self.collator.max_length, best_fit)

@@ -7,8 +7,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..backbone.model import unwrapped
+from ..backbone.modes import evaluating
 from .store import FeatureStore
 
 Features = dict[str, torch.Tensor]
@@ -128,7 +128,7 @@ class FeatureCache:
         def features_of(missing: torch.Tensor) -> list[Features]:
             chosen = missing.to(pixel_values.device)
             picked = {key: value[missing.to(value.device)] for key, value in batched.items()}
-            with torch.no_grad(), _evaluating(self.tower):
+            with torch.no_grad(), evaluating(self.tower):
                 output = forward(pixel_values[chosen], **picked, **rest)
             return self._per_image(output, len(missing))
 
@@ -248,17 +248,6 @@ def _layers_read(config: Any, count: int) -> list[int]:
     if layers is None or not count:
         return list(range(count))
     return sorted({layer % count for layer in (layers if isinstance(layers, (list, tuple)) else [layers])})
-
-
-@contextmanager
-def _evaluating(tower: nn.Module) -> Iterator[None]:
-    """Run the tower in evaluation mode: with dropout, features would not be a function of the image."""
-    training = tower.training
-    tower.eval()
-    try:
-        yield
-    finally:
-        tower.train(training)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -90,7 +90,7 @@ def export(
             if processor is not None:
                 processor.save_pretrained(temporary)
         else:
-            with text_folded(model, target, base) if folded else nullcontext():
+            with text_folded(model, target, base, [*served.adapters]) if folded else nullcontext():
                 write(base, temporary, processor)
         _write_adapters(model, served, temporary, name)
         card = render("sharing/templates/served.md.jinja", name=host or name, served=served, folded=folded)
@@ -127,7 +127,8 @@ def read_served(model: PeftModel, names: list[str] | None = None) -> tuple[Serve
         if not sites:
             raise ValueError(f"The adapter {name!r} has no branch that reads images. Write fold(...), and serve that.")
         adapters[name] = ServedAdapter(config.bottleneck_dim, config.gate_activation, sites)
-    return Served(_weights(model).out_features, adapters), bool(tables)
+    folded = any(layer.branches_of.get(name) for layer in tables for name in names)
+    return Served(_weights(model).out_features, adapters), folded
 
 
 def check_vllm(architecture: str) -> None:

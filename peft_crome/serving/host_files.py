@@ -64,13 +64,17 @@ def write_composite(composite: Any, folder: Path, processor: Any = None) -> None
 
 
 @contextmanager
-def text_folded(model: PeftModel, target: Any, host: Any) -> Iterator[None]:
-    """Fold the text branch into the embedding table, and untie the head, while the block runs."""
+def text_folded(model: PeftModel, target: Any, host: Any, names: list[str] | None = None) -> Iterator[None]:
+    """Fold the text branches of adapters into the embedding table, and untie the head, while the block runs.
+
+    Args:
+        names: names of the adapters; None: those that are active.
+    """
     configs = {id(config): config for config in (target.config, target.config.get_text_config())}.values()
     tied = {id(config): config.tie_word_embeddings for config in configs if hasattr(config, "tie_word_embeddings")}
     with sites_out(host):
         shared = tied_weights(target)
-    model.merge_adapter()
+    model.merge_adapter(names)
     separated: list[Any] = []
     try:
         for config in configs:

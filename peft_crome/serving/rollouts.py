@@ -88,7 +88,7 @@ class AdaptedGeneration(VLLMGeneration):
         names = self.model.active_adapters
         yield from served_weights(self.model, names)
         for path, layer in crome_layers(unwrapped(self.model)):
-            if isinstance(layer.table, torch.nn.Embedding):
+            if isinstance(layer.table, torch.nn.Embedding) and any(layer.branches_of.get(name) for name in names):
                 yield f"{path}.weight", layer.folded_table(names)
 
     def sync_weights(self) -> None:

@@ -40,7 +40,9 @@ class Served:
     """All adapters of an exported model, and where the host's weights are.
 
     Attributes:
-        host, revision: a Hub repository with the host's weights; None: the weights are beside the adapters'.
+        host: a Hub repository, or the absolute path of a directory, with the host's weights; None: the weights are
+            beside the adapters'.
+        revision: revision of the repository.
     """
 
     hidden_size: int

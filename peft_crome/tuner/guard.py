@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,7 +216,8 @@ class Guard:
 
     The first pass with input for a branch proves that the branch acts and learns, or fails. A pass that does not
     reach a branch, because no row has an image, gives its weights a gradient of zero, which the optimizer, DDP and
-    gradient accumulation wait for. Nothing else of the pass changes, so its loss is that of the base model.
+    gradient accumulation wait for. Nothing else of the pass changes, so its loss is that of the base model. With
+    modules that train beside the adapter, such a pass fails under DeepSpeed ZeRO-3.
     """
 
     def __init__(self, model: nn.Module, weights: CromeWeights) -> None:
@@ -311,7 +312,7 @@ class Guard:
                     stacklevel=2,
                 )
 
-    def _connected(self, outputs: Any, missed: Iterable[Pair]) -> Any:
+    def _connected(self, outputs: Any, missed: Collection[Pair]) -> Any:
         """Return the outputs with a zero gradient to the pairs' weights and to modules that train beside them."""
         zero: Any = 0.0
         for name, branch in sorted(missed):
@@ -321,8 +322,9 @@ class Guard:
         for parameter in (p for copy in self.copies for p in copy.parameters() if p.requires_grad):
             if not parameter.numel():
                 raise RuntimeError(
-                    "A batch reached no module that trains beside the adapter. DeepSpeed ZeRO-3 would repeat their "
-                    "last gradient. Put an image into every batch, or leave modules_to_save out."
+                    f"A batch had no input for the CROME branches {sorted({branch for _, branch in missed})}. Under "
+                    "DeepSpeed ZeRO-3, modules that train beside the adapter may then repeat their last gradient. Put "
+                    "such input into every batch, or leave modules_to_save out."
                 )
             zero = zero + parameter.flatten()[:0].sum().to(zero.device)
         return _plus(outputs, zero)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
+from peft_crome import CromeConfig
 from peft_crome.cli import app
 from peft_crome.serving import export, host_files
 from peft_crome.serving.export import load_for_export
@@ -141,6 +144,31 @@ def test_the_revision_of_a_host(host: Path, tmp_path: Path, monkeypatch: pytest.
     save_adapters(host, tmp_path / "other", "default")
     with pytest.raises(ValueError, match=r"are for several hosts \(name, revision\), .*'abc'.*Write --model"):
         load_for_export({**adapters, "other": str(tmp_path / "other")})
+
+
+@pytest.mark.parametrize("active", ["both", "images"])
+def test_one_of_several_adapters_is_written_whichever_is_active(host: Path, active: str, tmp_path: Path) -> None:
+    model = save_adapters(host, tmp_path / "adapter", "both", branches=["text", "vision"])
+    model.add_adapter("images", CromeConfig(bottleneck_dim=4, branches=["vision"]))
+    randomize(model, "images", 1)
+    model.set_adapter(active)
+    before, text = snapshot(model), {"input_ids": torch.tensor([[1, 5, 6, 7]])}
+    for name in ("both", "images"):
+        export(model, tmp_path / name, adapters=[name])
+        stock = AutoModelForImageTextToText.from_pretrained(tmp_path / name)
+        with adapter_of(model, name):
+            torch.testing.assert_close(logits(stock, text), logits(model, text))
+        assert Served.of(stock.config).adapters.keys() == {name}
+    assert_equal(snapshot(model), before)
+
+
+@contextmanager
+def adapter_of(model: PeftModel, name: str) -> Iterator[None]:
+    """Have an adapter active while the block runs."""
+    before = model.active_adapter
+    model.set_adapter(name)
+    yield
+    model.set_adapter(before)
 
 
 def test_a_text_branch_is_folded(host: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from peft_crome.data import ConversationCollator, load_rows
 from peft_crome.data.packing import PackingOrder
 from peft_crome.training import Preflight, RecipeError, build, load_recipe
 from peft_crome.training import train as train_recipe
+from peft_crome.training.loop.trainer import training_arguments
 from peft_crome.training.planning.padding import padding_of
 from tests.training.processes import run
 from tests.training.test_distributed import losses
@@ -90,10 +91,11 @@ def test_sharded_models_are_refused(quiet: dict[str, Any], tmp_path: Path) -> No
     assert not Path(quiet["output"]).exists()
 
 
-def test_one_row_at_a_time_is_refused(quiet: dict[str, Any]) -> None:
-    quiet["training"] |= {"packing": True, "rows_per_device": 1}
-    with pytest.raises(RecipeError, match="packing: rows_per_device=1 leaves no rows to pack"):
-        load_recipe(quiet)
+@pytest.mark.parametrize(("settings", "processes"), [({"rows_per_device": 1}, 1), ({"batch_size": 2}, 2)])
+def test_one_row_at_a_time_is_refused(quiet: dict[str, Any], settings: dict[str, int], processes: int) -> None:
+    quiet["training"] |= {"packing": True, "rows_per_device": None, **settings}
+    with pytest.raises(RecipeError, match=r"packing: one row at a time leaves none to pack. Raise batch_size"):
+        training_arguments(load_recipe(quiet), "run", processes)
 
 
 def test_an_encoder_decoder_is_trained_on_padded_rows(

@@ -32,7 +32,8 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
         directory: directory of the checkpoints.
         world_size: number of processes that share the rows of a step.
     Raises:
-        RecipeError: an entry of `training.arguments` is unknown or has a wrong type, or the rows cannot be divided.
+        RecipeError: an entry of `training.arguments` is unknown or has a wrong type, or the rows cannot be divided or
+            packed.
     """
     settings = recipe.training
     each, rest = divmod(settings.batch_size, world_size)
@@ -41,6 +42,11 @@ def training_arguments(recipe: Recipe, directory: str, world_size: int = 1) -> T
         raise RecipeError(
             f"training.batch_size: {settings.batch_size} rows cannot be divided between {world_size} processes with "
             f"{rows} rows at a time. Change batch_size or rows_per_device."
+        )
+    if settings.packing and rows == 1:
+        raise RecipeError(
+            "training.packing: one row at a time leaves none to pack. Raise batch_size or rows_per_device, or take "
+            "packing out."
         )
     arguments: dict[str, Any] = {
         "output_dir": directory,

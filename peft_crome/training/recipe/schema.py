@@ -353,7 +353,8 @@ class Training(_Section):
     )
     packing: bool = Field(
         default=False,
-        description="Put several rows of a forward pass into one of at most max_length tokens, instead of padding.",
+        description="Put several rows of a forward pass into one of at most max_length tokens, instead of padding. "
+        "With flash attention, all rows share one.",
     )
     logging_steps: int = Field(default=10, ge=1, description="Number of steps between two lines of the log.")
     save_steps: int = Field(
@@ -380,8 +381,6 @@ class Training(_Section):
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of rows_per_device={self.rows_per_device}"
             )
-        if self.packing and self.rows_per_device == 1:
-            raise ValueError("packing: rows_per_device=1 leaves no rows to pack; write more, or take packing out")
         if self.arguments.get("label_smoothing_factor"):
             raise ValueError(
                 "arguments.label_smoothing_factor: transformers' Trainer smooths labels that it does not shift for "
