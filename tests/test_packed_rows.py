@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,6 +144,32 @@ def test_padding_on_the_left_has_a_position_that_each_table_has() -> None:
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill((mask == 0) | (ids == 1), -100)}
     packed = pack_rows(adapted(llava()), batch, 6)
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 2, 0, 1, 0]]
+
+
+def _two_processes(rank: int, folder: str) -> None:
+    where = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=60)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, **where)
+    model = nn.parallel.DistributedDataParallel(adapted(llava()).train())
+    batch = two_rows() if rank == 0 else llava().batch
+    packed = pack_rows(model, batch, 100)
+    assert (packed is batch) == (rank == 1)
+    _, gradients = loss_and_gradients(model, packed)
+    torch.save(gradients, f"{folder}/{rank}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_one_process_packs_and_the_other_has_nothing_to_pack(tmp_path: Path) -> None:
+    """A model is tried without its wrapper, which would wait for the other process."""
+    torch.multiprocessing.spawn(_two_processes, (str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    model = adapted(llava()).train()
+    batches = (two_rows(), llava().batch)
+    expected = [loss_and_gradients(model, batch)[1] for batch in batches]
+    for name, gradient in expected[0].items():
+        mean = (gradient + expected[1][name]) / 2
+        for found in (one, other):
+            torch.testing.assert_close(found[f"module.{name}"], mean, rtol=1e-4, atol=1e-6)
 
 
 def test_rows_between_packed_ones_are_padded_as_the_batch_was() -> None:

@@ -161,7 +161,7 @@ def attach_and_train(folder: Path, beside: list[str], rank: int) -> None:
     )
     if beside:
         engine.train()
-        with pytest.raises(RuntimeError, match="Put an image into every batch"):
+        with pytest.raises(RuntimeError, match="Put such input into every batch"):
             engine(**text_rows(case))
 
 
