@@ -189,6 +189,14 @@ def _render(chat: list[dict[str, Any]], processor: Any, add_generation_prompt: b
     return text.replace(processor.image_token, processor.image_token * processor.image_seq_length)
 
 
+def tokens_before_the_image(rows: Dataset, image_token_id: int) -> torch.Tensor:
+    """Return the tokens, (tokens,), before the image of every row. There are none if the rows begin differently."""
+    first = list(rows[0]["input_ids"])
+    start = first[: first.index(image_token_id)]
+    same = all(list(row[: len(start)]) == start for row in rows["input_ids"])
+    return torch.tensor(start if same else [], dtype=torch.long)
+
+
 class Collator:
     """Pad rows on the right, add each image's features, and request logits only where an answer is predicted.
 
@@ -198,11 +206,13 @@ class Collator:
     Args:
         features: (images, tokens, vision_width), by image_id; output of the frozen tower.
         pad_token_id: padding of input_ids; the mask is made by length, since the id may also end a turn.
+        cached: number of a row's first tokens that are left out, since a cache has their keys and values.
     """
 
-    def __init__(self, features: torch.Tensor, pad_token_id: int) -> None:
+    def __init__(self, features: torch.Tensor, pad_token_id: int, cached: int = 0) -> None:
         self.features = features
         self.pad_token_id = pad_token_id
+        self.cached = cached
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self.pad(rows, self.pad_token_id)
@@ -210,7 +220,11 @@ class Collator:
             batch |= self.isolate(rows)
         columns = (batch["labels"][:, 1:] != -100).any(dim=0).nonzero().flatten()
         batch["labels"] = batch["labels"][:, columns + 1]
-        batch["logits_to_keep"] = columns
+        batch["logits_to_keep"] = columns - self.cached
+        for name in {"input_ids", "position_ids"} & batch.keys():
+            batch[name] = batch[name][:, self.cached :]
+        if batch["attention_mask"].ndim == 4:  # a row for each token that asks, a column for each that is seen
+            batch["attention_mask"] = batch["attention_mask"][:, :, self.cached :]
         batch["vision_features"] = self.features[[row["image_id"] for row in rows]]
         return batch
 

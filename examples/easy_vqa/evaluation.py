@@ -34,6 +34,8 @@ def answer(
     images = [row["image_id"] if len(features) > 1 else 0 for row in questions]
     order = sorted(range(len(questions)), key=lambda i: images[i])
     answers = [""] * len(questions)
+    # The number 1, generate's default, would slice a view, and PyTorch would copy the head's weight for each row.
+    last_token = torch.tensor([-1], device=model.device)
     for first in track(range(0, len(order), batch_size), description=description):
         chosen = order[first : first + batch_size]
         chats = [data.messages([[questions[i]["question"]]]) for i in chosen]
@@ -52,7 +54,9 @@ def answer(
             padding_side="left",
             return_tensors="pt",
         ).to(model.device)
-        read = model(**prefix, vision_features=features[seen].to(model.device), use_cache=True, logits_to_keep=1)
+        read = model(
+            **prefix, vision_features=features[seen].to(model.device), use_cache=True, logits_to_keep=last_token
+        )
         row_of = {image: row for row, image in enumerate(seen)}
         rows = torch.tensor([row_of[images[i]] for i in chosen], device=model.device)
         read.past_key_values.batch_select_indices(rows)
@@ -62,8 +66,7 @@ def answer(
             input_ids=input_ids,
             attention_mask=torch.cat([cached, asked["attention_mask"]], dim=1),
             past_key_values=read.past_key_values,
-            # generate's default, the number 1, slices a view, and PyTorch then copies the head's weight per row.
-            logits_to_keep=torch.tensor([-1], device=model.device),
+            logits_to_keep=last_token,
             max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
         )

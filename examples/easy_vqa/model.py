@@ -121,7 +121,7 @@ def save_stage(model: torch.nn.Module, directory: Path) -> int:
 
 def load_stage(directory: Path) -> torch.nn.Module:
     """Load the trained model of a stage for answering, from its directory and the backbones that it names."""
-    model: torch.nn.Module = _eager(CromeVLMForConditionalGeneration.from_pretrained(directory / "composite"))
+    model: torch.nn.Module = CromeVLMForConditionalGeneration.from_pretrained(directory / "composite")
     if (directory / "adapter").is_dir():
         model = PeftModel.from_pretrained(model, str(directory / "adapter"))
     return model.eval()

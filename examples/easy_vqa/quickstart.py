@@ -29,9 +29,8 @@ console = Console()
 
 ALIGN = Stage("align", steps=200, images_per_step=16, questions_per_image=1, learning_rate=1e-3)
 FINETUNE = Stage("finetune", steps=200, images_per_step=6, questions_per_image=4, learning_rate=1e-3)
-LARGE_SAMPLE = {"what": 2000, "yes/no": 1000}  # test questions for the result
-SMALL_SAMPLE = {"what": 300, "yes/no": 150}  # for the models that the result is compared with
-TINY_SAMPLE = {"what": 100, "yes/no": 50}  # before training, when no answer is right
+LARGE_SAMPLE = {"what": 1000, "yes/no": 500}  # test questions for the result
+SMALL_SAMPLE = {"what": 100, "yes/no": 50}  # for the models that the result is compared with
 RELOADED = 64  # questions asked again in a fresh process: one batch
 
 
@@ -42,7 +41,6 @@ def run(
     seed: int = 0,
     large: dict[str, int] = LARGE_SAMPLE,
     small: dict[str, int] = SMALL_SAMPLE,
-    tiny: dict[str, int] = TINY_SAMPLE,
     text: str | None = None,
 ) -> list[dict[str, Any]]:
     """Run the unfinished steps and return the rows of the table.
@@ -51,8 +49,7 @@ def run(
         output: directory of checkpoints, answers, table and images.
         align, finetune: the two stages.
         seed: seed of the adapter's weights and of the order of the data.
-        large, small, tiny: test questions per kind, for the final model, for the models that it is compared with, and
-            for the model before training.
+        large, small: test questions per kind, for the final model and for the models that it is compared with.
         text: text to measure the loss on; None: the result of `english_text`.
     """
     start = time.perf_counter()
@@ -76,7 +73,7 @@ def run(
         result = json.loads(file.read_text())
         return {"name": name, "score": score(questions, result["answers"]), **result}
 
-    rows.append(evaluated("before training", tiny, lambda: attach("crome", "align")))
+    rows.append(evaluated("before training", small, lambda: attach("crome", "align")))
     console.print(f"(a) align: projection and adapter learn {align.steps * align.images_per_step} captions")
     aligned = train_stage(align, "crome", seed, shared, features["train"], output / "align")
     rows.append({**aligned, **_timed(evaluated("after (a) align", small, lambda: load_stage(output / "align")))})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import data
@@ -125,11 +126,15 @@ def fit(
         train_sampling_strategy="sequential" if stage.draws else "random",
         seed=seed,
     )
-    trainer = Trainer(
+    dataset = data.tokenized(rows, processor, stage.isolated)
+    before = data.tokens_before_the_image(dataset, processor.image_token_id)
+    cache = cache_of(before, model.to(arguments.device))
+    trainer = CacheTrainer(
+        cache,
         model=model,
         args=arguments,
-        train_dataset=data.tokenized(rows, processor, stage.isolated),
-        data_collator=data.Collator(features, processor.tokenizer.pad_token_id),
+        train_dataset=dataset,
+        data_collator=data.Collator(features, processor.tokenizer.pad_token_id, len(before) if cache else 0),
         compute_loss_func=WordLoss(model, processor, stage.word_weight) if stage.word_weight else answer_loss,
     )
     start = time.perf_counter()
@@ -137,6 +142,42 @@ def fit(
     trainer.train(resume_from_checkpoint=last)
     losses = [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry]
     return {"seconds": round(time.perf_counter() - start, 1), "resumed": last is not None, "losses": losses}
+
+
+def cache_of(tokens: torch.Tensor, model: torch.nn.Module) -> DynamicCache | None:
+    """Compute the keys and values of tokens that every row begins with, once for the whole training.
+
+    Args:
+        tokens: (tokens,), which have no image.
+    Returns:
+        A cache of one row; None without tokens, and if training would change it, as with LoRA.
+    """
+    if not len(tokens):
+        return None
+    cache = model.train()(input_ids=tokens[None].to(model.device), use_cache=True, logits_to_keep=1).past_key_values
+    changes = any(layer.keys.requires_grad or layer.values.requires_grad for layer in cache.layers)
+    return None if changes else cache
+
+
+class CacheTrainer(Trainer):
+    """`Trainer` whose rows continue a cache.
+
+    Args:
+        cache: keys and values of what every row begins with; None: nothing.
+        arguments: those of `Trainer`.
+    """
+
+    def __init__(self, cache: DynamicCache | None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.cache = cache
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as `Trainer` does. The cache is copied, since the model appends to it."""
+        if self.cache is not None:
+            copied = copy.deepcopy(self.cache)
+            copied.batch_repeat_interleave(len(inputs["input_ids"]))
+            inputs = {**inputs, "past_key_values": copied}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def easy_vqa_rows(stage: Stage, seed: int, questions: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
