@@ -77,6 +77,9 @@ def _generate(
     greedy: dict[str, Any] = {**GREEDY}
     if getattr(host.generation_config, "min_new_tokens", None):
         greedy["min_new_tokens"] = 0  # set only here: transformers warns about it beside min_length
+    if host.device.type == "cpu" and host._supports_logits_to_keep():
+        # `generate` passes the number 1, which slices a view. PyTorch then copies the head's weight for each row.
+        greedy["logits_to_keep"] = torch.tensor([-1])
     reader = MediaReader(processor)
     answers: dict[int, str] = {}
     for first in tqdm(range(0, len(rows), batch_size), desc="answering", leave=False, disable=not progress):

@@ -25,6 +25,9 @@ class CromeVLMGenerationMixin(GenerationMixin):
         if "language_model" in self._modules:
             self.language_model.generation_config = value
 
+    def _supports_logits_to_keep(self) -> bool:
+        return bool(self.language_model._supports_logits_to_keep())
+
     @torch.no_grad()
     def generate(
         self,

@@ -265,9 +265,14 @@ def test_answers_are_those_of_each_row_alone(make: Make, data: Path) -> None:
     run(values)
     model, processor = load_adapted(values["output"])
     rows = list(read_rows(data / "image.json", data))
+    seen: list[bool] = []
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
     together = generate_answers(model, processor, rows, batch_size=8, max_new_tokens=4, progress=False)
     alone = [generate_answers(model, processor, [row], max_new_tokens=4, progress=False)[0] for row in rows]
     assert together == alone
+    assert all(seen)
+    assert seen
 
 
 @pytest.mark.parametrize(

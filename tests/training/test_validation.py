@@ -118,6 +118,17 @@ def test_answers_are_greedy_whatever_the_model_says(
     assert generate_answers(model, processor, rows, max_new_tokens=6, progress=False) == plain
 
 
+def test_head_reads_tokens_that_lie_together(values: dict[str, Any], dataset: Path) -> None:
+    """PyTorch on a CPU copies the head's weight once for each row of a view."""
+    model, processor, _ = build(load_recipe(values))
+    seen: list[bool] = []
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
+    generate_answers(model, processor, list(read_rows(dataset))[:4], max_new_tokens=2, progress=False)
+    assert seen
+    assert all(seen)
+
+
 def test_model_is_left_in_its_mode(values: dict[str, Any], dataset: Path) -> None:
     train(load_recipe(values))
     model = CromeVLMForConditionalGeneration.from_pretrained(values["output"]).train()
