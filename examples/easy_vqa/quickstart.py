@@ -29,7 +29,7 @@ console = Console()
 
 ALIGN = Stage("align", steps=200, images_per_step=16, questions_per_image=1, learning_rate=1e-3)
 FINETUNE = Stage("finetune", steps=200, images_per_step=6, questions_per_image=4, learning_rate=1e-3)
-LARGE_SAMPLE = {"what": 1000, "yes/no": 500}  # test questions for the result
+LARGE_SAMPLE = {"what": 600, "yes/no": 300}  # test questions for the result
 SMALL_SAMPLE = {"what": 100, "yes/no": 50}  # for the models that the result is compared with
 RELOADED = 64  # questions asked again in a fresh process: one batch
 
