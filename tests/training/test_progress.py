@@ -20,10 +20,13 @@ LINE = r"step 2/6: loss [\d.]+, [\d,]+ tokens/s, [\d.]+ GB, \d\d:\d\d left"
 
 def test_in_a_file_each_log_is_a_line(values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     values["training"] |= {"logging_steps": 2, "arguments": {}}
-    train(load_recipe(values))
+    record = train(load_recipe(values))["stages"][-1]
     said = capsys.readouterr()
     assert re.search(LINE, said.err)
-    assert len(re.findall(r"^step ", said.err, re.M)) == 3
+    assert re.findall(r"^step (\d)/6: loss ([\d.]+),", said.err, re.M) == [
+        (str(step), f"{loss:.4g}") for step, loss in record["losses"]
+    ]
+    assert len(record["losses"]) == 3
     assert "{" not in said.out
 
 

@@ -80,7 +80,7 @@ class ProgressLine(TrainerCallback):
         if self.bar is None:
             return
         if time.perf_counter() - self.written > OFTEN:
-            self.bar.set_postfix_str(self._says(args), refresh=False)
+            self.bar.set_postfix_str(self._says(args, float(self.loss)), refresh=False)
             self.written = time.perf_counter()
         self.bar.update(state.global_step - self.bar.n)
 
@@ -98,7 +98,8 @@ class ProgressLine(TrainerCallback):
         elif "loss" in logs and self.bar is None:
             done, start = state.global_step - self.begun[0], self.begun[1]
             left = (time.perf_counter() - start) / max(1, done) * (state.max_steps - state.global_step)
-            line = f"step {state.global_step}/{state.max_steps}: {self._says(args)}, {tqdm.format_interval(left)} left"
+            says = self._says(args, float(logs["loss"]))  # the mean since the last line
+            line = f"step {state.global_step}/{state.max_steps}: {says}, {tqdm.format_interval(left)} left"
             print(line, file=sys.stderr, flush=True)
             self._restart()
 
@@ -111,7 +112,7 @@ class ProgressLine(TrainerCallback):
     def _restart(self) -> None:
         self.tokens, self.since = 0, time.perf_counter()
 
-    def _says(self, args: Any) -> str:
+    def _says(self, args: Any, loss: float) -> str:
         # All processes have equally many rows, so one reports for all.
         rate = float(self.tokens) * args.world_size / max(time.perf_counter() - self.since, 1e-9)
-        return f"loss {float(self.loss):.4g}, {rate:,.0f} tokens/s, {memory()}"
+        return f"loss {loss:.4g}, {rate:,.0f} tokens/s, {memory()}"
