@@ -206,13 +206,15 @@ class Collator:
     Args:
         features: (images, tokens, vision_width), by image_id; output of the frozen tower.
         pad_token_id: padding of input_ids; the mask is made by length, since the id may also end a turn.
+
+    Attributes:
         cached: number of a row's first tokens that are left out, since a cache has their keys and values.
     """
 
-    def __init__(self, features: torch.Tensor, pad_token_id: int, cached: int = 0) -> None:
+    def __init__(self, features: torch.Tensor, pad_token_id: int) -> None:
         self.features = features
         self.pad_token_id = pad_token_id
-        self.cached = cached
+        self.cached = 0
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self.pad(rows, self.pad_token_id)

@@ -127,16 +127,17 @@ def fit(
         seed=seed,
     )
     dataset = data.tokenized(rows, processor, stage.isolated)
-    before = data.tokens_before_the_image(dataset, processor.image_token_id)
-    cache = cache_of(before, model.to(arguments.device))
+    collate = data.Collator(features, processor.tokenizer.pad_token_id)
     trainer = CacheTrainer(
-        cache,
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=data.Collator(features, processor.tokenizer.pad_token_id, len(before) if cache else 0),
+        data_collator=collate,
         compute_loss_func=WordLoss(model, processor, stage.word_weight) if stage.word_weight else answer_loss,
     )
+    before = data.tokens_before_the_image(dataset, processor.image_token_id)
+    trainer.cache = cache_of(before, model)  # on the device where `Trainer` has put the model
+    collate.cached = len(before) if trainer.cache else 0
     start = time.perf_counter()
     last = get_last_checkpoint(str(checkpoints)) if checkpoints is not None and checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
@@ -162,14 +163,11 @@ def cache_of(tokens: torch.Tensor, model: torch.nn.Module) -> DynamicCache | Non
 class CacheTrainer(Trainer):
     """`Trainer` whose rows continue a cache.
 
-    Args:
+    Attributes:
         cache: keys and values of what every row begins with; None: nothing.
-        arguments: those of `Trainer`.
     """
 
-    def __init__(self, cache: DynamicCache | None, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.cache = cache
+    cache: DynamicCache | None = None
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as `Trainer` does. The cache is copied, since the model appends to it."""

@@ -108,13 +108,16 @@ def test_rows_that_continue_a_cache_have_the_same_loss_and_gradients(isolated):
     randomize(model)
     results = []
     for cache in (None, training.cache_of(before, model)):
-        batch = data.Collator(features, shared.tokenizer.pad_token_id, len(before) if cache else 0)([*rows])
+        collate = data.Collator(features, shared.tokenizer.pad_token_id)
+        collate.cached = len(before) if cache else 0
+        batch = collate([*rows])
         if isolated:
             batch["attention_mask"] = batch["attention_mask"].float()
         arguments = training.TrainingArguments(use_cpu=True, label_names=["labels"])
         trainer = training.CacheTrainer(
-            cache, model=model, args=arguments, compute_loss_func=training.answer_loss, processing_class=shared
+            model=model, args=arguments, compute_loss_func=training.answer_loss, processing_class=shared
         )
+        trainer.cache = cache
         losses = [trainer.compute_loss(model, dict(batch)) for _ in range(2)]
         assert losses[0] == losses[1]  # the cache is used again as it was
         losses[0].backward()
