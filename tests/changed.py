@@ -1,8 +1,8 @@
-"""The tests of what has changed since the last commit, or since a commit that is named: `make check` runs these.
+"""Print the tests of files that changed since the last commit, or since a given one. `make check` runs these tests.
 
     python -m tests.changed [COMMIT]
 
-A module `a/b/c.py` has the tests `test_c*.py`, and those of its folder's name where there are none.
+The tests of a module `a/b/c.py` are `test_c*.py`. If there are none, they are `test_b*.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def changed_files(commit: str = "HEAD") -> list[Path]:
-    """Python files that differ from a commit or are new, relative to the repository."""
+    """Return the Python files that differ from a commit or are new, relative to the repository."""
     commands = (["diff", "--name-only", commit], ["ls-files", "--others", "--exclude-standard"])
     names = [
         name
@@ -28,7 +28,7 @@ def changed_files(commit: str = "HEAD") -> list[Path]:
 
 
 def tests_of(file: Path) -> list[Path]:
-    """Test files for one changed file."""
+    """Return the test files for one changed file."""
     if file.parts[0] == "tests":
         return [file] if file.name.startswith("test_") else []
     tests = [path.relative_to(ROOT) for path in sorted((ROOT / "tests").rglob("test_*.py"))]

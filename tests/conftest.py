@@ -1,4 +1,4 @@
-"""Every test runs offline, on one thread, with its own seed."""
+"""Configure all tests: each runs offline, on one thread, from a fixed seed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def device() -> str:
-    """Where a test's model runs; tests/gpu runs the same tests on a GPU."""
+    """Return the device of a test's model. tests/gpu runs the same tests on a GPU."""
     return "cpu"
 
 

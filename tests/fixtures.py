@@ -1,4 +1,4 @@
-"""Fixtures that several folders share: tiny backbones on disk, a composite of them, rows of data, a recipe."""
+"""Fixtures that several folders share: tiny backbones on disk, a composite of them, rows of data and a recipe."""
 
 import json
 import random
@@ -21,7 +21,8 @@ from tests.vlm.tiny import CHAT_TEMPLATE, make_tokenizer, text_config, vision_co
 
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Directories of a whole CLIP with its image processor, and of a Llama with its tokenizer."""
+    """Return the directories of a tiny CLIP with its image processor and of a tiny Llama with its tokenizer. The CLIP
+    has both towers."""
     torch.manual_seed(0)
     root: Path = tmp_path_factory.mktemp("backbones")
     words = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -38,7 +39,7 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture(scope="session")
 def seq2seq_backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Directory of a T5 with its tokenizer."""
+    """Return the directory of a tiny T5 with its tokenizer."""
     path = tmp_path_factory.mktemp("seq2seq")
     AutoModelForSeq2SeqLM.from_config(text_config("t5")).save_pretrained(path)
     make_tokenizer(pad_token="<unk>").save_pretrained(path)
@@ -47,20 +48,20 @@ def seq2seq_backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def composite(backbones: tuple[str, str]) -> CromeVLMForConditionalGeneration:
-    """A composite whose backbones have names."""
+    """Build a composite whose backbones have names, which are their directories."""
     torch.manual_seed(0)
     return CromeVLMForConditionalGeneration.from_backbones(vision=backbones[0], language=backbones[1])
 
 
 @pytest.fixture
 def processor(composite: CromeVLMForConditionalGeneration) -> CromeVLMProcessor:
-    """The processor that fits `composite`."""
+    """Return the processor that fits `composite`."""
     return CromeVLMProcessor.from_backbones(config=composite.config)
 
 
 @pytest.fixture
 def photos() -> list[Image.Image]:
-    """Three images of different sizes and colors."""
+    """Return three images of different sizes and colors."""
     return [
         Image.new("RGB", size, color) for size, color in (((50, 37), "red"), ((20, 90), "green"), ((30, 30), "blue"))
     ]
@@ -68,7 +69,7 @@ def photos() -> list[Image.Image]:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve rows about four images, one of them text alone."""
+    """Write twelve rows about four images, one of them with text alone, and return their file."""
     root = tmp_path_factory.mktemp("dataset")
     (root / "images").mkdir()
     for number, color in enumerate(COLORS):
@@ -86,7 +87,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def values(backbones: tuple[str, str], dataset: Path, tmp_path: Path) -> dict[str, Any]:
-    """A recipe for the first stage that runs in a second."""
+    """Return the values of a recipe for the first stage that runs in a second."""
     return {
         "stage": "pretrain",
         "output": str(tmp_path / "pretrain"),
@@ -114,7 +115,8 @@ def values(backbones: tuple[str, str], dataset: Path, tmp_path: Path) -> dict[st
 
 @pytest.fixture(scope="session")
 def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirteen rows about images of noise, of which each crop looks different, two of them text alone."""
+    """Write thirteen rows, two of them with text alone, and return their folder. Their images are noise, so each crop
+    looks different."""
     root = tmp_path_factory.mktemp("noise")
     chance = random.Random(0)
     rows: list[dict[str, Any]] = []
@@ -134,7 +136,8 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(values: dict[str, Any], noise: Path) -> dict[str, Any]:
-    """All that is random at once: crops, mirror images, dropout; two batches to a step, four steps to an epoch."""
+    """Return a recipe's values with everything random: crops, mirror images and dropout. A step has two batches, and
+    an epoch has four steps."""
     values["data"] = [{"path": str(noise / "rows.json")}]
     values["images"] = {"random_crop": True, "horizontal_flip": True}
     values["adapter"]["dropout"] = 0.2
@@ -144,7 +147,7 @@ def recipe(values: dict[str, Any], noise: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def byte_processor(composite: CromeVLMForConditionalGeneration) -> CromeVLMProcessor:
-    """Its tokens are bytes, so that no white space is lost."""
+    """Return a processor whose tokens are bytes, so that no white space is lost."""
     from tests.data.test_collator import CHATML  # not above: pytest rewrites the assertions of what it imports itself
 
     tokens = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -164,7 +167,8 @@ def byte_processor(composite: CromeVLMForConditionalGeneration) -> CromeVLMProce
 
 @pytest.fixture(scope="session")
 def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
-    """Gives the directory of a family's tiny checkpoint (tests/families), built once."""
+    """Return a function that gives the directory of a family's tiny checkpoint (`tests/families`) and builds it
+    once."""
     built: dict[str, Path] = {}
 
     def build(family: Any) -> Path:

@@ -1,7 +1,7 @@
-"""Draw which package imports which into docs/layout.md, from the imports in the code.
+"""Draw the imports between the parts of the package into docs/layout.md. They are read from the code.
 
 python -m tests.layout            # write the diagram
-python -m tests.layout --check    # fail where it is out of date
+python -m tests.layout --check    # fail if it is out of date
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PACKAGE = "peft_crome"
 
 
 def arrows() -> list[tuple[str, str]]:
-    """Which child of the package imports which, imports inside functions included."""
+    """Return each pair of parts of which the first imports the second. Imports inside functions count."""
     graph = grimp.build_graph(PACKAGE, cache_dir=None)
     children = sorted(graph.find_children(PACKAGE))
     pairs = [(one, other) for one in children for other in children if one != other]
@@ -31,7 +31,7 @@ def arrows() -> list[tuple[str, str]]:
 
 
 def diagram() -> str:
-    """A Mermaid flow chart: an arrow for each import, but for those that a longer way implies."""
+    """Return a Mermaid flow chart with an arrow for each import, except those that a longer path implies."""
     drawn = arrows()
     imports: dict[str, set[str]] = {}
     for one, other in drawn:
@@ -46,7 +46,7 @@ def diagram() -> str:
 
 
 def main() -> None:
-    """Write the diagram, or compare it."""
+    """Write the diagram, or with --check compare it with the page."""
     check = "--check" in sys.argv
     if rewrite(PAGE, BEGIN, END, diagram(), check) and check:
         sys.exit(f"{PAGE.name} shows other imports than the code has. Write: python -m tests.layout")

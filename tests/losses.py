@@ -1,4 +1,5 @@
-"""Loss and gradients of a model. This imports no architecture of tests/zoo, which registers towers of its own."""
+"""Compute the loss and gradients of a model. This module imports no architecture of tests/zoo, which registers towers
+of its own."""
 
 from __future__ import annotations
 

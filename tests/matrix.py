@@ -1,6 +1,7 @@
-"""Test in the environments of tests/matrix.toml and write docs/versions.md: python -m tests.matrix [row ...].
+"""Run the tests in the environments of tests/matrix.toml and write docs/versions.md: python -m tests.matrix [row ...].
 
-Each row's environment is made once, in $MATRIX or else build/matrix, by uv where it is on the PATH, else by pip.
+Each row's environment is made once, in $MATRIX or by default in build/matrix. It is made by uv if uv is on the PATH,
+otherwise by pip.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ PARTS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
 
 
 def environment(name: str) -> Path:
-    """The interpreter of a row, in an environment that is made where there is none of these packages."""
+    """Return the interpreter of a row. Its environment is made again if its packages have changed."""
     row, folder = ROWS[name], BUILD / name
     python, made = folder / "bin" / "python", folder / "packages"
     extras = "[train]" if row.get("composite") else ""
@@ -72,7 +73,8 @@ def environment(name: str) -> Path:
 
 
 def run(name: str, parts: Sequence[str], workers: str) -> dict[str, Any]:
-    """Run a row's tests: what is installed, how many tests of each part passed, and which failed, by whose fault."""
+    """Run a row's tests. Return the installed releases and, for each part, what passed, what failed upstream and what
+    failed because of this package."""
     python = environment(name)
     code = f"import importlib.metadata as m; print(*map(m.version, {NAMED}))"
     versions = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True).stdout.split()
@@ -105,7 +107,7 @@ def _cell(outcomes: dict[str, Any] | None) -> str:
 
 
 def page_of(results: dict[str, dict[str, Any]]) -> str:
-    """The table, and below it what fails upstream, by release."""
+    """Return the table of results, followed by the failures upstream for each row."""
     parts = [part for part in PARTS if any(part in result["parts"] for result in results.values())]
     lines = [f"| row | Python | {' | '.join(NAMED)} | {' | '.join(parts)} | date |"]
     lines.append("| --- " * (len(NAMED) + len(parts) + 3) + "|")
@@ -128,7 +130,7 @@ def _short(reason: str) -> str:
 
 
 def main() -> None:
-    """Run the rows that are named, all of them by default; with --ci those that CI runs, and leave the page alone."""
+    """Run the named rows, by default all of them. With --ci, run those of CI and leave the page unchanged."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; all by default")
     parser.add_argument("--ci", action="store_true", help="the rows of CI and a part of the tests; writes no page")

@@ -1,4 +1,4 @@
-"""Small videos and sounds in files, whose frames and samples differ."""
+"""Write small videos, frames and sounds to files. The frames and samples within a file differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def write_video(path: Path, frames: int = 8, width: int = 96, height: int = 64, rate: int = 4) -> Path:
-    """A video of noise that moves, by PyAV; the codec is that of the file's ending."""
+    """Write a video of moving noise with PyAV. The file's suffix decides the codec."""
     import av
 
     noise = torch.Generator().manual_seed(frames * width)
@@ -26,7 +26,7 @@ def write_video(path: Path, frames: int = 8, width: int = 96, height: int = 64, 
 
 
 def write_frames(folder: Path, frames: int = 4, width: int = 96, height: int = 64) -> list[Path]:
-    """Frames of one size, in files."""
+    """Write frames of one size to files and return their paths."""
     paths = [folder / f"frame{number}.png" for number in range(frames)]
     for number, path in enumerate(paths):
         Image.linear_gradient("L").rotate(20 * number).resize((width, height)).convert("RGB").save(path)
@@ -34,7 +34,7 @@ def write_frames(folder: Path, frames: int = 4, width: int = 96, height: int = 6
 
 
 def write_sound(path: Path, seconds: float = 1.0, rate: int = 16_000, channels: int = 1) -> Path:
-    """A rising tone, one in each channel."""
+    """Write a sound with a rising tone in each channel."""
     import soundfile
 
     time = torch.arange(int(seconds * rate)) / rate

@@ -1,4 +1,4 @@
-"""Tiny random models in the layouts of Hub repositories that the README loads by name."""
+"""Save tiny random models in the layouts of Hub repositories that the README loads by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMOLVLM_TEMPLATE = (
 
 
 def save_smolvlm(folder: Path) -> None:
-    """A whole repository of a SmolVLM: Idefics 3 with a Llama inside."""
+    """Save the whole repository of a SmolVLM, which is an Idefics 3 with a Llama inside."""
     words = tokenizer()
     tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     marks = ["<|im_start|>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles]
@@ -56,7 +56,7 @@ def save_smolvlm(folder: Path) -> None:
 
 
 def save_smollm(folder: Path) -> None:
-    """A causal language model and its tokenizer."""
+    """Save a causal language model and its tokenizer."""
     words = tokenizer()
     words.save_pretrained(folder)
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def save_smollm(folder: Path) -> None:
 
 
 def save_dinov2(folder: Path) -> None:
-    """A vision tower and its image processor."""
+    """Save a vision tower and its image processor."""
     BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(hidden_size=32, image_size=28, patch_size=14, **LAYERS)).save_pretrained(folder)

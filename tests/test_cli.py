@@ -1,4 +1,4 @@
-"""peft-crome: its commands, their exit status, and what they say when something is wrong."""
+"""Test the commands of `peft-crome`, their exit status and their error messages."""
 
 import json
 import subprocess
@@ -154,7 +154,8 @@ def test_evaluate_writes_over_nothing_and_strict_json(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One row has no standard error; a file that comes while rows are answered stays."""
+    """`evaluate` overwrites no file and writes strict JSON. One row has no standard error, and a file that appears
+    during the run stays."""
     train(load_recipe(values))
     (tmp_path / "a.jsonl.tmp").write_text("mine")
     arguments = ["evaluate", values["output"], str(dataset), "--limit", "1", "--max-new-tokens", "1", "--output"]
@@ -241,7 +242,7 @@ def test_doctor_reports_and_fixes_before_it_shows(
     dataset: Path,
     tmp_path: Path,
 ) -> None:
-    """A row that cannot be encoded is named and left out; it takes neither the report nor the copy along."""
+    """A row that cannot be encoded is named and left out. The report and the fixed copy are still made."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values | {"images_after_text": True}))
     rows = json.loads(dataset.read_text())
@@ -263,7 +264,8 @@ def test_doctor_goes_by_a_recipe_before_anything_is_trained(
     dataset: Path,
     tmp_path: Path,
 ) -> None:
-    """Every row as training will encode it; what the Q-Former cannot read is found without weights."""
+    """`doctor` encodes every row as training with the recipe will. It finds what the Q-Former cannot read without
+    loading weights."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values | {"images_after_text": True, "system": "w70"}))
     collator = recipe_collator(load_recipe(recipe))

@@ -1,4 +1,4 @@
-"""peft-crome plan: tables from configurations alone, and what it says when something is wrong."""
+"""Test that `peft-crome plan` makes its tables from configurations alone, and test its error messages."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ runner = CliRunner()
 
 @pytest.fixture
 def configs(tmp_path: Path) -> tuple[str, str]:
-    """Directories of a tower and a language model that hold a config.json each, and nothing else."""
+    """Return the directories of a tower and a language model. Each holds only a `config.json`."""
     vision_config("dinov2").save_pretrained(tmp_path / "tower")
     text_config("llama").save_pretrained(tmp_path / "llm")
     return str(tmp_path / "tower"), str(tmp_path / "llm")
@@ -45,7 +45,7 @@ def test_plan_from_two_configurations(configs: tuple[str, str]) -> None:
 
 
 def test_plan_from_what_finetune_takes(tmp_path: Path) -> None:
-    """A model, or an adapter of one: both have their configuration alone."""
+    """`plan` gives the same tables for a model and for an adapter of it. Both have only their configuration."""
     config = LlavaConfig(vision_config=CLIPVisionConfig(hidden_size=24), text_config=LlamaConfig(hidden_size=32))
     config.save_pretrained(tmp_path / "llava")
     CromeConfig(base_model_name_or_path=str(tmp_path / "llava"), bottleneck_dim=8).save_pretrained(

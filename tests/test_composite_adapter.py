@@ -1,4 +1,4 @@
-"""The adapter on the composite: decoder-only and encoder-decoder language models."""
+"""Test the adapter on the composite, with decoder-only and encoder-decoder language models."""
 
 import json
 
@@ -146,7 +146,9 @@ def test_projection_trains_inside_the_wrapped_site():
 
 @pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged:UserWarning")
 def test_switching_while_merged_switches_every_branch(tmp_path):
-    """PEFT unmerges what says that it is merged; the vision branch cannot, and must follow all the same."""
+    """Switching while merged switches every branch. PEFT unmerges the layers that report a merge, and the vision
+    branch
+    cannot be merged."""
     model, batch, labels = build("llama")
     adapted = get_peft_model(
         model, CromeConfig(branches=BOTH, bottleneck_dim=4, init_weights=False), adapter_name="a"
@@ -169,7 +171,7 @@ def test_switching_while_merged_switches_every_branch(tmp_path):
 
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
 def test_merge_is_refused_inside_a_composite_too(method):
-    """UMT5 scales its output by whether its head is tied, which a merge ends."""
+    """A merge is refused inside a composite too. UMT5 scales its output if its head is tied, which a merge ends."""
     config = UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     LANGUAGE_MODELS["umt5"] = lambda: UMT5ForConditionalGeneration(config)
     try:
@@ -185,7 +187,7 @@ def test_merge_is_refused_inside_a_composite_too(method):
 
 
 def save_adapter(folder):
-    """The model, whose adapter names the composite that lies beside it."""
+    """Save a composite and an adapter that names it, and return the adapted model."""
     build("llama")[0].save_pretrained(folder / "composite")
     composite = CromeVLMForConditionalGeneration.from_pretrained(folder / "composite")
     adapted = get_peft_model(composite, CromeConfig(branches=BOTH, bottleneck_dim=4, init_weights=False)).eval()
@@ -195,7 +197,9 @@ def save_adapter(folder):
 
 @pytest.mark.parametrize("auto", [AutoPeftModel, CromeVLMForConditionalGeneration, AutoModelForImageTextToText])
 def test_adapter_by_automatic_classes(auto, tmp_path):
-    """AutoPeftModel finds the composite; the composite's own class, and transformers', take an adapter's directory."""
+    """`AutoPeftModel` loads the composite that an adapter names. The composite's class and the one of transformers
+    also
+    take an adapter's directory."""
     adapted = save_adapter(tmp_path)
     _, batch, _ = build("llama")
     with torch.no_grad():
@@ -213,7 +217,8 @@ def test_adapter_that_names_no_composite(tmp_path):
 
 
 def test_adapter_where_a_table_is_narrower_than_its_model():
-    """OPT-350m: embeddings of 512, projected to the model's 1024."""
+    """The adapter fits a table that is narrower than its model. OPT-350m projects embeddings of 512 to the model's
+    1024."""
     model, *_ = build("llama")
     settings = {"ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
     language = OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=32, word_embed_proj_dim=16, **settings))

@@ -1,4 +1,4 @@
-"""The composite's language model stays the language model it was, with a Q-Former and without."""
+"""Test that an adapter leaves the composite's language model unchanged for text, with a Q-Former and without."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def batch_of(kind: str, images: tuple[int, ...]) -> dict[str, Any]:
 
 
 def both(kind: str) -> tuple[Any, PeftModel]:
-    """The base model, and another one with the default's adapter, which is not an identity."""
+    """Return the base model and another one with the default adapter, which is not an identity."""
     model = attach(COMPOSITES[kind](), branches=None, bottleneck_dim=None)
     randomize(model)
     return COMPOSITES[kind]().requires_grad_(False).eval(), model.eval()

@@ -1,4 +1,4 @@
-"""What each way of installing brings is enough for what it is for: a development environment hides what is missing."""
+"""Test that each way of installing brings all that it needs. Other installed packages are hidden."""
 
 import subprocess
 import sys
@@ -55,7 +55,7 @@ sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
 
 
 def closure(requirements: list[str]) -> set[str]:
-    """The distributions that pip would install for these, by canonical name."""
+    """Return the distributions that pip would install for these requirements, by canonical name."""
     found: set[tuple[str, str]] = set()
     wanted = [Requirement(line) for line in requirements]
     while wanted:

@@ -1,10 +1,10 @@
-"""README and docs run: every Python block of a page, in order, in one namespace and an empty directory.
+"""Test that the Python blocks of README and docs run, page by page, in one namespace and an empty directory.
 
-A block that cannot run here says why, in a comment right above it: <!-- not run: downloads a 14 GB model -->. Such
-blocks must still be Python, and are counted in NOT_RUN, so that one more of them is a decision.
+If a block cannot run, a comment right above it gives the reason: <!-- not run: downloads a 14 GB model -->. Such
+blocks must still be Python. NOT_RUN counts them, so that each new one is a decision.
 
 A line --8<-- "name.md" stands for docs/includes/name.md, as in mkdocs. A model that a block loads by its Hub name is a
-folder of that name in the page's directory, with tiny random weights: see STAND_INS.
+folder of that name in the page's directory, with tiny random weights. STAND_INS lists these models.
 """
 
 import re
@@ -68,7 +68,7 @@ class Block(NamedTuple):
 
 
 def fences(page: str) -> list[tuple[str, re.Match[str]]]:
-    """Each fence of the page in order, with the file it is in: the page, or one that it includes."""
+    """Return each fence of the page in order with its file, which is the page or a file that it includes."""
     found = []
     for part in PART.finditer((ROOT / page).read_text(encoding="utf-8")):
         if part["include"]:
@@ -137,7 +137,7 @@ def test_make_targets_in_the_pages_exist(page: str) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.*)$", text, re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -145,7 +145,8 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", OUTSIDE_THE_SITE)
 def test_links_of_pages_outside_the_site_lead_somewhere(page: str) -> None:
-    """mkdocs checks the links of the site's own pages, in its strict build."""
+    """Links of pages outside the site lead to files and anchors that exist. mkdocs checks the site's own pages in its
+    strict build."""
     text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"\w+:", link):

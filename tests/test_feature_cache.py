@@ -1,4 +1,4 @@
-"""A frozen tower's features are computed once per image, and never served for another image, tower or setting."""
+"""Test that a frozen tower's features are computed once per image and used for no other image, tower or setting."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def no_tower(model: nn.Module) -> None:
 
 
 def frozen(**kwargs: Any) -> Any:
-    """The composite with its backbones frozen, as `from_backbones` gives it."""
+    """Build a composite with frozen backbones, as `from_backbones` returns it."""
     model = build(**kwargs)
     model.vision_tower.requires_grad_(False)
     return model.eval()
@@ -114,7 +114,8 @@ def test_every_architecture_is_cached_or_says_why_not(name: str, tmp_path: Path)
 
 
 def test_each_change_is_another_entry(tmp_path: Path) -> None:
-    """Pixels, weights, configuration of the tower, the layer that is read: none is served for another."""
+    """Features are not reused after a change of the pixels, the tower's weights or configuration, or the layer that is
+    read."""
 
     def entries(change: str = "", **kwargs: Any) -> tuple[int, int]:
         model = frozen(**kwargs)
@@ -144,7 +145,7 @@ def test_each_change_is_another_entry(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["composite", "llava"])
 def test_features_under_autocast_are_kept_apart(name: str, tmp_path: Path) -> None:
-    """A run in bf16 and one in float32 share a folder, and neither reads what the other has computed."""
+    """Runs in float32, bfloat16 and float16 share a folder, and none reads the features of another."""
     model, batch = (frozen(), None) if name == "composite" else (llava().model, llava().batch)
     batch = make_batch(model) if batch is None else batch
     model.requires_grad_(False).eval()
@@ -244,7 +245,8 @@ def test_write_that_fails_leaves_nothing_and_stops_nothing(
 
 @pytest.mark.parametrize("umask", [0o022, 0o007, 0o077], ids="{:03o}".format)
 def test_files_have_the_permissions_of_any_other(umask: int, tmp_path: Path) -> None:
-    """Whoever may read a shared folder may read what is in it."""
+    """Files of features have the permissions of any other new file. Whoever may read a shared folder may read its
+    files."""
     store = FeatureStore(tmp_path / "features", 10**9)
     before = os.umask(umask)
     try:

@@ -1,6 +1,6 @@
-"""4-bit layers let gradients through after an evaluation, and work whatever their sizes, on any CPU.
+"""Test that 4-bit layers pass gradients after an evaluation and work with any sizes, on any CPU.
 
-bitsandbytes repacks on CPUs with AVX-512 BF16 alone; on others these tests hold without our help.
+bitsandbytes repacks weights only on CPUs with AVX-512 BF16. On other CPUs these tests pass without our fix.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def test_host_of_sizes_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_projection_of_a_composite_trains_after_an_evaluation(tmp_path: Path) -> None:
-    """Without PEFT, and with a tower and a language model of sizes that bitsandbytes cannot repack."""
+    """The projection of a composite trains after an evaluation, without PEFT. bitsandbytes cannot repack the sizes of
+    this tower and language model."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}
     tower = tf.CLIPVisionConfig(hidden_size=48, intermediate_size=80, image_size=28, patch_size=14, **sizes)
     tf.CLIPVisionModel(tower).save_pretrained(tmp_path / "tower")

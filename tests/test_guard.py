@@ -1,4 +1,4 @@
-"""The guard: an adapter that does nothing is an error, an ordinary batch is not."""
+"""Test the guard. An adapter that does nothing is an error, and an ordinary batch is not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT, VISION = "base_model.model.model.language_model.embed_tokens", "base_model
 
 
 def hooks(model: nn.Module) -> int:
-    """The guard's hooks; transformers leaves some of its own."""
+    """Return the number of the guard's hooks. transformers leaves some hooks of its own."""
     found = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     return sum(hook.__module__ == "peft_crome.tuner.guard" for hook in found)
 
@@ -52,14 +52,14 @@ def test_check_needs_an_adapter() -> None:
 
 
 def unused_site() -> tuple[nn.Module, dict[str, Any]]:
-    """A vision branch on a module of the right width that the model never calls."""
+    """Build a model with a vision branch on a module of the right width that the model never calls."""
     case = llava()
     case.model.model.spare = nn.Linear(16, WIDTH)
     return attach(case.model, branches={"text": ["embed_tokens"], "vision": ["spare"]}), case.batch
 
 
 def detached_site() -> tuple[nn.Module, dict[str, Any]]:
-    """A model that computes its image features without gradients."""
+    """Build a model that computes its image features without gradients."""
     case = llava()
     get_image_features = case.model.model.get_image_features
 
@@ -123,7 +123,7 @@ def test_guard_watches_a_second_adapter() -> None:
 
 
 def test_a_branch_that_is_not_to_train_is_not_missed() -> None:
-    """Only the vision branch trains, W_u and the text branch are frozen on purpose."""
+    """A branch that is frozen on purpose is not reported. Only the vision branch trains, without W_u."""
     case = llava()
     model = attach(case.model)
     randomize(model)
@@ -148,7 +148,9 @@ def test_training_while_merged_says_so() -> None:
 
 @pytest.mark.parametrize("trained", ["_vision.default.weight", "crome_up.default.weight"])
 def test_training_beside_a_frozen_branch_that_is_merged(trained: str) -> None:
-    """What is folded in stays right as long as none of it trains: the branch's own maps and W_u."""
+    """The vision branch trains beside a merged text branch as long as W_u is frozen. Training W_u would make the
+    folded
+    table wrong, so it is refused."""
     case = llava()
     model = attach(case.model)
     randomize(model)
@@ -170,7 +172,8 @@ def gradient_of(model: nn.Module, batch: dict[str, Any], key: str) -> torch.Tens
 
 
 def test_a_reentrant_checkpoint_that_closes_over_images_is_trusted() -> None:
-    """Mllama's cross-attention takes them by name, so autograd does not lead from the loss to the projector."""
+    """A reentrant checkpoint that closes over images passes the guard. Mllama's cross-attention takes images by name,
+    so autograd does not lead from the loss to the projector."""
     case = ZOO["mllama"]()
     model = attach(case.model, branches=["vision"])
     randomize(model)
@@ -226,7 +229,7 @@ def test_what_counts_as_a_branch_s_input(branch: str, given: dict[str, Any], exp
 
 
 def test_passes_without_images_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the model's modules nor autograd's graph are walked, however many passes it takes."""
+    """Passes without images walk neither the model's modules nor autograd's graph, however many there are."""
     case = llava()
     model = attach(case.model, branches=["vision"]).train()
     monkeypatch.setattr("peft_crome.tuner.guard._reachable", lambda *_: pytest.fail("walked the graph"))
@@ -273,7 +276,7 @@ def test_embeddings_given_by_the_user_need_no_text_branch() -> None:
 
 
 def test_user_embeddings_bypass_the_text_branch() -> None:
-    """Given `inputs_embeds`, nothing turns tokens into embeddings, and the text branch has nothing to add to."""
+    """The text branch adds nothing if the model gets `inputs_embeds`, because no tokens are turned into embeddings."""
     case = llava()
     model = attach(case.model).eval()
     embeddings = torch.randn(1, 5, WIDTH)

@@ -1,4 +1,5 @@
-"""Logits where there are labels: the same loss and gradients, from a head that runs on these tokens alone."""
+"""Test that logits at labels alone give the same loss and gradients. The output head runs only on the tokens that
+predict a label."""
 
 from __future__ import annotations
 
@@ -45,14 +46,14 @@ def _propagates(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def uneven(batch: Batch) -> Batch:
-    """Rows whose labels differ in number and place."""
+    """Return a batch whose rows have labels of different number and place."""
     labels = batch["labels"].clone()
     labels[1, :-1] = -100
     return {**batch, "labels": labels}
 
 
 def assert_same(model: nn.Module, batch: Batch, **arguments: Any) -> Mapping[str, Any]:
-    """Loss and gradients by both ways; the batch that asks for fewer logits."""
+    """Assert the same loss and gradients both ways. Return the batch that asks for fewer logits."""
     asked = logits_at_labels(model, batch)
     assert asked is not batch
     loss, gradients = loss_and_gradients(model, {**batch, **arguments})
@@ -69,7 +70,7 @@ def assert_same(model: nn.Module, batch: Batch, **arguments: Any) -> Mapping[str
     "name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in ZOO if n not in NO_LABELS]
 )
 def test_hosts(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Every architecture: the same loss and gradients, or all logits and a line in the log that says why."""
+    """Every architecture gives the same loss and gradients, or keeps all logits and logs the reason."""
     case = ZOO[name]()
     model = adapted(case)
     if name in ALL_LOGITS:
@@ -89,7 +90,7 @@ def test_hosts(name: str, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def seen_by_head(model: nn.Module, batch: Mapping[str, Any]) -> int:
-    """Tokens that the output head runs on."""
+    """Return the number of tokens that the output head runs on."""
     counts: list[int] = []
     head = model.get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(lambda module, inputs: counts.append(inputs[0][..., 0].numel()))
@@ -112,7 +113,7 @@ def test_the_head_runs_on_labels_alone(name: str) -> None:
 
 
 def test_places_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What older releases of transformers take: a place is kept that has a label in any row."""
+    """A place is kept if any row has a label there. Older releases of transformers take places instead of tokens."""
     monkeypatch.setattr(labeled, "keeps_logits_by_token", lambda: False)
     case = llava()
     model = adapted(case)
@@ -122,7 +123,7 @@ def test_places_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_label_of_a_row_is_nobody_s() -> None:
-    """The loss shifts labels by one, so the label of the first token has no logits."""
+    """The label of a row's first token is ignored. The loss shifts labels by one, so this label has no logits."""
     case = llava()
     batch = {**case.batch, "labels": case.batch["input_ids"].masked_fill(case.batch["input_ids"] > 11, -100)}
     assert (batch["labels"][:, 0] != -100).all()
@@ -131,7 +132,8 @@ def test_the_first_label_of_a_row_is_nobody_s() -> None:
 
 @pytest.mark.parametrize("items", [None, 5])
 def test_a_batch_without_labels(items: int | None) -> None:
-    """As the model's own loss: with `num_items_in_batch` zero with gradients of zero, else NaN."""
+    """A batch without labels has the model's own loss. With `num_items_in_batch` the loss and gradients are zero, and
+    without it the loss is NaN."""
     case = llava()
     batch = {**case.batch, "labels": torch.full_like(case.batch["labels"], -100)}
     model = adapted(case)
@@ -171,7 +173,7 @@ def test_4_bit(tmp_path: Path) -> None:
 
 
 def test_nothing_is_changed_by_the_trial() -> None:
-    """Modes, gradients and random numbers stay; a model is tried once."""
+    """The trial of a model changes no modes, gradients or random numbers. A model is tried only once."""
     case = llava()
     model = adapted(case).train()
     case.model.model.vision_tower.eval()
@@ -197,7 +199,7 @@ def test_batches_that_stay_as_they_are() -> None:
 
 
 class KeepsAll(nn.Module):
-    """A model that names the argument and computes all logits."""
+    """Wrap a host so that it takes `logits_to_keep` and still computes all logits."""
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
@@ -209,7 +211,7 @@ class KeepsAll(nn.Module):
 
 
 class OtherLoss(KeepsAll):
-    """A model that adds something to the loss where tokens are chosen."""
+    """Wrap a host so that it adds something to the loss if tokens are chosen."""
 
     def forward(self, logits_to_keep: Any = 0, shift_labels: Any = None, **batch: Any) -> Any:
         output = self.host(**batch)
@@ -246,7 +248,8 @@ def _fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_as_one_graph() -> None:
-    """The number of tokens is a number of places then, and differs between batches."""
+    """A compiled model gives the same loss in one graph. It keeps places instead of tokens, and their number differs
+    between batches."""
     case = llava()
     model = attach(case.model, branches=None)
     randomize(model)
@@ -271,7 +274,7 @@ def _two_processes(rank: int, folder: str) -> None:
 
 
 def _share(rank: int) -> Batch:
-    """The first process's batch has labels, and the second one's has none."""
+    """Return the batch of a process. The first process has labels, and the second one has none."""
     batch = llava().batch
     return batch if rank == 0 else {**batch, "labels": torch.full_like(batch["labels"], -100)}
 
@@ -332,7 +335,7 @@ def composite(config: Any) -> tuple[nn.Module, Batch]:
 @composite_only
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_composites(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Scales, caps, biases and the routers' loss are the language model's own; placeholders are never learned."""
+    """A composite keeps its language model's scales, caps, biases and router loss. Placeholders are never learned."""
     model, batch = composite(LANGUAGE[name]())
     assert_same(model, batch)
     assert_same(model, batch, num_items_in_batch=torch.tensor(9))
@@ -356,7 +359,8 @@ def _predicted(model: Any, batch: Batch) -> torch.Tensor:
 @composite_only
 @pytest.mark.parametrize(("name", "seq2seq"), [("bart", False), ("t5", True)])
 def test_composites_with_all_logits(name: str, seq2seq: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """BART's decoder shifts labels itself; an encoder-decoder's labels are all that its decoder reads."""
+    """Composites with BART or an encoder-decoder keep all logits. BART's decoder shifts labels itself, and the labels
+    are all that the decoder of an encoder-decoder reads."""
     from tests.language_zoo.test_language_zoo import composite as joined
     from tests.language_zoo.test_language_zoo import language_model, targets
 

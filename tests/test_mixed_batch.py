@@ -1,4 +1,5 @@
-"""`adapter_names`: rows with several images, rows without, beams, the composite, and what is refused."""
+"""Test `adapter_names` with several images in a row, rows without images, beams and the composite, and test what is
+refused."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ ADAPTERS = ("first", "second", "__base__")
 
 
 def with_adapters(model: Any, **config: Any) -> PeftModel:
-    """Two adapters that differ from each other and from an identity."""
+    """Attach two adapters that differ from each other and from an identity."""
     config.setdefault("branches", BOTH)
     model = get_peft_model(model, CromeConfig(bottleneck_dim=M, **config), adapter_name="first")
     model.add_adapter("second", CromeConfig(bottleneck_dim=2 * M, **config))
@@ -29,7 +30,7 @@ def with_adapters(model: Any, **config: Any) -> PeftModel:
 
 
 def in_turn(model: PeftModel, call: Any) -> dict[str, Any]:
-    """What `call` gives with each adapter on every row."""
+    """Return what `call` gives with each adapter on every row, and without an adapter."""
     found = {}
     for name in ADAPTERS[:2]:
         model.set_adapter(name)
@@ -49,7 +50,7 @@ def assert_rows(model: PeftModel, batch: Batch, names: list[str], differs: bool 
 
 
 def uneven(name: str) -> tuple[Any, Batch]:
-    """A host, and a batch with two images in one row and one in the other, which is padded on the left."""
+    """Return a host and a batch. The first row has two images, and the second has one and is padded on the left."""
     case = ZOO[name]()
     given = case.batch
     image = given["input_ids"][0, 1:-2].tolist()
@@ -159,7 +160,9 @@ def test_many_adapters_on_one_batch() -> None:
 
 
 def test_modules_that_train_as_well_have_their_row_too() -> None:
-    """Each adapter's own copy of the head, and of the projection where each row has an image."""
+    """Each row uses its adapter's own copy of the head. It also uses its own copy of the projection if each row has
+    one
+    image."""
     model = with_adapters(build(), modules_to_save=["lm_head", "image_projection"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -219,7 +222,8 @@ def test_what_is_refused() -> None:
 
 
 def test_embeddings_instead_of_ids_are_one_image_per_row() -> None:
-    """Without token ids nothing says how many images a row has."""
+    """With embeddings instead of ids, each row must have one image. Without ids, the number of images in a row is
+    unknown."""
     case = ZOO["llava"]()
     model = with_adapters(case.model)
     embeddings = model.get_base_model().get_input_embeddings()
@@ -241,7 +245,7 @@ def test_embeddings_instead_of_ids_are_one_image_per_row() -> None:
 
 
 def test_lora_takes_them_as_before() -> None:
-    """PEFT's own methods are not touched."""
+    """LoRA takes `adapter_names` as before, because PEFT's own methods are not changed."""
     model = get_peft_model(ZOO["llava"]().model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
     batch = ZOO["llava"]().batch
     with torch.no_grad():
@@ -250,7 +254,8 @@ def test_lora_takes_them_as_before() -> None:
 
 
 def image_and_video(name: str) -> tuple[Any, Batch]:
-    """An image in the first row and a video in the second: hosts read images first, whichever row they are in."""
+    """Return a host and a batch with an image in the first row and a video in the second. Hosts read images first,
+    whichever row they are in."""
     import transformers as tf
 
     if name == "qwen2_vl":
@@ -292,7 +297,8 @@ def test_an_image_in_one_row_and_a_video_in_another(name: str) -> None:
 
 
 def test_tiles_in_the_number_of_rows_are_no_image_per_row() -> None:
-    """Two images side by side cannot be told apart by their tiles, and six tiles in six rows must not be dealt out."""
+    """Tiles are not assigned one to a row when there are as many tiles as rows. The tiles of two images in one row
+    cannot be separated, so the batch is refused."""
     model = with_adapters(ZOO["llava_next"]().model)
     image = ZOO["llava_next"]().batch["input_ids"][0].eq(60).sum().item()
     rows = [[1, *[60] * (2 * image), 5, 6], [1, *[60] * image, 7, 8], *[[1, 9, 10, k] for k in range(11, 15)]]
@@ -319,7 +325,8 @@ def embedded(model: PeftModel, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("given", ["ids", "embeddings"])
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 def test_rows_are_counted_whatever_stands_for_them(task_type: str | None, given: str, names: list[str]) -> None:
-    """PEFT's class for causal models hands no ids to a tuner's hooks, and embeddings are rows as well."""
+    """A wrong number of names is refused for ids and for embeddings. PEFT's class for causal models passes no ids to a
+    tuner's hooks."""
     case = ZOO["llava"]()
     model = with_adapters(case.model, task_type=task_type)
     batch = case.batch if given == "ids" else {"inputs_embeds": embedded(model, case.batch)}
@@ -337,7 +344,8 @@ def test_embeddings_are_counted_before_generation(task_type: str | None) -> None
 
 
 def test_calls_in_two_threads_do_not_meet() -> None:
-    """Requests of a server: with an adapter for each row, and without."""
+    """Calls in several threads do not affect each other, with an adapter for each row and without. A server makes such
+    calls."""
     import threading
 
     case = ZOO["llava"]()
@@ -365,7 +373,8 @@ def test_calls_in_two_threads_do_not_meet() -> None:
 
 
 def test_ids_on_another_device_than_the_table() -> None:
-    """Where accelerate has dispatched a model, its hooks move ids within the table alone."""
+    """Ids may be on another device than the table. In a model that accelerate has dispatched, hooks move ids only
+    inside the table."""
     model = with_adapters(ZOO["llava"]().model)
     site = model.get_base_model().get_input_embeddings()
     away = site._adapt(torch.empty(1, 3, site.out_features, device="meta"), ["first"], torch.tensor([[1, 60, 5]]))
@@ -373,7 +382,8 @@ def test_ids_on_another_device_than_the_table() -> None:
 
 
 def test_which_came_first_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host that reads images and videos in methods of other names."""
+    """A batch is refused if the order of its images and videos is unknown. Its host reads them in methods of other
+    names."""
     monkeypatch.setattr("peft_crome.tuner.mixed_batch.owners.METHODS", {})
     model, batch = image_and_video("qwen2_vl")
     model = with_adapters(model)

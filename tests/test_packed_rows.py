@@ -1,4 +1,4 @@
-"""Packed rows have the loss and gradients of padded ones; a host that cannot says so in the log."""
+"""Test that packed rows have the loss and gradients of padded rows. A host that cannot pack logs the reason."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _propagates(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def padded(batch: Batch) -> Batch:
-    """The rows without the last word of the first, which becomes padding."""
+    """Return the batch with the last word of the first row turned into padding."""
     batch = {**batch, **{key: batch[key].clone() for key in ("input_ids", "attention_mask", "labels")}}
     for key, value in {"input_ids": 0, "attention_mask": 0, "labels": -100}.items():
         batch[key][0, -1] = value
@@ -65,7 +65,7 @@ def padded(batch: Batch) -> Batch:
     ],
 )
 def test_hosts(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Every architecture: the same loss and gradients, or padded rows and a line in the log that says why."""
+    """Every architecture gives the same loss and gradients packed, or keeps padded rows and logs the reason."""
     case = ZOO[name]()
     model, batch = adapted(case), padded(case.batch)
     packed = pack_rows(model, batch, batch["input_ids"].numel())
@@ -93,7 +93,7 @@ def two_rows() -> Batch:
 
 
 def test_no_conversation_reads_another() -> None:
-    """Other words in the first change nothing in the second, to the bit, and its positions are its own."""
+    """Other words in the first conversation do not change the second by a bit. The second has positions of its own."""
     model, batch = adapted(llava()), two_rows()
     changed = {**batch, "input_ids": batch["input_ids"].clone()}
     changed["input_ids"][0, -2] = 9
@@ -138,7 +138,8 @@ def test_left_padding() -> None:
 
 
 def test_padding_on_the_left_has_a_position_that_each_table_has() -> None:
-    """Text rows of 4, 2, 3 and 2 tokens in rows of at most six: the last has a token of padding."""
+    """Padding has a position that each table has, even if the batch was padded on the left. Text rows of 4, 2, 3 and 2
+    tokens fill two rows of six, with one token of padding in the last."""
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]])
     ids = torch.tensor([[1, 5, 6, 7], [3, 3, 1, 8], [3, 1, 9, 5], [3, 3, 1, 6]])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill((mask == 0) | (ids == 1), -100)}
@@ -160,7 +161,8 @@ def _two_processes(rank: int, folder: str) -> None:
 
 
 def test_one_process_packs_and_the_other_has_nothing_to_pack(tmp_path: Path) -> None:
-    """A model is tried without its wrapper, which would wait for the other process."""
+    """One process packs its batch while the other has nothing to pack. A model is tried without its wrapper, which
+    would wait for the other process."""
     torch.multiprocessing.spawn(_two_processes, (str(tmp_path),), nprocs=2)
     one, other = (torch.load(tmp_path / str(rank)) for rank in range(2))
     model = adapted(llava()).train()
@@ -173,7 +175,8 @@ def test_one_process_packs_and_the_other_has_nothing_to_pack(tmp_path: Path) -> 
 
 
 def test_rows_between_packed_ones_are_padded_as_the_batch_was() -> None:
-    """Text rows of 4, 2, 3 and 2 tokens in rows of at most six: the last has a token of padding."""
+    """Packed rows are padded with the batch's own tokens. Text rows of 4, 2, 3 and 2 tokens fill two rows of six, with
+    one token of padding in the last."""
     model = adapted(llava())
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]])
     ids = torch.tensor([[1, 5, 6, 7], [1, 8, 3, 3], [1, 9, 5, 3], [1, 6, 3, 3]])
@@ -215,7 +218,7 @@ def test_labels_nowhere_prove_nothing() -> None:
 
 
 def test_a_model_that_reads_other_conversations(caplog: pytest.LogCaptureFixture) -> None:
-    """It takes any positions, and does not look for boundaries."""
+    """A model that takes any positions and ignores boundaries keeps padded rows, and the log gives the reason."""
     case, batch = llava(), two_rows()
     model, forward = adapted(case), case.model.forward
     case.model.forward = lambda position_ids=None, **others: forward(**others)
@@ -246,7 +249,8 @@ def test_kinds_of_attention(attention: str) -> None:
 
 
 def one_by_one(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **arguments: Any) -> Any:
-    """What flash attention's kernel for rows of several lengths computes: each conversation of a single row alone."""
+    """Compute what flash attention's kernel for rows of several lengths computes. Each conversation of a single row
+    attends only to itself."""
     positions = arguments["position_ids"]
     starts = (positions[0] == 0).nonzero().flatten().tolist() if len(query) == 1 else []
     starts = starts or [0]
@@ -261,7 +265,7 @@ def one_by_one(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, *
 
 
 def test_flash_attention_gets_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A longer row than `max_length`, which costs its kernel nothing."""
+    """Flash attention gets one row, even if it is longer than `max_length`. A longer row costs its kernel nothing."""
     AttentionInterface.register("one_by_one", one_by_one)
     AttentionMaskInterface.register("one_by_one", lambda **_: None)
     monkeypatch.setattr(packed_rows, "takes_one_row", lambda model: True)
@@ -278,7 +282,8 @@ lengths_of_rows = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 @given(lengths_of_rows, st.none() | st.integers(1, 80))
 def test_bins(lengths: list[int], limit: int | None) -> None:
-    """Every row once, within the limit where it fits; never more tokens than padded rows; in order if asked."""
+    """Every row is placed once, within the limit if it fits, and never with more tokens than padded rows. `next_fit`
+    keeps the order of rows."""
     for fit in (next_fit, best_fit):
         bins = fullest(lengths, limit, fit)
         assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))

@@ -1,4 +1,4 @@
-"""What the package promises to its users: names, what importing it costs, dependencies."""
+"""Test what the package promises to its users: its public names, the cost of its import, and its dependencies."""
 
 import importlib
 import re
@@ -104,7 +104,7 @@ def test_pre_commit_pins_the_same_linters() -> None:
 
 
 def test_the_method_is_read_in_one_sitting() -> None:
-    """Five files of `peft_crome/tuner/` are the whole method."""
+    """Five files of `peft_crome/tuner/` hold the whole method in less than 500 lines."""
     files = [
         ROOT / "peft_crome" / "tuner" / f"{name}.py" for name in ("bottleneck", "config", "weights", "layer", "model")
     ]

@@ -1,4 +1,5 @@
-"""The claims of the README on real weights: SmolLM2-135M and DINOv2-small, in bf16, 8-bit and 4-bit."""
+"""Test the claims of the README on real weights. The models are SmolLM2-135M and DINOv2-small, in bf16, 8-bit and
+4-bit."""
 
 import pytest
 import torch

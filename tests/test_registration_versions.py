@@ -1,4 +1,4 @@
-"""PEFT's enum, extended under each Python that is supported: the interpreters need nothing installed."""
+"""Test the extension of PEFT's enum under each supported Python. The interpreters need no packages."""
 
 import os
 import shutil
@@ -122,9 +122,9 @@ print("registered under", sys.version.split()[0])
 
 
 def interpreter(version: str) -> list[str]:
-    """The command for one Python version: this interpreter, or one on PATH.
+    """Return the command for one Python version, which is this interpreter or one on PATH.
 
-    A pyenv shim runs only what PYENV_VERSION names, which `run` sets; elsewhere that variable means nothing.
+    A pyenv shim runs only what PYENV_VERSION names, so `run` sets it. Other interpreters ignore this variable.
     """
     if version == f"{sys.version_info.major}.{sys.version_info.minor}":
         return [sys.executable]

@@ -1,4 +1,4 @@
-"""`resize_token_embeddings` under an adapter: known words mean what they did, and new ones are adapted too."""
+"""Test `resize_token_embeddings` under an adapter. Known words keep their logits, and new words are adapted too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BOTH = "text and vision"
 
 
 def host_of(name: str) -> tuple[Any, dict[str, Any], dict[str, list[str]]]:
-    """A model, a batch, and the sites of both branches."""
+    """Return a model, a batch, and the sites of both branches."""
     if name.startswith("composite"):
         language = name.partition(" ")[2]
         if language == "Q-Former":

@@ -1,4 +1,4 @@
-"""torchvision beside a CPU build of PyTorch, where it is installed (see tests/families/packages.txt)."""
+"""Test torchvision beside a CPU build of PyTorch, if torchvision is installed (see tests/families/packages.txt)."""
 
 from __future__ import annotations
 

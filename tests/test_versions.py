@@ -1,4 +1,4 @@
-"""The range of releases: the same in every place that names it, and what a release outside is told."""
+"""Test that every place names the same range of releases, and that other releases cause an error or a warning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEPENDENCIES = {
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **releases: str) -> None:
-    """Let these releases be the installed ones."""
+    """Pretend that these releases are installed."""
     real = compat.version
     monkeypatch.setattr(compat, "version", lambda name: releases.get(name) or real(name))
 

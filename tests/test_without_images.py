@@ -1,4 +1,4 @@
-"""Batches without an image: nothing trains by them, nothing stops, and the loss is the base model's."""
+"""Test batches without an image. They train nothing and stop nothing, and their loss is the base model's."""
 
 from __future__ import annotations
 
@@ -72,14 +72,15 @@ def test_compiled(fullgraph: bool) -> None:
 
 
 def test_a_loss_of_one_s_own() -> None:
-    """Preference trainers compute it from logits."""
+    """A loss computed from logits has gradients of zero too. Preference trainers compute their loss this way."""
     model = attach(llava().model, branches=None).train()
     (-model(**words()).logits.log_softmax(-1)[0, 0, 5]).backward()
     assert all(not parameter.grad.any() for parameter in trained(model).values())
 
 
 def test_images_without_sound() -> None:
-    """Of a model that sees and hears, a batch that trains one branch gives the other's weights zeros."""
+    """In a model with vision and audio, images without sound train the vision branch and give the audio weights
+    gradients of zero."""
     case = ZOO["phi4_multimodal"]()
     model = attach(case.model, branches=None).train()
     branches = model.peft_config["default"].branches
@@ -100,7 +101,7 @@ def test_evaluation_returns_plain_tensors() -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_trainer_goes_on(accumulation: int, tmp_path: Path) -> None:
-    """Plain `Trainer`: rows of text alone, a row with an image among them, and rows of text at the end."""
+    """The plain `Trainer` runs through rows of text alone with rows of an image among them, and it ends with text."""
     case = llava()
     image = {key: value[0].tolist() for key, value in case.batch.items()}
     text = {key: value[0].tolist() for key, value in sentence().items()}
@@ -141,7 +142,8 @@ def _two_processes(rank: int, folder: str) -> None:
 
 
 def test_distributed_data_parallel(tmp_path: Path) -> None:
-    """An image in one process and text in the other, then text in both: the gradient is half of the image's."""
+    """One process has an image and the other has text, and then both have text. The gradient is half of the
+    image's."""
     torch.multiprocessing.spawn(_two_processes, (str(tmp_path),), nprocs=2)
     case = llava()
     model = attach(case.model, branches=None, modules_to_save=["multi_modal_projector"])

@@ -21,7 +21,7 @@ _KEPT: list[Any] = []  # an operator lives as long as its library
 
 
 class _Declare(MetaPathFinder):
-    """Finds nothing; it acts once, before torchvision is looked up."""
+    """Declare the operators once, before torchvision is looked up. It never returns a module."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name != "torchvision":
@@ -33,7 +33,7 @@ class _Declare(MetaPathFinder):
 
 
 def declare(folder: Path) -> None:
-    """Declare torchvision's operators where its library cannot be loaded; nothing computes with them."""
+    """Declare torchvision's operators if its library cannot be loaded. Nothing computes with them."""
     import torch
 
     try:

@@ -1,7 +1,7 @@
-"""Whose failure is it? A pytest plugin for `make test-matrix`, which runs the tests on other releases of transformers.
+"""Decide whose each failure is, in a pytest plugin for `make test-matrix`, which tests other releases of transformers.
 
-A failure is upstream's where the host fails without an adapter, or where PEFT's LoRA fails with the same words. Both
-are tried in the run itself. A test of an architecture that the release does not have is skipped.
+A failure is upstream's if the host fails without an adapter, or if PEFT's LoRA fails with the same words. Both are
+tried in the run itself. A test of an architecture that the release does not have is skipped.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ TRIED = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Take the file to write the outcomes to."""
+    """Add the option for the file of outcomes."""
     parser.addoption(
         OPTION, type=Path, help="write here how many tests passed and failed, and whose failures they are"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collect outcomes where they are asked for."""
+    """Collect outcomes if a file for them is given."""
     path = config.getoption(OPTION)
     if path is not None:
         config.pluginmanager.register(_Outcomes(path, hasattr(config, "workerinput")), "outcomes")
@@ -80,7 +80,7 @@ class _Outcomes:
 
 
 def whose(item: pytest.Item, error: BaseException) -> str:
-    """Why a failure is upstream's; empty where it is ours."""
+    """Return why a failure is upstream's, or an empty string if it is ours."""
     from tests.zoo import ZOO
 
     spec = getattr(item, "callspec", None)
@@ -99,7 +99,7 @@ def whose(item: pytest.Item, error: BaseException) -> str:
 
 @functools.cache
 def host_failures(name: str) -> dict[str, str]:
-    """What fails on an architecture of the zoo without an adapter: what was tried -> the error."""
+    """Return what fails on an architecture of the zoo without an adapter: each failed try and its error."""
     from tests.tuner.helpers import to_dtype
     from tests.zoo import ZOO
 
@@ -154,7 +154,7 @@ def host_failures(name: str) -> dict[str, str]:
 
 @functools.cache
 def lora_failures() -> dict[str, str]:
-    """What fails with PEFT's LoRA on a plain language model: what was tried -> the error."""
+    """Return what fails with PEFT's LoRA on a plain language model: each failed try and its error."""
     import peft
     import transformers
 

@@ -1,4 +1,4 @@
-"""Collects what the zoo's tests found, for the table in docs/models.md: see tests/zoo/table.py."""
+"""Collect the results of the zoo's tests, from which `tests/zoo/table.py` writes the table of `docs/models.md`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ found: dict[str, dict[str, Any]] = {}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Note the outcome of a test on an architecture, and the properties that it recorded."""
+    """Record the outcome of a test on an architecture, with the test's properties."""
     match = TEST.fullmatch(report.nodeid)
     if match is None or (report.when != "call" and report.passed):
         return
@@ -29,7 +29,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the results; the processes of pytest-xdist leave that to the one that started them."""
+    """Write the results in the main process only, not in the workers of pytest-xdist."""
     if hasattr(session.config, "workerinput") or not found:
         return
     RESULTS.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Emoji: what is trained on and what is held out, and the table that records give."""
+"""Test the emoji benchmark: the training objects and the held-out ones, the questions, and the report."""
 
 import json
 from collections import Counter

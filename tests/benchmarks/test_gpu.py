@@ -1,4 +1,5 @@
-"""The benchmark for a GPU runs on a CPU at a tiny size: every section is measured, and the page is the record's."""
+"""Test the benchmark for a GPU at a tiny size, mostly on a CPU. Every section is measured, and the page matches the
+committed record."""
 
 import json
 import sys
@@ -188,7 +189,7 @@ def test_shapes_are_those_of_their_names(size: str, weights: float) -> None:
 
 
 def test_command_needs_no_data_set_libraries() -> None:
-    """What a machine with a GPU may lack."""
+    """The command's module imports without the data set libraries, which a machine with a GPU may lack."""
     import subprocess
 
     blocked = "import sys; sys.modules |= dict.fromkeys(['datasets', 'pydantic', 'gguf', 'ijson', 'trl'])"

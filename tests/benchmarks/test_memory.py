@@ -1,4 +1,5 @@
-"""The committed comparison of predicted and measured memory: within bounds, and the table in the docs is its own."""
+"""Test the committed comparison of predicted and measured memory: each case is within bounds, and the docs have its
+table."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The comparison of methods: configurations, tasks, the plan, statistics, and the page; at tiny sizes all of it."""
+"""Test the comparison of methods at tiny sizes: configurations, tasks, the plan, statistics, and the page."""
 
 import math
 from collections import Counter
@@ -49,7 +49,8 @@ def test_titles_differ_and_an_unknown_experiment_is_refused() -> None:
 
 @pytest.mark.parametrize("name", [name for name in names() if name != BASE])
 def test_everything_that_trains_has_a_gradient_and_text_changes_as_declared(name: str) -> None:
-    """In bfloat16, the dtype of all records; what trains is float32, and moves to another host by name."""
+    """Each method trains float32 weights that all get gradients, on a host in bfloat16, the dtype of all records. It
+    changes text as declared, and its weights load by name onto another host."""
     batch = make_batch(build())
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
     text = {"input_ids": torch.tensor([[1, 50, 60, 70]])}  # no soft token among them
@@ -122,7 +123,8 @@ def test_answers_about_a_grid_are_true() -> None:
 
 
 def test_words_alone_give_little_away() -> None:
-    """Counts are drawn evenly, and half of the yes/no questions are about what is there."""
+    """Without images, questions can hardly be answered. Counts are drawn evenly, and half of the yes/no questions have
+    the answer yes."""
     counts = Counter(emoji_grids.ask(number)[1][1] for number in range(1200))
     assert max(counts.values()) < 1.2 * min(counts.values())
     yes = sum(emoji_grids.ask(number)[2][1] == "yes" for number in range(1200))
@@ -349,7 +351,7 @@ def test_records_are_read_by_their_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_reduced_form_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On real weights and real images, of which the tower reads eight of each set."""
+    """The reduced form runs on real weights and real images. The tower reads only eight images of each set."""
 
     def few_features(task: Task, image_processor: Any, dtype: torch.dtype) -> torch.Tensor:
         parts = []

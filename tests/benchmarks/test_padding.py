@@ -1,4 +1,4 @@
-"""The benchmark of padding at a tiny size."""
+"""Test the benchmark of padding at a tiny size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from tests.vlm.tiny import build
 
 
 def test_padding_of_the_mix() -> None:
-    """Random batches have the most padding, of more rows more of it; flash attention has none."""
+    """Random batches have more padding than packed ones, and larger random batches have more. Packed rows with flash
+    attention have none."""
     records = padding.measure_padding(2000)
     for record in records:
         assert record["random"] > record["packed"] >= 0

@@ -1,4 +1,4 @@
-"""Parts of a page that a command writes."""
+"""Test that a command rewrites only its own part of a page."""
 
 from __future__ import annotations
 

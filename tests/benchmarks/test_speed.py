@@ -1,4 +1,4 @@
-"""The benchmarks of speed at a tiny size: they compare what they say, and what must be equal is."""
+"""Test the benchmarks of speed at a tiny size. Each measures what it claims, and results that should be equal are."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def test_floor_goes_back_to_the_embeddings() -> None:
 
 
 def test_own_work_is_a_step_of_the_adapter() -> None:
-    """It trains all of the adapter's weights and no others."""
+    """The measured step trains all of the adapter's weights and no others."""
     model = attach(tiny(), CROME)
     batch = batch_of(model.get_base_model(), 2, 32)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -87,7 +87,7 @@ def test_labeled_logits_write_a_line_per_way() -> None:
 
 
 def test_labeled_logits_have_one_loss() -> None:
-    """All ways learn the same tokens: the loss of each is the floor's."""
+    """All ways to compute logits have the loss of the floor, the frozen model, because they use the same labels."""
     losses = {}
     for way in (FLOOR, labeled_logits.EVERYWHERE, labeled_logits.AT_LABELS, labeled_logits.TRL):
         torch.manual_seed(0)

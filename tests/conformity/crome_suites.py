@@ -1,8 +1,9 @@
-"""A pytest plugin that turns PEFT's own test modules on CROME.
+"""Make PEFT's own test modules test CROME. This is a pytest plugin.
 
-It runs inside PEFT's source tree (whose package is called `tests` too, so nothing of ours is imported), and changes
-each module after its import and before its tests are made: tables of methods, models and configurations hold CROME
-instead, and `LoraConfig` makes CROME configurations of the same modules. PEFT's test code runs as it is.
+It runs inside PEFT's source tree. That tree's package is also called `tests`, so the plugin imports nothing from our
+`tests`. It changes each module after its import and before pytest collects its tests. Tables of methods, models and
+configurations then hold CROME, and `LoraConfig` makes CROME configurations of the same modules. PEFT's test code runs
+unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ M = 4
 
 
 class Targeting(CromeConfig):
-    """CROME where a test writes LoRA: the target modules are the sites, of one branch that no merge folds."""
+    """Make a CROME configuration from LoRA's arguments. The target modules become the sites."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         sites = kwargs.pop("target_modules", None)
@@ -42,7 +43,8 @@ class Targeting(CromeConfig):
 
 
 def branches(sites: list[str] | set[str] | str | None) -> dict[str, Any] | None:
-    """An embedding table is read as text, anything else as vision."""
+    """Return the sites of each branch. Embedding tables belong to the text branch, all other modules to the vision
+    branch."""
     if sites is None or isinstance(sites, str):
         return None if sites is None else {"vision": sites}
     tables = [name for name in sorted(sites) if "emb" in name]
@@ -68,7 +70,7 @@ CUSTOM_CASES = [
 
 
 def translate(value: Any) -> Any:
-    """A LoRA configuration in a table of tests, as CROME."""
+    """Return the CROME counterpart of a LoRA configuration in a table of tests, and any other value as it is."""
     if isinstance(value, LoraConfig):
         words = ("target_modules", "init_lora_weights", "modules_to_save", "task_type", "trainable_token_indices")
         return Targeting(**{word: getattr(value, word) for word in words})
@@ -76,7 +78,7 @@ def translate(value: Any) -> Any:
 
 
 def is_foreign(value: Any) -> bool:
-    """Of another of PEFT's methods."""
+    """Return whether a value is a configuration of another PEFT method, or its class."""
     if isinstance(value, type):
         return issubclass(value, PeftConfig) and not issubclass(value, CromeConfig)
     return isinstance(value, PeftConfig) and not isinstance(value, CromeConfig)
@@ -95,7 +97,7 @@ def rewrite(rows: list[Any]) -> None:
 
 
 def is_other_kind(cell: Any) -> bool:
-    """Keyword arguments of a LoRA configuration that name what CROME has no word for."""
+    """Return whether a cell holds keyword arguments of a LoRA configuration that are not translated to CROME."""
     return isinstance(cell, dict) and bool({"target_parameters", "use_dora", "trainable_token_indices"} & set(cell))
 
 
@@ -165,7 +167,7 @@ COUNTS: dict[str, Any] = {"passed": 0, "failed": [], "skipped": Counter(), "not 
 
 @pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what does not apply; each reason is counted."""
+    """Leave out the tests that do not apply, and count them by reason."""
     left_out, used = [], set()
     for item in items:
         for reason, patterns in NOT_APPLICABLE.items():

@@ -1,4 +1,4 @@
-"""Tiny hosts for PEFT's tests, in a cache of the Hub's layout, so that they have names as on the Hub."""
+"""Save tiny hosts for PEFT's tests in a cache with the Hub's layout. The tests load them by name, as from the Hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMIT = "0" * 40
 
 
 def write_hosts(home: Path) -> None:
-    """Save the hosts under `home`, to be HF_HOME, and a batch for each kind beside them."""
+    """Save the hosts under `home`, which becomes HF_HOME, and a batch for each kind of host beside them."""
     case = llava()
     _save(case.model, home, "crome/tiny-llava")
     torch.save({key: value for key, value in case.batch.items() if key != "labels"}, home / "decoder.pt")

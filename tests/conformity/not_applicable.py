@@ -1,4 +1,4 @@
-"""Which of PEFT's tests do not apply to CROME, and why. A pattern that matches no test fails the run."""
+"""List the tests of PEFT that do not apply to CROME, with reasons. A pattern that matches no test fails the run."""
 
 # reason -> regular expressions for ids of tests
 NOT_APPLICABLE: dict[str, list[str]] = {

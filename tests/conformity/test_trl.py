@@ -1,6 +1,6 @@
-"""TRL's trainers take CROME where they take LoRA, on a LLaVA and on the composite.
+"""Test that TRL's trainers take CROME where they take LoRA, on a LLaVA and on the composite.
 
-Each trainer on a LLaVA and rows of `to_trl` is one of examples/trl_*.py.
+The trainers on a LLaVA with rows from `to_trl` are in examples/trl_*.py, which tests/examples runs.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def test_grpo_samples_with_the_adapter_and_raises_the_reward(model: PeftModel, f
 
 
 def test_sft_collator_does_not_show_a_qformer_the_answers() -> None:
-    """Of a conversation with its answers it reads the user's words alone."""
+    """TRL's collator gives a Q-Former only the user's words of a conversation, without the answers."""
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
     composite = with_qformer()
@@ -131,7 +131,7 @@ IMAGE = 95  # the first id that the tokenizer's words leave; the table has 100
 
 
 def composite(kind: str = "plain", language: str = "llama") -> CromeVLMForConditionalGeneration:
-    """Without a Q-Former, with one that reads the instruction, or with one that reads the image alone."""
+    """Build a composite without a Q-Former, with one that reads instructions, or with one that reads only images."""
     if kind == "instructions":
         model = with_qformer(language)
     elif kind == "image alone":
@@ -187,7 +187,7 @@ def losses_of(trainer: Any) -> list[float]:
 
 @torch.no_grad()
 def own_loss(trainer: Any, loss_type: str = "nll") -> float:
-    """Of the trainer's first batch, by the composite's own logits."""
+    """Return the loss of the trainer's first batch, computed from the composite's own logits."""
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
     composite = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
     labels = batch.pop("labels")
@@ -217,7 +217,7 @@ def test_sft_of_a_composite_has_its_own_loss(loss_type: str, form: str, kind: st
 
 
 def test_sft_of_a_compiled_composite_has_its_own_loss(tmp_path: Path) -> None:
-    """Placeholders are no labels, whatever wraps the composite."""
+    """A compiled composite has the same loss as a plain one, and placeholders are not labels."""
     host = composite()
     processor = processor_of(host)
     plain = sft(get_peft_model(host, CromeConfig(bottleneck_dim=4)), processor, tmp_path)
@@ -231,7 +231,8 @@ def test_sft_of_a_compiled_composite_has_its_own_loss(tmp_path: Path) -> None:
 
 
 def test_sft_counts_no_image_tokens_when_it_accumulates(tmp_path: Path) -> None:
-    """The loss of four rows, one at a time: whatever is divided by their tokens leaves out placeholders."""
+    """Four rows, accumulated one at a time, have the loss of one batch. The number of tokens that divides it excludes
+    placeholders."""
     host = composite()
     processor = processor_of(host)
     model = get_peft_model(host, CromeConfig(bottleneck_dim=4))
@@ -282,7 +283,8 @@ def dpo(model: Any, processor: Any, folder: Path, **arguments: Any) -> Any:
 
 @torch.no_grad()
 def preference_loss(trainer: Any, adapted: PeftModel) -> float:
-    """-log sigmoid of what the adapter adds to the chosen answers over the rejected, by the composite's logits."""
+    """Return -log sigmoid of what the adapter adds to the chosen answers over the rejected ones, from the composite's
+    logits."""
     batch = dict(trainer.data_collator([trainer.train_dataset[row] for row in range(4)]))
     answers = batch.pop("completion_mask")[:, 1:].bool()
     host = adapted.get_base_model()
@@ -333,7 +335,7 @@ def test_dpo_of_a_whole_composite_has_its_directory_as_reference(tmp_path: Path)
 
 
 def by_rewards(trainer_name: str, model: Any, processor: Any, folder: Path, **arguments: Any) -> Any:
-    """A trainer of TRL's that samples and scores its own answers."""
+    """Build a TRL trainer that samples its own answers and scores them."""
     import trl
 
     config = getattr(trl, f"{trainer_name}Config")(

@@ -1,4 +1,4 @@
-"""docs/upstream: the offer to PEFT passes its tests in PEFT's tree, and the reported faults are still there."""
+"""Test docs/upstream: the offer to PEFT passes its tests in PEFT's tree, and the reported faults still exist."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """PEFT's source tree with the offer applied."""
+    """Return PEFT's source tree with the offer applied."""
     try:
         source = unpack(cache_dir(), tmp_path_factory.mktemp("offer"))
     except NotThere as reason:

@@ -1,4 +1,4 @@
-"""Answers are found in few renderings, and are those that rendering each of them finds."""
+"""Test that answers are found in few renderings, and are those that rendering each of them finds."""
 
 from typing import Any
 

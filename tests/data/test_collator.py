@@ -1,4 +1,4 @@
-"""Batches: which tokens count in the loss, for each template and kind of language model."""
+"""Test batches: which tokens count in the loss, for each template and kind of language model."""
 
 import random
 from pathlib import Path
@@ -55,7 +55,7 @@ BYTE_LEVEL = {"add_prefix_space": False}
 
 
 def real_tokenizer(kind: str) -> Any:
-    """A tokenizer that keeps the space with the word after it, as byte-level BPE and SentencePiece do."""
+    """Train a tokenizer that keeps a space with the word after it, as byte-level BPE and SentencePiece do."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -87,7 +87,7 @@ FORGETS = (  # as Qwen 3's: the last answer is written in another way than those
 
 
 def with_template(composite: Any, template: str, kind: str = "byte-level") -> CromeVLMProcessor:
-    """A processor with a tokenizer as real ones are."""
+    """Return a processor with this template and with a tokenizer that keeps spaces, as real ones do."""
     tokenizer = real_tokenizer(kind)
     composite.config.image_token_id = len(tokenizer)
     whole = CromeVLMProcessor.from_backbones(language=tokenizer, config=composite.config)
@@ -171,7 +171,9 @@ def test_template_that_cannot_be_read_is_refused_by_name(template: str, message:
 @pytest.mark.parametrize("system", [None, "color"], ids=["of the row", "of the recipe"])
 @pytest.mark.parametrize("rewrites", [False, True])
 def test_template_that_demands_a_system_message(rewrites: bool, system: str | None, composite: Any) -> None:
-    """Rows may have one, or the recipe; what the template does with turns is seen with one."""
+    """A template that demands a system message takes the row's own or the recipe's. Whether it rewrites earlier
+    answers
+    is still detected."""
     demands = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('give a system message') }}{% endif %}"
     filled = with_template(composite, demands + (FORGETS if rewrites else CHATML))
     plain = with_template(composite, FORGETS if rewrites else CHATML)
@@ -208,7 +210,7 @@ def test_rows_in_which_nothing_is_learned_are_refused(processor: Any) -> None:
 
 
 def test_prompt_is_the_one_of_generation(processor: Any, image_file: str) -> None:
-    """What precedes the answer in training is what apply_chat_template gives for answering."""
+    """In training, the tokens before the answer are those that `apply_chat_template` gives for generation."""
     from tokenizers.processors import TemplateProcessing
 
     # A tokenizer that begins and ends texts by itself must not do so around a template's text.
@@ -275,7 +277,8 @@ def test_limits_of_language_models(config: Any, encoder: int | None, decoder: in
 
 
 def test_image_tokens_of_the_text_itself_are_refused(processor: Any, image_file: str) -> None:
-    """Else the model would look for the features of images that are not there, in the middle of a run."""
+    """Image tokens in the text itself are refused, because the model would look for features of images that do not
+    exist."""
     sly = row((f"w1 {processor.image_token} w2", "w3"), images=[image_file])
     with pytest.raises(
         RowError, match=r"Row 'r': 2 '<image>' in the text for 1 images. Take '<image>' out of the text"

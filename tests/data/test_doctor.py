@@ -1,4 +1,5 @@
-"""The doctor: faulty rows by their ids, sound ones not, and a copy without what is wrong."""
+"""Test that the doctor reports faulty rows by their ids, reports no sound row, and writes a copy without the
+faults."""
 
 import json
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_copy_that_cannot_be_is_refused_before_the_look(target: str, message: st
 
 
 def test_copy_keeps_what_utf8_cannot_hold(tmp_path: Path) -> None:
-    """A lone surrogate in a field that nobody reads."""
+    """A fixed copy keeps a lone surrogate in a field that is not read."""
     row = {"conversations": [QUESTION, ANSWER], "note": "\ud800 é"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     write_fixed(tmp_path / "a.jsonl", tmp_path / "b.jsonl", examine(tmp_path / "a.jsonl"))
@@ -117,7 +118,8 @@ def test_copy_keeps_what_utf8_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_copy_leaves_out_images_of_turns_that_it_leaves_out(tmp_path: Path) -> None:
-    """By LAMM's rule they would come before another question; rows' own images and turns' are counted apart."""
+    """A fixed copy drops the images of dropped turns, because LAMM's rule would put them before another question. The
+    row's own images and those of turns are counted apart."""
     (tmp_path / "a.png").touch()
     own = {"role": "user", "content": [{"type": "image", "image": "a.png"}]}
     user, answer = {"role": "user", "content": "<image>"}, {"role": "assistant", "content": "a", "from": None}

@@ -1,4 +1,4 @@
-"""Draws: every row once an epoch, whatever is skipped, by whichever worker or process."""
+"""Test that draws give every row once an epoch, whatever is skipped and whichever worker or process reads them."""
 
 import json
 import random
@@ -74,7 +74,8 @@ def test_stream_is_the_same_by_any_number_of_workers_and_has_no_end(workers: int
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_order_of_a_stream_is_not_changed_by_another_reader(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` shares an epoch between workers: one that is late would set another, which is passes ahead, back."""
+    """Another reader does not change the order of a stream. `datasets` shares an epoch between workers, so a late
+    worker could set another one back."""
     sets = [IterableDataset.from_generator(numbered), IterableDataset.from_generator(numbered)]
     stream = DrawStream(mix(sets, [0.5, 0.5], seed=0), block=1)
 
@@ -121,7 +122,8 @@ def test_crops_depend_on_what_draws_them_alone() -> None:
 
 
 def test_lengths_need_no_image(tmp_path: Path) -> None:
-    """Images are named that are not there; twelve characters are three tokens, an image has nine."""
+    """Lengths of rows are estimated without their images, whose files do not exist. Twelve characters count as three
+    tokens, and an image has nine."""
 
     def turns(*texts: str) -> list[dict[str, str]]:
         return [

@@ -1,4 +1,5 @@
-"""What a row holds is read or refused by name; images as text are images; and no message repeats a large value."""
+"""Test the fields of a row. Each is read or refused by name, images as text are read, and no message repeats a large
+value."""
 
 import base64
 import io
@@ -115,7 +116,7 @@ def test_placeholders_of_other_models_where_there_are_as_many(mark: str, tmp_pat
 
 
 def test_images_that_parts_number(tmp_path: Path) -> None:
-    """As llava-instruct-mix-vsft has them, in the order of the row's images."""
+    """Parts that number their images, as in llava-instruct-mix-vsft, show the row's images in order."""
     text = {"type": "text", "text": "w1", "index": None}
     turns = [
         {"role": "user", "content": [{"type": "image", "index": 0, "text": None}, text]}, CHAT[1],
@@ -131,7 +132,7 @@ def test_embedded_image_beside_its_path_is_one_image(tmp_path: Path) -> None:
 
 
 def test_images_that_the_text_names(tmp_path: Path) -> None:
-    """Qwen-VL's form, beside the row's own images."""
+    """Images that the text names, in Qwen-VL's form, are read beside the row's own images."""
     said = "Picture 1: <img>a.png</img>\nPicture 2: <image>\nand <img> b.png </img>?"
     [row] = read_rows(write(tmp_path, {"image": "c.png", "conversations": [{"from": "user", "value": said}, SAID[1]]}))
     assert row["images"] == [str(tmp_path / name) for name in ("a.png", "c.png", "b.png")]
@@ -140,7 +141,7 @@ def test_images_that_the_text_names(tmp_path: Path) -> None:
 
 
 def test_images_that_the_text_numbers(tmp_path: Path) -> None:
-    """MMMU's and Phi-3's form, where the numbers go on from the images before."""
+    """Numbered placeholders are images, in MMMU's form and in Phi-3's. The numbers continue in later turns."""
     turns = [
         {"from": "human", "value": "<image 1> or <image 2>?"},
         SAID[1],

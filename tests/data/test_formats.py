@@ -1,4 +1,4 @@
-"""The formats that rows come in: what is read, and what is said of rows that cannot be."""
+"""Test the formats of rows: which are read, and the errors for rows that cannot be read."""
 
 import json
 from pathlib import Path
@@ -165,7 +165,9 @@ def test_tables_with_named_columns(tmp_path: Path) -> None:
 
 
 def test_what_stands_outside_question_and_answer_is_left_out(tmp_path: Path) -> None:
-    """LLaVA's own code drops a first answer; what follows the last one teaches nothing."""
+    """An answer before the first question is left out, as in LLaVA's own code. A turn after the last answer is left
+    out
+    too, because nothing is learned from it."""
     rows = [
         {"conversations": [ANSWER, QUESTION, ANSWER]},
         {"conversations": [*TURNS, {"from": "human", "value": "<image> And this?"}], "image": ["a.png", "b.png"]},

@@ -1,4 +1,4 @@
-"""Images as people have them, sound and damaged."""
+"""Test that images of common kinds are read, and that damaged ones are refused by row."""
 
 import io
 import struct
@@ -30,7 +30,7 @@ def test_modes_become_rgb(mode: str, suffix: str, tmp_path: Path) -> None:
 
 
 def test_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
-    """Pillow alone would make everything above 255 white."""
+    """Images of 16 bits keep their shades. Pillow alone would make everything above 255 white."""
     shades = np.linspace(0, 65_535, 16, dtype=np.uint16).reshape(4, 4)
     image = open_image(save(Image.fromarray(shades), tmp_path / "deep.png"), "x")
     assert np.asarray(image)[..., 0].flatten().tolist() == [17 * i for i in range(16)]
@@ -39,7 +39,7 @@ def test_sixteen_bits_keep_their_shades(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", [False, True], ids=["in memory", "in a file"])
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
 def test_dark_images_of_sixteen_bits_stay_dark(mode: str, stored: bool, tmp_path: Path) -> None:
-    """Their highest shade says nothing about how many bits they have."""
+    """Dark images of 16 bits stay dark, because their highest shade does not show how many bits they have."""
     shades = np.full((4, 4), 200, dtype="<u2" if mode == "I;16" else ">u2")
     dark = Image.frombytes(mode, (4, 4), shades.tobytes())
     image = save(dark, tmp_path / "dark.tif") if stored else dark
@@ -47,7 +47,7 @@ def test_dark_images_of_sixteen_bits_stay_dark(mode: str, stored: bool, tmp_path
 
 
 def test_dark_images_of_thirty_two_bits_keep_their_shades() -> None:
-    """Nobody knows how many of their bits they use."""
+    """Dark images of 32 bits keep their shades, because the number of bits that they use is unknown."""
     assert open_image(Image.new("I", (4, 4), 200), "x").getextrema() == ((200, 200),) * 3
 
 
@@ -69,7 +69,7 @@ def test_images_in_memory(tmp_path: Path) -> None:
 
 
 def bomb() -> bytes:
-    """A PNG that says it has 20,000 x 20,000 pixels."""
+    """Return a PNG whose header claims 20,000 x 20,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

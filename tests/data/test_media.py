@@ -1,4 +1,4 @@
-"""Videos and sounds of rows: how they are named, placed and kept, and what is said of a file that cannot be read."""
+"""Test videos and sounds of rows: how they are named, placed and kept, and the errors for unreadable files."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_faulty_rows_are_named(row: Row, message: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def with_files(tmp_path: Path) -> Path:
-    """Rows whose files are all there."""
+    """Write rows whose files all exist, and return the path of the rows."""
     read(
         tmp_path,
         {"id": "file", "video": "a.mp4", "conversations": asked("What?")},
@@ -155,7 +155,7 @@ def test_a_file_that_is_missing_is_named(name: str, kind: str, rows_of: Any, wit
 
 
 def test_columns_of_data_sets(tmp_path: Path) -> None:
-    """A table with a column of videos and one of sounds, as the Hub has them: bytes stay as they are."""
+    """A table with a column of videos and one of sounds, as on the Hub, is read with its bytes unchanged."""
     stored = {"clip": [{"path": None, "bytes": b"film"}], "sound": [{"path": None, "bytes": b"tone"}]}
     table = Dataset.from_dict({"q": ["What?"], "a": ["A cat."], **stored})
     table.cast_column("clip", Video()).cast_column("sound", Audio()).save_to_disk(tmp_path / "saved")
@@ -196,7 +196,7 @@ GIVEN_AS: dict[str, Any] = {"path": str, "bytes": lambda path: {"path": None, "b
 @pytest.mark.parametrize("given_as", GIVEN_AS)
 @pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.mkv"])
 def test_a_header_tells_what_a_video_is(name: str, given_as: str, tmp_path: Path) -> None:
-    """WebM and Matroska do not say how many frames they have."""
+    """The length, rate and size of a video are read. WebM and Matroska do not store the number of frames."""
     given = GIVEN_AS[given_as](write_video(tmp_path / name, frames=9, width=96, height=64, rate=3))
     found = video_header(given, "x")
     assert (found.total_num_frames, found.fps, found.width, found.height, found.duration) == (9, 3.0, 96, 64, 3.0)

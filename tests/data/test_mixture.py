@@ -1,4 +1,4 @@
-"""How often each data set is drawn from, against the formula and against draws."""
+"""Test how often each data set is drawn from, against the formula and against draws."""
 
 from pathlib import Path
 
@@ -75,7 +75,8 @@ def test_bad_numbers() -> None:
 
 @pytest.mark.parametrize("probabilities", [None, [0.5, 0.5]])
 def test_set_without_rows_is_named(probabilities: list[float] | None) -> None:
-    """Half of the draws would be another set's first row."""
+    """A data set without rows is refused by its number. If it were not, half of the draws would be another set's first
+    row."""
     full = Dataset.from_dict({"row": [1, 2, 3]})
     empty = full.select([])
     with pytest.raises(ValueError, match=r"Data set 1 of 2 \(counted from 0\) has no rows, so nothing"):

@@ -1,4 +1,4 @@
-"""What rows say that an answer is compared with: several people's answers, the options of a choice."""
+"""Test the references that rows have for an answer: several people's answers, and the options of a choice."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_rows_carry_them_and_training_does_not_keep_them(tmp_path: Path) -> None
 
 
 def test_vqa_and_choices_as_tables(tmp_path: Path) -> None:
-    """As VQAv2 and AI2D are published on the Hub: saved folders here."""
+    """Tables like VQAv2 and AI2D on the Hub are read. Saved folders stand in for them."""
     people = [{"answer": "red", "answer_id": n} for n in range(9)] + [{"answer": "pink", "answer_id": 9}]
     vqa = Dataset.from_list([{"question": "What color?", "answers": people, "question_id": 7}])
     vqa.save_to_disk(tmp_path / "vqa")

@@ -1,4 +1,5 @@
-"""Data sets by file, folder and name: converted once, again when they change, alike in all forms."""
+"""Test data sets by file, folder and name. They are converted once, and again when they change, and all forms give the
+same rows."""
 
 import json
 from pathlib import Path
@@ -70,7 +71,8 @@ def test_changed_file_is_converted_again(path: Path) -> None:
 )
 @pytest.mark.parametrize("many", [datasets.List, datasets.LargeList])
 def test_images_inside_of_turns_are_kept_as_they_are_stored(many: Any, rows_of: Any, tmp_path: Path) -> None:
-    """Decoded, a JPEG would be encoded once more, and lose its orientation and some of its pixels."""
+    """Images in turns keep their stored bytes. A decoded JPEG would be encoded again, and would lose its orientation
+    and some of its pixels."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.effect_noise((40, 30), 90).convert("RGB").save(tmp_path / "a.jpg", exif=exif)
@@ -108,7 +110,7 @@ def test_error_is_the_rows_own(path: Path) -> None:
 
 @pytest.fixture
 def table(tmp_path: Path) -> Dataset:
-    """Images in the table itself, labels as numbers."""
+    """Return a table with images in the table itself and with labels as numbers."""
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["zero", "one"]),
          "question": datasets.Value("string")}
@@ -189,7 +191,8 @@ def test_table_whose_rows_are_all_dropped_is_named(tmp_path: Path) -> None:
 def test_image_folder_of_a_table_is_the_one_of_where_it_is_read(
     images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that were kept for another working directory would show its images."""
+    """Relative paths of a table's images start at the current working directory. Rows that were converted in another
+    directory are not used."""
     Dataset.from_dict({"q": ["What?"], "a": ["red"], "image": ["a.png"]}).save_to_disk(tmp_path / "saved")
     columns = {"question": "q", "answer": "a", "image": "image"}
     for name in ("one", "two"):
@@ -202,7 +205,7 @@ def test_image_folder_of_a_table_is_the_one_of_where_it_is_read(
 @pytest.mark.parametrize("folder", ["flags", "link"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_folder_of_images(streaming: bool, folder: str, tmp_path: Path) -> None:
-    """`datasets` makes absolute paths of them, and follows links."""
+    """A folder of images is read, also through a link. `datasets` makes the paths absolute and follows links."""
     (tmp_path / "flags" / "train").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "flags")
     table = [{"file_name": f"{number}.png", "text": f"a{number}"} for number in range(2)]
@@ -229,7 +232,7 @@ def test_absolute_paths_of_others_are_refused(streaming: bool, outside: str, tmp
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_folder_that_is_named_as_a_file(streaming: bool, tmp_path: Path) -> None:
-    """As Spark and Dask write parquet."""
+    """A folder with the name of a parquet file is read, as Spark and Dask write it."""
     (tmp_path / "x.parquet").mkdir()
     for number in range(2):
         part = Dataset.from_dict({"q": ["What?"], "a": [f"a{number}"]})

@@ -1,4 +1,4 @@
-"""Training reads the text that answering reads: every form of a row, whatever its parts and its white space."""
+"""Test that training reads the same text as generation, for every form of a row, its parts and its white space."""
 
 import json
 from importlib.resources import files
@@ -26,7 +26,7 @@ PIECE = st.builds("".join, st.tuples(WHITE, WORDS, WHITE))
 
 @st.composite
 def turns_of_user(draw: Any, parts: bool) -> tuple[Any, int]:
-    """What a user says, as text or in parts, and how many images it shows."""
+    """Draw a user's turn, as text or in parts, and the number of images that it shows."""
     pieces = draw(st.lists(st.sampled_from(["image", "inside", "text"]), min_size=1, max_size=5))
     content: list[dict[str, str]] = []
     for kind in pieces:
@@ -137,7 +137,7 @@ def test_tables_keep_their_white_space(
 )
 @pytest.mark.parametrize("read", [read_rows, load_rows], ids=["read", "loaded"])
 def test_text_of_a_turn(read: Any, content: Any, expected: str, byte_processor: Any, tmp_path: Path) -> None:
-    """What is read, kept by `datasets`, trained on and answered is the text of the row."""
+    """A turn keeps its text when it is read, kept by `datasets`, and rendered with the chat template."""
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": " yes\n"}]
     shown = expected.count("<image>")
@@ -177,7 +177,7 @@ def test_evaluation_asks_with_the_text_of_the_row(
 def test_answers_after_prompts_of_their_own_are_as_the_template_writes_them(
     trims: bool, answer: str, byte_processor: Any
 ) -> None:
-    """Gemma 4's prompt is no beginning of the conversation; the answer is still what the template makes of it."""
+    """An answer is learned as the template writes it. Gemma 4's prompt is not the beginning of the conversation."""
     byte_processor.chat_template = THINKS if trims else THINKS.replace(" | trim", "")
     user = {"role": "user", "content": [{"type": "text", "text": "q"}]}
     messages = [user, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]

@@ -1,4 +1,4 @@
-"""Rows for TRL's trainers: what was said, answers to compare with, preferences, and images that wait to be opened."""
+"""Test rows for TRL's trainers: prompts, answers to compare with, preferences, and images that are opened late."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SYSTEM = {"from": "system", "value": "Be brief."}
 
 
 def said(messages: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Roles and the texts of their turns, with the type of what is not text."""
+    """Return the roles of turns and their texts, with the type of each part that is not text."""
     return [
         (message["role"], [part["text"] if part["type"] == "text" else part["type"] for part in message["content"]])
         for message in messages

@@ -1,1 +1,1 @@
-"""vLLM itself, on the CPU, with tiny hosts: `make test-vllm` makes its environment and runs these."""
+"""Test vLLM itself on the CPU, with tiny hosts. `make test-vllm` builds its environment and runs these tests."""

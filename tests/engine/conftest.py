@@ -1,4 +1,4 @@
-"""Without vLLM these tests are skipped. The engine runs in this process, on one core."""
+"""Skip these tests if vLLM is not installed. The engine runs in the process of the tests, on one core."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @contextmanager
 def engine(model: Path, dtype: str = "float32", **settings: Any) -> Iterator[Any]:
-    """vLLM's engine with a model, shut down at the end."""
+    """Run vLLM's engine with a model, and shut it down at the end."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -47,21 +47,21 @@ def engine(model: Path, dtype: str = "float32", **settings: Any) -> Iterator[Any
 
 
 def parameters(tokens: int, **others: Any) -> Any:
-    """Greedy decoding of so many tokens."""
+    """Return the parameters of greedy decoding for exactly this number of tokens."""
     from vllm import SamplingParams
 
     return SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, **others)
 
 
 def ask(llm: Any, requests: list[dict[str, Any]], tokens: int) -> list[list[int]]:
-    """Greedy tokens of all requests, in one batch."""
+    """Return the greedy tokens of all requests, which run in one batch."""
     outputs = llm.generate(requests, parameters(tokens), use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 @pytest.fixture(scope="session")
 def record() -> Iterator[Callable[..., None]]:
-    """Note what a test found; `make vllm-table` writes it into the page."""
+    """Return a function that records a test's results. `make vllm-table` writes them into the page."""
     results: dict[str, dict[str, Any]] = {}
 
     def note(host: str, **values: Any) -> None:

@@ -1,4 +1,4 @@
-"""Tiny checkpoints that vLLM's CPU engine serves, as their families publish them, with adapters of random weights."""
+"""Build tiny checkpoints for vLLM's CPU engine, as their families publish them, with adapters of random weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CLOSE = 1e-3  # two logits, of random weights, that are of order 1
 
 
 def build_host(name: str, folder: Path) -> None:
-    """Write a family's tiny checkpoint, with heads that vLLM takes, under the names that the Hub has."""
+    """Write a family's tiny checkpoint, with heads that vLLM takes and the weights' names on the Hub."""
     random_model, tokenizer = parts.random_model, gemma.gemma_tokenizer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "random_model", lambda kind, config: random_model(kind, _with_one_head(config)))
@@ -48,7 +48,8 @@ def build_host(name: str, folder: Path) -> None:
 
 
 def _published(key: str) -> str:
-    """The name on the Hub; a model that was made of a bare configuration is saved without `vision_model`."""
+    """Return a weight's name on the Hub. A model that was made from a bare configuration is saved without
+    `vision_model`."""
     return key if "vision_model." in key else key.replace("vision_tower.", "vision_tower.vision_model.")
 
 
@@ -65,13 +66,13 @@ def _with_one_head(config: Any) -> Any:
 
 
 def load_host(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The host in transformers."""
+    """Load the host with transformers."""
     return tf.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A host with adapters: in transformers, with its processor, and the folders of the host alone and the export."""
+    """A host with adapters in transformers, its processor, and the folders of the host alone and of the export."""
 
     model: PeftModel
     processor: Any
@@ -80,7 +81,8 @@ class Exported:
 
 
 def exported(name: str, folder: Path, adapters: Sequence[str] = ("default",), **arguments: Any) -> Exported:
-    """Build a host, put adapters on it, which are saved to `folder`, and export them, by default with its files."""
+    """Build a host with adapters, save the adapters in `folder`, and export the model. The export has the host's files
+    by default."""
     host, served = folder / "host", folder / "served"
     build_host(name, host)
     model = save_adapters(load_host(host), folder / "adapters", adapters)
@@ -89,7 +91,7 @@ def exported(name: str, folder: Path, adapters: Sequence[str] = ("default",), **
 
 
 def save_adapters(host: Any, folder: Path, names: Sequence[str], **settings: Any) -> PeftModel:
-    """Put adapters of random weights on a host, each saved to a folder of its name."""
+    """Put adapters of random weights on a host, and save each to a folder of its name."""
     for seed, name in enumerate(names):
         torch.manual_seed(seed)
         config = CromeConfig(bottleneck_dim=8, init_weights=False, **settings)
@@ -106,22 +108,23 @@ def save_adapters(host: Any, folder: Path, names: Sequence[str], **settings: Any
 
 
 def conversations() -> list[list[dict[str, Any]]]:
-    """A question about each of two images."""
+    """Return a question about each of two images."""
     return [[turn("user", picture(*size), "What color is this?")] for size in SIZES]
 
 
 def without_template(processor: Any) -> bool:
-    """Whether a processor takes a prompt in place of a conversation, as PaliGemma's."""
+    """Return whether a processor takes a prompt in place of a conversation, as PaliGemma's does."""
     return not (processor.chat_template or processor.tokenizer.chat_template)
 
 
 def prompt_of(conversation: list[dict[str, Any]]) -> str:
-    """The prompt of such a processor."""
+    """Return the prompt for a processor without a chat template."""
     return "<image>" + conversation[0]["content"][1]["text"]
 
 
 def request_of(processor: Any, conversation: list[dict[str, Any]]) -> dict[str, Any]:
-    """What vLLM is given: the prompt's tokens, since vLLM adds a second `<bos>` to a text that begins with one."""
+    """Return vLLM's request. A rendered conversation is passed as tokens, since vLLM adds a second `<bos>` to a text
+    that begins with one."""
     image = {"multi_modal_data": {"image": conversation[0]["content"][0]["image"]}}
     if without_template(processor):
         return {"prompt": prompt_of(conversation), **image}
@@ -132,7 +135,7 @@ def request_of(processor: Any, conversation: list[dict[str, Any]]) -> dict[str, 
 
 
 def inputs_of(processor: Any, conversation: list[dict[str, Any]], **options: Any) -> Any:
-    """What transformers is given."""
+    """Return the inputs for transformers."""
     if without_template(processor):
         images = [[conversation[0]["content"][0]["image"]]]
         return processor(images=images, text=[prompt_of(conversation)], return_tensors="pt")
@@ -142,7 +145,7 @@ def inputs_of(processor: Any, conversation: list[dict[str, Any]], **options: Any
 
 @torch.no_grad()
 def generated(model: Any, inputs: Any, close: float = CLOSE, **arguments: Any) -> list[int]:
-    """The greedy tokens of `generate`, up to the first whose two best logits are as close as rounding brings them."""
+    """Return the greedy tokens of `generate`, up to the first whose two best logits could be swapped by rounding."""
     inputs = inputs.to(model.dtype)
     output = model.generate(
         **inputs, **arguments, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, num_beams=1,
@@ -152,18 +155,19 @@ def generated(model: Any, inputs: Any, close: float = CLOSE, **arguments: Any) -
 
 
 def until_close(output: Any, prompt: int, close: float = CLOSE) -> list[list[int]]:
-    """The tokens of each row of `generate`, up to the first whose two best logits are this close."""
+    """Return each row's tokens of `generate`, up to the first whose two best logits are closer than `close`."""
     best = torch.stack([scores.float().topk(2).values for scores in output.scores], dim=1)  # (rows, tokens, 2)
     sure = ((best[..., 0] - best[..., 1]) >= close).int().cumprod(dim=1).sum(dim=1).tolist()
     return [row[:count] for row, count in zip(output.sequences[:, prompt:].tolist(), sure, strict=True)]
 
 
 def agree(found: list[list[int]], expected: list[list[int]]) -> list[str]:
-    """For each row "equal", or the number of the first token that differs; none but those expected are compared."""
+    """Return "equal" for each row, or the number of its first token that differs. Only tokens that both lists have are
+    compared."""
     pairs = [list(zip(*rows, strict=False)) for rows in zip(found, expected, strict=True)]
     return [next((str(i + 1) for i, pair in enumerate(row) if pair[0] != pair[1]), "equal") for row in pairs]
 
 
 def all_equal(found: list[list[int]], expected: list[list[int]]) -> bool:
-    """Whether all rows agree, and there is something to compare."""
+    """Return whether all rows agree, and each expected row has at least two tokens."""
     return agree(found, expected) == ["equal"] * len(expected) and all(len(row) > 1 for row in expected)

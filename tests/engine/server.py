@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server in a process of its own, and requests to it."""
+"""Run vLLM's OpenAI-compatible server in its own process, and send it requests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Server:
     def post(
         self, content: Any, adapter: str | None = None, system: str | None = None, **body: Any
     ) -> tuple[int, Any]:
-        """Ask about a message; the status, and the answer, its lines where it is streamed."""
+        """Ask about a message, and return the status and the answer. A streamed answer is a list of lines."""
         messages = [{"role": "user", "content": content}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
@@ -59,7 +59,7 @@ class Server:
             return error.code, json.loads(error.read())
 
     def tokens(self, content: Any, adapter: str | None, count: int) -> list[int]:
-        """The tokens of an answer of this length."""
+        """Return the tokens of an answer of `count` tokens."""
         arguments = {"max_tokens": count, "min_tokens": count, "return_token_ids": True}
         status, answer = self.post(content, adapter, **arguments)
         assert status == 200, answer
@@ -68,7 +68,7 @@ class Server:
 
 @contextmanager
 def serve(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
-    """Start the server and wait until it answers; it ends with the block."""
+    """Start the server, wait until it answers, and stop it at the end of the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -95,17 +95,17 @@ def serve(model: Path, log: Path, *arguments: str) -> Iterator[Server]:
 
 
 def png(image: Image.Image) -> bytes:
-    """The bytes of a file with exactly these pixels."""
+    """Return a PNG file with exactly these pixels, as bytes."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
 
 
 def message(url: str, text: str) -> list[dict[str, Any]]:
-    """An image and a question."""
+    """Return a message's content with an image and a question."""
     return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
 
 
 def data_url(data: bytes) -> str:
-    """An image in the request itself."""
+    """Return a URL that contains the image itself."""
     return "data:image/png;base64," + base64.b64encode(data).decode()

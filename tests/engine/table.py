@@ -1,4 +1,4 @@
-"""The table of docs/vllm.md, of what the tests in this folder found: `make vllm-table` writes it."""
+"""Write the table of docs/vllm.md from the results of the tests in this folder. `make vllm-table` runs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEADS = ("host", "images", "image embeddings", "first token that differs in bflo
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown, a row for each host."""
+    """Return the results in Markdown, with a row for each host."""
     lines = [f"| {' | '.join(HEADS)} |", f"|{' --- |' * len(HEADS)}"]
     for host, found in sorted(results.items()):
         cells = [same(found.get("images")), same(found.get("embeddings")), first(found.get("bfloat16"))]
@@ -25,14 +25,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def same(rows: list[str] | str | None) -> str:
-    """What float32 gave: words of the test's own, or the comparison of each image's tokens."""
+    """Format the float32 results: either the test's own words, or the comparison of each image's tokens."""
     if rows is None or isinstance(rows, str):
         return rows or "not run"
     return "equal" if set(rows) == {"equal"} else f"token {', '.join(rows)} differs"
 
 
 def first(rows: list[str] | None) -> str:
-    """What bfloat16 gave, for each image."""
+    """Format the bfloat16 results of each image."""
     return "not run" if rows is None else ", ".join("none" if row == "equal" else row for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""A composite in vLLM: with images, by the plug-in's class for it, and with whole prompts as embeddings."""
+"""Test a composite in vLLM, with images through the plug-in's class for it, and with whole prompts as embeddings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXT = "<image>\nWhat is this?"
 
 @pytest.fixture
 def joined(tmp_path: Path) -> tuple[Any, Any]:
-    """A composite of a CLIP tower and a Llama, and its processor."""
+    """Return a composite of a CLIP tower and a Llama, and its processor."""
     size = {"size": {"shortest_edge": 40}, "crop_size": {"height": 30, "width": 30}}
     tf.CLIPImageProcessor(**size).save_pretrained(tmp_path / "vision")
     tf.CLIPVisionModel(vision_config()).save_pretrained(tmp_path / "vision")

@@ -1,4 +1,4 @@
-"""Each host, exported and served by vLLM with images, gives the adapted model's greedy tokens."""
+"""Test that vLLM serves each exported host with images, and gives the adapted model's greedy tokens."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def test_images(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
 def test_image_embeddings(
     name: str, tmp_path: Path, record: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The host as it is, without the plug-in's class, gets the encoder's embeddings in place of images of one tile."""
+    """The host without the plug-in's class takes the encoder's embeddings in place of images of one tile. vLLM or the
+    encoder refuses them for some hosts."""
     from vllm.exceptions import VLLMClientError
 
     case = exported(name, tmp_path)
@@ -97,7 +98,7 @@ def test_image_embeddings(
 
 
 def with_embeddings(case: Exported, inputs: list[Any]) -> list[dict[str, Any]]:
-    """The requests of `conversations()`, with the encoder's embeddings as their images."""
+    """Return the requests of `conversations()`, with the encoder's embeddings as their images."""
     encoder = ImageEncoder(case.model)
     asked = [request_of(case.processor, conversation) for conversation in conversations()]
     images = [{"multi_modal_data": encoder.multi_modal_data(**batch)} for batch in inputs]
@@ -105,7 +106,8 @@ def with_embeddings(case: Exported, inputs: list[Any]) -> list[dict[str, Any]]:
 
 
 def test_embeddings_given_to_an_exported_model_stay_as_they_are(tmp_path: Path) -> None:
-    """They have the adapter in them already, whether the request names it or not."""
+    """Embeddings in a request stay unchanged, whether the request names the adapter or not, because they already
+    include the adapter."""
     case = exported("llava", tmp_path)
     inputs = [inputs_of(case.processor, conversation) for conversation in conversations()]
     adapted = [generated(case.model, batch) for batch in inputs]
@@ -117,7 +119,8 @@ def test_embeddings_given_to_an_exported_model_stay_as_they_are(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", OTHER_LOGITS)
 def test_embeddings_of_images(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
-    """What the language model reads is the adapted model's, where the engine's language model is not the host's."""
+    """vLLM's image embeddings equal the adapted model's. Tokens are not compared, because vLLM's language model gives
+    other logits for these hosts."""
     case = exported(name, tmp_path)
     inputs = inputs_of(case.processor, conversations()[0])
     adapted = torch.cat(ImageEncoder(case.model)(**inputs))
@@ -135,7 +138,8 @@ def test_embeddings_of_images(name: str, tmp_path: Path, record: Callable[..., N
 
 
 def test_a_host_that_has_another_tower_in_vllm(tmp_path: Path, record: Callable[..., None]) -> None:
-    """SmolVLM, without an adapter: its tokens are not compared."""
+    """vLLM's image embeddings for SmolVLM without an adapter differ from the host's, so its tokens are not
+    compared."""
     case = exported("smolvlm", tmp_path)
     alone = embeddings_alone(case, inputs_of(case.processor, conversations()[0]))
     with engine(case.host) as llm:
@@ -145,7 +149,7 @@ def test_a_host_that_has_another_tower_in_vllm(tmp_path: Path, record: Callable[
 
 
 def embeddings_in(llm: Any, case: Exported) -> torch.Tensor:
-    """What the engine's encoder gives for the first image, (tokens, hidden)."""
+    """Return the embeddings of the first image from the engine's encoder, (tokens, hidden)."""
     ask(llm, [request_of(case.processor, conversations()[0])], 1)
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     return torch.cat([*runner.encoder_cache.values()])
@@ -153,7 +157,7 @@ def embeddings_in(llm: Any, case: Exported) -> torch.Tensor:
 
 @torch.no_grad()
 def embeddings_alone(case: Exported, inputs: Any) -> torch.Tensor:
-    """What the host without its adapter gives in transformers, (tokens, hidden)."""
+    """Return the embeddings from the host without its adapter in transformers, (tokens, hidden)."""
     pixels = {key: value for key, value in inputs.items() if key.startswith("pixel_")}
     with case.model.disable_adapter():
         embeddings = case.model.get_base_model().get_image_features(**pixels).pooler_output
@@ -161,7 +165,8 @@ def embeddings_alone(case: Exported, inputs: Any) -> torch.Tensor:
 
 
 def test_a_host_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exported directory has the adapter's weights alone; a directory stands for the repository."""
+    """If the host is given by name, the exported directory has only the adapter's weights. A directory stands in for
+    the repository."""
     monkeypatch.setattr(host_files, "snapshot_download", lambda *args, **kwargs: tmp_path / "host")
     case = exported("qwen2_vl", tmp_path, host="somebody/qwen")
     assert [path.name for path in case.served.glob("*.safetensors")] == [WEIGHTS]

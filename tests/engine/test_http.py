@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server, with images and adapters: every answer comes over HTTP."""
+"""Test the OpenAI-compatible server with images and adapters. Every answer comes over HTTP."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLIENTS = 8
 
 
 class Running(NamedTuple):
-    """The server; its images; and the adapted model's tokens by adapter and number of the image."""
+    """The server, its images, and the expected tokens by adapter and number of the image."""
 
     server: Server
     images: list[Any]

@@ -1,4 +1,4 @@
-"""Many adapters in one engine: each request has its own, and none sees another's images."""
+"""Test many adapters in one engine. Each request has its own adapter, and none sees another's images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HOST = "qwen2_vl"
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any, list[Any], list[dict[str, Any]]]]:
-    """The engine, the model in transformers, and for each adapter a question about an image of its own."""
+    """Return the engine, the model in transformers, and inputs and requests with an image for each adapter."""
     folder = tmp_path_factory.mktemp("many")
     case = exported(HOST, folder, NAMES)
     asked = [[turn("user", picture(60 + number, 140 - number), "What is this?")] for number in range(COUNT)]
@@ -39,7 +39,7 @@ def of(request: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def in_one_batch(model: Any, inputs: list[Any], names: list[str]) -> list[list[int]]:
-    """`adapter_names`: rows of one batch, each with its adapter."""
+    """Generate one batch in transformers, in which `adapter_names` gives each row its own adapter."""
     width = max(batch["input_ids"].shape[1] for batch in inputs)
 
     def padded(batch: Any, key: str, value: int) -> torch.Tensor:
@@ -67,7 +67,8 @@ def test_64_requests_of_64_adapters(served: Any) -> None:
 
 
 def test_tenants_send_the_same_image_in_turn(served: Any) -> None:
-    """The caches of processed images, embeddings and prefixes are full of the first tenant's when the second asks."""
+    """Tenants that send the same image in turn get the tokens of their own adapters. The caches of processed images,
+    embeddings and prefixes already hold the first tenant's data when the second asks."""
     llm, model, inputs, requests = served
     tenants = [*NAMES[:2], BASE_NAME]
     expected = in_one_batch(model, [inputs[0]] * 3, tenants)

@@ -1,4 +1,4 @@
-"""TRL's trainers sample with vLLM from the policy that they train."""
+"""Test that TRL's trainers sample with vLLM from the policy that they train."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLOSE, APART = 1e-4, 0.1  # log-probabilities that are equal to rounding, and th
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let TRL's engine compute in float32, and undo what it does to the process at the end."""
+    """Make TRL's engine compute in float32, and undo its changes to the process at the end."""
     import vllm
     from trl.generation import vllm_generation
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -47,7 +47,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def trainer_of(name: str, model: Any, processor: Any, folder: Path, **arguments: Any) -> Any:
-    """A trainer of two steps, each about the same two images."""
+    """Build a trainer of two steps, each about the same two images."""
     import trl
 
     images = [[picture(*size)["image"]] for size in SIZES]
@@ -65,7 +65,8 @@ def trainer_of(name: str, model: Any, processor: Any, folder: Path, **arguments:
 
 
 def watch(trainer: Any) -> list[float]:
-    """For each answer from now on, the largest difference between log-probabilities of the engine and the trainer."""
+    """Return a list that gets, for each later answer, the largest difference between log-probabilities of the engine
+    and of the trainer."""
     gaps: list[float] = []
     sampled: list[Any] = []
     generate, compute = trainer.vllm_generation.generate, trainer._get_per_token_logps_and_entropies
@@ -89,14 +90,14 @@ def watch(trainer: Any) -> list[float]:
 
 
 def sample(trainer: Any) -> None:
-    """Answer questions about both images, without sending weights before."""
+    """Answer questions about both images, without sending weights first."""
     trainer._last_loaded_step = trainer.state.global_step
     trainer._generate_and_score_completions([trainer.train_dataset[row] for row in (0, 0, 1, 1)])
 
 
 @pytest.mark.parametrize("name", ["GRPO", "RLOO"])
 def test_each_step_samples_from_the_trained_policy(name: str, tmp_path: Path) -> None:
-    """The model has a second adapter, TRL's reference."""
+    """Each step samples from the trained policy, although the model has a second adapter, TRL's reference."""
     build_host("llava", tmp_path / "host")
     torch.manual_seed(0)
     model = get_peft_model(load_host(tmp_path / "host"), CromeConfig(bottleneck_dim=8))
@@ -127,7 +128,9 @@ HOSTS = {"vision": ("llava", "composite", "qwen2_5_vl", "idefics3", "internvl"),
 def test_a_host_samples_with_changed_weights(
     branch: str, host: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """The engine reads a host with a vision branch alone where it lies. The composite's head is tied to its table."""
+    """Changed weights act once they are sent. The engine reads a host with only a vision branch from its own
+    directory.
+    The composite's head is tied to its table."""
     if host == "composite":
         network, processor = request.getfixturevalue("joined")
     else:

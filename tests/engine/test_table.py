@@ -1,4 +1,4 @@
-"""The table of docs/vllm.md."""
+"""Test the table of docs/vllm.md."""
 
 from .table import table
 

@@ -1,4 +1,4 @@
-"""The loss on plain text with an adapter and without: hosts, composites, other methods, the command line."""
+"""Test the loss on plain text with and without an adapter: hosts, composites, other methods and the command line."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_equals_the_cross_entropy_worked_out_chunk_by_chunk() -> None:
 
 
 def test_a_start_token_is_where_the_tokenizer_puts_it() -> None:
-    """And it is not predicted."""
+    """A start token stands where the tokenizer puts it, and it is not predicted."""
     with_start = make_tokenizer()
     with_start.bos_token = "w1"
     with_start.backend_tokenizer.post_processor = TemplateProcessing(
@@ -134,7 +134,7 @@ TO_A_FILE = ["{}/adapter", "--text", "{}/prose.txt", "--text", "{}/more.txt", "-
 
 @pytest.fixture
 def on_disk(tmp_path: Path) -> Any:
-    """An adapter of a host, which is written, as two texts are."""
+    """Write a host, an adapter and two texts, and return the adapted model."""
     save_tokenizer_and_model(tmp_path / "host")
     host = AutoModelForImageTextToText.from_pretrained(tmp_path / "host")
     model = with_values(get_peft_model(host, CromeConfig(bottleneck_dim=8)))

@@ -1,4 +1,5 @@
-"""The configuration files load with accelerate's own reader, and say what the recipe's guide says of them."""
+"""Test that accelerate's own reader loads the configuration files, and that their settings match the guide and the
+tests."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The demo's records: which runs are done, and the table that they give."""
+"""Test the demo's records: which runs are done, and the table that the records give."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Each one-file example runs as its docstring says, on a tiny model, and leaves what it says it leaves."""
+"""Test that each one-file example runs on a tiny model as its docstring describes, and leaves the expected files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def conversations(questions: Path) -> Path:
-    """LLaVA's form of the questions, each with a rejected answer, beside their images."""
+    """Write the questions in LLaVA's form beside their images, each with a rejected answer, and return the path."""
     rows = [
         {
             "image": f"{image}.png",
@@ -65,7 +65,7 @@ def conversations(questions: Path) -> Path:
 
 
 def launch_command(example: str) -> list[str]:
-    """The words of the command in an example's docstring, `python` and continued lines included."""
+    """Return the words of the command in an example's docstring, with `python` and continued lines."""
     docstring = ast.get_docstring(ast.parse((ROOT / "examples" / example).read_text())) or ""
     match = re.search(r"^ *(python (?:.*\\\n)*.*)$", docstring, flags=re.MULTILINE)
     assert match, f"{example}: no launch command in its docstring"
@@ -73,7 +73,7 @@ def launch_command(example: str) -> list[str]:
 
 
 def run(example: str, folder: Path, **options: object) -> str:
-    """Run an example's launch command in `folder` with `options` in place of its own; return what it printed."""
+    """Run an example's launch command in `folder`, with `options` in place of its own, and return its output."""
     program, script, *arguments = launch_command(example)
     assert (program, script) == ("python", f"examples/{example}")
     for name, value in options.items():
@@ -100,7 +100,7 @@ def saved_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def numbers(output: str, name: str = "loss") -> tuple[float, float]:
-    """The first and the last loss or reward that an example printed."""
+    """Return the first and the last loss or reward that an example printed."""
     found = re.search(rf"{name}: first (\S+), last (\S+);", output)
     assert found, output
     assert all(math.isfinite(float(number)) for number in found.groups())
@@ -108,7 +108,8 @@ def numbers(output: str, name: str = "loss") -> tuple[float, float]:
 
 
 def assert_saved(folder: Path, model: Path) -> None:
-    """The adapter's tensors and nothing else; loaded again it changes a prompt with an image, and no other."""
+    """Assert that only the adapter's tensors are saved, and that the loaded adapter changes only a prompt with an
+    image."""
     assert saved_shapes(folder) == SHAPES
     assert "import peft_crome" in (folder / "README.md").read_text()
     adapted = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(model), folder).eval()
@@ -122,7 +123,7 @@ def assert_saved(folder: Path, model: Path) -> None:
 
 
 def asked(processor: Any, question: str, image: Image.Image | None) -> Any:
-    """A model's inputs for a question."""
+    """Return a model's inputs for a question."""
     shown = [{"type": "image", "image": image}] if image is not None else []
     return processor.apply_chat_template(
         [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}],

@@ -1,4 +1,4 @@
-"""What the language model keeps: measured on text alone, and shown in a table's cells."""
+"""Test what the language model keeps: its loss on text alone, and the cells of a table that show it."""
 
 import copy
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ BRANCHES = {"vision": {"vision": ["vision_fusion"]}, "text": {"text": ["embed_to
 
 @pytest.fixture
 def processor(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A tiny tokenizer with a chat template, and a text of 1,200 of its words."""
+    """Return a processor with a tiny tokenizer and chat template. The English text becomes 1,200 of its words."""
     words = [f"w{number * 7 % 90}" for number in range(1200)]
     monkeypatch.setattr(language, "english_text", lambda: " ".join(words))
     tokenizer = make_tokenizer()

@@ -1,4 +1,4 @@
-"""Two real data sets in one recipe, from the command line, on real weights."""
+"""Test training on two real data sets in one recipe, from the command line and with real weights."""
 
 import json
 
@@ -9,7 +9,8 @@ from examples.mixture import experiment as mixture
 
 @pytest.mark.slow
 def test_both_sets_are_learned(tmp_path, monkeypatch):
-    """Questions of both are answered in kind; what is right at full size is in benchmarks/results/mixture."""
+    """Fine-tuning improves the answers to easy-VQA, and the model answers questions about digits with digit words. The
+    scores at full size are in `benchmarks/results/mixture`."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the stages' own processes: other tests run beside them
     results = mixture.run(tmp_path, {"pretrain": 60, "finetune": 80}, rows=8, test_rows=48)
     print(json.dumps(results, indent=1))

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom on small real parts, and does what its sentences promise."""
+"""Test that the notebook runs from top to bottom on small real parts, and that its results are those it promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetching and converting the real parts: safe when it fails, when two do it at once, and right when it succeeds."""
+"""Test that the real parts are downloaded and converted correctly, and that failures and parallel calls are safe."""
 
 import hashlib
 import importlib
@@ -18,7 +18,7 @@ from examples.easy_vqa import parts
 
 
 def make_fake_part(folder: Path) -> parts.Part:
-    """Write a wheel with one data file and one module into folder, and return its pin."""
+    """Write a wheel with one data file and one module into `folder`, and return its pin."""
     wheel = folder / "fake-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("fake/data/words.txt", "teal")
@@ -29,7 +29,7 @@ def make_fake_part(folder: Path) -> parts.Part:
 
 
 def make_fake_npm_part(folder: Path) -> parts.Part:
-    """Write a tarball with two data files and a script into folder, and return its pin."""
+    """Write a tarball with two data files and a script into `folder`, and return its pin."""
     tarball = folder / "fake-npm-2.0.0.tgz"
     for name in ("names.json", "img/1f34c.png", "index.js"):
         (folder / "package" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,8 @@ def make_fake_npm_part(folder: Path) -> parts.Part:
 
 
 def kept_in(cache: Path) -> list[str]:
-    """Names of what a later call could use or trip over; lock files and empty folders do not count."""
+    """Return the names of all files that a later call could use or be disturbed by. Lock files and empty folders do
+    not count."""
     if not cache.is_dir():
         return []
     return sorted(
@@ -59,7 +60,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake_part(tmp_path, monkeypatch):
-    """A part that "downloads" by copying; yields (part, list of downloads so far)."""
+    """Register a part whose download is a copy, and return it with the list of downloads so far."""
     part = make_fake_part(tmp_path)
     downloads = []
 
@@ -128,7 +129,7 @@ def test_fetch_reports_what_pip_said_last(cache, tmp_path, monkeypatch):
 
 @pytest.fixture
 def fake_npm(tmp_path, monkeypatch):
-    """A part that `npm pack` puts into the folder it is given."""
+    """Register a part that a fake `npm pack` copies into its destination folder, and return it."""
     part = make_fake_npm_part(tmp_path)
 
     def pack(command, **kwargs):
@@ -204,7 +205,8 @@ def test_interrupted_conversion_leaves_no_directory(cache, monkeypatch, build, p
 
 
 def test_loser_of_the_rename_uses_the_winners_directory(tmp_path):
-    """Where file locks do nothing, another process may finish while this one is still writing."""
+    """A process that finishes second uses the directory of the first. This can happen where file locks have no
+    effect."""
     target = tmp_path / "model"
 
     def write_while_another_finishes(unfinished):
@@ -218,7 +220,7 @@ def test_loser_of_the_rename_uses_the_winners_directory(tmp_path):
 
 
 def fetch_in_own_process(folder: str, paths) -> None:
-    """Fetch the fake part with a slow download that leaves a trace for each call."""
+    """Fetch the fake part with a slow download that leaves a file for each call."""
 
     def slow_copy(part, into):
         (Path(folder) / f"download-{time.time_ns()}").touch()

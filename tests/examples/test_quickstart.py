@@ -1,4 +1,4 @@
-"""The quick start end to end at a small size on the real weights, interrupted and continued."""
+"""Test the parts of the quick start, and a small run with real weights that is interrupted and continued."""
 
 import json
 from collections import Counter

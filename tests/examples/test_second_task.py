@@ -1,4 +1,4 @@
-"""A model that sees learns a second task by one command, on real weights, and text is the base model's."""
+"""Test that one command teaches a second task to a model with vision, with real weights and unchanged text."""
 
 import json
 
@@ -10,7 +10,8 @@ from examples.second_task import experiment as second_task
 
 @pytest.mark.slow
 def test_the_second_task_is_answered_and_text_costs_nothing(tmp_path, monkeypatch):
-    """What is right at full size is in docs/finetune.md."""
+    """The adapter answers the second task with digit words, and the loss on text stays that of the base model. The
+    scores at full size are in `docs/finetune.md`."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the commands' own processes: other tests run beside them
     results = second_task.run(tmp_path, steps=40, rows=8, test_rows=48, text="The sun rose over the hills. " * 60)
     said = {}

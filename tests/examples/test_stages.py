@@ -1,4 +1,4 @@
-"""The paper's three stages, one process after another, on real weights and real data; each improves what it is for."""
+"""Test the paper's three stages one after another, with real weights and data. Each stage improves its own task."""
 
 import json
 import shutil

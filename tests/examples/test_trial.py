@@ -1,4 +1,4 @@
-"""A trial validates on images that it does not train on."""
+"""Test that a trial validates on images that it does not train on, and that it writes its scores."""
 
 import json
 from dataclasses import replace

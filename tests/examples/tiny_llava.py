@@ -1,4 +1,4 @@
-"""A tiny random LLaVA with a complete processor, and questions about images in easy-VQA's layout; both on disk."""
+"""Write a tiny random LLaVA with a complete processor to disk, and questions about images in easy-VQA's layout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
 
 
 def save_tokenizer_and_model(folder: Path) -> None:
-    """Write what `AutoProcessor` and `AutoModelForImageTextToText` read from `folder`."""
+    """Write the files that `AutoProcessor` and `AutoModelForImageTextToText` load from `folder`."""
     processor = LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
         tokenizer(),
@@ -61,7 +61,8 @@ def save_tokenizer_and_model(folder: Path) -> None:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on a few sentences; adds `<s>` as Llama's does."""
+    """Return a byte-level BPE tokenizer that is trained on a few sentences, with the names of Llama's special
+    tokens."""
     text = [f"What color is the {shape}? {color} USER: ASSISTANT: yes no" for shape in SHAPES for color in COLORS]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -82,7 +83,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_questions(folder: Path) -> None:
-    """Write questions.json, [question, answer, image id], and images/<image id>.png."""
+    """Write `questions.json` with rows of question, answer and image id, and the images as `images/<image id>.png`."""
     (folder / "images").mkdir(parents=True)
     questions = []
     for image_id, (color, shape) in enumerate((color, shape) for color in COLORS for shape in SHAPES):

@@ -1,4 +1,4 @@
-"""Conversations for every family, and how its processor and its model are loaded and called."""
+"""Conversations for every family, and functions that load and call its processor and its model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ with_template = pytest.mark.parametrize(
 
 
 def picture(width: int, height: int) -> dict[str, Any]:
-    """A part with an image whose pixels differ, drawn from its size."""
+    """Return a message part with an image of random pixels, which depend only on its size."""
     noise = torch.Generator().manual_seed(width * height)
     pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=noise)
     return {"type": "image", "image": Image.fromarray(pixels.numpy())}
@@ -49,20 +49,22 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 
 def render(processor: Any, conversation: list[dict[str, Any]], **options: Any) -> Any:
-    """`apply_chat_template`, for Phi-4's processor as well, which leaves its template to the tokenizer when loaded."""
+    """Call `apply_chat_template` with the template itself. Phi-4's loaded processor leaves the template to its
+    tokenizer."""
     template = processor.chat_template or processor.tokenizer.chat_template
     return processor.apply_chat_template(conversation, chat_template=template, **options)
 
 
 def load(family: Family, directory: Path) -> tuple[Any, Any]:
-    """The processor and the model, as a user loads them."""
+    """Load the processor and the model as a user does."""
     with real_towers():
         model = getattr(tf, family.auto_class).from_pretrained(directory)
     return tf.AutoProcessor.from_pretrained(directory), model
 
 
 def encode(processor: Any, family: Family, conversation: list[dict[str, Any]]) -> Any:
-    """What the model takes of a conversation; its first turns alone where there is no chat template."""
+    """Return the model's inputs for a conversation. Without a chat template, only its first question and answer are
+    used."""
     if family.chat_template:
         return render(processor, conversation, tokenize=True, return_dict=True, return_tensors="pt")
     parts = conversation[0]["content"]

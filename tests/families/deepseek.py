@@ -1,7 +1,7 @@
-"""DeepSeek-VL.
+"""Build a tiny DeepSeek-VL.
 
-Sources: transformers' `convert_deepseek_vl_weights_to_hf.py` (chat template, as Janus's) and the
-preprocessor_config.json of deepseek-community/deepseek-vl-1.3b-chat.
+The chat template, which is also Janus's, comes from transformers' `convert_deepseek_vl_weights_to_hf.py`. The image
+settings come from the `preprocessor_config.json` of deepseek-community/deepseek-vl-1.3b-chat.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ END = "<｜end▁of▁sentence｜>"
 
 @family("deepseek_vl", "<image_placeholder>", END, closes_last=False, strips=True)
 def deepseek_vl(directory: Path) -> None:
-    """576 tokens for every image; the end of an answer is written when something follows, not behind the last one."""
+    """Build a DeepSeek-VL. Every image has 576 tokens. The template writes the end of an answer only if another turn
+    follows."""
     tokenizer = byte_level(
         [], starts_with_bos=True, bos_token="<｜begin▁of▁sentence｜>", eos_token=END, pad_token="<｜▁pad▁｜>",
         image_token="<image_placeholder>",

@@ -1,4 +1,4 @@
-"""What a family of models is to the tests."""
+"""The properties of a model family that the tests use, and the table of all families."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ class Family:
     """A tiny checkpoint of one family, with the real model class and the real processor class.
 
     Attributes:
-        name: of the family, also of its chat template in `templates/`.
-        build: writes the checkpoint to a directory, for `AutoProcessor` and `auto_class` to load.
+        name: name of the family, and of its chat template in `templates/`.
+        build: writes the checkpoint to a directory, from which `AutoProcessor` and `auto_class` load it.
         image_token: the token that stands for image features in `input_ids`, once per feature.
-        auto_class: of transformers, loads the model.
-        end_of_turn: what the chat template writes after an answer; None where it writes no token.
-        several_images: a conversation may have more than one image.
-        text_only: the processor takes a row without an image.
-        system: the chat template takes a system message.
-        video: the processor takes videos.
-        audio: the processor takes sound.
-        encoder_decoder: the answer is read by a decoder of its own.
-        chat_template: the family publishes one.
-        generation: the chat template marks the assistant's words with `{% generation %}`.
-        alternates: the chat template refuses two turns of one role, and an answer without a question.
-        images_first: images are rendered before a turn's words, wherever they stand.
-        strips: the chat template strips the words of a turn.
-        closes_last: `end_of_turn` is written behind the last answer, too.
-        prompt_is_prefix: a conversation begins with what the template gives as a prompt for its answer.
-        keeps_system: a system message is rendered when an answer follows the question, too.
-        keeps_turns: a conversation's beginning is rendered alike, whatever follows.
-        trains: whether one command trains it; else what it takes, or why it does not.
-        needs: packages that the processor cannot do without.
+        auto_class: class of transformers that loads the model.
+        end_of_turn: token that the chat template writes after an answer, or None if it writes no token.
+        several_images: whether a conversation may have more than one image.
+        text_only: whether the processor accepts a row without an image.
+        system: whether the chat template accepts a system message.
+        video: whether the processor accepts videos.
+        audio: whether the processor accepts sound.
+        encoder_decoder: whether a separate decoder writes the answer.
+        chat_template: whether the family publishes a chat template.
+        generation: whether the chat template marks the assistant's words with `{% generation %}`.
+        alternates: whether the chat template refuses two turns of one role, and an answer without a question.
+        images_first: whether images are rendered before a turn's words, regardless of their order.
+        strips: whether the chat template strips the words of a turn.
+        closes_last: whether `end_of_turn` is also written after the last answer.
+        prompt_is_prefix: whether a conversation begins with the template's prompt for its answer.
+        keeps_system: whether a system message is still rendered when an answer follows the question.
+        keeps_turns: whether the beginning of a conversation is rendered the same whatever follows.
+        trains: "yes" if one command trains it, with the extra setting if it needs one. Otherwise "no" and the reason.
+        needs: packages that the processor requires.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Family:
     needs: tuple[str, ...] = field(default=())
 
     def missing(self) -> list[str]:
-        """Packages in `needs` that are not installed."""
+        """Return the packages in `needs` that are not installed."""
         return [package for package in self.needs if importlib.util.find_spec(package) is None]
 
 
@@ -74,7 +74,7 @@ ABSENT: dict[str, str] = {}
 def family(
     name: str, image_token: str, end_of_turn: str | None, **flags: object
 ) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
-    """Enter the decorated builder in FAMILIES."""
+    """Register the decorated builder in `FAMILIES`."""
 
     def enter(build: Callable[[Path], None]) -> Callable[[Path], None]:
         assert name not in FAMILIES, name

@@ -1,7 +1,7 @@
-"""Florence-2, an encoder-decoder without a chat template: its processor takes a task or a question.
+"""Build a tiny Florence-2, an encoder-decoder without a chat template. Its processor takes a task or a question.
 
-Sources: transformers' `convert_florence2_original_pytorch_to_hf.py` and the preprocessor_config.json of
-florence-community/Florence-2-base.
+The settings come from transformers' `convert_florence2_original_pytorch_to_hf.py` and the `preprocessor_config.json`
+of florence-community/Florence-2-base.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .parts import WIDTH, byte_level, image_processor, save
     trains="yes, with `--set chat_template=words`: it publishes no chat template",
 )  # fmt: skip
 def florence2(directory: Path) -> None:
-    """577 tokens for the image, before the prompt: the mean of the patches, then 24 x 24 of them."""
+    """Build a Florence-2. The image has 577 tokens before the prompt: the mean of the patches, then 24 x 24
+    patches."""
     places = [f"<loc_{place}>" for place in range(1000)]
     tokenizer = byte_level(
         places, starts_with_bos=True, ends_with_eos=True, bos_token="<s>", pad_token="<pad>", eos_token="</s>",

@@ -1,9 +1,10 @@
-"""Gemma 3, Gemma 3n, Gemma 4 and PaliGemma.
+"""Build tiny models of Gemma 3, Gemma 3n, Gemma 4 and PaliGemma.
 
-Sources: transformers' `convert_gemma3_weights.py` (image processor, special tokens, chat template),
-`convert_gemma3n_weights.py` and `convert_paligemma_weights_to_hf.py`, the processors' own defaults, and Gemma 4's
-chat template in llama.cpp's `models/templates`; the published one no longer puts line feeds around an image.
-PaliGemma publishes no chat template: its processor takes a prompt, and the answer as `suffix`.
+Gemma 3's image processor, special tokens and chat template come from transformers' `convert_gemma3_weights.py`. The
+other settings come from `convert_gemma3n_weights.py`, `convert_paligemma_weights_to_hf.py` and the processors' own
+defaults. Gemma 4's chat template comes from llama.cpp's `models/templates`. The published one no longer puts line
+feeds around an image. PaliGemma publishes no chat template. Its processor takes a prompt, and the answer as
+`suffix`.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ HALVES: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resa
 
 
 def gemma_tokenizer(specials: list[str], **named: Any) -> Any:
-    """Spaces are kept as they are; `<bos>` comes first."""
+    """Return a tokenizer that adds no space before the text and writes `<bos>` first."""
     usual = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "padding_side": "left"}
     return sentence_piece(specials, first=FIRST, prefix=False, **usual | named)
 
 
 @family("gemma3", "<image_soft_token>", "<end_of_turn>", alternates=True, strips=True)
 def gemma3(directory: Path) -> None:
-    """256 tokens for every image; `<start_of_image>` in the prompt becomes them, with line feeds around."""
+    """Build a Gemma 3. The processor replaces `<start_of_image>` in the prompt with the 256 tokens of an image and
+    line feeds around them."""
     tokenizer = gemma_tokenizer(
         ["<start_of_turn>", "<end_of_turn>"],
         image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>",
@@ -52,7 +54,8 @@ def gemma3(directory: Path) -> None:
     trains="no: its processor takes a prompt and its answer apart",
 )  # fmt: skip
 def paligemma(directory: Path) -> None:
-    """256 tokens for every image, all before the prompt; a line feed ends the prompt, `<eos>` the answer."""
+    """Build a PaliGemma. The 256 tokens of every image come before the prompt. A line feed ends the prompt, and
+    `<eos>` ends the answer."""
     places = [f"<loc{place:04d}>" for place in range(1024)]
     segments = [f"<seg{part:03d}>" for part in range(128)]
     # The processor writes <bos> itself, behind the image.
@@ -87,9 +90,8 @@ GEMMA4_TOKENS = {
     strips=True,
 )
 def gemma4(directory: Path) -> None:
-    """A token for each 48 x 48 pixels, about 280 whatever the image's size; the prompt closes an empty thought that
-    the conversation does not have.
-    """
+    """Build a Gemma 4. An image has one token for each 48 x 48 pixels, about 280 at any size. The prompt ends with an
+    empty thought, which a conversation with its answer does not have."""
     marks = ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>", "<|video|>"]
     tokenizer = gemma_tokenizer(marks, **GEMMA4_TOKENS, eos_token="<turn|>")
     images = image_processor("Gemma4ImageProcessor")
@@ -128,9 +130,8 @@ def gemma4(directory: Path) -> None:
     strips=True,
 )
 def gemma3n(directory: Path) -> None:
-    """256 tokens for every image, 188 for a sound. Its tower is timm's: here a small ConvNeXt, which makes 16 x 16
-    features of 768 x 768 pixels as MobileNet v5 does.
-    """
+    """Build a Gemma 3n. An image has 256 tokens, and a sound has 188. Its tower comes from timm, so a small ConvNeXt
+    stands in. Like MobileNet v5, the ConvNeXt makes 16 x 16 features of 768 x 768 pixels."""
     # Its vocabulary is the text's, then the tower's, then that of sound.
     tokenizer = gemma_tokenizer(
         [], turn_token="<start_of_turn>", eot_token="<end_of_turn>", boi_token="<start_of_image>",

@@ -1,7 +1,7 @@
-"""GLM-4.1V, which transformers calls glm4v.
+"""Build a tiny GLM-4.1V, which transformers calls glm4v.
 
-Sources: transformers' `convert_glm4v_mgt_weights_to_hf.py` and processors, vLLM's examples for the prompt's form, and
-the preprocessor_config.json of zai-org/GLM-4.1V-9B-Thinking.
+The settings come from transformers' `convert_glm4v_mgt_weights_to_hf.py` and processors, and from the
+`preprocessor_config.json` of zai-org/GLM-4.1V-9B-Thinking. The form of the prompt comes from vLLM's examples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ ROLES = ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|obser
 
 @family("glm4v", "<|image|>", None, video=True, needs=("torchvision",))
 def glm4v(directory: Path) -> None:
-    """A token for each 28 x 28 pixels, 16 at least; no token behind an answer: the model generates `<|user|>`."""
+    """Build a GLM-4.1V. An image has one token for each 28 x 28 pixels, and at least 16. The template writes no token
+    after an answer, and the model ends an answer with `<|user|>`."""
     kinds = [f"<|{edge}_of_{kind}|>" for kind in ("image", "video") for edge in ("begin", "end")]
     tokenizer = byte_level(
         [*ROLES, *kinds, "<|image|>", "<|video|>"], eos_token="<|endoftext|>", pad_token="<|endoftext|>",

@@ -1,8 +1,8 @@
-"""SmolVLM and Idefics 3.
+"""Build tiny models of SmolVLM and Idefics 3.
 
-Sources: transformers' `convert_idefics3_weights_to_hf.py`, the processors' own defaults (SmolVLM's has the chat
-template as `DEFAULT_CHAT_TEMPLATE`), and the preprocessor_config.json of HuggingFaceTB/SmolVLM2-2.2B-Instruct and
-HuggingFaceM4/Idefics3-8B-Llama3.
+The settings come from transformers' `convert_idefics3_weights_to_hf.py`, the processors' own defaults, and the
+`preprocessor_config.json` of HuggingFaceTB/SmolVLM2-2.2B-Instruct and HuggingFaceM4/Idefics3-8B-Llama3. SmolVLM's
+processor has the chat template as `DEFAULT_CHAT_TEMPLATE`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ AROUND = {
 
 @family("smolvlm", "<image>", "<end_of_utterance>", video=True, needs=("torchvision", "num2words"))
 def smolvlm(directory: Path) -> None:
-    """SmolVLM2 2.2B: an image becomes up to 4 x 4 tiles of 81 tokens, and one of the whole."""
+    """Build a SmolVLM with the settings of SmolVLM2 2.2B. An image becomes up to 4 x 4 tiles of 81 tokens, and one
+    tile of the whole image."""
     tokenizer = byte_level(
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *TILES], bos_token="<|im_start|>",
         eos_token="<end_of_utterance>", pad_token="<|im_end|>", **AROUND,
@@ -45,7 +46,7 @@ def smolvlm(directory: Path) -> None:
 
 @family("idefics3", "<image>", "<end_of_utterance>")
 def idefics3(directory: Path) -> None:
-    """An image becomes up to 4 x 4 tiles of 169 tokens, and one of the whole."""
+    """Build an Idefics 3. An image becomes up to 4 x 4 tiles of 169 tokens, and one tile of the whole image."""
     tokenizer = byte_level(
         ["<|begin_of_text|>", "<|end_of_text|>", *TILES], bos_token="<|begin_of_text|>",
         eos_token="<|end_of_text|>", pad_token="<|end_of_text|>", starts_with_bos=True, **AROUND,

@@ -1,7 +1,7 @@
-"""Kimi K2.5.
+"""Build a tiny Kimi K2.5.
 
-Sources: transformers' processor and its image processor's defaults, and vLLM's `kimi_k25.py` for the tokens around an
-image; the turns are those of Kimi K2's chat template in llama.cpp's `models/templates`.
+The settings come from transformers' processor and its image processor's defaults. The tokens around an image come
+from vLLM's `kimi_k25.py`. The turns are those of Kimi K2's chat template in llama.cpp's `models/templates`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ MEDIA = ["<|media_begin|>", "<|media_content|>", "<|media_end|>", "<|media_pad|>
 
 @family("kimi_k25", "<|media_pad|>", "<|im_end|>", needs=("torchvision",))
 def kimi_k25(directory: Path) -> None:
-    """A token for each 28 x 28 pixels; an answer begins with an empty thought, a prompt with an open one.
+    """Build a Kimi K2.5. An image has one token for each 28 x 28 pixels. An answer begins with an empty thought, and a
+    prompt ends with an open one.
 
-    Its processor takes videos, and transformers 5.23 stops on them: it counts features before their frames are pooled.
+    The processor takes videos, but transformers 5.23 fails on them, because it counts features before the frames are
+    pooled.
     """
     tokenizer = byte_level([*TURNS, *MEDIA], bos_token="[BOS]", eos_token="[EOS]", pad_token="[PAD]")
     images, videos = image_processor("Kimi_K25ImageProcessor"), tf.Kimi_K25VideoProcessor()

@@ -1,8 +1,9 @@
-"""LLaVA 1.5, LLaVA-NeXT and LLaVA-OneVision.
+"""Build tiny models of LLaVA 1.5, LLaVA-NeXT and LLaVA-OneVision.
 
-Sources: transformers' `convert_llava_weights_to_hf.py`, `convert_llava_next_weights_to_hf.py` and
-`convert_llava_onevision_weights_to_hf.py`, and the processors' own defaults. The chat templates give what those of
-llava-hf/llava-1.5-7b-hf, llava-hf/llava-v1.6-mistral-7b-hf and llava-hf/llava-onevision-qwen2-7b-ov-hf give.
+The settings come from transformers' `convert_llava_weights_to_hf.py`, `convert_llava_next_weights_to_hf.py` and
+`convert_llava_onevision_weights_to_hf.py`, and from the processors' own defaults. The chat templates render the same
+text as those of llava-hf/llava-1.5-7b-hf, llava-hf/llava-v1.6-mistral-7b-hf and llava-hf/llava-onevision-
+qwen2-7b-ov-hf.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _llama_tokenizer() -> Any:
 
 @family("llava", "<image>", None, generation=True, images_first=True)
 def llava(directory: Path) -> None:
-    """LLaVA 1.5: 576 tokens for every image, no token behind an answer."""
+    """Build a LLaVA 1.5. Every image has 576 tokens, and the template writes no token after an answer."""
     tokenizer = _llama_tokenizer()
     images = image_processor("CLIPImageProcessor", **CLIP_SIZE)
     processor = tf.LlavaProcessor(
@@ -49,7 +50,8 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 @family("llava_next", "<image>", "</s>", images_first=True)
 def llava_next(directory: Path) -> None:
-    """LLaVA 1.6 on Mistral: the whole image and up to four tiles, padding taken away, a token for each row's end."""
+    """Build a LLaVA 1.6 on Mistral. An image becomes the whole and up to four tiles, without padding and with a token
+    at the end of each row."""
     tokenizer = _llama_tokenizer()
     images = image_processor("LlavaNextImageProcessor", **CLIP_SIZE, image_grid_pinpoints=PINPOINTS)
     processor = tf.LlavaNextProcessor(
@@ -78,7 +80,8 @@ def llava_next(directory: Path) -> None:
     images_first=True,
 )
 def llava_onevision(directory: Path) -> None:
-    """The whole image and up to 9 x 9 tiles of it, which shrink together when there are more than nine."""
+    """Build a LLaVA-OneVision. An image becomes the whole and up to 6 x 6 tiles. The features of the tiles shrink
+    together if there are more than nine."""
     tokenizer = byte_level(
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"],
         eos_token="<|im_end|>", pad_token="<|endoftext|>",

@@ -1,6 +1,7 @@
-"""MiniCPM-V 4.6.
+"""Build a tiny MiniCPM-V 4.6.
 
-Sources: transformers' processor and its image processor's defaults. The chat template is Qwen 3.5's, without tools.
+The settings come from transformers' processor and its image processor's defaults. The chat template is Qwen 3.5's,
+without tools.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ ROPE = {
     "minicpmv4_6", "<|image_pad|>", "<|im_end|>", video=True, keeps_turns=False, needs=("torchvision",), strips=True
 )
 def minicpmv4_6(directory: Path) -> None:
-    """The whole image and up to 9 slices of it, of sizes of their own, with the image's number before them."""
+    """Build a MiniCPM-V 4.6. An image becomes the whole and up to 9 slices, whose sizes depend on the image. The
+    number of the image comes before them."""
     tokenizer = byte_level(
         ["<|im_start|>", "<think>", "</think>"], eos_token="<|im_end|>", pad_token="<|endoftext|>",
         image_token="<|image_pad|>", video_token="<|video_pad|>", image_start_token="<image>",

@@ -1,8 +1,9 @@
-"""Pixtral as transformers has it (a LLaVA with a Pixtral tower), and Mistral 3.
+"""Build a tiny Pixtral and a tiny Mistral 3. Pixtral is a LLaVA with a Pixtral tower, as in transformers.
 
-Sources: transformers' `convert_pixtral_weights_to_hf.py` and `convert_mistral3_weights_to_hf.py`, the image sizes of
-mistral-community/pixtral-12b and mistralai/Mistral-Small-3.1-24B-Instruct-2503, and the latter's chat template in
-llama.cpp's `models/templates`. Its published system message is longer; like it, this one has today's date.
+The settings come from transformers' `convert_pixtral_weights_to_hf.py` and `convert_mistral3_weights_to_hf.py`. The
+image sizes are those of mistral-community/pixtral-12b and mistralai/Mistral-Small-3.1-24B-Instruct-2503. The chat
+template of the latter comes from llama.cpp's `models/templates`. The published system message is longer. Both system
+messages contain today's date.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def _text(tokenizer: Any) -> tf.MistralConfig:
     "pixtral", "[IMG]", "</s>", keeps_system=False, prompt_is_prefix=False, needs=("torchvision",), alternates=True
 )
 def pixtral(directory: Path) -> None:
-    """A token for each 16 x 16 pixels, and one behind each row. A system message stands before the question when
-    nothing follows it, and nowhere else; without one, a prompt is a prefix of the conversation.
-    """
+    """Build a Pixtral. An image has one token for each 16 x 16 pixels, and one after each row. The template writes a
+    system message before the last question, and only if no answer follows it. Without a system message, a prompt is a
+    prefix of the conversation."""
     tokenizer = _tokenizer()
     images = image_processor("PixtralImageProcessor", size={"longest_edge": 1024}, patch_size=16)
     processor = tf.PixtralProcessor(
@@ -57,7 +58,8 @@ def pixtral(directory: Path) -> None:
 
 @family("mistral3", "[IMG]", "</s>", needs=("torchvision",), alternates=True)
 def mistral3(directory: Path) -> None:
-    """A token for each 28 x 28 pixels, and one behind each row; without a system message, one with the date."""
+    """Build a Mistral 3. An image has one token for each 28 x 28 pixels, and one after each row. Without a system
+    message, the template writes one with the date."""
     tokenizer = _tokenizer()
     images = image_processor("PixtralImageProcessor", size={"longest_edge": 1540}, patch_size=14)
     processor = tf.PixtralProcessor(

@@ -1,7 +1,7 @@
-"""Molmo 2.
+"""Build a tiny Molmo 2.
 
-Sources: transformers' processor and its image processor's defaults, and the special tokens of allenai/Molmo2-8B. The
-chat template is Qwen's, with a number before each of several images.
+The settings come from transformers' processor and its image processor's defaults. The special tokens are those of
+allenai/Molmo2-8B. The chat template is Qwen's, with a number before each of several images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ EDGES = ["<im_start>", "<im_end>", "<im_col>", "<low_res_im_start>", "<im_low>",
     alternates=True,
 )
 def molmo2(directory: Path) -> None:
-    """The whole image in 14 x 14 tokens, then up to 8 crops that overlap; the processor writes the first token."""
+    """Build a Molmo 2. An image becomes the whole in 14 x 14 tokens, then up to 8 crops that overlap. The processor
+    writes the first token of a text."""
     tokenizer = byte_level(
         ["<|im_start|>", "<|im_end|>", *EDGES, "<im_patch>", "<|image|>", "<|video|>"],
         bos_token="<|im_end|>", eos_token="<|im_end|>", pad_token="<|endoftext|>",

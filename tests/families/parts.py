@@ -1,4 +1,4 @@
-"""What the builders share: tokenizers, image processors, sizes of models, saving."""
+"""Functions that the builders share: they make tokenizers, image processors and random models, and save them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WORDS = (
 
 
 def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Merges that build each word from its first character on."""
+    """Return merges that build each word from its first character on."""
     merges = dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word)))
     return list(merges)
 
@@ -50,7 +50,7 @@ def _vocabulary(specials: Iterable[str], alphabet: Iterable[str], merges: list[t
 def _fast(
     tokenizer: Tokenizer, specials: Iterable[str], *, starts_with_bos: bool, ends_with_eos: bool = False, **named: Any
 ) -> Any:
-    """Wrap a tokenizer; `named` are its special tokens by attribute, those of the family among them."""
+    """Wrap a tokenizer. `named` gives its special tokens by attribute, including those of the family."""
     usual = ("bos_token", "eos_token", "pad_token", "unk_token")
     extra = {name: token for name, token in named.items() if name not in usual and name.endswith("_token")}
     rest = {name: value for name, value in named.items() if name not in extra}
@@ -66,7 +66,7 @@ def _fast(
 
 
 def byte_level(specials: Iterable[str], *, starts_with_bos: bool = False, **named: Any) -> Any:
-    """A tokenizer as GPT-2's, Qwen's and Llama 3's: every byte has a character of its own."""
+    """Return a tokenizer like those of GPT-2, Qwen and Llama 3, in which every byte has its own character."""
     specials = [*specials]
     merges = _merges([*WORDS, *("Ġ" + word for word in WORDS)])
     words = _vocabulary([], sorted(pre_tokenizers.ByteLevel.alphabet()), merges)
@@ -79,12 +79,12 @@ def byte_level(specials: Iterable[str], *, starts_with_bos: bool = False, **name
 def sentence_piece(
     specials: Iterable[str], *, first: Iterable[str], prefix: bool, starts_with_bos: bool = True, **named: Any
 ) -> Any:
-    """A tokenizer as those of Llama 2, Mistral and Gemma: spaces are ▁, what has no token is bytes.
+    """Return a tokenizer like those of Llama 2, Mistral and Gemma. Spaces become ▁, and unknown text becomes bytes.
 
     Args:
-        specials: added behind the vocabulary.
-        first: tokens at the vocabulary's beginning.
-        prefix: whether text gets a space in front, after each special token as well, as Llama 2's does.
+        specials: special tokens that are added after the vocabulary.
+        first: tokens at the beginning of the vocabulary.
+        prefix: whether text gets a space in front, also after each special token, as in Llama 2.
     """
     specials = [*specials]
     letters = [chr(code) for code in range(33, 127)]
@@ -99,19 +99,19 @@ def sentence_piece(
 
 
 def image_processor(name: str, **settings: Any) -> Any:
-    """The image processor of this name, in its Pillow variant where torchvision is not installed."""
+    """Return the image processor of this name, or its Pillow variant if torchvision is not installed."""
     if importlib.util.find_spec("torchvision") is None and not hasattr(tf, name + "Pil"):
         raise ImportError(f"{name} needs torchvision.")
     return getattr(tf, name if importlib.util.find_spec("torchvision") else name + "Pil")(**settings)
 
 
 def template(name: str) -> str:
-    """The chat template in `templates/`, without the line feed at its end."""
+    """Return the chat template from `templates/`, without the line feed at its end."""
     return (TEMPLATES / f"{name}.jinja").read_text().removesuffix("\n")
 
 
 def random_model(model_class: str, config: Any) -> Any:
-    """A model in eval mode, with a fixed seed and weights so large that every part changes the logits."""
+    """Return a model in eval mode with a fixed seed. Its weights are so large that every part changes the logits."""
     torch.manual_seed(0)
     model = getattr(tf, model_class)(config).eval()
     generator = torch.Generator().manual_seed(2)
@@ -124,7 +124,7 @@ def random_model(model_class: str, config: Any) -> Any:
 
 @contextmanager
 def real_towers() -> Iterator[None]:
-    """Without the tower that tests/zoo/gemma.py registers in the place of timm's."""
+    """Remove the tower that `tests/zoo/gemma.py` registers in place of timm's, and restore it after the block."""
     registered = tf.AutoModel._model_mapping._extra_content
     kept = dict(registered)
     registered.clear()
@@ -135,10 +135,10 @@ def real_towers() -> Iterator[None]:
 
 
 def save(directory: Path, model_class: str, config: Any, processor: Any, end: str | None = None) -> None:
-    """Write a model of random weights, and its processor.
+    """Write a model with random weights, and its processor.
 
     Args:
-        end: token that ends a generated answer; None: the tokenizer's eos_token.
+        end: token that ends a generated answer, in addition to the tokenizer's eos_token.
     """
     tokenizer = processor.tokenizer
     model = random_model(model_class, config)

@@ -1,7 +1,7 @@
-"""Phi-4-multimodal, as transformers has it.
+"""Build a tiny Phi-4-multimodal, as in transformers.
 
-Sources: transformers' processor and the image processor's defaults, and the chat template of
-microsoft/Phi-4-multimodal-instruct with parts of a message, as its conversion for transformers has it.
+The settings come from transformers' processor and the image processor's defaults. The chat template is that of
+microsoft/Phi-4-multimodal-instruct. As in the conversion for transformers, it takes messages with parts.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .parts import TEXT, VISION, byte_level, image_processor, save, template
     needs=("torchvision",),
 )
 def phi4_multimodal(directory: Path) -> None:
-    """The whole image in 448 x 448 pixels and up to 36 tiles, with a token behind each row; `<|endoftext|>` behind the
-    last answer's `<|end|>`. Its language model is the model itself.
-    """
+    """Build a Phi-4-multimodal. An image becomes the whole in 448 x 448 pixels and up to 36 tiles, with a token after
+    each row. The template writes `<|endoftext|>` after the `<|end|>` of the last answer. The model has no separate
+    language model inside."""
     roles = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     tokenizer = byte_level(
         roles, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>",

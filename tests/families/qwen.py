@@ -1,8 +1,8 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+"""Build tiny models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 
-Sources: transformers' processors and configurations, and the preprocessor_config.json of Qwen/Qwen2-VL-7B-Instruct,
-Qwen/Qwen2.5-VL-7B-Instruct and Qwen/Qwen3-VL-4B-Instruct for the image sizes. The chat templates give what the
-published ones give for conversations without tools.
+The settings come from transformers' processors and configurations. The image sizes come from the
+`preprocessor_config.json` of Qwen/Qwen2-VL-7B-Instruct, Qwen/Qwen2.5-VL-7B-Instruct and Qwen/Qwen3-VL-4B-Instruct.
+For conversations without tools, the chat templates render the same text as the published ones.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def _text(tokenizer: Any, **settings: Any) -> dict[str, Any]:
 
 @family("qwen2_vl", "<|image_pad|>", "<|im_end|>", video=True, needs=("torchvision",))
 def qwen2_vl(directory: Path) -> None:
-    """A token for each 28 x 28 pixels, the image's sides rounded to multiples of that."""
+    """Build a Qwen2-VL. An image has one token for each 28 x 28 pixels, and its sides are rounded to multiples of
+    28."""
     tokenizer = qwen_tokenizer()
     images = image_processor("Qwen2VLImageProcessor", size=PIXELS)
     videos = tf.Qwen2VLVideoProcessor(size=VIDEO_PIXELS)
@@ -59,7 +60,7 @@ def qwen2_vl(directory: Path) -> None:
 
 @family("qwen2_5_vl", "<|image_pad|>", "<|im_end|>", video=True, needs=("torchvision",))
 def qwen2_5_vl(directory: Path) -> None:
-    """As Qwen2-VL, with windows of attention in its tower."""
+    """Build a Qwen2.5-VL. It is like Qwen2-VL, with window attention in its tower."""
     tokenizer = qwen_tokenizer()
     images = image_processor("Qwen2VLImageProcessor", size=PIXELS)
     videos = tf.Qwen2VLVideoProcessor(size=VIDEO_PIXELS)
@@ -75,7 +76,8 @@ def qwen2_5_vl(directory: Path) -> None:
 
 @family("qwen3_vl", "<|image_pad|>", "<|im_end|>", video=True, needs=("torchvision",))
 def qwen3_vl(directory: Path) -> None:
-    """A token for each 32 x 32 pixels, 64 at least; no system message of its own; seconds before a video's frames."""
+    """Build a Qwen3-VL. An image has one token for each 32 x 32 pixels, and at least 64. The template adds no default
+    system message, and a video's frames follow their time in seconds."""
     tokenizer = qwen_tokenizer()
     patches: dict[str, Any] = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     size = {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}

@@ -1,7 +1,7 @@
-"""The table of docs/models.md that says which families one command trains, from what the tests run.
+"""Write the table of `docs/models.md` that lists which families one command trains. The tests run the same families.
 
 python -m tests.families.table            # write it
-python -m tests.families.table --check    # fail where it is out of date
+python -m tests.families.table --check    # fail if it is out of date
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BEGIN, END = "<!-- begin: written by python -m tests.families.table -->", "<!-- 
 
 
 def table() -> str:
-    """Markdown, a row for each family."""
+    """Return the table in Markdown, with a row for each family."""
     heads = ("family", "trains by one command", "several images", "videos", "sound", "what is special")
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for name, family in sorted(FAMILIES.items()):
@@ -29,7 +29,7 @@ def table() -> str:
 
 
 def special(family: Family) -> str:
-    """What a reader of its data should know."""
+    """Return the properties of a family that someone who prepares data for it should know."""
     said = {
         "takes no system message": not family.system,
         "images come before a turn's words": family.images_first,
@@ -41,7 +41,7 @@ def special(family: Family) -> str:
 
 
 def main() -> None:
-    """Write the table, or compare it."""
+    """Write the table, or with `--check` compare it with the page."""
     check = "--check" in sys.argv
     if rewrite(PAGE, BEGIN, END, table(), check) and check:
         sys.exit(f"{PAGE.name} is out of date. Write: python -m tests.families.table")

@@ -1,4 +1,4 @@
-"""The collator gives each family's model what its processor gives, with labels on the answers alone."""
+"""Test that the collator makes the same batches as each family's processor, with labels on the answers alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ each_family = pytest.mark.parametrize("family", TEMPLATED, ids=lambda family: fa
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Name -> file of an image whose pixels differ."""
+    """Write images whose pixels differ, and return their files by name."""
     folder, files = tmp_path_factory.mktemp("images"), {}
     for name, (width, height) in SIZES.items():
         noise = torch.Generator().manual_seed(width * height)
@@ -43,7 +43,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def row(name: str, *turns: Any, images: tuple[str, ...] = ()) -> Row:
-    """A conversation of user and assistant in turn; an image of the row stands where None does."""
+    """Return a conversation in which user and assistant take turns. Each None stands for an image of the row."""
     messages = []
     for number, parts in enumerate(turns):
         parts = parts if isinstance(parts, tuple) else (parts,)
@@ -53,7 +53,7 @@ def row(name: str, *turns: Any, images: tuple[str, ...] = ()) -> Row:
 
 
 def rows_of(family: Family, images: dict[str, str]) -> list[Row]:
-    """Conversations of every kind that a family takes."""
+    """Return conversations of every kind that a family accepts."""
     rows = [
         row("one", (None, "What is this?"), "A red cat.", images=(images["wide"],)),
         row("large", (None, "What is this?\n Look."), " A cat, a red cat. ", images=(images["large"],)),
@@ -85,7 +85,7 @@ def rows_of(family: Family, images: dict[str, str]) -> list[Row]:
 
 
 def conversation(one: Row) -> list[dict[str, Any]]:
-    """The messages with their images, as a user gives them to the processor."""
+    """Return the messages with their images, as a user gives them to the processor."""
     files = map(load_image, one["images"])
     return [
         {
@@ -103,7 +103,8 @@ def processed(processor: Any, messages: list[dict[str, Any]], **options: Any) ->
 
 
 def slow_labels(processor: Any, one: Row, only: int | None) -> list[int]:
-    """The tokens of each answer, or of one, found by what the processor makes of the turns up to it and through it."""
+    """Return the labels of each answer, or of one answer. They come from the processor's output before the answer and
+    after it."""
     messages = conversation(one)
     ids = processed(processor, messages)["input_ids"][0].tolist()
     labels = [-100] * len(ids)
@@ -121,7 +122,7 @@ def slow_labels(processor: Any, one: Row, only: int | None) -> list[int]:
 def test_batch_and_labels_are_the_processors_own(
     family: Family, family_checkpoint: Callable[[Family], Path], images: dict[str, str]
 ) -> None:
-    """The batch to the bit, and the labels that are found prefix by prefix."""
+    """A batch equals the processor's own bit for bit, and its labels equal those found one answer after another."""
     processor = tf.AutoProcessor.from_pretrained(family_checkpoint(family))
     collator = ConversationCollator(processor)
     rows = rows_of(family, images)
@@ -178,7 +179,8 @@ def test_counts_are_the_processors_own(
     family_checkpoint: Callable[[Family], Path],
     images: dict[str, str],
 ) -> None:
-    """Of rows measured together, with and without images, and with a limit that some exceed."""
+    """Rows that are measured together have the processor's own token counts, with and without images. This also holds
+    with a limit that some rows exceed."""
     processor = processor_of(family, family_checkpoint)
     rows = []
     for number, pairs in enumerate(said):
@@ -248,7 +250,8 @@ def test_no_image_is_cut(family: Family, family_checkpoint: Callable[[Family], P
 def test_a_model_learns_to_stop(
     family: Family, family_checkpoint: Callable[[Family], Path], images: dict[str, str]
 ) -> None:
-    """Where the template ends no answer, the tokenizer's end token does; elsewhere nothing changes."""
+    """An answer ends with the tokenizer's end token if the template does not end it. Otherwise the labels do not
+    change."""
     processor = tf.AutoProcessor.from_pretrained(family_checkpoint(family))
     plain, ending = ConversationCollator(processor), ConversationCollator(processor, ends_answers=True)
     one = rows_of(family, images)[0]

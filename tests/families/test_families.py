@@ -1,4 +1,4 @@
-"""Each tiny checkpoint loads in the ordinary way, and its model takes what its processor makes of a conversation."""
+"""Test that each tiny checkpoint loads in the ordinary way, and that its model accepts its processor's output."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_model_answers(family: Family, family_checkpoint: Callable[[Family], P
 
 @each_family
 def test_an_image_changes_the_answer(family: Family, family_checkpoint: Callable[[Family], Path]) -> None:
-    """Features land on the placeholders: another image, other logits behind it."""
+    """Another image gives other logits at the last token, so the features replace the placeholders."""
     processor, model = load(family, family_checkpoint(family))
     inputs = encode(processor, family, CONVERSATIONS["one image"]).to(model.dtype)
     other = {name: -value if "pixel_values" in name else value for name, value in inputs.items()}

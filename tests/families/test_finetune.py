@@ -1,4 +1,4 @@
-"""Two lines teach a model of each family a task, and score it: from the command line, in fresh processes."""
+"""Test that two commands train a model of each family on a task and score it, each in a fresh process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ COLUMNS = {"question": "question", "answer": "answer", "image": "image", "id": "
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six rows in each of three forms: squares and their colors, and one row of text."""
+    """Write six rows in each of three forms: five squares with their colors, and one row of text. Return the
+    folder."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "photos").mkdir()
     llava: list[dict[str, Any]] = []
@@ -74,7 +75,7 @@ def test_the_three_forms_are_the_same_rows(form: str, data: Path) -> None:
 
 
 def named_columns(file: Path) -> list[str]:
-    """What a table needs on the command line."""
+    """Return the command-line options that name the columns of a table."""
     return [word for name in COLUMNS if "table" in file.name for word in ("--column", f"{name}={name}")]
 
 
@@ -87,7 +88,8 @@ def run(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize("family", TRAINED, ids=lambda family: family.name)
 @pytest.mark.slow
 def test_two_lines(family: Family, family_checkpoint: Callable[[Family], Path], data: Path, tmp_path: Path) -> None:
-    """Trained from one form and scored on the next: each form comes with every third family in either place."""
+    """A model trains on rows of one form and is scored on rows of the next. The three forms alternate over the
+    families."""
     place = TRAINED.index(family)
     trained, tested = (data / FORMS[(place + later) % len(FORMS)] for later in range(2))
     model, output = family_checkpoint(family), tmp_path / "adapter"

@@ -1,4 +1,4 @@
-"""Rows with videos and sounds: the batch is the processor's own, the model learns from it, and bad files are named."""
+"""Test rows with videos and sounds: their batches equal the processor's own, and mixed batches give a finite loss."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def by_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' own way of reading a path, with PyAV instead of torchcodec, which needs FFmpeg's libraries."""
+    """Make transformers read videos from a path with PyAV. Its default, torchcodec, needs FFmpeg's libraries."""
 
     def fetch_videos(self: Any, videos: Any, sample_indices_fn: Any = None) -> Any:
         if isinstance(videos, list):
@@ -67,7 +67,8 @@ def said(question: str, answer: str = "A red cat.") -> list[dict[str, str]]:
 
 
 def rows_of(family: Family, folder: Path) -> list[Row]:
-    """Rows of a file in LLaVA's form, of every kind that a family takes."""
+    """Write rows of every kind that a family accepts to a file in LLaVA's form, and return them as `read_rows` gives
+    them."""
     frames = [f"frame{number}.png" for number in range(4)]
     image = {"id": "image", "image": "frame0.png", "conversations": said("<image>\nWhat is this?")}
     rows: list[Row] = [{"id": "text", "conversations": said("What is two?")}, image]
@@ -91,7 +92,7 @@ def rows_of(family: Family, folder: Path) -> list[Row]:
 
 
 def conversation(row: Row) -> list[dict[str, Any]]:
-    """The messages as a user gives them to the processor: with paths of videos and sounds in their parts."""
+    """Return the messages as a user gives them to the processor, with paths of videos and sounds in their parts."""
     media = {"image": iter(row["images"]), "video": iter(row["videos"]), "audio": iter(row["audio"])}
 
     def shown(part: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +170,8 @@ def test_a_mixed_batch_trains(family: Family, family_checkpoint: Callable[[Famil
 def test_videos_of_other_lengths_in_a_batch(
     family: Family, family_checkpoint: Callable[[Family], Path], folder: Path
 ) -> None:
-    """Most processors take them; others are named with what to write."""
+    """Most processors accept videos of different lengths in a batch. For the others, an error names the rows and the
+    setting to use."""
     processor = tf.AutoProcessor.from_pretrained(family_checkpoint(family), **SETTINGS.get(family.name, {}))
     collator = ConversationCollator(processor)
     turns = [{"role": "user", "content": [{"type": "video"}]}]
@@ -190,7 +192,8 @@ def test_videos_of_other_lengths_in_a_batch(
 def test_settings_of_the_processor_choose_frames(
     settings: Row, frames: int, family_checkpoint: Callable[[Family], Path], folder: Path, by_pyav: None
 ) -> None:
-    """Qwen2.5-VL takes every frame of a file unless it is told otherwise; two frames make one of its time steps."""
+    """The processor's settings choose the frames of a video. By default Qwen2.5-VL takes every frame. Two frames make
+    one of its time steps."""
     processor = tf.AutoProcessor.from_pretrained(family_checkpoint(FAMILIES["qwen2_5_vl"]), **settings)
     row = next(row for row in rows_of(FAMILIES["qwen2_5_vl"], folder) if row["id"] == "video")
     batch, expected = ConversationCollator(processor)([row]), processed(processor, row)

@@ -1,4 +1,5 @@
-"""Two lines teach a model rows with videos and sounds, and score it; the doctor measures the rows before."""
+"""Test that two commands train and score a model on rows with videos and sounds, and that the doctor checks the
+rows."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(kind: str, *files: str) -> list[Row]:
-    """A row for each file, and one of text."""
+    """Return a row for each file, and one row of text."""
     turns = [{"from": "human", "value": f"<{kind}>\nWhat is this?"}, {"from": "gpt", "value": "A red cat."}]
     said = [{"from": "human", "value": "What is two?"}, {"from": "gpt", "value": "A number."}]
     return [{"id": file, kind: file, "conversations": turns} for file in files] + [
@@ -71,7 +72,7 @@ def finetune(model: Path, data: Path, output: Path, **settings: Any) -> Result:
 
 @pytest.mark.parametrize("name", [*SEE, *HEAR])
 def test_two_lines(name: str, family_checkpoint: Callable[[Any], Path], folder: Path, tmp_path: Path) -> None:
-    """Nothing but videos, or sounds, reaches the adapter, and it learns."""
+    """The adapter learns from videos alone, or from sounds alone. Its loss falls and its weights change."""
     model, output = family_checkpoint(FAMILIES[name]), tmp_path / "adapter"
     kind, ending = ("video", "mp4") if name in SEE else ("audio", "wav")
     same = "same" if name == "llava_onevision" else ""

@@ -1,4 +1,5 @@
-"""Rows that each family's processor makes, packed: the loss and gradients of padded ones, or a line in the log."""
+"""Test that packed rows have the loss and gradients of padded rows. Models that cannot read packed rows get padded
+ones and a warning."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ IMAGE = {"type": "image"}
 
 
 def rows_of(family: Family, folder: Path) -> list[dict[str, Any]]:
-    """Conversations of several lengths: one image, one and many words, no image, two images."""
+    """Return conversations of several lengths, with one image, two images and no image, where the family accepts
+    them."""
     files = []
     for number, size in enumerate([(181, 97), (97, 111), (60, 64)]):
         noise = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))

@@ -1,4 +1,4 @@
-"""What a recipe offers holds for models of other kinds: patches of one size, a grid, pieces, an encoder-decoder."""
+"""Test that a recipe's options work for other kinds of models: fixed patches, a grid, tiles and an encoder-decoder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Make = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight rows in LLaVA's form, two of them of text alone."""
+    """Write eight rows in LLaVA's form, two of them with text alone, and return their folder."""
     folder = tmp_path_factory.mktemp("data")
     for number in range(8):
         Image.new("RGB", (60 + 30 * number, 90), (30 * number, 80, 200)).save(folder / f"{number}.png")
@@ -54,7 +54,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recordings(data: Path) -> Path:
-    """The same folder, with eight rows of videos, of several lengths, and of sounds."""
+    """Add eight rows of videos, of several lengths, and eight rows of sounds to the folder of `data`. Return the
+    folder."""
     pytest.importorskip("av", reason="videos need PyAV")
     pytest.importorskip("soundfile", reason="sound needs soundfile")
     for number in range(8):
@@ -80,7 +81,8 @@ def write_rows(folder: Path, medium: str, ending: str) -> None:
 
 @pytest.fixture
 def make(family_checkpoint: Callable[[Any], Path], data: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Make:
-    """A recipe's values for a kind, and what its rows show; keys of `training` are given by name."""
+    """Return a function that makes a recipe's values for a kind of model and a medium. Keyword arguments set keys of
+    `training`."""
 
     def values(kind: str, output: str = "adapter", medium: str = "image", **training: Any) -> dict[str, Any]:
         if medium != "image":
@@ -165,7 +167,8 @@ def test_streamed_mixtures(kind: str, make: Make, data: Path) -> None:
 @each_medium
 @pytest.mark.slow
 def test_two_processes_with_rows_of_text(kind: str, medium: str, make: Make, tmp_path: Path) -> None:
-    """A batch of two rows: in some steps one process has text alone, of which the text branch learns."""
+    """Two processes have the losses of one. A batch has two rows, so in some steps one process has text alone, from
+    which only the text branch learns."""
     one, values = (make(kind, name, medium, batch_size=2, logging_steps=1) for name in ("one", "two"))
     one["adapter"] = values["adapter"] = {"branches": ["text", "audio" if medium == "audio" else "vision"]}
     expected = train(load_recipe(one))["stages"][-1]["losses"]
@@ -303,7 +306,8 @@ def test_a_model_without_a_chat_template(make: Make) -> None:
 def test_a_processor_that_takes_prompt_and_answer_apart(
     make: Make, data: Path, family_checkpoint: Callable[[Any], Path]
 ) -> None:
-    """It is refused, and the way that the error names trains the adapter."""
+    """A model whose processor takes prompt and answer separately is refused, and the method that the error names
+    trains its adapter."""
     with pytest.raises(ValueError, match=r"takes the answer apart from the prompt \(suffix=\)"):
         train(load_recipe({**make("paligemma"), "chat_template": "words"}))
     checkpoint = family_checkpoint(FAMILIES["paligemma"])

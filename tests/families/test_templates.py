@@ -1,4 +1,4 @@
-"""What each chat template makes of turns, prompts, words and images."""
+"""Test how each chat template renders turns, prompts, words and images."""
 
 from __future__ import annotations
 

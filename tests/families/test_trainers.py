@@ -1,4 +1,4 @@
-"""The collator in transformers' Trainer and in TRL's, and TRL's trainers on rows of `to_trl`, on tiny hosts."""
+"""Test the collator in the trainers of transformers and TRL, and TRL's trainers on rows of `to_trl`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_trainers_take_the_collator(kind: str, family_checkpoint: Callable[[Any]
 
 
 def conversations(folder: Path, text_alone: bool) -> list[dict[str, Any]]:
-    """Rows of two answers, every second one without an image if `text_alone`."""
+    """Return rows with two answers each. With `text_alone`, every second row has no image."""
     Image.new("RGB", (60, 90), "red").save(folder / "red.png")
     image = {"type": "image"}
     rows = []
@@ -70,7 +70,7 @@ def conversations(folder: Path, text_alone: bool) -> list[dict[str, Any]]:
 
 
 def length(completions: list[Any], answers: list[list[str]], **_: Any) -> list[float]:
-    """A reward that random weights get: of longer answers."""
+    """Reward longer answers. Even random weights get this reward."""
     assert answers == [["No"]] * len(completions)
     return [float(len(completion[0]["content"])) for completion in completions]
 

@@ -1,8 +1,8 @@
-"""InternVL 3, Aya Vision, Llama 4 and Ovis 2, which cut an image into tiles of one size.
+"""Build tiny models of InternVL 3, Aya Vision, Llama 4 and Ovis 2, which cut an image into tiles of one size.
 
-Sources: transformers' `convert_internvl_weights_to_hf.py`, `convert_ovis2_weights_to_hf.py` and
-`convert_llama4_weights_to_hf.py`, the processors' own defaults (Llama 4's has the chat template), and the
-preprocessor_config.json of CohereLabs/aya-vision-8b. Aya Vision's published system message is longer.
+The settings come from transformers' `convert_internvl_weights_to_hf.py`, `convert_ovis2_weights_to_hf.py` and
+`convert_llama4_weights_to_hf.py`, the processors' own defaults, and the `preprocessor_config.json` of
+CohereLabs/aya-vision-8b. Llama 4's processor has the chat template. Aya Vision's published system message is longer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _qwen2(tokenizer: Any) -> tf.Qwen2Config:
 
 @family("internvl", "<IMG_CONTEXT>", "<|im_end|>", video=True, needs=("torchvision",))
 def internvl(directory: Path) -> None:
-    """InternVL 3: up to 12 tiles of 256 tokens, and one of the whole."""
+    """Build an InternVL 3. An image becomes up to 12 tiles of 256 tokens, and one tile of the whole image."""
     tokenizer = byte_level(
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", pad_token="<|endoftext|>",
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
@@ -47,9 +47,8 @@ def internvl(directory: Path) -> None:
 
 @family("ovis2", "<IMG_ATOM>", "<|im_end|>")
 def ovis2(directory: Path) -> None:
-    """Up to 12 tiles of 256 tokens, and one of the whole; `<image>` itself is no token. A system message comes second,
-    behind the one that the template always writes.
-    """
+    """Build an Ovis 2. An image becomes up to 12 tiles of 256 tokens, and one tile of the whole image. Its `<image>`
+    is not a token. A system message comes second, after the one that the template always writes."""
     marks = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
     tokenizer = byte_level(
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<IMG_ATOM>", *marks],
@@ -68,7 +67,8 @@ def ovis2(directory: Path) -> None:
 
 @family("aya_vision", "<|IMG_PATCH|>", "<|END_OF_TURN_TOKEN|>", images_first=True)
 def aya_vision(directory: Path) -> None:
-    """Up to 12 tiles of 169 tokens, and one of the whole; two tokens close an answer."""
+    """Build an Aya Vision. An image becomes up to 12 tiles of 169 tokens, and one tile of the whole image. Two tokens
+    end an answer."""
     turns = ["<|START_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"]
     marks = ["<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_LINE_BREAK|>"]
     tiles = [f"TILE_{number}" for number in range(1, 13)]
@@ -93,7 +93,8 @@ def aya_vision(directory: Path) -> None:
 
 @family("llama4", "<|patch|>", "<|eot|>", needs=("torchvision",))
 def llama4(directory: Path) -> None:
-    """Up to 16 tiles of 144 tokens, and one of the whole behind `<|image|>`, which stays one token."""
+    """Build a Llama 4. An image becomes up to 16 tiles of 144 tokens, and one tile of the whole image. The latter
+    follows `<|image|>`, which stays one token."""
     marks = ["<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>", "<|image|>"]
     tokenizer = byte_level(
         ["<|end_of_text|>", "<|header_start|>", "<|header_end|>", *marks, "<|patch|>"], starts_with_bos=True,

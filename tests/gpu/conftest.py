@@ -1,4 +1,4 @@
-"""What tests on a GPU share: where they run, and that warnings of kernels are no errors."""
+"""Fixtures for tests on a GPU: the device of a test. Warnings of GPU libraries are not errors in this folder."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import pytest
 
 @pytest.fixture
 def device() -> str:
-    """Of the tests that run on a CPU elsewhere."""
+    """Return the GPU, for tests of other folders that also run on a CPU."""
     return "cuda"
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def place(request: pytest.FixtureRequest) -> str:
-    """Of the tests of this folder: on a CPU as well, so that a fault of the test is found without a GPU."""
+    """Return each device on which the tests of this folder run. The CPU is one of them, so that a fault of a test
+    shows without a GPU."""
     return request.param
 
 

@@ -1,4 +1,4 @@
-"""The adapter follows its model to a device: files, caches, attention kernels, compiled decoding."""
+"""Test that the adapter follows its model to a device, with files, caches, attention kernels and compiled decoding."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def test_features_of_a_cache_come_to_the_model_s_device(place: str, tmp_path: Pa
 
 
 def test_images_that_do_not_fit_the_prompt_are_refused(place: str) -> None:
-    """On a GPU the numbers are copied in the background, and compared before the language model runs."""
+    """An error stops a batch with too few images before the language model runs. On a GPU the counts are copied in the
+    background."""
     model = build().to(place)
     batch = moved(make_batch(model), place)
     ran: list[str] = []
@@ -103,7 +104,8 @@ def test_images_that_do_not_fit_the_prompt_are_refused(place: str) -> None:
 
 
 def test_flash_attention_changes_nothing_of_the_adapter(place: str) -> None:
-    """bfloat16 and no other kernel: the adapter is an identity at first, and its gradients are those of plain sums."""
+    """With flash attention in bfloat16, a fresh adapter is an identity. The gradients of a random adapter are close to
+    those of plain attention."""
     case = llava().to(place)
     case.model.to(torch.bfloat16)
     case.batch = to_dtype(case.batch, torch.bfloat16)
@@ -124,7 +126,8 @@ def test_flash_attention_changes_nothing_of_the_adapter(place: str) -> None:
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("branches", [None, BOTH], ids=["vision", "both"])
 def test_static_cache_decodes_the_same_tokens(branches: list[str] | None, place: str) -> None:
-    """Compiled, on a GPU with CUDA graphs, whose replays read the same memory each time."""
+    """Compiled decoding with a static cache gives the same tokens. On a GPU it uses CUDA graphs, whose replays read
+    the same memory each time."""
     case = llava().to(place)
     model = adapted(case, branches=branches or ["vision"])
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
@@ -141,7 +144,8 @@ def test_static_cache_decodes_the_same_tokens(branches: list[str] | None, place:
 
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_training_gives_the_same_gradients(place: str) -> None:
-    """On a GPU with CUDA graphs, which begin with the third step."""
+    """A compiled model has the same gradients in each of four steps. On a GPU it uses CUDA graphs, which begin with
+    the third step."""
     case = llava().to(place)
     model = adapted(case)
     expected = gradients(model, case.batch)

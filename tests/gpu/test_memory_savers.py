@@ -1,4 +1,4 @@
-"""Offloading and gradient checkpointing on a GPU: the same tests as on a CPU."""
+"""Run the CPU's tests of offloading and gradient checkpointing on a GPU."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`adapter_names` on a GPU: each row as with its adapter alone, and no more waits for the device."""
+"""Test `adapter_names` on a GPU. Each row has the result of its adapter alone, and more adapters add no waits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROWS = 64
 
 @contextmanager
 def waits() -> Iterator[list[str]]:
-    """What the host waited for on the GPU; read it after the block."""
+    """Collect the operations in which the CPU waits for the GPU. The list is filled when the block ends."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

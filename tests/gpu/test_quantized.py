@@ -1,4 +1,4 @@
-"""bitsandbytes' own CUDA kernels in nf4 and int8: the tests of tests/tuner/test_quantized.py on a GPU."""
+"""Run the tests of `tests/tuner/test_quantized.py` on a GPU, with bitsandbytes' own CUDA kernels for nf4 and int8."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Training on a GPU: autocast, logits at labels, the recipe's optimizer and data loading, and what a step keeps."""
+"""Test training on a GPU: autocast, logits at labels, the optimizer, data loading and the memory of a step."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_logits_at_labels_give_the_same_loss_and_gradients(place: str) -> None:
 
 
 def run(values: dict[str, Any], output: Path, place: str, **arguments: Any) -> tuple[list[float], dict[str, Any]]:
-    """A stage's losses and weights."""
+    """Train a stage, and return its losses and weights."""
     values = copy.deepcopy(values) | {"output": str(output)}
     values["training"]["arguments"] |= {"use_cpu": place == "cpu", **arguments}
     record = train(load_recipe(values))["stages"][-1]
@@ -86,7 +86,7 @@ def test_pinned_batches_of_workers_are_the_same(values: dict[str, Any], tmp_path
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast", [False, True])
 def test_losses_are_near_those_of_a_cpu(autocast: bool, values: dict[str, Any], tmp_path: Path) -> None:
-    """And so are pixels, crops and the order of rows."""
+    """Losses on a GPU are close to those on a CPU. This also needs the same pixels and the same order of rows."""
     losses, _ = run(values, tmp_path / "gpu", "cuda", bf16=autocast)
     others, _ = run(values, tmp_path / "cpu", "cpu")
     assert losses == pytest.approx(others, rel=2e-2 if autocast else 1e-3)
@@ -94,7 +94,8 @@ def test_losses_are_near_those_of_a_cpu(autocast: bool, values: dict[str, Any], 
 
 @pytest.mark.gpu
 def test_memory_that_the_adapter_keeps() -> None:
-    """As CUDA counts it, for its backward pass: a token itself, and its two products of m features."""
+    """For its backward pass, the adapter keeps only each token's embedding and its two products of m features, as CUDA
+    counts memory."""
     width, m, tokens = 2048, 64, 4096
     store = CromeWeights()
     store.add("default", CromeConfig(bottleneck_dim=m, init_weights=False), ["vision"], width, 0.7)

@@ -1,4 +1,4 @@
-"""What an adapter does on a batch, against the equation and against the model itself."""
+"""Test the inspection of an adapter on a batch against the equation and against the model itself."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.zoo.case import IMAGE_TOKEN
 
 
 def reference(model: torch.nn.Module, x: torch.Tensor, branch: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The equation, written again: the gates and the change."""
+    """Return the gates and the change of the embeddings, computed directly from the equation."""
     gate, down, up = (crome_weight(model, name) for name in (f"gate_{branch}", f"down_{branch}", "up"))
     gates = F.silu(x @ gate.T)
     return gates, (gates * (x @ down.T)) @ up.T
@@ -134,7 +134,8 @@ def test_several_adapters_and_none() -> None:
 
 @pytest.mark.slow
 def test_quantized_backbone(tmp_path: Path) -> None:
-    """8-bit: in 4-bit, some CPUs' kernel for evaluation takes layers of whole blocks only, wider than these."""
+    """On an 8-bit backbone, text has the embedding norms of the plain backbone. In 4-bit, the evaluation kernel of
+    some CPUs needs layers of whole blocks, which are wider than these."""
     pytest.importorskip("bitsandbytes")
     from tests.zoo.test_quantized import quantized
 

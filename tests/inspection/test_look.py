@@ -1,4 +1,4 @@
-"""From an adapter's directory to a page: backbones found, one adapter or two, files, and what errors say."""
+"""Test the inspection from an adapter's directory to a page, with one adapter or two, and its errors."""
 
 import re
 import sys
@@ -24,7 +24,7 @@ runner = CliRunner()
 
 
 def save(model: Any, folder: Path, seed: int = 3, **config: Any) -> str:
-    """An adapter that is not an identity, beside its backbone's directory."""
+    """Save an adapter that is not an identity, and return its directory. The model has no adapter afterwards."""
     model = attach(model, **config)
     randomize(model, seed=seed)
     model.save_pretrained(folder)
@@ -34,7 +34,7 @@ def save(model: Any, folder: Path, seed: int = 3, **config: Any) -> str:
 
 @pytest.fixture
 def base(composite: Any, processor: Any, tmp_path: Path) -> str:
-    """A composite's directory, whose path an adapter on it names."""
+    """Return the directory of a composite with its processor. An adapter on it has this path in its configuration."""
     composite.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     return str(tmp_path / "base")
@@ -42,7 +42,7 @@ def base(composite: Any, processor: Any, tmp_path: Path) -> str:
 
 @pytest.fixture
 def adapters(base: str, tmp_path: Path) -> list[str]:
-    """Two adapters of one composite."""
+    """Return the directories of two adapters on one composite."""
     model = tf.AutoModelForImageTextToText.from_pretrained(base)
     return [save(model, tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
 
@@ -54,7 +54,7 @@ def image(tmp_path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """Tags and their attributes, and the text."""
+    """Parser that keeps the tags of an HTML page with their attributes, and its text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -73,7 +73,8 @@ class Page(HTMLParser):
 def test_images_are_read_as_the_models_own_processor_reads_them(
     kind: str, adapters: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A composite shows transparency on white; transformers' processors of other models leave it out."""
+    """The inspection reads images as the model's own processor does. A composite shows transparency on white, and
+    processors of other models drop it."""
     adapter, model, prompt = adapters[0], None, "w1 w2"
     if kind == "host":
         model, prompt = str(tmp_path / "host"), "What color?"
@@ -169,7 +170,7 @@ def test_stage_directory_is_its_own_backbone(values: dict[str, Any], image: Path
 
 @pytest.fixture
 def llava(tmp_path: Path) -> str:
-    """A LLaVA's directory with a processor, without a chat template."""
+    """Return the directory of a LLaVA with a processor but without a chat template."""
     tokenizer = make_tokenizer(pad_token="<unk>", extra_special_tokens={"image_token": "<image>"})
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     sizes = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

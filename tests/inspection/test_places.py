@@ -1,4 +1,4 @@
-"""Tokens in their places: a tower that looks at one place only shows which cell that place is."""
+"""Test that tokens are drawn in their places. A tower whose tokens depend on one place only shows which cell it is."""
 
 import importlib
 from typing import Any
@@ -29,7 +29,7 @@ TOKENS = {
 
 
 def look_nowhere_else(model: nn.Module) -> None:
-    """Take the tower's layers out: each token then depends on its own patches."""
+    """Skip the layers of the tower, so that each token depends only on its own patches."""
 
     def skip(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -43,7 +43,7 @@ def look_nowhere_else(model: nn.Module) -> None:
 
 
 def cells_that_change(model: Any, batch: dict[str, Any], other: dict[str, Any], images: int = 2) -> list[np.ndarray]:
-    """For each image, where the map of the change differs between two batches."""
+    """Return, for each image, the cells in which the map of the change differs between two batches."""
     drawn = []
     for given in (batch, other):
         activity = next(row for row in inspect_activity(model, given) if row.branch == "vision")
@@ -124,7 +124,7 @@ def test_grid_that_is_not_known_is_none() -> None:
 
 
 class Words:
-    """A tokenizer of which only `decode` is used."""
+    """A stand-in for a tokenizer, of which only `decode` is used."""
 
     def decode(self, ids: list[int]) -> str:
         return {5: " <b>", 6: "a\n"}.get(ids[0], f"w{ids[0]}")

@@ -1,4 +1,4 @@
-"""An adapter's files: numbers worked by hand, and what is said of files that are none."""
+"""Test the inspection of an adapter's files against numbers computed by hand, and its errors for wrong files."""
 
 import json
 from math import exp, log
@@ -25,7 +25,8 @@ def write(folder: Path, weights: dict[str, torch.Tensor], **config: Any) -> Path
 
 
 def by_hand() -> dict[str, torch.Tensor]:
-    """Width 3, two hidden units; the second unit of the vision branch has no gate, that of the text branch no W_d."""
+    """Return weights of width 3 with two hidden units in each branch. The second unit has no W_g in the vision branch,
+    and a negligible W_d in the text branch."""
     return {
         "up": torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]]),  # (d, m): W_u transposed
         "gate_text": torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]),

@@ -1,1 +1,1 @@
-"""A tiny random language model of each architecture that transformers maps to causal or seq2seq language modeling."""
+"""Test tiny random language models of each architecture in transformers' mappings for causal and seq2seq models."""

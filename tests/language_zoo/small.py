@@ -1,4 +1,4 @@
-"""Small configurations of language models: sizes by their names in the configurations, and what some need beside."""
+"""Small configurations of language models. Sizes are set by their names, and some models need further settings."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ NO_TEXT_MODEL = {  # model_type -> why the zoo has no case of it
 
 
 def architectures() -> list[tuple[str, bool]]:
-    """(model_type, whether it is seq2seq) of each model in transformers' two mappings that reads text alone."""
+    """Return (model_type, whether it is seq2seq) of each model in transformers' two mappings that reads text alone."""
     found = []
     mappings = ((MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, False), (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, True))
     for mapping, seq2seq in mappings:
@@ -117,7 +117,7 @@ def _is_text_model(name: str) -> bool:
 
 
 def small_config(name: str, seq2seq: bool) -> PreTrainedConfig:
-    """The architecture's configuration with a width of 32, two to four layers and 100 tokens."""
+    """Return the architecture's configuration with a width of 32, two to four layers and 100 tokens."""
     config_class = CONFIG_MAPPING[name]
     given = {key: size for key, size in SIZES.items() if _has(config_class(), key)} | OWN.get(name, {})
     aliases = getattr(config_class, "attribute_map", {})

@@ -1,4 +1,4 @@
-"""Every language model in the composite: its logits without an image, an exact start, gradients, text, the fold."""
+"""Test every language model in the composite: logits, the exact start, gradients, text, generation and folding."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ each_language_model = pytest.mark.parametrize(
 
 
 def language_model(name: str, seq2seq: bool) -> PreTrainedModel:
-    """A random one, no weight of which is a neutral value that would hide what it multiplies."""
+    """Build a random language model. None of its weights has a neutral value that would hide what it multiplies."""
     auto_class = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     torch.manual_seed(0)
     model = auto_class.from_config(small_config(name, seq2seq)).eval()
@@ -75,7 +75,7 @@ def language_model(name: str, seq2seq: bool) -> PreTrainedModel:
 
 
 def composite(model: PreTrainedModel) -> tuple[CromeVLMForConditionalGeneration, dict[str, Any]]:
-    """The language model joined to a tiny tower, and a batch with an image in each row."""
+    """Join the language model to a tiny tower, and return the composite with a batch that has an image in each row."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "mlp_ratio": 2}
     tower = AutoModel.from_config(Dinov2Config(hidden_size=16, **sizes))
     joined = CromeVLMForConditionalGeneration.from_backbones(tower, model, image_token_id=IMAGE).eval()
@@ -86,7 +86,7 @@ def composite(model: PreTrainedModel) -> tuple[CromeVLMForConditionalGeneration,
 
 
 def targets(joined: CromeVLMForConditionalGeneration, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Labels for `ids`."""
+    """Return labels for `ids`."""
     return {"labels": torch.tensor([[9, 10, 2], [11, 12, 2]]) if joined.config.is_encoder_decoder else ids}
 
 
@@ -128,7 +128,8 @@ def test_language_model(name: str, seq2seq: bool, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def check_base_model(joined: CromeVLMForConditionalGeneration, name: str, batch: dict[str, Any]) -> None:
-    """The head makes the logits of the last hidden states, scaled and capped by TRL's names, or there is an error."""
+    """Assert that the head alone gives the logits, with the scale and cap that TRL reads from the configuration. Other
+    models must raise an error."""
     if joined.config.is_encoder_decoder or name in MORE_THAN_A_HEAD:
         more = "no decoder that reads" if joined.config.is_encoder_decoder else "does more than its head"
         with pytest.raises(ValueError, match=more):
@@ -140,7 +141,7 @@ def check_base_model(joined: CromeVLMForConditionalGeneration, name: str, batch:
 
 @torch.no_grad()
 def check_generation(adapted: PeftModel, name: str, batch: dict[str, Any]) -> None:
-    """Each token that is generated has the highest logit when the text so far goes through `forward` at once."""
+    """Assert that each generated token has the highest logit when the text so far goes through `forward` at once."""
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     if name in NO_GENERATE:
         with pytest.raises(ValueError, match=r"generate takes token ids alone in transformers"):
@@ -163,7 +164,8 @@ def check_generation(adapted: PeftModel, name: str, batch: dict[str, Any]) -> No
 
 @torch.no_grad()
 def check_fold(adapted: PeftModel, name: str, batch: dict[str, Any], text: dict[str, Any], folder: Path) -> None:
-    """The folded text branch gives the same logits, also as a checkpoint, or is refused before anything is changed."""
+    """Assert that the folded text branch gives the same logits, also from a checkpoint. Otherwise folding is refused,
+    and nothing changes."""
     expected = adapted(**batch).logits
     because = "scales its output" if untying_changes(adapted, batch) else NO_FOLD.get(name)
     if because:

@@ -1,4 +1,4 @@
-"""A task of lmms-eval's own kind, on questions about shapes in easy-VQA's layout: what a user would write."""
+"""Write a task for lmms-eval as a user would write one. Its questions about shapes have easy-VQA's layout."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def messages(doc, lmms_eval_specific_kwargs=None):
 
 
 def write_task(folder: Path, rows: list[dict[str, str]]) -> None:
-    """Write the task and its data; `rows` have an image's path, a question and an answer."""
+    """Write the task and its data. Each of `rows` has the path of an image, a question and an answer."""
     features = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
     folder.mkdir()
     Dataset.from_list(rows, features=features).to_parquet(folder / "test.parquet")

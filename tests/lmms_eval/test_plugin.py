@@ -1,4 +1,4 @@
-"""lmms-eval's released package asks an adapted model, from its own command line, by its own entry point."""
+"""Test that the released lmms-eval gets answers of an adapted model through its own command line and entry point."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ RELEASE = [
 
 
 def install() -> Path:
-    """Put the release into a directory of its own, once."""
+    """Install the release once into its own directory, and return the directory."""
     target = cache_dir() / RELEASE[0].replace("==", "-")
     with FileLock(cache_dir() / f".{target.name}.lock"):
         if not target.is_dir():
@@ -67,7 +67,7 @@ def install() -> Path:
 
 
 def ask(release: Path, home: Path, arguments: str, processes: int = 1) -> list[dict]:
-    """Run the command line; return its samples."""
+    """Run the command line and return its samples."""
     output = home / f"out-{len(list(home.glob('out-*')))}"
     command = [sys.executable]
     if processes > 1:
@@ -133,7 +133,9 @@ def test_command_line_gets_the_adapted_models_answers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_stages_directory_and_two_processes(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
-    """A composite with a Q-Former and its adapter, by the directory's name; each process answers its share."""
+    """The command line takes the directory of a composite with a Q-Former and its adapter. With two processes, each
+    one
+    answers its share of the questions."""
     release = install()
     train(load_recipe(values))
     stage = values["output"]

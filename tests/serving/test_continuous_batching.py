@@ -1,4 +1,4 @@
-"""transformers' continuous batching of prompts without images: with an adapter attached, and with one folded."""
+"""Test continuous batching in transformers for prompts without images, with an attached and with a folded adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENS = 6
 
 
 def tokens(model: Any) -> list[list[int]]:
-    """`generate`, one prompt after another."""
+    """Return the tokens that `generate` gives for one prompt after another."""
     settings: dict[str, Any] = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
     prompts = [torch.tensor([prompt]) for prompt in PROMPTS]
     return [

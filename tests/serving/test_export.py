@@ -1,4 +1,4 @@
-"""What `export` writes for vLLM, without vLLM: tests/engine serves it."""
+"""Test what `export` writes for vLLM, without vLLM. The tests in tests/engine serve it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def weights_of(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
 def test_a_host_in_a_directory_is_copied_as_it_is(
     host: Path, size: str, dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Sharded files, their index and the dtype; the host's weights are not loaded for it."""
+    """An export copies a host's sharded files, index and dtype as they are. It does not load the host's weights."""
     AutoModelForImageTextToText.from_pretrained(host, dtype=dtype).save_pretrained(host, max_shard_size=size)
     if size == "20KB":
         (host / "model.safetensors").unlink()
@@ -121,7 +121,7 @@ def test_a_host_on_the_hub_is_named(host: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_revision_of_a_host(host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one that the adapters name is not one of another host."""
+    """The revision that the adapters name is used only for the host that they name."""
     save_adapters(host, tmp_path / "adapter", "default")
     config = tmp_path / "adapter" / "adapter_config.json"
     values = {"base_model_name_or_path": "somebody/llava", "revision": "abc"}
@@ -164,7 +164,7 @@ def test_one_of_several_adapters_is_written_whichever_is_active(host: Path, acti
 
 @contextmanager
 def adapter_of(model: PeftModel, name: str) -> Iterator[None]:
-    """Have an adapter active while the block runs."""
+    """Make an adapter active while the block runs."""
     before = model.active_adapter
     model.set_adapter(name)
     yield

@@ -1,4 +1,4 @@
-"""What `fold` writes of a quantized model loads with the same logits, or is refused before a file appears."""
+"""Test that a folded quantized model loads with the same logits, or is refused before a file is written."""
 
 from __future__ import annotations
 
@@ -118,7 +118,8 @@ def test_layers_that_hqq_put_in_are_refused(folder: Path, tmp_path: Path) -> Non
 
 
 def test_tensors_that_torchao_put_in_are_refused(folder: Path, tmp_path: Path) -> None:
-    """By torchao's own function, of which transformers does not know: the keys are as ever, the values are not."""
+    """Tensors that torchao's own function quantized are refused. transformers has no record of it: the keys stay the
+    same, and only the values change."""
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -144,7 +145,7 @@ def test_a_module_of_a_user_s_own_in_the_host_is_refused(tmp_path: Path) -> None
 
 
 class DropsTheStateDict(HfQuantizer):
-    """As transformers' quantizers: what is written is the model's own state dict, whatever was handed over."""
+    """Write the model's own state dict and ignore any other, as the quantizers of transformers do."""
 
     def __init__(self) -> None:
         self.quantization_config, self.pre_quantized = None, False

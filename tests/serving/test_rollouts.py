@@ -1,4 +1,4 @@
-"""What TRL's vLLM would be given, without vLLM: tests/engine samples with it."""
+"""Test what TRL's trainers would give to vLLM, without vLLM. The tests in tests/engine sample with it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def train(host: Path, name: str = "GRPO", model: Any = None, **arguments: Any) -
 
 
 def generation_of(model: Any, **settings: Any) -> Any:
-    """What TRL would make, before its engine starts."""
+    """Return the object that TRL would make for vLLM, before its engine starts."""
     from trl.generation.vllm_generation import VLLMGeneration
 
     from peft_crome.serving import rollouts  # noqa: F401  # a trainer's check imports it
@@ -148,7 +148,7 @@ def test_models_without_an_adapter_are_left_to_trl() -> None:
 
 
 def test_what_is_sent_is_the_active_adapter_and_a_folded_table() -> None:
-    """Dropout is not folded in, and the model is not changed."""
+    """The active adapter and a folded table are sent. Dropout is not folded in, and the model does not change."""
     model = attach(ZOO["llava"]().model, branches=["vision", "text"], dropout=0.5)
     model.add_adapter("ref", model.peft_config["default"])
     for seed, name in enumerate(model.peft_config):

@@ -1,4 +1,4 @@
-"""A folded checkpoint with the encoder's embeddings, in stock transformers, is the adapted model."""
+"""Test that a folded checkpoint with the encoder's embeddings matches the adapted model in stock transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKENS = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "suppres
 
 
 def assert_serves(case: Case, folder: Path, tolerance: float) -> float:
-    """Logits to rounding, the same greedy tokens; returns the largest difference."""
+    """Assert equal logits up to rounding and the same greedy tokens. Return the largest difference of logits."""
     model = adapted(case)
     expected = logits(model, case.batch)
     tokens = model.generate(**case.generate_inputs(), **TOKENS)
@@ -55,7 +55,8 @@ def assert_serves(case: Case, folder: Path, tolerance: float) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "internvl", "smolvlm"])
 def test_hosts(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """A product of all of a table's rows may round unlike one of a few, and Gemma's rows are scaled."""
+    """A folded host serves the logits of the adapted model. A product of all of a table's rows may round differently
+    from one of a few rows, and Gemma scales its rows."""
     case = ZOO[name]()
     case.model.to(dtype)
     case.batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in case.batch.items()}
@@ -64,7 +65,7 @@ def test_hosts(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_composite(tmp_path: Path) -> None:
-    """The language model alone, with whole prompts as embeddings."""
+    """The folded language model alone gives the composite's logits and tokens, with whole prompts as embeddings."""
     model = attach(build())
     randomize(model)
     batch = make_batch(model.get_base_model())
@@ -104,7 +105,7 @@ def test_seq2seq_composite(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin `_thread.get_ident")
 @pytest.mark.parametrize("name", HOSTS)
 def test_hosts_that_forward_to_another_module(name: str, tmp_path: Path) -> None:
-    """The checkpoint and the embeddings are those of the model inside."""
+    """The checkpoint and embeddings of a host that wraps another module are those of the module inside."""
     case = ZOO["llava"]()
     plain = adapted(ZOO["llava"]())
     model = attach(HOSTS[name](case.model))
@@ -149,7 +150,7 @@ def test_compiled_composite(what: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bart composite", "florence2"])
 def test_tables_that_were_tied_to_each_other(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """BART's halves have a table each, and all of them are in the file once the tie is off."""
+    """All tied tables are in the file once the tie is off, and logits stay the same. BART has one in each half."""
     if name == "florence2":
         case = ZOO[name]()
         model, batch, kind = attach(case.model, branches={"text": case.sites["text"]}), case.batch, type(case.model)
@@ -174,7 +175,7 @@ def test_tables_that_were_tied_to_each_other(name: str, tmp_path: Path, monkeypa
 
 
 def test_shapes_that_engines_take() -> None:
-    """vLLM: a tensor of images, a list where they differ, or all tokens with the grid that numbers them."""
+    """Images have a shape that vLLM takes: one tensor of all images, or all tokens with the grid that numbers them."""
     case = ZOO["llava"]()
     data = ImageEncoder(adapted(case)).multi_modal_data(**case.batch)
     assert data["image"].shape == (2, 4, 32)
@@ -192,7 +193,9 @@ def test_shapes_that_engines_take() -> None:
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", *sorted(ZOO.keys() & set(NOT_IN_VLLM))])
 def test_hosts_whose_embeddings_vllm_does_not_take_are_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """tests/engine asks vLLM, for these and for families that the zoo does not have."""
+    """A warning names each host whose image embeddings vLLM does not take. The tests in tests/engine ask vLLM for
+    these
+    hosts and for families outside the zoo."""
     case = ZOO[name]()
     with caplog.at_level(logging.WARNING, "peft_crome"):
         ImageEncoder(adapted(case)).multi_modal_data(**case.batch)

@@ -1,4 +1,4 @@
-"""The image encoder as a program of torch.export, and in ONNX, run by onnxruntime."""
+"""Test the image encoder as a program of `torch.export`, and in ONNX with onnxruntime."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 class Images(nn.Module):
-    """As docs/serving.md has it."""
+    """Return the image features of a host, as the class in docs/serving.md does."""
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Images(nn.Module):
 
 
 def encoder_of(name: str) -> tuple[Images, torch.Tensor, torch.Tensor]:
-    """The encoder, images, and their embeddings, (tokens of all images, hidden)."""
+    """Return the encoder, images, and their embeddings of shape (tokens of all images, hidden)."""
     case = ZOO[name]()
     model = attach(case.model, branches=["vision"])
     randomize(model)

@@ -1,4 +1,5 @@
-"""`transformers serve` with an adapter beside its host's checkpoint: real HTTP, the adapted model's answers."""
+"""Test `transformers serve` over HTTP with an adapter beside its host's checkpoint. The answers are the adapted
+model's."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ QUESTION = "What color is the circle?"
 
 
 def script() -> str:
-    """As docs/serving.md has it."""
+    """Return the code of `serve.py` in docs/serving.md."""
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     return page.split("a test runs serve.py -->\n```python\n")[1].split("```")[0]
 

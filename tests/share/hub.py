@@ -1,4 +1,4 @@
-"""A small server that speaks the Hub's endpoints used by huggingface_hub to upload and to load; content in memory."""
+"""Serve the Hub's endpoints that huggingface_hub uses to upload and to load. All content stays in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 
 @dataclass
 class Repository:
-    """Commits by id, each a dict from path to content."""
+    """Hold commits by id, each a dict from path to content."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     head: str = ""
@@ -35,7 +35,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the server holds, and what it was asked."""
+    """Hold the content of the server and the requests that it got."""
 
     url: str = ""
     storage: str = ""  # where large files are: another host's name, as the Hub's, for redirects to it are not followed
@@ -50,7 +50,7 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Routes by regular expression: ROUTES maps "METHOD path" to a method's name."""
+    """Route requests by regular expression. `ROUTES` maps `METHOD path` to the name of a method."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
     )
 
     def log_message(self, *args: Any) -> None:
-        """Quiet."""
+        """Log nothing."""
 
     def handle_any(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
 
     def writes(self) -> bool:
-        """Whether the caller may write; answers if not."""
+        """Return whether the caller may write, and send an error if not."""
         if self.headers.get("Authorization") == f"Bearer {TOKEN}":
             return True
         self.error(401, "Unauthorized")
@@ -221,7 +221,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve() -> Iterator[Hub]:
-    """A hub on a free port of this machine, for as long as the block runs."""
+    """Run a hub on a free port of this machine while the block runs."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
     server.daemon_threads = True

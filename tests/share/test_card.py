@@ -1,4 +1,4 @@
-"""The model card: what the Hub and a stranger need, made for this adapter; a user's own words stay."""
+"""Test the model card. It has what the Hub and its readers need for this adapter, and it keeps a user's own words."""
 
 from __future__ import annotations
 
@@ -167,7 +167,9 @@ def test_the_code_for_a_model_that_sees_runs(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_code_for_a_run_loads_the_processor_that_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its chat template and settings may differ from the base's, which has no template here."""
+    """The card's code loads the processor of the run. Its chat template and settings may differ from those of the
+    base,
+    which has no template in this test."""
     save_tokenizer_and_model(tmp_path / "base")
     processor = tf.AutoProcessor.from_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "adapter")
@@ -268,7 +270,8 @@ def test_a_repository_of_named_adapters_has_a_page(folder: str, tmp_path: Path) 
 
 
 def test_cards_of_others_are_not_even_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A data set's, a base model's, another method's: what stands in them is no business of ours."""
+    """The card of another method is not read, so invalid metadata causes no warning. The card of a folder without an
+    adapter stays unchanged."""
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "README.md").write_text("---\n: [no yaml\n---\n")
     before = (tmp_path / "README.md").read_bytes()

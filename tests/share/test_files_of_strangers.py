@@ -1,4 +1,4 @@
-"""An adapter's files come from anybody: what they could do is refused, with the reason, before a model is changed."""
+"""Test that harmful adapter files are refused with a reason before the model changes. Anyone can share files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def adapter(original: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """One for all: a refusal leaves it as it was."""
+    """Return one model for all tests, because a refusal leaves it unchanged."""
     return llava().model
 
 

@@ -1,4 +1,5 @@
-"""Upload and load by `user/name` over HTTP, as huggingface_hub does it, from a process that knows only HF_ENDPOINT."""
+"""Test uploads and loads by `user/name` over HTTP with huggingface_hub, in a process that gets the address from
+HF_ENDPOINT."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def hub() -> Iterator[Hub]:
 
 
 def run(code: str, hub: Hub, home: Path, *arguments: Path | str, token: str = TOKEN) -> str:
-    """Run a script in a process of its own: the Hub's address and token are read when libraries are imported."""
+    """Run a script in its own process, because the Hub's address and token are read when libraries are imported."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HTTP", "http"))}
     environment |= {
         "HF_ENDPOINT": hub.url,

@@ -1,4 +1,5 @@
-"""An adapter knows what it was trained on: one warning names all that differs, and none comes where nothing does."""
+"""Test the record of the model that an adapter was trained on. One warning names all differences, and the same model
+gives no warning."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def change_record(folder: Path, **values: Any) -> None:
 
 
 def load(adapter: Path, model: nn.Module | None = None) -> list[str]:
-    """Load, and return CROME's warnings."""
+    """Load an adapter and return the warnings about another model."""
     with warnings.catch_warnings(record=True, action="always") as caught:
         PeftModel.from_pretrained(llava().model if model is None else model, adapter)
     return [str(w.message) for w in caught if "was trained on another model" in str(w.message)]

@@ -1,4 +1,5 @@
-"""Every way of huggingface_hub to upload an adapter uploads a card that loads it, and a user's own words."""
+"""Test that each way to upload an adapter with huggingface_hub uploads a card that loads it and keeps a user's own
+words."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """What `upload_folder` hands to Xet's upload, in whose place this stands."""
+    """Return the files that `upload_folder` passes to Xet's upload, which a stand-in replaces."""
     pipeline = pytest.importorskip("huggingface_hub._upload_pipeline")
     files: dict[str, bytes] = {}
 

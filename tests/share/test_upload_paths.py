@@ -1,4 +1,4 @@
-"""Whatever writes a card or uploads a folder: what is on the Hub loads with the lines that its card shows."""
+"""Test that an adapter on the Hub loads with the lines of its card, whatever writes the card or uploads the folder."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ open(sys.argv[3], "w").write(json.dumps(failed))
 
 @pytest.fixture(scope="module")
 def uploaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, dict[str, str]]]:
-    """A hub that each path has uploaded to, a repository for each; and how paths failed."""
+    """Yield a hub with one uploaded repository for each path, and the tracebacks of the paths that failed."""
     home = tmp_path_factory.mktemp("uploads")
     save_tokenizer_and_model(home / "base")
     codes = {path: textwrap.dedent(code).replace("user/adapter", repository(path)) for path, code in PATHS.items()}
@@ -253,7 +253,8 @@ host().push_to_hub("user/base")
 
 
 def test_other_uploads_are_as_they_were(tmp_path: Path) -> None:
-    """A base model, LoRA, a card with the import in a user's own words, a project that holds an adapter."""
+    """Other cards are uploaded unchanged. They belong to a base model, to LoRA, to a user who wrote the import, and to
+    a project around an adapter."""
     save_tokenizer_and_model(tmp_path / "base")
     mine = "---\nlibrary_name: peft\n---\n\nFirst `import peft_crome`, then as ever.\n"
     with serve() as hub:

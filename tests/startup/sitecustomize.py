@@ -1,4 +1,4 @@
-"""Runs when an interpreter starts with this folder on PYTHONPATH (see tests/torchvision_on_cpu.py)."""
+"""Import tests/torchvision_on_cpu.py when an interpreter starts with this folder on PYTHONPATH."""
 
 import sys
 from pathlib import Path

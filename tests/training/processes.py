@@ -1,4 +1,4 @@
-"""Runs of a recipe in processes of their own: one or two, which die by SIGKILL where a test says."""
+"""Run a recipe in one or two processes of its own. A test can have them killed by SIGKILL."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def run(
     Args:
         values: the recipe.
         log: file to which each process adds a line per batch; see `batches`.
-        processes: joined by gloo, on the CPU.
-        kill_at: the step after which the first process is killed, before its checkpoint; the others then are, as
-            torchrun does.
+        processes: number of processes, joined by gloo on the CPU.
+        kill_at: the step after which the first process is killed, before its checkpoint. The others are then killed
+            too, as torchrun does.
         record: a folder, and where to copy it to whenever something in it is about to be written.
-        sharded: by accelerate's FSDP2 or DeepSpeed, with these variables of `accelerate launch`.
+        sharded: variables of `accelerate launch` for sharding by accelerate's FSDP2 or DeepSpeed.
         spoil_at: the step, counted from 0, whose gradient is NaN and whose loss is finite.
     Returns:
         Exit codes.
@@ -57,7 +57,7 @@ def run(
 def spread(
     target: Callable[[int], None], log: Path, processes: int, environment: dict[str, str] | None = None
 ) -> list[int | None]:
-    """Call a function with 0, 1, ... in processes joined by gloo; what they print is beside `log`.
+    """Call a function with 0, 1, ... in processes joined by gloo. Their output is written beside `log`.
 
     Returns:
         Exit codes.
@@ -145,7 +145,8 @@ def _run(
 
 
 def _shard(trainer: Any) -> None:
-    """Have accelerate use FSDP2 on the CPU, which it does on accelerators alone; all else is as on them."""
+    """Make accelerate use FSDP2 on the CPU, which it does only on accelerators. Everything else is as on an
+    accelerator."""
     state = trainer.accelerator.state
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin()
@@ -153,7 +154,7 @@ def _shard(trainer: Any) -> None:
 
 
 def _refuse_writing(output: Path) -> None:
-    """Let a process fail that writes a stage's directory beside the first one."""
+    """Make this process fail if it writes a stage's directory. Only the first process may write it."""
     places = (f"{output}/", f"{output.with_name(f'.{output.name}.writing')}/")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -166,7 +167,7 @@ def _refuse_writing(output: Path) -> None:
 
 
 def _record(home: Path, states: Path) -> None:
-    """Copy `home` before each write to it, also as it is when that file is cut off in the middle."""
+    """Copy `home` before each write to it, and also with the written file cut off in the middle."""
     busy = False
     seen: list[list[tuple[Path, bytes]]] = []
 
@@ -226,9 +227,9 @@ def _record(home: Path, states: Path) -> None:
 
 
 def batches(log: Path) -> dict[tuple[int, int], list[tuple[str, float]]]:
-    """(process, steps done before) -> digest of each batch that was trained on, and its loss.
+    """Return (process, steps done before) -> digest of each batch that was trained on, and its loss.
 
-    Of a step that was done again after a restart, what was seen last.
+    For a step that was done again after a restart, only the last run counts.
     """
     found: dict[tuple[int, int], list[tuple[str, float]]] = {}
     before: dict[int, int] = {}

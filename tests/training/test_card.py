@@ -1,4 +1,4 @@
-"""The model card of a stage's directory: names with signs of Markdown's and Jinja's."""
+"""Test the model card of a stage's directory with names that contain special characters of Markdown and Jinja."""
 
 import json
 from types import SimpleNamespace

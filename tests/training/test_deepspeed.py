@@ -1,6 +1,6 @@
-"""Weights divided between two processes by DeepSpeed: the same losses, files and restarts as of whole weights.
+"""Test that weights divided between two processes by DeepSpeed train, save and resume as whole weights do.
 
-`make test-deepspeed` installs DeepSpeed for these tests alone; elsewhere they are skipped.
+`make test-deepspeed` installs DeepSpeed for these tests alone. Without it they are skipped.
 """
 
 from functools import partial
@@ -37,7 +37,7 @@ ZERO3 = {
 
 @pytest.fixture
 def recipe(values: dict[str, Any]) -> dict[str, Any]:
-    """Twelve rows, one of them text alone, eight to a step, with a norm to which each gradient is clipped."""
+    """Return a recipe with eight rows a step and a norm to which each gradient is clipped."""
     values["training"] |= {"batch_size": 8, "rows_per_device": 2, "max_steps": 4, "learning_rate": 3e-3}
     values["training"] |= {"max_grad_norm": 0.01}
     return values
@@ -89,7 +89,8 @@ def test_divided_run_goes_on_where_it_stopped(recipe: dict[str, Any], tmp_path: 
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights(recipe: dict[str, Any], tmp_path: Path) -> None:
-    """accelerate lets DeepSpeed step in the backward pass, before the check; DeepSpeed itself leaves the step out."""
+    """A gradient that is not finite leaves the weights unchanged. accelerate lets DeepSpeed step in the backward pass,
+    before the check, but DeepSpeed skips such a step itself."""
     assert 0 not in run(recipe, tmp_path / "log", processes=2, sharded=ZERO3, spoil_at=1)
     printed = (tmp_path / "log.0").read_text()
     assert "Changed weights: []" in printed
@@ -122,7 +123,7 @@ def text_rows(case: Case) -> Batch:
 
 
 def steps(case: Case, beside: list[str], rows: slice) -> list[Batch]:
-    """Twice the rows with an image, then, with the adapter alone, a row without."""
+    """Return two batches of rows with an image. When only the adapter trains, add a batch of text alone."""
     images = {key: value[rows] for key, value in case.batch.items()}
     return [images, images, *([] if beside else [text_rows(case)])]
 

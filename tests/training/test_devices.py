@@ -1,4 +1,4 @@
-"""GPUs by name and by size, and how fast this machine is."""
+"""Test the lookup of GPUs by name and by size, and the measured speed of this machine."""
 
 import pytest
 import torch

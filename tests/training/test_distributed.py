@@ -1,4 +1,4 @@
-"""Two processes train what one does: the same losses, the same adapter, written once."""
+"""Test that two processes train as one does: they have the same losses and the same adapter, which is written once."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,8 @@ def losses(directory: str | Path) -> list[float]:
 
 @pytest.fixture
 def quiet(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Without dropout, which is another one in each process; thirteen rows are three steps and one row."""
+    """Return a recipe without dropout, which would differ between processes. The last batch of each epoch is not
+    full."""
     recipe["adapter"]["dropout"] = 0.0
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     recipe["backbones"]["qformer"] = {**recipe["backbones"]["qformer"], **still}
@@ -27,7 +28,7 @@ def quiet(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_same_run(values: dict[str, Any], tmp_path: Path, **two: Any) -> None:
-    """Train on one process and on two; compare losses step by step, and what is written."""
+    """Train on one process and on two, and compare the losses of each step and the written files."""
     outputs = []
     for processes in (1, 2):
         output = tmp_path / f"by-{processes}"
@@ -54,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_have_the_losses_of_one(name: str, quiet: dict[str, Any], tmp_path: Path) -> None:
-    """Rows of text alone, answers of other lengths and an uneven last batch among them."""
+    """Two processes have the losses of one, with answers of different lengths and an uneven last batch."""
     quiet["training"] |= CASES[name]
     if name == "with the Q-Former":  # some of its weights see what no loss depends on
         quiet["stage"] = "instruct"
@@ -80,7 +81,7 @@ def test_two_processes_have_the_losses_of_one_for_an_encoder_decoder(
 
 @pytest.mark.parametrize("name", ["Q-Former", "no Q-Former", "checkpointed"])
 def test_images_in_one_process_and_text_alone_in_the_other(name: str, quiet: dict[str, Any], tmp_path: Path) -> None:
-    """In some steps one process has no image, in others none has: no part of its loss is the vision branch's."""
+    """Two processes train as one does on a stream that mixes rows with an image and rows of text alone."""
     if name == "no Q-Former":
         for key in ("qformer", "qformer_tokenizer", "num_query_tokens"):
             del quiet["backbones"][key]

@@ -1,6 +1,6 @@
-"""The table of a recipe's keys in docs/stages.md is the one that the recipe's classes give.
+"""Test that the table of keys in docs/stages.md is the one that the recipe's classes give.
 
-`python -m tests.training.test_docs_of_recipes` writes it.
+`python -m tests.training.test_docs_of_recipes` writes the table.
 """
 
 import json
@@ -19,7 +19,7 @@ START, END = "<!-- keys -->\n", "<!-- end of keys -->"
 
 
 def sections(kind: Any) -> list[type[BaseModel]]:
-    """The classes of a recipe's section in an annotation."""
+    """Return the classes of a recipe's sections in an annotation."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return [kind]
     return [found for part in typing.get_args(kind) for found in sections(part)]
@@ -29,7 +29,7 @@ KINDS = {str: "text", bool: "true or false", int: "whole number", float: "number
 
 
 def kind_of(annotation: Any) -> str:
-    """The values that a key takes, in the words of somebody who writes YAML; bounds are in the messages."""
+    """Describe the values that a key takes, in words for authors of YAML. Error messages give the bounds."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return " or ".join(f"`{value}`" for value in inner)

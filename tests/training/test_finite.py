@@ -1,4 +1,4 @@
-"""A loss or gradient that is no number stops the run before the weights are changed, and names its rows."""
+"""Test that a loss or gradient that is not finite stops the run before the weights change and names its rows."""
 
 import json
 import os
@@ -136,7 +136,8 @@ except NotFiniteError as error:
 
 @pytest.mark.slow
 def test_all_processes_stop_and_share_the_questions(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
-    """Two gloo processes: one loss is NaN, both stop with its rows; five questions are shared, all of them scored."""
+    """A NaN loss in one of two gloo processes stops both and names its rows. The processes share five questions of an
+    evaluation, and all of them are scored."""
     values["training"]["arguments"]["use_cpu"] = True
     values["evaluation"] = {"data": [{"path": str(dataset)}], "steps": 2, "max_rows": 5, "max_new_tokens": 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
@@ -165,7 +166,8 @@ def test_all_processes_stop_and_share_the_questions(values: dict[str, Any], data
     [(1.0, 65536.0, None), (float("nan"), 65536.0, "the loss"), (1.0, 2.0**-15, "the gradient")],
 )
 def test_overflow_of_a_gradient_under_fp16_is_the_scalers(loss: float, scale: float, stops: str | None) -> None:
-    """It leaves such a step out and halves its scale. PyTorch scales on GPUs alone, so this is a stand-in."""
+    """An overflow of the gradient under fp16 is left to the scaler, which skips the step and halves its scale. At the
+    smallest scale it stops the run. PyTorch scales on GPUs alone, so a stand-in is used."""
     scaler = SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: scale)
     accelerator = SimpleNamespace(scaler=scaler, num_processes=1, distributed_type=DistributedType.NO)
     check = FiniteCheck()

@@ -1,4 +1,4 @@
-"""A run that stops in the middle and is started again: what it goes on from, and what it refuses to mix."""
+"""Test a run that stops in the middle and is started again: where it continues, and what it refuses to mix."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tests.training.tiny import weights
 
 
 def test_interrupted_stage_goes_on(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that dies after step 3 and is started again ends with the weights of one that does not."""
+    """A run that dies after step 4 and is started again ends with the weights of an uninterrupted run."""
     from peft_crome.training import run
 
     train(load_recipe({**values, "output": values["output"] + "-whole"}))
@@ -48,7 +48,7 @@ def test_interrupted_stage_goes_on(values: dict[str, Any], monkeypatch: pytest.M
 
 
 def interrupt(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Die after the checkpoint of step 3; return the folder of checkpoints."""
+    """Train all steps, die before the stage's directory is written, and return the folder of checkpoints."""
     from peft_crome.training import run
 
     def train_three(self: Any, **kwargs: Any) -> None:
@@ -66,7 +66,8 @@ def interrupt(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_each_step_of_a_run_has_the_rate_of_the_formula(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of each part; over an interruption, and with rows that are added up from two batches a step."""
+    """Each part has the rate of the formula at every step. This holds across an interruption and with two accumulated
+    batches a step."""
     from peft_crome.training import run
 
     peaks = {"image_projection": 1e-3, "text_projection": 1e-2, "adapter": 1e-2}
@@ -142,7 +143,8 @@ def test_harmless_keys_may_change_and_data_may_not(
 def test_faulty_row_in_the_middle_of_a_run_is_fixed_and_the_run_goes_on(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An image that cannot be read, found after a checkpoint; nothing of what was trained is lost."""
+    """An image that cannot be read stops a run after a checkpoint. Once its rows are removed, the run continues from
+    that checkpoint."""
     rows = json.loads(Path(values["data"][0]["path"]).read_text())
     for name in ("red", "green", "blue", "white"):
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -192,7 +194,8 @@ def test_recipe_of_checkpoints_that_cannot_be_read(values: dict[str, Any], monke
 
 @pytest.mark.parametrize("inside", ["checkpoint-500/model.safetensors", "notes.txt"])
 def test_folder_of_another_program_is_left_alone(inside: str, values: dict[str, Any]) -> None:
-    """An ordinary Trainer's checkpoints have no complete.json, and are no half-written ones of ours."""
+    """A folder of another program is refused and left unchanged. An ordinary Trainer's checkpoints have no
+    `complete.json`, but they are not unfinished ones of ours."""
     file = Path(values["output"] + ".checkpoints") / inside
     file.parent.mkdir(parents=True)
     file.write_text("mine")
@@ -205,7 +208,7 @@ def test_folder_of_another_program_is_left_alone(inside: str, values: dict[str, 
 def test_two_sets_of_one_path_are_told_apart(
     values: dict[str, Any], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two splits of one folder: a change in the first is seen as one in the second is."""
+    """Two splits of one folder are separate data sets, so a change in the first one is detected."""
 
     def write(words: str) -> None:
         shutil.rmtree(tmp_path / "splits", ignore_errors=True)
@@ -229,7 +232,8 @@ def test_two_sets_of_one_path_are_told_apart(
 def test_folder_belongs_to_one_run_at_a_time(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process holds it until it dies, by SIGKILL too; what it is writing stays."""
+    """A folder is refused while another process holds it, and an unfinished checkpoint in it stays. When the process
+    dies, even by SIGKILL, the folder is free."""
     checkpoints = interrupt(values, monkeypatch)
     writing = checkpoints / "checkpoint-9"
     writing.mkdir()

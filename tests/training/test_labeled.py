@@ -1,4 +1,4 @@
-"""Training with logits where there are labels learns what training with all logits does."""
+"""Test that training with logits only at the labels learns what training with all logits does."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def trainer_of(values: dict[str, Any]) -> tuple[CromeTrainer, list[dict[str, Any
 
 
 def shapes_of_logits(trainer: CromeTrainer) -> list[torch.Size]:
-    """Of each forward pass from now on."""
+    """Record the shape of the logits in each forward pass from now on."""
     shapes: list[torch.Size] = []
 
     def see(model: nn.Module, inputs: Any, output: Any) -> None:
@@ -81,7 +81,7 @@ def test_training_asks_for_fewer(values: dict[str, Any]) -> None:
 
 
 def test_evaluation_keeps_all_logits(values: dict[str, Any]) -> None:
-    """Whoever takes predictions of `Trainer` reads them beside labels of the same shape."""
+    """Evaluation keeps all logits, because users of `Trainer` compare predictions with labels of the same shape."""
     trainer, rows = trainer_of(values)
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
     loss, outputs, labels = trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)

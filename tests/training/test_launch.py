@@ -1,4 +1,4 @@
-"""The command line as people start it: killed at any moment, started again; by torchrun and accelerate."""
+"""Test the command line as users start it: killed at any moment and started again, by torchrun and by accelerate."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def start(launcher: list[str], values: dict[str, Any], file: Path) -> subprocess
 
 
 def kill(run: subprocess.Popen[bytes]) -> None:
-    """By SIGKILL: the command and every process that it has started."""
+    """Kill the command and every process that it has started, by SIGKILL."""
     for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
         process.kill()
     run.wait()

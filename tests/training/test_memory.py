@@ -1,4 +1,6 @@
-"""A step's memory and operations, foretold without weights: against real tiny models, and against counts by hand."""
+"""Test the memory and operations that are predicted for a step without weights. They are compared with real tiny
+models
+and with counts by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from tests.vlm.tiny import text_config
 
 
 def real_batch(composite: Any, rows: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Rows of one image each, as `StepSize(rows, tokens, images=rows)` describes them."""
+    """Build the batch that `StepSize(rows, tokens, images=rows)` describes, with one image in each row."""
     ids = torch.full((rows, tokens), 5)
     ids[:, 1 : 1 + composite.image_seq_length] = composite.config.image_token_id
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids % 50}
@@ -40,7 +42,8 @@ def described(tensors: Any) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", ["pretrain", "instruct"])
 def test_skeleton_is_the_model_that_is_built(dtype: str, stage: str, values: dict[str, Any]) -> None:
-    """The same weights by name, shape and dtype, and the same ones train; but nothing has a value."""
+    """A skeleton has the parameters of the built model, with equal names, shapes and dtypes, but no values. The same
+    parameters train."""
     values["backbones"]["dtype"] = dtype
     recipe = load_recipe({**values, "stage": stage})
     shape = recipe_skeleton(recipe)
@@ -106,7 +109,8 @@ def test_what_is_kept_is_what_autograd_saves(values: dict[str, Any]) -> None:
 
 
 def test_operations_are_those_counted_by_hand(tmp_path: Path) -> None:
-    """Frozen layers: a product forward, one backward to their input; the adapter: one more for each of its weights."""
+    """The predicted operations equal a count by hand. A frozen layer takes one product forward and one backward to its
+    input. The adapter takes one more for each of its weights."""
     config = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=300
     )
@@ -180,7 +184,7 @@ def test_what_transformers_would_not_quantize_stays() -> None:
 
 
 def test_eight_bits_keep_their_inputs(tmp_path: Path) -> None:
-    """As LLM.int8 does; four bits keep none."""
+    """8-bit layers keep their inputs for the backward pass, as in LLM.int8. 4-bit layers keep none."""
     text_config("llama").save_pretrained(tmp_path)
     size = StepSize(3, 24, images=0)
     plain, four, eight = (

@@ -1,4 +1,4 @@
-"""The field's metrics: worked cases, and what is said of rows that they cannot be taken of."""
+"""Test the field's metrics on worked cases, and the errors for rows that lack what a metric needs."""
 
 import math
 from typing import Any
@@ -25,7 +25,8 @@ def row(answer: str, **more: Any) -> dict[str, Any]:
     [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)],
 )
 def test_vqa_accuracy_is_the_published_table(same: int, expected: float) -> None:
-    """Ten people: with n of them agreeing, n others remain where another is left out, n - 1 where one of them is."""
+    """The accuracy of an answer that n of ten people gave equals the published table. It also equals the mean over the
+    ten ways to leave one person out."""
     people = ["red"] * same + [f"other {n}" for n in range(10 - same)]
     assert agreement("red", people) == pytest.approx(expected)
     by_hand = [min(1, sum(q == "red" for j, q in enumerate(people) if j != i) / 3) for i in range(10)]

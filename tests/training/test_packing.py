@@ -1,4 +1,4 @@
-"""Training on packed rows learns what training on padded rows does."""
+"""Test that training on packed rows learns what training on padded rows does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ LIMIT = 48  # tokens: two or three conversations
 
 @pytest.fixture
 def quiet(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Without dropout, which draws as many numbers as a batch has tokens, and without a Q-Former, which has some."""
+    """Return a recipe without dropout, which draws as many numbers as a batch has tokens. The Q-Former has dropout, so
+    it is left out as well."""
     recipe["adapter"]["dropout"] = 0.0
     for key in ("qformer", "qformer_tokenizer", "num_query_tokens"):
         del recipe["backbones"][key]
@@ -37,7 +38,7 @@ def quiet(recipe: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, torch.Size]]:
-    """Shapes of each packed batch, before and after."""
+    """Record the shape of the ids of each packed batch, before and after packing."""
     seen: list[tuple[torch.Size, torch.Size]] = []
     pack = packed_rows._packed
 
@@ -74,7 +75,7 @@ def test_killed_run_ends_like_one_that_was_not(recipe: dict[str, Any], tmp_path:
 
 
 def test_two_processes_have_the_losses_of_one(quiet: dict[str, Any], tmp_path: Path) -> None:
-    """Each packs its own rows, into another number of rows."""
+    """Two processes have the losses of one, although each packs its own rows into another number of rows."""
     quiet["training"]["packing"] = True
     for processes in (1, 2):
         values = {**quiet, "output": str(tmp_path / f"by-{processes}")}
@@ -113,7 +114,7 @@ def test_an_encoder_decoder_is_trained_on_padded_rows(
 
 
 def test_rows_are_ordered_by_their_lengths(quiet: dict[str, Any]) -> None:
-    """The batch has the same rows, and neighbors fill as few tokens as the best bins have."""
+    """A batch keeps its rows in an order in which packed neighbors fill no more tokens than the best bins."""
     _, processor, _ = build(load_recipe(quiet))
     collator = ConversationCollator(processor, max_length=LIMIT)
     rows = [*load_rows(quiet["data"][0]["path"])]
@@ -155,7 +156,8 @@ def test_padding_that_is_announced(quiet: dict[str, Any], capsys: pytest.Capture
 
 
 def test_padding_of_two_lengths() -> None:
-    """Of 100 and 700 tokens. Batches of one length have no padding but the one where the lengths meet."""
+    """For rows of 100 and 700 tokens, the padding of random batches is as computed by hand. Grouped batches have
+    padding only where the two lengths meet."""
     lengths = [100, 700] * 64
     random.Random(0).shuffle(lengths)
     found = padding_of(lengths, 2, step=2, max_length=1400, total=100_000)

@@ -1,4 +1,5 @@
-"""Half precision, accumulation and checkpointing by keys of a recipe: each trains, near to what float32 gives."""
+"""Test the keys of a recipe for half precision, accumulation and checkpointing. Each trains with losses near those of
+float32."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def test_each_key_trains(changes: dict[str, Any], values: dict[str, Any], tmp_pa
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_frozen_parts_in_half_precision(dtype: str, values: dict[str, Any]) -> None:
-    """The default of `backbones.dtype`: what trains is float32 all the same."""
+    """With frozen parts in half precision, as is the default of `backbones.dtype`, what trains is still float32."""
     values["backbones"]["dtype"] = dtype
     record = train(load_recipe(values))["stages"][-1]
     assert record["losses"][-1][1] < record["losses"][0][1]

@@ -1,4 +1,4 @@
-"""Before the first step: what is said, what stops a run, and that nothing is changed by looking."""
+"""Test the checks before the first step: their report, what stops a run, and that they change nothing."""
 
 import json
 import logging
@@ -19,12 +19,12 @@ from peft_crome.training.planning.preflight import check_gradients, preflight, s
 
 @pytest.fixture(autouse=True)
 def _every_dtype_is_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether this machine has instructions for bfloat16 is not what is asked."""
+    """Give every dtype the same speed, so that tests do not depend on this machine's instructions for bfloat16."""
     monkeypatch.setattr("peft_crome.training.planning.devices.matmul_rate", lambda device, dtype: 1e10)
 
 
 def prepared(recipe: Recipe) -> tuple[CromeTrainer, Recipe, Any, ConversationCollator, int]:
-    """What `train` hands to `preflight`."""
+    """Return what `train` passes to `preflight`."""
     model, processor, _ = build(recipe)
     collator = ConversationCollator(processor, max_length=recipe.training.max_length)
     sets = list(zip(recipe.data, load_sources(recipe), strict=True))
@@ -37,7 +37,8 @@ def prepared(recipe: Recipe) -> tuple[CromeTrainer, Recipe, Any, ConversationCol
 
 
 def test_train_is_told_before_the_first_step(values: dict[str, Any]) -> None:
-    """Parts as in the record; rows, size and memory of this recipe; nothing is written yet."""
+    """A report before the first step has the parts of the record and this recipe's rows, size and memory. No output
+    exists yet."""
     reports: list[Preflight] = []
 
     def on_ready(report: Preflight) -> None:

@@ -1,4 +1,5 @@
-"""The directory that a stage starts from: complete, of the recipe's architecture, its backbones where it says."""
+"""Test the directory that a stage starts from: it must be complete, fit the recipe's architecture and have its
+backbones."""
 
 import copy
 import json
@@ -42,7 +43,8 @@ def test_directory_of_another_architecture_is_refused(values: dict[str, Any], tm
 def test_another_qformer_is_another_architecture(
     values: dict[str, Any], backbones: tuple[str, str], tmp_path: Path
 ) -> None:
-    """What a recipe leaves out is the directory's, a Q-Former and its tokenizer are not."""
+    """A recipe with `backbones` must have the directory's Q-Former and tokenizer. Other keys that it leaves out are
+    taken from the directory."""
     train(load_recipe(values))
     before = copy.deepcopy(values["backbones"])
     plain = {key: value for key, value in before.items() if key in ("vision", "language")}
@@ -62,7 +64,7 @@ def test_another_qformer_is_another_architecture(
 def test_backbones_that_have_moved_are_named_anew(
     values: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By the next stage's recipe, or in config.json by hand."""
+    """Backbones that have moved are renamed by the next stage's recipe, or by hand in config.json."""
     for key in ("vision", "language"):
         shutil.copytree(values["backbones"][key], tmp_path / key)
         values["backbones"][key] = str(tmp_path / key)

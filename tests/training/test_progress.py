@@ -1,4 +1,4 @@
-"""The line that says where a run is, on a terminal and in a file."""
+"""Test the line that shows the progress of a run, on a terminal and in a file."""
 
 import io
 import os
@@ -90,7 +90,7 @@ def test_on_a_terminal_it_is_one_line_and_an_error_begins_on_its_own(
 
 @pytest.mark.slow
 def test_command_line_on_a_pseudo_terminal(values: dict[str, Any], tmp_path: Path) -> None:
-    """A whole run as a user sees it: the line, the scores on lines of their own, the error on its own."""
+    """A whole run on a terminal shows the scores on their own lines and the error on its own line."""
     values["training"] |= {"arguments": {}, "learning_rate": 1e30, "max_grad_norm": 0, "warmup_steps": 0}
     values["evaluation"] = {"data": [{"path": values["data"][0]["path"]}], "steps": 1, "max_rows": 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))

@@ -1,4 +1,4 @@
-"""Recipes: the paper's presets, and what is said of a wrong one."""
+"""Test recipes: the paper's presets, and the errors for wrong recipes."""
 
 import copy
 from pathlib import Path
@@ -180,7 +180,8 @@ def test_image_settings_that_are_said_beside_another_tower_stay(tower: str) -> N
 
 
 def test_what_is_given_stays_as_it_is() -> None:
-    """A sweep loads one mapping again and again, each time with other overrides."""
+    """Loading a recipe leaves the given mapping and overrides unchanged. A sweep loads one mapping repeatedly, each
+    time with other overrides."""
     values = {"preset": "pretrain", **COMPLETE, "training": {"batch_size": 8}, "backbones": {"vision": "tower"}}
     overrides = {"training.batch_size": 16, "data.0.path": "b.json", "data.0.columns": {"answer": "a"}}
     overrides |= {"data.0.columns.question": "q"}
@@ -234,7 +235,8 @@ def test_key_that_stands_twice_is_named(tmp_path: Path) -> None:
     ("language", "template"), [("lmsys/vicuna-13b-v1.5", "vicuna"), ("google/flan-t5-xxl", None), ("Qwen/Qwen3", None)]
 )
 def test_vicunas_template_is_for_vicuna(language: str, template: str | None) -> None:
-    """Another language model brings its own, or the collator asks for one; what the recipe says itself stays."""
+    """The preset's template is for Vicuna alone, and a template in the recipe itself stays. Another language model has
+    its own, or the collator asks for one."""
     values = {"preset": "pretrain", **COMPLETE, "backbones": {"language": language}}
     assert load_recipe(values).chat_template == template
     assert load_recipe({**values, "backbones": {}}, {"backbones.language": language}).chat_template == template

@@ -1,4 +1,5 @@
-"""A run that is killed and started again ends as one that is not: the same rows, losses and weights, bit by bit."""
+"""Test that a killed run that is started again ends as an uninterrupted one, with equal rows, losses and weights bit
+for bit."""
 
 import json
 import re
@@ -26,7 +27,8 @@ def state(output: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_end(values: dict[str, Any], tmp_path: Path, kills: list[int], processes: int = 1) -> None:
-    """Run a recipe once without a stop, and once with one after each of `kills`."""
+    """Run a recipe once uninterrupted and once killed after each step of `kills`, and compare rows, losses and
+    weights."""
     plain = {**values, "output": str(tmp_path / "plain")}
     assert run(plain, tmp_path / "plain.log", processes=processes) == [0] * processes
     for kill_at in kills:
@@ -77,7 +79,7 @@ def test_killed_run_of_two_processes_ends_like_one_that_was_not(
 
 
 def test_order_does_not_depend_on_workers_or_processes(recipe: dict[str, Any], noise: Path, tmp_path: Path) -> None:
-    """What two processes read, batch by batch in turn, is what one does, with as many workers as it likes."""
+    """Two processes, read batch by batch in turn, read what one does, with any number of workers."""
     two_sets(recipe, noise, streaming=True, weight=1)
     recipe["training"] |= {"batch_size": 2, "rows_per_device": 1, "max_steps": 10}
     seen = []
@@ -107,7 +109,8 @@ def test_streamed_file_that_changed_is_named(recipe: dict[str, Any], noise: Path
 
 
 def test_every_write_leaves_the_old_state_or_the_new_one(recipe: dict[str, Any], tmp_path: Path) -> None:
-    """A kill leaves what is on disk. What is there at each write, and with that file cut off, is gone on from."""
+    """A kill leaves the files of that moment. A run continues from those of each write, also with the written file cut
+    off, to the same weights."""
     recipe["training"] |= {"max_steps": 4, "save_steps": 2}
     home, states = tmp_path / "home", tmp_path / "states"
     recipe["output"] = str(home / "stage")

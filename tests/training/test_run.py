@@ -1,4 +1,5 @@
-"""The three stages on tiny models: what trains, what a directory holds, and what it says when it does not fit."""
+"""Test the three stages on tiny models: what trains, what a directory holds, and the errors when something does not
+fit."""
 
 import json
 import shutil
@@ -19,7 +20,7 @@ from tests.training.tiny import following, weights
 
 @pytest.fixture
 def stages(values: dict[str, Any], tmp_path: Path) -> dict[str, Path]:
-    """Directories of all three stages."""
+    """Train all three stages and return their directories."""
     instruct = following(values, "instruct", tmp_path / "instruct")
     finetune = following(instruct, "finetune", tmp_path / "finetune")
     for recipe in (values, instruct, finetune):
@@ -28,7 +29,7 @@ def stages(values: dict[str, Any], tmp_path: Path) -> dict[str, Path]:
 
 
 def test_each_stage_trains_its_parts_alone(stages: dict[str, Path]) -> None:
-    """What changes from one directory to the next is what the stage names, and nothing else is stored."""
+    """Only the parts that a stage names change from one directory to the next, and nothing else is stored."""
     before = weights(stages["pretrain"])
     assert {key.split(".")[0] for key in before} == {"image_projection", "text_projection", "qformer", "base_model"}
     expected = {
@@ -103,7 +104,7 @@ def test_last_directory_alone_answers_in_a_fresh_process(
 
 
 def test_loaded_model_is_the_trained_one(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits of the model in memory at the end of training equal those of its directory."""
+    """The logits of the model in memory at the end of training equal those of the model in its directory."""
     from peft_crome.training import run
 
     seen = {}
@@ -190,7 +191,7 @@ def test_words_that_the_qformer_does_not_know(values: dict[str, Any]) -> None:
 
 
 def test_folders_are_found_from_everywhere(values: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
-    """Backbones named by a relative path."""
+    """Backbones that a recipe names by a relative path load from any working directory."""
     for key in ("vision", "language"):
         (tmp_path / key).symlink_to(values["backbones"][key])
         values["backbones"][key] = key
@@ -227,7 +228,7 @@ def test_adapter_that_is_missing_or_damaged_is_no_silence(values: dict[str, Any]
 
 @pytest.mark.parametrize("how", ["mixture", "weights", "streaming", "without a Q-Former"])
 def test_mixtures_train(how: str, values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
-    """Two sets, one of them a table."""
+    """Mixtures of two data sets train, where one of the two is a table."""
     shown = {"a": "w9", "shown": "images/red.png"}
     (tmp_path / "table.jsonl").write_text("\n".join(json.dumps({"q": f"w{i}", **shown}) for i in range(40)))
     columns = {"question": "q", "answer": "a", "image": "shown"}
@@ -248,7 +249,8 @@ def test_mixtures_train(how: str, values: dict[str, Any], dataset: Path, tmp_pat
 
 
 def test_batches_without_images_train_too(values: dict[str, Any]) -> None:
-    """Behind a Q-Former nothing that trains sees such a row."""
+    """A run with one row a step trains on data with a row of text alone. Behind a Q-Former nothing that trains depends
+    on such a row."""
     values["training"] |= {"rows_per_device": 1, "batch_size": 1, "max_steps": 14, "save_steps": 100}
     record = train(load_recipe(values))["stages"][0]
     assert 0 in [loss for _, loss in record["losses"]] or len(record["losses"]) == 14
@@ -258,7 +260,9 @@ def test_batches_without_images_train_too(values: dict[str, Any]) -> None:
 def test_loss_does_not_depend_on_how_a_batch_is_cut(
     kind: str, values: dict[str, Any], seq2seq_backbone: str, tmp_path: Path
 ) -> None:
-    """Answers of one to four tokens: a mean of means would be another number."""
+    """The loss does not depend on how a batch is divided. The answers have one to four tokens, so a mean of means
+    would
+    differ."""
     rows = json.loads(Path(values["data"][0]["path"]).read_text())
     for number, row in enumerate(rows):
         row["conversations"][1]["value"] = " ".join(f"w{40 + number}" for _ in range(1 + number % 4))
@@ -282,7 +286,9 @@ def test_loss_does_not_depend_on_how_a_batch_is_cut(
 def test_feature_cache_gives_the_same_run_and_is_shared(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Augmented images in three views each: a second run computes none of them."""
+    """A run with the feature cache has the losses of one without it, with three augmented views of each image. A
+    second
+    run computes none of them."""
     for color in ("red", "green", "blue", "white"):  # a plain image looks the same however it is cropped
         image = Image.new("RGB", (40, 50), color)
         image.paste("gray", (0, 0, 10, 50))
@@ -345,7 +351,8 @@ def test_seq2seq_and_no_qformer(values: dict[str, Any], seq2seq_backbone: str, t
 def test_three_stages_of_an_encoder_decoder_with_a_qformer(
     values: dict[str, Any], seq2seq_backbone: str, dataset: Path, tmp_path: Path
 ) -> None:
-    """Several images in a row and rows without one; what each stage trains changes, and the last directory answers."""
+    """Each stage changes what it trains, on data whose rows have several images, one or none. The last directory
+    answers."""
     rows = json.loads(dataset.read_text())
     two = [rows[0]["image"], rows[1]["image"]]
     turns = [{"from": "human", "value": "<image> w1 <image> w2"}, {"from": "gpt", "value": "w41 w42 w43"}]

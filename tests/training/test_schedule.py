@@ -1,4 +1,4 @@
-"""The learning rate, point by point, in the paper's numbers."""
+"""Test the learning rate at each step, with the paper's numbers."""
 
 import math
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from peft_crome.training.loop.schedule import warmup_then_cosine
 
 
 def by_hand(step: int, total: int, warmup: int = 1000, start: float = 1e-8, peak: float = 1e-5) -> float:
-    """Warm-up over 1000 steps from 1e-8 to 1e-5, then cosine to 0."""
+    """Return the rate of a warm-up over 1000 steps from 1e-8 to 1e-5 and a cosine to 0."""
     if step < warmup:
         return start + (peak - start) * step / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2

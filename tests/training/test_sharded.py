@@ -1,7 +1,7 @@
-"""Weights divided between two processes by FSDP2: the same losses, checkpoints, one whole stage at the end.
+"""Test weights divided between two processes by FSDP2: equal losses, checkpoints, and one whole stage at the end.
 
-accelerate divides weights on accelerators alone: on CPUs it leaves FSDP out without a word. These tests have it do so
-there too (`_shard`); all else, its plugin and the Trainer's checkpoints, is as on GPUs, on gloo and `fully_shard`.
+accelerate divides weights on accelerators alone. On CPUs it leaves FSDP out without a warning, so `_shard` makes it
+divide them in these tests. Its plugin and the Trainer's checkpoints are as on GPUs, with gloo and `fully_shard`.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ FSDP2 = {
 
 @pytest.fixture
 def recipe(values: dict[str, Any]) -> dict[str, Any]:
-    """Two epochs of twelve rows, one of them text alone, eight to a step; no epoch's steps are even."""
+    """Return a recipe of two epochs with eight rows a step. The last step of each epoch is not full."""
     values["training"] |= {"batch_size": 8, "rows_per_device": 2, "max_steps": 4, "learning_rate": 3e-3}
     return values
 
@@ -75,7 +75,8 @@ def test_divided_run_goes_on_where_it_stopped(recipe: dict[str, Any], tmp_path: 
 
 
 def test_divided_weights_answer_as_whole_ones(recipe: dict[str, Any], tmp_path: Path) -> None:
-    """Evaluation in the middle of a run, of three rows, so that the processes' shares are uneven."""
+    """Evaluation during a run gives the same scores with divided weights. It has three rows, so the processes' shares
+    are uneven."""
     source = recipe["data"][0]["path"]
     recipe["evaluation"] = {"data": [{"path": source}], "steps": 2, "max_rows": 3, "max_new_tokens": 2}
     recipe["evaluation"]["data"][0]["metrics"] = ["exact_match", "chrf"]

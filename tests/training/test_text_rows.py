@@ -1,4 +1,4 @@
-"""Rows without an image cost no forward pass where nothing would learn from them."""
+"""Test that rows without an image cost no forward pass when nothing would learn from them."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from tests.zoo import ZOO
 
 @pytest.fixture
 def mixed(dataset: Path) -> dict[str, Path]:
-    """The same rows with an image, in a file with rows of text and in one without them; and the text alone."""
+    """Write files of the rows with an image, of rows of text, and of both together."""
     rows = json.loads(dataset.read_text())
     shown = [row for row in rows if "image" in row]
     text = [{"id": f"t{n}", "conversations": rows[-1]["conversations"]} for n in range(9)]
@@ -33,7 +33,7 @@ def mixed(dataset: Path) -> dict[str, Path]:
 
 
 def trained(values: dict[str, Any], output: Path, *data: Path, **keys: Any) -> dict[str, torch.Tensor]:
-    """The adapter of a run on these files."""
+    """Return the adapter's weights after a run on these files."""
     files = [{"path": str(path), **keys} for path in data]
     train(load_recipe({**values, "output": str(output), "data": files}))
     return load_file(output / "adapter_model.safetensors")

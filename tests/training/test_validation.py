@@ -1,4 +1,4 @@
-"""Evaluation while training: what it writes, and that the run is the one it would be without."""
+"""Test evaluation during training: what it writes, and that the run is the same as without it."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_a_recipes_metrics_are_those_there_are() -> None:
 
 @pytest.fixture
 def questions(dataset: Path, tmp_path: Path) -> Path:
-    """Four rows with the answers of ten people and options."""
+    """Return a file of four rows with the answers of ten people and options."""
     rows = json.loads(dataset.read_text())[:4]
     for row in rows:
         row |= {"answers": [row["conversations"][1]["value"]] * 10, "options": ["w40", "w41", "w42", "w43"]}
@@ -33,7 +33,7 @@ def questions(dataset: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def evaluated(values: dict[str, Any], dataset: Path, questions: Path) -> dict[str, Any]:
-    """A recipe with two sets to be answered at steps 2, 4, 6."""
+    """Return a recipe that evaluates two data sets at steps 2, 4 and 6."""
     sets: list[dict[str, Any]] = [
         {"path": str(dataset), "max_rows": None},
         {"path": str(questions), "images": "/", "metrics": ["vqa_accuracy", "multiple_choice"], "label": "vqa"},
@@ -44,7 +44,8 @@ def evaluated(values: dict[str, Any], dataset: Path, questions: Path) -> dict[st
 
 
 def test_run_is_the_same_with_and_without(values: dict[str, Any], evaluated: dict[str, Any], tmp_path: Path) -> None:
-    """Dropout, crops and mirror images draw on all generators, and every step's loss is logged."""
+    """Evaluation changes neither the losses nor the weights of a run. Dropout, crops and mirror images draw on all
+    generators."""
     for recipe in (values, evaluated):
         recipe["images"] = {"random_crop": True, "horizontal_flip": True}
         recipe["adapter"] = {"bottleneck_dim": 4, "dropout": 0.3}
@@ -68,7 +69,7 @@ def test_run_is_the_same_with_and_without(values: dict[str, Any], evaluated: dic
 
 
 def test_scores_are_those_of_the_directory(evaluated: dict[str, Any], questions: Path) -> None:
-    """What the last step's evaluation says is what the written model answers."""
+    """The scores of the last step are those of the written model."""
     record = train(load_recipe(evaluated))["stages"][-1]
     model = CromeVLMForConditionalGeneration.from_pretrained(evaluated["output"])
     processor = CromeVLMProcessor.from_pretrained(evaluated["output"])
@@ -103,7 +104,7 @@ def test_one_row_has_no_standard_error(evaluated: dict[str, Any]) -> None:
 def test_answers_are_greedy_whatever_the_model_says(
     seq2seq: bool, values: dict[str, Any], dataset: Path, seq2seq_backbone: str
 ) -> None:
-    """The likeliest token each time, where a generation configuration asks for beams, lengths and penalties."""
+    """Each token is the likeliest one, even if the generation configuration asks for beams, lengths and penalties."""
     if seq2seq:
         values["backbones"] = {"vision": values["backbones"]["vision"], "language": seq2seq_backbone}
         values |= {"chat_template": "t5"}
@@ -119,7 +120,8 @@ def test_answers_are_greedy_whatever_the_model_says(
 
 
 def test_head_reads_tokens_that_lie_together(values: dict[str, Any], dataset: Path) -> None:
-    """PyTorch on a CPU copies the head's weight once for each row of a view."""
+    """The head reads contiguous hidden states. For a view, PyTorch on a CPU copies the head's weight once for each
+    row."""
     model, processor, _ = build(load_recipe(values))
     seen: list[bool] = []
     head = model.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""Recipes and weights of tiny stages."""
+"""Helpers for tiny stages: recipes and weights."""
 
 import copy
 from pathlib import Path
@@ -15,7 +15,7 @@ QFORMER = {
 
 
 def following(values: dict[str, Any], stage: str, output: Path, **changes: Any) -> dict[str, Any]:
-    """The recipe of the next stage, which takes everything else from the directory before it."""
+    """Return the recipe of the next stage, which takes everything else from the directory before it."""
     later = {key: copy.deepcopy(values[key]) for key in ("data", "training")}
     return {**later, "stage": stage, "previous": values["output"], "output": str(output), **changes}
 

@@ -1,4 +1,4 @@
-"""What the tuner's tests share: attach, randomize, compare."""
+"""Helpers that the tuner's tests share: they attach, randomize and compare adapters."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ FILE_KEYS = [f"base_model.model.crome.{name}.weight" for name in KEYS]
 
 
 def attach(model: nn.Module, adapter_name: str = "default", **config: Any) -> PeftModel:
-    """With both branches where nothing else is said: what holds for them holds for the default, one of the two."""
+    """Attach an adapter, with both branches unless `config` has others. What holds for both also holds for the
+    default,
+    which is one of them."""
     config = {"bottleneck_dim": M, "branches": BOTH, **config}
     return get_peft_model(model, CromeConfig(**config), adapter_name=adapter_name)
 
 
 def crome_weight(model: nn.Module, name: str, adapter: str = "default") -> nn.Parameter:
-    """The adapter's parameter, e.g. name="up", "gate_text"."""
+    """Return a parameter of the adapter by its short name, such as "up" or "gate_text"."""
     return dict(model.named_parameters())[f"base_model.model.crome.crome_{name}.{adapter}.weight"]
 
 
@@ -43,7 +45,7 @@ def randomize(model: nn.Module, adapter: str = "default", seed: int = 3) -> None
 
 
 def adapted(case: Case, adapter_name: str = "default", **config: Any) -> PeftModel:
-    """The case's model with an adapter on all its branches that is not an identity, in eval mode."""
+    """Return the case's model in eval mode, with an adapter on all its branches that changes the logits."""
     model = attach(case.model, adapter_name, **{"branches": [*case.sites], **config})
     randomize(model, adapter_name)
     return model.eval()
@@ -55,7 +57,8 @@ def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def untying_changes(model: nn.Module, batch: Batch) -> bool:
-    """Whether a host's logits depend on its configuration's word on a tied head, as T5's do in transformers 4."""
+    """Return whether a host's logits depend on its configuration's key for a tied head, as T5's do in transformers
+    4."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
     before = logits(model, batch)
@@ -69,13 +72,13 @@ def untying_changes(model: nn.Module, batch: Batch) -> bool:
 
 
 def frozen_logits(case: Case) -> torch.Tensor:
-    """Of the backbone alone, frozen first: kernels that record a gradient may round differently."""
+    """Return the logits of the frozen backbone alone. Kernels that record a gradient may round differently."""
     case.model.requires_grad_(False)
     return logits(case.model, case.batch)
 
 
 class Kernels(TorchDispatchMode):
-    """Counts what is run, without views, and for what the host waits on a device."""
+    """Count the kernels that run, without views, and those for which the host waits on a device."""
 
     SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 
@@ -107,7 +110,8 @@ def kernels(run: Callable[[], Any]) -> Counter[str]:
 
 
 def a_token(model: Any, inputs: Batch) -> Counter[str]:
-    """What three more tokens take in greedy decoding: kernels, and syncs by the name "sync ..."."""
+    """Count the kernels of three more tokens in greedy decoding. Waits for a device have names that start with
+    "sync"."""
     counts = []
     for length in (3, 6):
         settings = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
@@ -117,7 +121,7 @@ def a_token(model: Any, inputs: Batch) -> Counter[str]:
 
 
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Bit for bit, with a readable message."""
+    """Assert that two tensors are equal bit for bit, with a readable message."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -135,7 +139,7 @@ def trainable(model: nn.Module) -> list[str]:
 
 
 def train_steps(model: nn.Module, batch: Batch, steps: int = 3, rate: float = 0.05) -> list[float]:
-    """Steps of SGD on what requires a gradient; returns the losses."""
+    """Train all that requires a gradient with SGD and return the losses."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
     losses = []
     for _ in range(steps):
@@ -158,7 +162,7 @@ def changed(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
 
 
 def state(model: nn.Module, folder: Path | None) -> dict[str, Any]:
-    """All that an error must leave alone."""
+    """Return everything that an error must leave unchanged."""
     files = sorted(folder.rglob("*")) if folder else []
     return {
         "modules": [(path, id(module)) for path, module in model.named_modules()],

@@ -1,4 +1,4 @@
-"""A wrong adapter file, or the wrong backbone: one error that says what does not fit, and nothing changes."""
+"""Test that a wrong adapter file or backbone gives one error with what does not fit, and that nothing changes."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_load_refuses_a_file_with_another_method_s_keys(how: str, adapter: Path)
 
 
 class Planted:
-    """Runs code when it is unpickled."""
+    """Run code when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("executed",)

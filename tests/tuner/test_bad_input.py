@@ -1,4 +1,4 @@
-"""Bad input gives one error that names what was given, what was expected and what to write; nothing changes."""
+"""Test that bad input gives one error with the given value, the expected one and what to write. Nothing changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the bottleneck keeps for its backward pass, and that every way to ask for its gradient gets the same one."""
+"""Test what the bottleneck keeps for its backward pass, and that every way to compute its gradient gives the same
+one."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def weights_of(layer: CromeLayer) -> list[nn.Parameter]:
 
 
 def bytes_kept(layer: CromeLayer, run: Callable[[], torch.Tensor]) -> int:
-    """Bytes of all that autograd keeps, each storage once, without weights."""
+    """Return the bytes of all that autograd keeps, each storage once, without weights."""
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -63,7 +64,8 @@ def bytes_kept(layer: CromeLayer, run: Callable[[], torch.Tensor]) -> int:
     ids=str,
 )
 def test_bytes_kept_for_the_backward_pass(dtype: torch.dtype, dropout: float, expected: int, activation: str) -> None:
-    """A token of width d keeps itself, in its own dtype, and two products of m features."""
+    """A token of width d keeps itself in its dtype and two products of m features. With dropout it keeps one more byte
+    for each hidden feature."""
     layer = make_layer(gate_activation=activation, dropout=dropout)
     layer._weights[0].train()
     for requires_grad in (False, True):
@@ -72,7 +74,9 @@ def test_bytes_kept_for_the_backward_pass(dtype: torch.dtype, dropout: float, ex
 
 
 def test_bytes_kept_under_autocast() -> None:
-    """The products are in half precision, beside copies of the weights, whatever the number of tokens."""
+    """Under autocast a token keeps its products in half precision. Copies of the weights do not grow with the number
+    of
+    tokens."""
     layer = make_layer()
 
     def kept(tokens: int) -> int:
@@ -84,7 +88,7 @@ def test_bytes_kept_under_autocast() -> None:
 
 
 def test_bytes_kept_by_a_table() -> None:
-    """One more for each token: whether it is a placeholder. The ids are the batch's own."""
+    """A table keeps one more byte for each token: whether it is a placeholder. It keeps no copy of the batch's ids."""
     layer = make_layer(nn.Embedding(30, D).bfloat16().requires_grad_(False), branch="text")
     layer.placeholders = (7,)
     ids = torch.randint(30, (2, TOKENS))
@@ -92,7 +96,7 @@ def test_bytes_kept_by_a_table() -> None:
 
 
 def plain(layer: CromeLayer, x: torch.Tensor, activation: str) -> torch.Tensor:
-    """The layer by functions that autograd knows, in their usual order."""
+    """Compute the layer by plain PyTorch functions, in their usual order."""
     weights = layer._weights[0]
     gate, down = (getattr(weights, f"crome_{kind}_vision")["default"].weight for kind in ("gate", "down"))
     cast = x.to(gate.dtype)
@@ -103,7 +107,7 @@ def plain(layer: CromeLayer, x: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def gradients(layer: CromeLayer, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
-    """The output, and gradients of x and the weights."""
+    """Return the output and the gradients of `x` and the weights."""
     x = x.detach().requires_grad_()
     torch.manual_seed(1)
     output = run(x)

@@ -1,4 +1,4 @@
-"""Hosts that forward to another module: compiled ones, with a compiled part, and a user's own wrapper."""
+"""Test hosts that forward to another module: compiled hosts, hosts with a compiled part, and a user's own wrapper."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = [
 
 
 class Wrapper(nn.Module):
-    """Hands every attribute on, as OptimizedModule does."""
+    """Pass on every attribute of the host, as `OptimizedModule` does."""
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Wrapper(nn.Module):
 
 
 class Holder(nn.Module):
-    """Hands nothing on."""
+    """Pass on no attribute of the host."""
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
@@ -179,7 +179,9 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("name", [*HOSTS, "DistributedDataParallel"])
 def test_embeddings_and_description_are_the_inner_model_s(name: str, tmp_path: Path) -> None:
-    """W_g is scaled by the embeddings, and the same weights are another model to nobody."""
+    """W_g is scaled by the inner model's embeddings. The recorded description is also the inner model's, so the
+    adapter
+    loads on it without a warning."""
 
     def host() -> nn.Module:
         model = llava().model
@@ -222,7 +224,7 @@ def test_merge_and_unmerge(name: str) -> None:
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_parameters_are_found_by_their_names(name: str) -> None:
-    """TRL looks for them so."""
+    """`get_parameter` returns each parameter by its name, as TRL expects."""
     model = attach(HOSTS[name](llava().model))
     for path, parameter in model.named_parameters():
         assert model.get_parameter(path) is parameter

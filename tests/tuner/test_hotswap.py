@@ -1,4 +1,4 @@
-"""Hot-swap puts another adapter's weights where the first one's are, or changes nothing."""
+"""Test that hot-swap replaces the weights of one adapter by another's in place, or changes nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.zoo.llava import llava
 
 
 def save_adapter(folder: Path, **config: Any) -> torch.Tensor:
-    """Save an adapter other than the tests' usual one; return what it answers."""
+    """Save an adapter other than the tests' usual one and return its logits."""
     host = llava()
     torch.manual_seed(7)
     model = attach(host.model, **config)
@@ -116,7 +116,7 @@ def test_hotswap_refuses_an_unknown_name_and_another_method(tmp_path: Path) -> N
 def test_hotswap_refuses_the_same_shapes_elsewhere(
     old: dict[str, Any], new: dict[str, Any], part: str, tmp_path: Path
 ) -> None:
-    """Tensors of equal shapes that belong to other rows of the table, or to another module."""
+    """Tensors of equal shapes are refused if they belong to other rows of the table or to another module."""
     model = adapted(llava(), **old)
     adapted(llava(), **new).save_pretrained(tmp_path, save_embedding_layers=False)
     with unchanged(model, tmp_path), pytest.raises(ValueError, match=part):
@@ -124,7 +124,7 @@ def test_hotswap_refuses_the_same_shapes_elsewhere(
 
 
 def test_hotswap_takes_an_adapter_whose_branches_are_named(tmp_path: Path) -> None:
-    """Named or looked up: the sites are the same."""
+    """An adapter whose sites are named can replace one whose sites were looked up, because the sites are the same."""
     model = adapted(llava())
     named = {"text": ["embed_tokens"], "vision": ["multi_modal_projector"]}
     other = adapted(llava(), branches=named, trainable_token_indices=None)

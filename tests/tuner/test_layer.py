@@ -1,4 +1,4 @@
-"""The gated bottleneck against its equation, and the containers that a site may return."""
+"""Test the gated bottleneck against its equation, and the containers that a site may return."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ D, M_HIDDEN = 6, 4
 
 
 class Site(nn.Module):
-    """Returns what it is given."""
+    """Return the input unchanged."""
 
     def forward(self, output: Any) -> Any:
         return output
@@ -45,7 +45,8 @@ def make_layer(
 
 
 def by_hand(layer: CromeLayer, x: torch.Tensor, name: str = "default", activation: str = "silu") -> torch.Tensor:
-    """What the adapter adds: (act(x W_g) * (x W_d)) W_u, with W_g, W_d (d, m) and W_u (m, d) written out."""
+    """Compute what the adapter adds: (act(x W_g) * (x W_d)) W_u. W_g and W_d are of shape (d, m), W_u is of shape (m,
+    d)."""
     w_g = getattr(layer, f"crome_gate_{next(iter(layer.branches))}")[name].weight.T
     w_d = getattr(layer, f"crome_down_{next(iter(layer.branches))}")[name].weight.T
     w_u = layer.crome_up[name].weight.T

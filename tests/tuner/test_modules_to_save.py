@@ -1,4 +1,4 @@
-"""modules_to_save beside an adapter, also where it names a module that is itself a site."""
+"""Test `modules_to_save` beside an adapter, also for a module that is itself a site."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def test_trainable_tokens_train_inside_the_text_site(indices: list | dict, tmp_p
 
 
 def test_a_configuration_can_be_used_for_another_model() -> None:
-    """As in PEFT it is the model's own; what was filled in for one model is no reason to warn on another."""
+    """One configuration can serve two models in turn, and each model keeps the object itself, as in PEFT. What was
+    filled in for the first model causes no warning on the second."""
     config = CromeConfig(bottleneck_dim=4, modules_to_save=["multi_modal_projector"])
     for host in (llava(), internvl()):
         model = get_peft_model(host.model, config)
@@ -140,7 +141,9 @@ def test_a_table_that_trains_folds_when_it_is_unloaded(config: dict) -> None:
 )
 @pytest.mark.filterwarnings("ignore:.*no longer tied")  # true, and test_peft_contract.py expects it
 def test_trained_tokens_are_trained_in_a_tied_head_as_well(name: str, tmp_path: Path) -> None:
-    """PEFT's rule, which a site around the table must not hide: the merged model is then the attached one."""
+    """Tokens that train also train in a tied head, which is PEFT's rule. A site around the table must not hide this,
+    so
+    the merged model equals the attached one."""
     case = ZOO[name]() if name != "composite" else tied_composite()
     also = {"branches": {"text": case.sites["text"]}, "trainable_token_indices": [5, 6]}
     model = attach(case.model, **also)
@@ -175,7 +178,7 @@ def tied_composite() -> Case:
 
 
 def test_a_second_adapter_s_tokens_in_a_tied_head() -> None:
-    """Each adapter has its own, and one without any leaves the head alone."""
+    """Each adapter changes its own tokens in a tied head. An adapter without trained tokens changes none."""
     case = ZOO["gemma3"]()
     text = {"text": case.sites["text"]}
     model = attach(case.model, branches=text, trainable_token_indices=[5, 6])
@@ -196,7 +199,8 @@ def test_a_second_adapter_s_tokens_in_a_tied_head() -> None:
 
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
 def test_heads_that_peft_adds_for_a_task(task_type: str, tmp_path: Path) -> None:
-    """PEFT names every head that a classifier can have; a model has one of them."""
+    """The head that PEFT adds for a task trains and is reloaded. PEFT names every head that a classifier can have, but
+    a model has only one of them."""
 
     def classifier() -> torch.nn.Module:
         torch.manual_seed(0)
@@ -226,7 +230,8 @@ HALF = [torch.bfloat16, torch.float16]
 def test_a_copy_on_a_half_precision_host_stays_in_its_dtype(
     what: str, name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Fresh, trained, reloaded: `forward` and `generate` work without autocast, as LoRA's do."""
+    """Copies that train stay in the host's half precision, and the adapter is float32. `forward`, `backward` and
+    `generate` work without autocast, as LoRA's do, also after a reload."""
 
     def host() -> Any:
         case = ZOO[name]()

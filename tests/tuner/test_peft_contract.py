@@ -1,4 +1,5 @@
-"""What PEFT promises of every method while a model is in memory: adapters come, switch, go; state stays consistent."""
+"""Test what PEFT promises of every method in memory: adapters are added, switched and deleted, and the state stays
+consistent."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ from tests.zoo.llava import llava
 
 
 def two_adapters() -> tuple[PeftModel, Case, dict[str, torch.Tensor]]:
-    """A model with adapters "default" and "other", and what each of them answers."""
+    """Return a model with adapters "default" and "other", its case, and the logits of each adapter."""
     host = llava()
     model = adapted(host)
     model.add_adapter("other", CromeConfig(branches=BOTH, bottleneck_dim=3, gate_activation="sigmoid"))
@@ -168,7 +169,7 @@ def test_state_dict_of_an_adapter_has_exactly_five_keys(name: str) -> None:
 
 
 def w_u_sites(model: nn.Module) -> list[nn.Module]:
-    """The module that holds W_u, as each site sees it."""
+    """Return the module that holds W_u, once for each site."""
     return [module.crome_up["default"] for module in model.modules() if isinstance(module, CromeLayer)]
 
 
@@ -231,7 +232,7 @@ def test_inject_adapter_in_model_works_in_place() -> None:
 
 
 class Moves(TorchFunctionMode):
-    """Records which tensors are asked to move where."""
+    """Record which tensors are to move and to which device."""
 
     def __init__(self) -> None:
         self.moved: list[tuple[int, torch.device]] = []
@@ -268,7 +269,8 @@ def test_a_merged_model_has_one_table_and_adapters_know_the_other() -> None:
 
 
 def test_a_vocabulary_that_grew_is_still_the_same_backbone(tmp_path: Path) -> None:
-    """A table of a real size: eight tokens that stay are compared."""
+    """An adapter loads without a warning on its backbone after the vocabulary has grown. The table has a realistic
+    size, because eight of the old tokens are compared."""
 
     def host(rows: int) -> nn.Module:
         return llava(vocab_size=rows).model

@@ -1,4 +1,4 @@
-"""Every way to load an adapter gives the logits of the model that saved it."""
+"""Test that every way to load an adapter gives the logits of the model that saved it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.zoo.llava import llava
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, torch.Tensor, Batch]:
-    """A backbone and an adapter on disk, and what they answer together."""
+    """Save a backbone and an adapter. Return their directories, their logits together, and the batch."""
     folder = tmp_path_factory.mktemp("saved")
     llava().model.save_pretrained(folder / "base")
     host = llava()
@@ -72,7 +72,7 @@ def set_state_dict(path: Path, adapter: Path) -> nn.Module:
 
 
 def on_meta(path: Path, adapter: Path) -> nn.Module:
-    """Attach where the backbone has no values yet, then load both."""
+    """Attach an adapter to a backbone on the meta device, then load the values of both."""
     with torch.device("meta"):
         model = attach(tf.LlavaForConditionalGeneration(tf.AutoConfig.from_pretrained(path)))
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -195,7 +195,8 @@ def test_bf16_adapter_file_is_half_the_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["PEFT", "PEFT, by its configuration", "transformers"])
 def test_an_adapter_of_before_the_default_left_words_out(way: str, tmp_path: Path) -> None:
-    """Its configuration names no branches, and it has all that were known."""
+    """An adapter without branches in its configuration loads with the branches in its file. Earlier releases saved no
+    branches and had another default."""
     case = llava()
     model = adapted(case)
     expected = logits(model, case.batch)

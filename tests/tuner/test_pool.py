@@ -1,4 +1,4 @@
-"""A pool of adapters: what is on the device, what is copied, and that every adapter stays the same."""
+"""Test a pool of adapters: which ones are on the device, what is copied, and that every adapter stays the same."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COUNT = 5
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directories "0", "1", ... of adapters that differ, every second one wider."""
+    """Save adapters that differ in directories "0", "1", ..., with every second one wider."""
     folder = tmp_path_factory.mktemp("adapters")
     model = attach(llava().model, "0")
     for number in range(1, COUNT):

@@ -1,4 +1,5 @@
-"""bitsandbytes backbones on the CPU, language model and projector quantized: train, save, load, equal logits."""
+"""Test hosts whose language model and projector are quantized by bitsandbytes. They train, save and load with equal
+logits."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ each_kind = pytest.mark.parametrize("kind", QUANTIZATION)
 
 @cache
 def wide_llava() -> Case:
-    """64 wide everywhere: bitsandbytes' 4-bit kernel for CPUs takes whole blocks of 64 inputs and 32 outputs."""
+    """Build a LLaVA that is 64 wide everywhere. The 4-bit kernel of bitsandbytes for CPUs takes whole blocks of 64
+    inputs and 32 outputs."""
     return llava(vision={"hidden_size": 64, "intermediate_size": 64}, hidden_size=64, intermediate_size=128)
 
 
@@ -150,7 +152,7 @@ def test_merge_folds_the_text_branch_of_a_quantized_backbone(kind: str, device: 
 
 @pytest.mark.parametrize("packed", [bnb.nn.Embedding8bit, bnb.nn.Embedding4bit])
 def test_scale_of_a_packed_embedding_table(packed: type[nn.Embedding], device: str) -> None:
-    """Its weight is integers; what it gives are embeddings."""
+    """The scale of a packed table is that of its embeddings, because its weight holds integers."""
     weight = 3 * torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
     table: nn.Embedding = nn.Embedding(2000, 64, _weight=weight)
     model = nn.Module()

@@ -1,4 +1,4 @@
-"""CROME as a member of PEFT's enum and tables."""
+"""Test CROME as a member of PEFT's enum and tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A model that has been given an adapter before: by a notebook's cell run twice, a loaded configuration, a merge."""
+"""Test a model that had an adapter before: from a notebook's cell that ran twice, a loaded configuration, or a
+merge."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ pytestmark = [
 
 
 def test_the_same_name_again_is_a_fresh_adapter(tmp_path: Path) -> None:
-    """As with LoRA; the first call's weights would have the first configuration's size."""
+    """A second attachment under the same name gives a fresh adapter, as with LoRA. The first one's weights would have
+    the first configuration's size."""
     case = llava()
     expected = frozen_logits(case)
     adapted(case)
@@ -68,7 +70,8 @@ def test_a_second_attachment_that_fails_leaves_the_first(monkeypatch: pytest.Mon
 
 
 def test_a_loaded_configuration_serves_a_new_adapter(tmp_path: Path) -> None:
-    """The file that it came with is that of the adapter it was read for, and of no other."""
+    """A loaded configuration works for a new adapter, even after its directory is gone. Its file belongs only to the
+    adapter that it was read for."""
     adapted(llava()).save_pretrained(tmp_path)
     config = CromeConfig.from_pretrained(tmp_path)
     config.bottleneck_dim = 2 * M
@@ -136,7 +139,8 @@ def test_another_method_s_merge_leaves_the_adapter_in_place(branches: list[str] 
 
 
 def test_initialized_by_an_offloaded_table() -> None:
-    """The values of a table whose weight accelerate fetches for each call."""
+    """An offloaded table scales the initial weights as one in memory does. accelerate fetches its weight for each
+    call."""
     deviations = []
     for offloaded in (False, True):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Adapters with other branches, other sites and other sizes live on one model: each is what it is alone."""
+"""Test adapters of different branches, sites and sizes on one model: each gives the logits that it gives alone."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def alone(kind: str, batch: Batch, seed: int = 3) -> torch.Tensor:
-    """Logits of a model that has this adapter and no other."""
+    """Return the logits of a model that has this adapter and no other."""
     model = attach(llava().model, kind, **KINDS[kind])
     settle(model, kind, seed)
     return logits(model.eval(), batch)
 
 
 def settle(model: PeftModel, adapter: str, seed: int) -> None:
-    """Values for all of an adapter's weights that do not depend on what was there before."""
+    """Set all weights of an adapter to values that depend on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         if ".crome." in name and f".{adapter}." in name:
@@ -78,7 +78,7 @@ def test_rows_of_one_batch(names: list[str]) -> None:
 
 
 def test_several_are_active_at_once() -> None:
-    """What each adds is added, at the sites that it has."""
+    """Several active adapters each act at their own sites, as the branches of one adapter do."""
     model = together("text", "vision")
     model.base_model.set_adapter(["text", "vision"])
     both = attach(llava().model, **KINDS["both"])
@@ -125,7 +125,7 @@ def test_one_that_fails_leaves_the_others() -> None:
 
 
 def test_image_tokens_of_a_vocabulary() -> None:
-    """One table: an adapter of the image tokens' rows, and one of the words'."""
+    """One table can have an adapter for the rows of image tokens and another for the rows of words."""
     case = chameleon()
     model = attach(case.model, "vision", branches=["vision"])
     model.add_adapter("text", CromeConfig(branches=["text"], bottleneck_dim=M))

@@ -1,4 +1,4 @@
-"""Finding sites: an architecture that nobody has heard of, one of unusual shape, aliases, ranges of token ids."""
+"""Test how sites are found in unknown and unusual architectures, with aliases and with ranges of token ids."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MadeUpConfig(tf.PretrainedConfig):  # of transformers 4 and 5
 
 
 class MadeUpModel(tf.PreTrainedModel):
-    """An architecture that no table knows; `name` is what it calls its projector."""
+    """Stand in for an architecture in no table. `name` is the attribute of its projector."""
 
     config_class = MadeUpConfig
 
@@ -104,7 +104,8 @@ def test_audio_is_a_branch_of_its_own() -> None:
 
 
 def test_one_module_under_two_names_is_wrapped_under_both() -> None:
-    """After resize_token_embeddings, BART's encoder and decoder hold the very same module."""
+    """A module under two names is wrapped under both. After `resize_token_embeddings`, BART's encoder and decoder hold
+    the very same module."""
     config = tf.BartConfig(
         vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, decoder_start_token_id=2,

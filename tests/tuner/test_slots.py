@@ -1,4 +1,5 @@
-"""Many adapters in one batch launch what a few do: sorted into slots, stacked once, one product for each map."""
+"""Test that many adapters in one batch launch as many kernels as a few. Embeddings are sorted into slots, and weights
+are stacked once, with one product for each map."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def rows_of(batch: Batch, rows: int) -> Batch:
 
 
 def with_adapters(kinds: list[dict[str, Any]], count: int) -> PeftModel:
-    """Adapters "0", "1", ... of these kinds in turn, in eval mode."""
+    """Build a model in eval mode with adapters "0", "1", ... of these kinds in turn."""
     model = attach(llava().model, "0", **kinds[0])
     for number in range(1, count):
         model.add_adapter(str(number), CromeConfig(**{"bottleneck_dim": M, **kinds[number % len(kinds)]}))

@@ -1,4 +1,4 @@
-"""Training: the Trainer with checkpoints, gradient checkpointing, torch.compile."""
+"""Test training with the Trainer and its checkpoints, with gradient checkpointing, and with `torch.compile`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One image has the same pixels whatever it is given as, in training, in evaluation and in answering."""
+"""Test that an image in any form has the same pixels in training, evaluation and inference."""
 
 import base64
 import functools
@@ -47,7 +47,7 @@ def with_alpha(colors: np.ndarray) -> Image.Image:
 
 
 def rotated(kind: str) -> bytes:
-    """As a camera stores an upright image that it was turned for."""
+    """Return a file of `COLORS` as a turned camera stores it: rotated, with the orientation in its EXIF data."""
     exif = Image.Exif()
     exif[0x0112] = 6
     arguments = {
@@ -58,7 +58,8 @@ def rotated(kind: str) -> bytes:
 
 
 def png_of_16_bits(values: np.ndarray, color: int, transparent: bytes = b"") -> bytes:
-    """A PNG that Pillow cannot write: 16 bits in a channel, of several channels or with a transparent color."""
+    """Return a PNG that Pillow cannot write. It has 16 bits a channel, with several channels or a transparent
+    color."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -77,7 +78,7 @@ def animation(kind: str) -> bytes:
 
 
 def palette(transparency: Any) -> bytes:
-    """Four colors in stripes of two columns; the first is transparent where `transparency` says so."""
+    """Return a PNG of four colors in stripes of two columns, with a palette and this transparency."""
     image = Image.fromarray(np.repeat(np.arange(4, dtype=np.uint8), 2)[None].repeat(6, axis=0))
     image.putpalette([200, 10, 20, 0, 255, 0, 0, 0, 255, 9, 9, 9])
     return stored(image, "PNG", transparency=transparency)

@@ -1,4 +1,4 @@
-"""Values come into a template as they are; a cell keeps to its table."""
+"""Test that templates show values unchanged and that a table cell cannot break its table."""
 
 import pytest
 from jinja2 import UndefinedError

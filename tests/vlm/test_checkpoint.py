@@ -1,4 +1,4 @@
-"""Save what was trained, name the rest; load both again, strictly."""
+"""Test that a composite stores what was trained and names the other weights, and that both load again strictly."""
 
 import json
 import shutil
@@ -114,7 +114,7 @@ def test_model_objects_are_used_as_they_are(backbones):
 
 
 def same_after_reload(model: Any, path: Path) -> set[str]:
-    """Save, load, compare; the keys that were stored."""
+    """Save and load a model, compare the logits, and return the stored keys."""
     batch = batch_for(model.eval())
     model.save_pretrained(path)
     loaded = CromeVLMForConditionalGeneration.from_pretrained(path)
@@ -202,7 +202,8 @@ def test_a_resized_vocabulary_survives(backbones, tmp_path, tied):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma", "bart", "t5"])
 def test_a_merged_branch_of_a_tied_language_model_survives(backbones, tmp_path, kind):
-    """The head keeps the table that the language model's name gives, and a merge changes the other."""
+    """A merged text branch survives saving and loading where the language model ties its head. The merge changes only
+    the embedding table, so the head keeps its old weights."""
     torch.manual_seed(0)
     config = text_config(kind)
     config.tie_word_embeddings = True
@@ -233,7 +234,8 @@ def test_a_merged_branch_of_a_tied_language_model_survives(backbones, tmp_path, 
 
 
 def test_weights_that_nothing_gives_are_refused(backbones, tmp_path):
-    """A language model's name that gives other weights than the composite had is no reason to draw them at random."""
+    """Loading fails where the language model's name no longer gives a weight that the composite needs. Random weights
+    would replace it otherwise."""
     language = AutoModelForCausalLM.from_pretrained(backbones[1])
     language.save_pretrained(tmp_path / "language")
     composite = CromeVLMForConditionalGeneration.from_backbones(

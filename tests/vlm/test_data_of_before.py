@@ -1,4 +1,5 @@
-"""Directories that were saved before the composite had `model`, a part without its head, answer as they did."""
+"""Test that older directories still load and give the same logits. They were saved before the composite had `model`,
+its part without the head."""
 
 from __future__ import annotations
 

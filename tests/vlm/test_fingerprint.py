@@ -1,4 +1,4 @@
-"""Which weights have changed, told from some of their values."""
+"""Test that changed weights are detected from samples of their values."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Generation is the language model's own, over text and images."""
+"""Test that the composite generates over text and images with its language model's own generation."""
 
 import pytest
 import torch
@@ -110,7 +110,8 @@ def test_generation_config_is_the_language_models():
 
 
 def first_turn(model, pixel_values=None, rows=2, cache=None):
-    """A conversation's beginning, an image in each row and padding in the second, and the cache that it leaves."""
+    """Run the first turn of a conversation, and return its ids, its mask and its cache. Each row has an image, and the
+    second row is padded."""
     image = [IMAGE_ID] * model.image_seq_length
     ids = torch.tensor([[1, 10, *image, 20], [0, 1, *image, 30]][:rows])
     mask = ids.ne(0).long()

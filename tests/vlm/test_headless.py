@@ -1,4 +1,5 @@
-"""`composite.model` and `composite.base_model`: the composite up to its last hidden states, as LLaVA's are."""
+"""Test `composite.model` and `composite.base_model`. They compute the composite's last hidden states without the head,
+as LLaVA's do."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ CAPPED = {
 
 
 def add_fused_lm_head(model: Any) -> None:
-    """TRL's, where it is installed."""
+    """Apply TRL's `add_fused_lm_head`, or skip the test where TRL is not installed."""
     pytest.importorskip("trl").trainer.utils.add_fused_lm_head(model)
 
 
 def joined(language: str, **settings: Any) -> CromeVLMForConditionalGeneration:
-    """A composite whose language model scales or caps its logits, visibly."""
+    """Build a composite whose language model visibly scales or caps its logits."""
     torch.manual_seed(0)
     tokens = {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = CromeVLMConfig(

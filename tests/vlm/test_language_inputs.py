@@ -1,4 +1,5 @@
-"""Language models that need more than embeddings, or whose `generate` does not say that it takes them."""
+"""Test language models that need more than embeddings, or whose `generate` does not declare that it
+takes embeddings."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The composite against LLaVA and against its own language model; rows, padding, training."""
+"""Test the composite against LLaVA and against its own language model, with rows, padding and training."""
 
 import copy
 import pickle
@@ -152,7 +152,8 @@ def test_embeddings_that_hold_the_images():
 
 @pytest.mark.parametrize("name", ["labels", "decoder_input_ids"])
 def test_more_tokens_than_a_decoder_has_positions_for(name: str) -> None:
-    """PyTorch would name an index, or on a GPU stop the process."""
+    """A row with more tokens than the decoder has positions is refused with a clear message. PyTorch would only name
+    an index, or stop the process on a GPU."""
     model = build(language="bart")
     with pytest.raises(ValueError, match=r"A row has 1025 tokens, and the decoder takes 1024 \(labels or"):
         model(**make_batch(model), **{name: torch.ones(3, 1025, dtype=torch.long)})

@@ -1,4 +1,5 @@
-"""The paper's system at its real size, on the meta device: weights per part and per stage, as the docs show them."""
+"""Test the paper's system at its real size on the meta device. Its weights per part and per stage equal those in
+the docs."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ LANGUAGE_MODELS: dict[str, Any] = {
 
 
 def counts(language: str) -> dict[str, int]:
-    """Weights of each part of EVA ViT-g/14 at 224 px, Q-Former, the language model, and the default adapter."""
+    """Return the number of weights of each part and of the default adapter. The tower is EVA ViT-g/14 at 224 px, with
+    a Q-Former and the named language model."""
     config = CromeVLMConfig(
         vision_config=tf.InstructBlipVisionConfig(),
         text_config=LANGUAGE_MODELS[language],

@@ -1,4 +1,4 @@
-"""Text and images in, the model's inputs out."""
+"""Test that the processor turns text and images into the model's inputs."""
 
 import copy
 import subprocess
@@ -89,7 +89,8 @@ def test_chat_template_sees_plain_strings(processor, photos):
 
 @pytest.mark.parametrize("content", ["parts", "string"])
 def test_images_after_the_words_of_their_turn(content, processor, tmp_path):
-    """The paper's order, wherever a row has its images; saved with the processor."""
+    """With `images_after_text`, the chat template puts a user turn's images after its words, as in the paper. The
+    setting is saved with the processor."""
     token = processor.image_token
     said = f"{token}\nw1 w2 {token} w3"
     parts = [{"type": "image"}, {"type": "text", "text": "w1 w2 "}, {"type": "image"}, {"type": "text", "text": " w3"}]

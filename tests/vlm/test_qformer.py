@@ -1,4 +1,4 @@
-"""The composite with a Q-Former: InstructBLIP's own parts give InstructBLIP's own numbers."""
+"""Test the composite with a Q-Former. With InstructBLIP's parts it computes what InstructBLIP computes."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ QFORMER: dict[str, Any] = {
 
 
 def upstream(kind: str = "instructblip", language: str = "llama") -> Any:
-    """A random InstructBLIP or BLIP-2 of transformers."""
+    """Build a random InstructBLIP or BLIP-2 of transformers."""
     torch.manual_seed(0)
     names = {"instructblip": "InstructBlip", "blip-2": "Blip2"}
     text = text_config(language).to_dict()
@@ -44,7 +44,7 @@ def upstream(kind: str = "instructblip", language: str = "llama") -> Any:
 
 
 def composed(kind: str = "instructblip", language: str = "llama", **kwargs: Any) -> tuple[Any, Any]:
-    """Upstream's model, and the composite of its parts with the same language model object."""
+    """Return an upstream model and the composite of its parts. Both hold the same language model object."""
     theirs = upstream(kind, language)
     ours = CromeVLMForConditionalGeneration.from_instructblip(
         theirs, language=theirs.language_model, image_token_id=IMAGE_ID - 1, **kwargs
@@ -53,7 +53,7 @@ def composed(kind: str = "instructblip", language: str = "llama", **kwargs: Any)
 
 
 def inputs(images: int = 2) -> dict[str, torch.Tensor]:
-    """Rows of one image each, as InstructBLIP's processor writes them: the image before the text."""
+    """Build rows of one image each, with the image before the text, as InstructBLIP's processor writes them."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.tensor([[IMAGE_ID - 1] * QUERIES + [1, 10 + row, 11, 12] for row in range(images)])
     return {
@@ -68,7 +68,8 @@ def inputs(images: int = 2) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("language", ["llama", "opt", "t5"])
 @pytest.mark.parametrize("kind", ["instructblip", "blip-2"])
 def test_logits_equal_upstream(kind: str, language: str) -> None:
-    """The tower and the Q-Former are bit-equal; with the Q-Former's tokens alone, so are the logits."""
+    """Tower and Q-Former give the same bits as upstream. The logits do too when the Q-Former's tokens are the only
+    image tokens."""
     theirs, ours = composed(kind, language, image_token_order=["query"])
     batch = inputs()
     if language == "t5":
@@ -121,7 +122,8 @@ GENERATE: dict[str, Any] = {
 
 @pytest.mark.parametrize("language", ["llama", "t5"])
 def test_rows_of_any_number_of_images(language: str) -> None:
-    """Padding, company and cached features make no difference; generation continues what forward computes."""
+    """A row gives the same logits alone and in a padded batch, and from cached features. Generation starts with the
+    logits of `forward`."""
     model = with_qformer(language)
     batch = qformer_batch(model, images_per_row=(1, 0, 2))
     target = {"decoder_input_ids": torch.tensor([[0, 5]] * 3)} if language == "t5" else {}
@@ -158,7 +160,8 @@ def test_the_instruction_changes_what_is_read() -> None:
 
 
 def test_adapter_reads_query_tokens_and_patches() -> None:
-    """The paper's sites: the text branch behind the text projection, the vision branch behind the image projection."""
+    """The text branch comes after the text projection and the vision branch after the image projection, as in the
+    paper. All adapter weights get gradients."""
     model = get_peft_model(with_qformer(), CromeConfig(bottleneck_dim=4))
     sites = {path: list(m.branches) for path, m in model.get_base_model().named_modules() if isinstance(m, CromeLayer)}
     assert sites == {"text_fusion": ["text"], "vision_fusion": ["vision"]}
@@ -180,7 +183,7 @@ def test_adapter_reads_query_tokens_alone() -> None:
 
 @pytest.mark.parametrize("named", [True, False])
 def test_saved_and_loaded(named: bool, tmp_path: Path) -> None:
-    """Named parts are not stored; a Q-Former without a name, or one that trained, is."""
+    """Parts with a name are not stored. A Q-Former without a name, or one that was trained, is stored."""
     theirs = upstream()
     theirs.save_pretrained(tmp_path / "instructblip")
     theirs.language_model.save_pretrained(tmp_path / "llama")
@@ -215,7 +218,8 @@ def test_saved_and_loaded(named: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_tower_beside_a_qformer_that_can_train(bits: int, tmp_path: Path) -> None:
-    """The projection is the checkpoint's, and what was trained is stored and loaded in full."""
+    """A quantized tower leaves the Q-Former and the checkpoint's projection in full precision. A trained Q-Former is
+    stored and loaded in full."""
     theirs = upstream()
     theirs.save_pretrained(tmp_path / "instructblip")
     theirs.language_model.save_pretrained(tmp_path / "llama")
@@ -293,7 +297,8 @@ def test_bad_configurations() -> None:
 
 
 def qformer_processor(model: Any) -> CromeVLMProcessor:
-    """A tokenizer with other ids for the Q-Former, so that a mix-up shows."""
+    """Build a processor whose Q-Former tokenizer has another pad token than the text's, so that a mix-up changes
+    the ids."""
     reader = make_tokenizer()
     reader.pad_token = "<unk>"
     image_processor = tf.CLIPImageProcessor(size={"shortest_edge": 30}, crop_size=30)
@@ -304,7 +309,7 @@ def qformer_processor(model: Any) -> CromeVLMProcessor:
 
 
 def reader() -> tuple[CromeVLMForConditionalGeneration, CromeVLMProcessor]:
-    """A composite that reads what its processor writes."""
+    """Return a composite with a Q-Former and the processor that writes its inputs."""
     model = with_qformer()
     model.config.image_token_id = 95  # the first id that the tokenizer's words leave
     return model, qformer_processor(model)
@@ -314,7 +319,7 @@ TEXTS = ["<image> w1 w2", "w3", "<image> w4 <image> w5 w6"]
 
 
 def test_processor_reads_instructions() -> None:
-    """One instruction per image, the template's marks left out."""
+    """The processor writes one instruction per image, without the chat template's marks."""
     model, processor = reader()
     image = Image.new("RGB", (40, 30), "red")
     inputs = processor([[image], [], [image, image]], TEXTS, padding=True, return_tensors="pt")
@@ -384,7 +389,8 @@ def test_processor_with_instructions_is_saved_and_loaded(auto: Any, tmp_path: Pa
 def test_template_in_an_instruction_is_no_silence(
     text_of: Callable[[str, str], str], warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A prompt that was changed on its way has lost what is asked."""
+    """A warning appears when the Q-Former's instruction contains the chat template's marks. A prompt that was changed
+    on the way has lost its instruction."""
     _, processor = reader()
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w1"}]}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
@@ -408,7 +414,8 @@ def test_what_needs_no_template_does_not_ask_it(template: str | dict[str, str]) 
 
 
 def test_processor_takes_the_checkpoints_tokenizer(tmp_path: Path) -> None:
-    """InstructBLIP's repositories keep it in a folder of its own."""
+    """The processor takes the Q-Former's tokenizer from the checkpoint. InstructBLIP's repositories keep it in a
+    folder of its own."""
     upstream().save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path / "qformer_tokenizer")
     model = CromeVLMForConditionalGeneration.from_instructblip(
@@ -419,7 +426,8 @@ def test_processor_takes_the_checkpoints_tokenizer(tmp_path: Path) -> None:
 
 
 def test_half_precision_beside_query_tokens_in_float32() -> None:
-    """As upstream loads InstructBLIP in bfloat16."""
+    """Logits equal upstream's where the model is in bfloat16 and the query tokens are in float32. Upstream loads
+    InstructBLIP this way in bfloat16."""
     theirs = upstream().to(torch.bfloat16)
     theirs.query_tokens.data = theirs.query_tokens.data.float()
     model = CromeVLMForConditionalGeneration.from_instructblip(

@@ -1,4 +1,5 @@
-"""Every tower of transformers that reads images of one size: a feature of each patch, and it trains and reloads."""
+"""Test every tower of transformers that reads images of one size. It gives a feature for each patch, trains
+and reloads."""
 
 from __future__ import annotations
 
@@ -83,7 +84,7 @@ ALIKE = [name for name, (settings, _) in TOWERS.items() if settings == VIT]
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_patches_lie_row_by_row(name: str) -> None:
-    """What changes in one corner of an image changes that corner's feature most."""
+    """A change in one corner of an image changes the feature of that corner most."""
     model = joined(name)
     grid = model.vision_layout
     image = torch.randn(1, 3, 32, 32)

@@ -1,4 +1,4 @@
-"""Any tower: prefix tokens and patch grid are found, pooled and kept in order."""
+"""Test that any tower's prefix tokens and patch grid are detected, and that its patches are pooled in order."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Tiny random backbones and batches, built offline."""
+"""Build tiny random backbones and batches without network access."""
 
 from typing import Any
 
@@ -59,12 +59,12 @@ SEQ2SEQ = ("t5", "bart")
 
 
 def vision_config(name: str = "clip_vision_model") -> Any:
-    """A tiny tower's configuration."""
+    """Return the configuration of a tiny tower."""
     return transformers.CONFIG_MAPPING[name](**TOWERS[name][0])
 
 
 def text_config(name: str = "llama") -> Any:
-    """A tiny language model's configuration, without dropout."""
+    """Return the configuration of a tiny language model, without dropout."""
     tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     quiet = {"gpt2": {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}}.get(name, {})
     return transformers.CONFIG_MAPPING[name](**LANGUAGE_MODELS[name], **tokens, **quiet)
@@ -73,7 +73,7 @@ def text_config(name: str = "llama") -> Any:
 def build(
     tower: str = "clip_vision_model", language: str = "llama", **kwargs: Any
 ) -> CromeVLMForConditionalGeneration:
-    """A composite with random weights."""
+    """Build a composite with random weights."""
     torch.manual_seed(0)
     if tower == "resnet":
         kwargs.setdefault("image_size", 32)
@@ -84,7 +84,7 @@ def build(
 
 
 def make_batch(model: Any, *, images_per_row: tuple[int, ...] = (1, 0, 2), side: str = "left") -> dict[str, Any]:
-    """Rows with different numbers of images and words, padded on one side."""
+    """Build rows with different numbers of images and words, padded on one side."""
     generator = torch.Generator().manual_seed(1)
     rows = []
     for row, count in enumerate(images_per_row):
@@ -107,7 +107,8 @@ def make_batch(model: Any, *, images_per_row: tuple[int, ...] = (1, 0, 2), side:
 
 
 def make_tokenizer(**kwargs: Any) -> PreTrainedTokenizerFast:
-    """Words w0 to w89, a token each; an end token but no pad token, as many language models have it."""
+    """Build a tokenizer with one token for each word from w0 to w89. It has an end token but no pad token, like many
+    language models."""
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, "user:": 3, "assistant:": 4, **{f"w{i}": i + 5 for i in range(90)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""A tiny random model of every architecture, and the same checks on each.
+"""Tiny random models of every architecture, on which the same checks run.
 
 To add an architecture, write a builder that returns a `Case` and decorate it with `architecture(model_type)`.
 """

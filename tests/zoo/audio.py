@@ -1,4 +1,5 @@
-"""Hosts that hear: Qwen2-Audio, Voxtral, Audio Flamingo, GLM-ASR, Granite Speech; Phi-4-multimodal hears and sees."""
+"""Builders of hosts with audio: Qwen2-Audio, Voxtral, Audio Flamingo, GLM-ASR, Qwen3-ASR, Granite Speech
+and Phi-4-multimodal."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ SITES = {"text": ["model.language_model.embed_tokens"], "audio": ["model.multi_m
 
 
 def sound_rows(tokens: int, **extra: torch.Tensor) -> Batch:
-    """Two rows of one sound of 16 frames and two words."""
+    """Build two rows, each with one sound of 16 frames and two words."""
     return token_rows(1, tokens, token=AUDIO_TOKEN) | {"input_features": pixels(2, MELS, FRAMES)} | extra
 
 
@@ -90,7 +91,7 @@ def glmasr() -> Case:
 
 @architecture("qwen3_asr")
 def qwen3_asr() -> Case:
-    """Chunks of 100 frames, each 13 tokens, packed to one row."""
+    """Build a Qwen3-ASR. Its encoder packs chunks of 100 frames into one row, and each chunk gives 13 tokens."""
     audio = {key: value for key, value in WHISPER.items() if key != "max_source_positions"} | {
         "model_type": "qwen3_asr_encoder", "output_dim": WIDTH, "downsample_hidden_size": 4,
     }  # fmt: skip
@@ -104,7 +105,8 @@ def qwen3_asr() -> Case:
 
 @architecture("granite_speech")
 def granite_speech() -> Case:
-    """A window Q-Former; its configuration says "encoder", not "audio"."""
+    """Build a Granite Speech. Its projector is a window Q-Former, and its configuration names the tower `encoder`
+    instead of `audio`."""
     config = tf.GraniteSpeechConfig(
         encoder_config={
             "input_dim": MELS, "num_layers": 2, "hidden_dim": 16, "num_heads": 2, "output_dim": 4, "context_size": 8,
@@ -125,7 +127,8 @@ def granite_speech() -> Case:
 
 @architecture("phi4_multimodal")
 def phi4_multimodal() -> Case:
-    """Projections without a module around them; sound has a second one, for when there is an image too."""
+    """Build a Phi-4-multimodal. Its projections have no module around them, and sound has a second one for prompts
+    that also have an image."""
     config = tf.Phi4MultimodalConfig(
         **TEXT,
         vision_config=VISION | {"image_size": 16, "crop_size": 16, "image_token_id": IMAGE_TOKEN},

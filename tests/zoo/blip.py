@@ -1,4 +1,4 @@
-"""BLIP-2 and InstructBLIP: a Q-Former before any language model."""
+"""Builders of BLIP-2 and InstructBLIP, which put a Q-Former before any language model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _blip(
     frames: int | None = None,
     **settings: Any,
 ) -> Case:
-    """A Q-Former before a language model; `prefix` begins the names of the family's classes."""
+    """Build a host with a Q-Former before a language model. The family's class names begin with `prefix`."""
     instructed = prefix != "Blip2"
     qformer_class = getattr(tf, f"{prefix}QFormerConfig")
     config = getattr(tf, f"{prefix}Config")(
@@ -83,7 +83,7 @@ def instructblip_t5() -> Case:
 
 @architecture("instructblipvideo")
 def instructblipvideo() -> Case:
-    """Two frames, each with its own queries."""
+    """Build an InstructBLIP-Video whose rows have two frames, each with its own queries."""
     return _blip("InstructBlipVideo", tf.OPTConfig(**OPT), OPT_SITES, frames=2, video_token_index=IMAGE_TOKEN)
 
 

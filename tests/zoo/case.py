@@ -1,4 +1,4 @@
-"""What a tiny random model of the zoo is, and what its builders share."""
+"""Define what a case of the zoo is, and what the builders of cases share."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Case:
     """A model in eval mode, a batch of two rows with one image (or sound) each, and a row without.
 
     Attributes:
-        sites: branch -> full paths that CROME is expected to find.
-        text_only: what `forward` takes without an image; None where the architecture cannot do without one.
-        scaled_table: the embedding table multiplies its rows, so a merge is exact to one rounding only.
-        exclude_from_generate: what of the batch `generate` does not take.
-        not_applicable: name of a check -> why it does not apply to this architecture.
+        sites: for each branch, the full paths of the modules that CROME is expected to wrap.
+        text_only: the arguments of `forward` without an image; None where the architecture needs an image.
+        scaled_table: whether the embedding table multiplies its rows, so that a merge is exact to one rounding only.
+        exclude_from_generate: the batch's entries that `generate` does not take.
+        not_applicable: for each check that does not apply to this architecture, the reason.
         known: makes the configuration of the best-known checkpoint, where the class's defaults do not.
     """
 
@@ -65,7 +65,7 @@ class Case:
             self.batch.pop("mm_token_type_ids", None)
 
     def to(self, device: str) -> Case:
-        """The same case with its model and its batches on a device."""
+        """Return the same case with its model and its batches on a device."""
         text_only = moved(self.text_only, device) if self.text_only else None
         return replace(self, model=self.model.to(device), batch=moved(self.batch, device), text_only=text_only)
 
@@ -74,7 +74,7 @@ class Case:
 
 
 def moved(batch: Batch, device: str) -> Batch:
-    """The batch's tensors on a device."""
+    """Return the batch with its tensors on a device."""
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[str, Callable[[], nn.Module]]] = {}
 
 
 def architecture(name: str) -> Callable[[Callable[[], Case]], Callable[[], Case]]:
-    """Enter a builder in the zoo: every test of tests/zoo/ then runs on it."""
+    """Add a builder to the zoo, so that every test in `tests/zoo/` runs on it."""
 
     def enter(builder: Callable[[], Case]) -> Callable[[], Case]:
         assert name not in ZOO, name
@@ -96,7 +96,7 @@ def architecture(name: str) -> Callable[[Callable[[], Case]], Callable[[], Case]
 
 
 def refused(name: str, because: str) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
-    """Enter an architecture that CROME refuses, with the reason."""
+    """Add an architecture that CROME refuses, with the reason."""
 
     def enter(builder: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         assert name not in REFUSED, name
@@ -109,7 +109,8 @@ def refused(name: str, because: str) -> Callable[[Callable[[], nn.Module]], Call
 def token_rows(
     images: int, tokens_per_image: int, *, around: tuple[int, int] | None = None, token: int = IMAGE_TOKEN
 ) -> Batch:
-    """Two rows [1, (start) image tokens (end), two words], with labels on the words; `around` frames the image."""
+    """Build two rows [1, (start) image tokens (end), two words], with labels on the words. `around` gives the ids of
+    start and end."""
     start, end = ([around[0]], [around[1]]) if around else ([], [])
     image = start + [token] * tokens_per_image + end
     ids = torch.tensor([[1] + image * images + [5, 6], [1] + image * images + [7, 8]])
@@ -124,7 +125,8 @@ def words() -> Batch:
 
 
 def rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """A language model's rotary positions, under the release's name for them; transformers 4 has another than 5."""
+    """Return a language model's rotary positions under the installed release's name for them. The name differs between
+    transformers 4 and 5."""
     return {"rope_parameters" if hasattr(modeling_rope_utils, "RopeParameters") else "rope_scaling": parameters}
 
 
@@ -133,7 +135,7 @@ def pixels(*shape: int) -> torch.Tensor:
 
 
 def finish(model_class: type, config: Any) -> nn.Module:
-    """Build with a fixed seed, at a scale where every part changes the logits."""
+    """Build a model with a fixed seed, with weights large enough that every part changes the logits."""
     torch.manual_seed(0)
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(2)

@@ -1,4 +1,4 @@
-"""Hosts with a connector of their own kind: Aria, DeepSeek-VL, Florence-2, LFM-VL, Llama 4, Mllama and others."""
+"""Builders of hosts with an unusual connector: Aria, DeepSeek-VL, Florence-2, LFM-VL, Llama 4, Mllama and others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _sites(vision: str) -> dict[str, list[str]]:
 
 @architecture("lfm2_vl")
 def lfm2_vl() -> Case:
-    """Its projector is called once for each image, on (1, height, width, channels)."""
+    """Build an LFM2-VL. Its projector runs once for each image, on (1, height, width, channels)."""
     text = TEXT | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
     vision = {key: value for key, value in VISION.items() if key != "image_size"} | {"num_patches": 16}
     config = tf.Lfm2VlConfig(
@@ -82,7 +82,8 @@ def deepseek_vl() -> Case:
 
 @architecture("deepseek_vl_hybrid")
 def deepseek_vl_hybrid() -> Case:
-    """Joins a SigLIP tower and a SAM tower in its aligner, which takes both as arguments."""
+    """Build a DeepSeek-VL hybrid. Its aligner takes the outputs of a SigLIP tower and a SAM tower as arguments and
+    joins them."""
     sam = tf.SamVisionConfig(
         hidden_size=VISION_WIDTH, output_channels=4, num_hidden_layers=2, num_attention_heads=2, mlp_dim=32,
         image_size=16, patch_size=PATCH, window_size=2, global_attn_indexes=[0], num_pos_feats=8,
@@ -103,7 +104,8 @@ def deepseek_vl_hybrid() -> Case:
 
 @architecture("hyperclovax_vision_v2")
 def hyperclovax_vision_v2() -> Case:
-    """Projects what a Qwen2.5-VL tower has merged, to the language model's width already."""
+    """Build a HyperCLOVA X Vision v2. It projects the merged output of a Qwen2.5-VL tower, which already has the
+    language model's width."""
     config = tf.HyperCLOVAXVisionV2Config(
         text_config={"model_type": "hyperclovax"} | TEXT,
         vision_config={"model_type": "qwen2_5_vl_vision"} | WINDOWED,
@@ -126,7 +128,7 @@ def hyperclovax_vision_v2() -> Case:
 
 @architecture("aria")
 def aria() -> Case:
-    """Its queries attend to the patches inside the projector."""
+    """Build an Aria. Its queries attend to the patches inside the projector."""
     config = tf.AriaConfig(
         text_config=TEXT | {"model_type": "aria_text", "moe_num_experts": 4, "moe_num_shared_experts": 1},
         vision_config=tf.Idefics3VisionConfig(**VISION),
@@ -145,7 +147,8 @@ def aria() -> Case:
 
 @architecture("florence2")
 def florence2() -> Case:
-    """BART inside: the encoder and the decoder have embedding modules of their own, over one table."""
+    """Build a Florence-2. Its language model is a BART, whose encoder and decoder have their own embedding modules
+    over one table."""
     text = tf.BartConfig(
         vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, dropout=0.0,
@@ -174,7 +177,7 @@ def florence2() -> Case:
 
 @architecture("llama4")
 def llama4() -> Case:
-    """The tower's own adapter comes before the projector, at the tower's width."""
+    """Build a Llama 4. Its tower has an adapter of its own before the projector, at the tower's width."""
     config = tf.Llama4Config(
         text_config=TEXT
         | {
@@ -204,7 +207,7 @@ def llama4() -> Case:
 
 @architecture("kimi_k25")
 def kimi_k25() -> Case:
-    """Looks token 0 up in the place of an image token."""
+    """Build a Kimi K2.5. It looks up token 0 in place of an image token."""
     text = TEXT | {
         "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
         "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
@@ -227,7 +230,7 @@ def kimi_k25() -> Case:
 
 @architecture("step3p7")
 def step3p7() -> Case:
-    """Its projector is called twice: on the whole image and on the crops."""
+    """Build a Step 3.7. Its projector runs twice, on the whole image and on the crops."""
     text = TEXT | {
         "head_dim": 16, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16,
         "mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 4, "num_experts_per_tok": 2,
@@ -249,7 +252,7 @@ def step3p7() -> Case:
 
 @architecture("lfm3_vl")
 def lfm3_vl() -> Case:
-    """One projector for images and videos, which merges blocks of patches."""
+    """Build an LFM3-VL. Images and videos share one projector, which merges blocks of patches."""
     config = tf.Lfm3VlConfig(
         text_config={"model_type": "lfm3"}
         | TEXT
@@ -290,7 +293,8 @@ def mistral_large4() -> Case:
 
 @architecture("mllama")
 def mllama() -> Case:
-    """Cross-attention layers read what the projector gives; an image token has a row behind the vocabulary."""
+    """Build an Mllama. Its cross-attention layers read the projector's output, and its image token has a table row
+    after the vocabulary."""
     config = tf.MllamaConfig(
         text_config=TEXT | {"cross_attention_layers": [1]} | rope({"rope_type": "default", "rope_theta": 1e4}),
         vision_config=VISION
@@ -319,7 +323,8 @@ def mllama() -> Case:
 
 @architecture("nemotron_h_omni")
 def nemotron_h_omni() -> Case:
-    """A Mamba hybrid behind a RADIO tower and a Parakeet encoder, each with a projector."""
+    """Build a Nemotron-H Omni. A RADIO tower and a Parakeet encoder come before a Mamba hybrid, each with
+    a projector."""
     text = {key: value for key, value in TEXT.items() if key != "num_hidden_layers"} | {
         "layers_block_type": ["linear_attention", "full_attention", "moe"], "head_dim": 16, "ssm_state_size": 8,
         "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8, "n_routed_experts": 4,

@@ -1,4 +1,4 @@
-"""Hosts that read images by cross-attention or as part of an encoder's input, and those that CROME refuses."""
+"""Builders of hosts that read images by cross-attention or in an encoder's input, and of hosts that CROME refuses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ GPT2 = {
 
 @architecture("pix2struct")
 def pix2struct() -> Case:
-    """No projector: the decoder attends to the tower's last norm, which has its width."""
+    """Build a Pix2Struct. It has no projector, and the decoder attends to the output of the tower's last norm, which
+    has the decoder's width."""
     sizes = {"hidden_size": WIDTH, "d_ff": 64, "d_kv": 16, "dropout_rate": 0.0}
     config = tf.Pix2StructConfig(
         text_config={**sizes, "vocab_size": VOCABULARY, "num_layers": 2, "num_heads": 2, **SPECIAL},
@@ -78,7 +79,7 @@ def pp_formulanet() -> Case:
 
 @architecture("vision-encoder-decoder")
 def vision_encoder_decoder() -> Case:
-    """Has a projection where tower and decoder differ in width."""
+    """Build a vision encoder-decoder. It has a projection because its tower and its decoder differ in width."""
     tower, decoder = tf.ViTConfig(**VISION), tf.GPT2Config(**GPT2, add_cross_attention=True, is_decoder=True)
     config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(tower, decoder)
     config.update(SPECIAL)
@@ -93,7 +94,7 @@ def vision_encoder_decoder() -> Case:
 
 @architecture("udop")
 def udop() -> Case:
-    """Patches are added to the words that lie on them; the rest follow the text."""
+    """Build a UDOP. It adds a patch to the word that lies on it, and the other patches follow the text."""
     config = tf.UdopConfig(
         vocab_size=VOCABULARY, d_model=WIDTH, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=0.0,
         image_size=IMAGE_SIZE, patch_size=4, max_2d_position_embeddings=64, **SPECIAL,
@@ -111,7 +112,7 @@ def udop() -> Case:
 
 @architecture("evolla")
 def evolla() -> Case:
-    """Reads proteins, not images: what its aligner layers attend to."""
+    """Build an Evolla. It reads proteins instead of images, and its aligner layers attend to the resampled protein."""
     protein = {
         "vocab_size": 40, "hidden_size": VISION_WIDTH, "intermediate_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
@@ -136,7 +137,7 @@ def evolla() -> Case:
 
 @architecture("pi0")
 def pi0() -> Case:
-    """PaliGemma, whose keys and values an action expert reads."""
+    """Build a PI0. It is a PaliGemma with an action expert that reads its keys and values."""
     gemma = TEXT | {"head_dim": 16}
     config = tf.PI0Config(
         vlm_config=tf.PaliGemmaConfig(

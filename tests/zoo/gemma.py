@@ -1,4 +1,5 @@
-"""Gemma and PaliGemma: scaled embedding tables, images attended in both directions, per-layer embedding tables."""
+"""Builders of Gemma and PaliGemma hosts. They have scaled embedding tables, attend to images in both directions, and
+some have per-layer embedding tables."""
 
 from __future__ import annotations
 
@@ -51,13 +52,13 @@ SITES = {
 
 
 def positions(side: int) -> torch.Tensor:
-    """(x, y) of the patches of two square images."""
+    """Return the (x, y) positions of the patches of two square images."""
     xy = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), dim=-1)
     return xy.reshape(1, -1, 2).expand(2, -1, -1).contiguous()
 
 
 def image_and_sound(image_tokens: int, audio_tokens: int) -> Batch:
-    """Two rows of one image, one sound and two words."""
+    """Build two rows, each with one image, one sound and two words."""
     image, sound = [IMAGE_TOKEN] * image_tokens, [AUDIO_TOKEN] * audio_tokens
     ids = torch.tensor([[1, 57, *image, 58, 55, *sound, 56, 5, 6], [1, 57, *image, 58, 55, *sound, 56, 7, 8]])
     labels = ids.clone()
@@ -67,7 +68,8 @@ def image_and_sound(image_tokens: int, audio_tokens: int) -> Batch:
 
 @architecture("shieldgemma2")
 def shieldgemma2() -> Case:
-    """Gemma 3's class under another model_type, as the image-text-to-text mapping has it."""
+    """Build a ShieldGemma 2. It is Gemma 3's class under another `model_type`, which the image-text-to-text
+    mapping lists."""
     return gemma3()
 
 
@@ -111,7 +113,7 @@ def _gemma4_batch() -> Batch:
 
 @architecture("gemma4")
 def gemma4() -> Case:
-    """With a per-layer embedding table, which is left alone."""
+    """Build a Gemma 4. It has a per-layer embedding table, which CROME leaves alone."""
     config = tf.Gemma4Config(
         text_config=GEMMA4_TEXT | PER_LAYER,
         vision_config=GEMMA4_VISION,
@@ -136,7 +138,7 @@ def _gemma4_e2b() -> tf.Gemma4Config:
 
 @architecture("gemma4_unified")
 def gemma4_unified() -> Case:
-    """No towers: patches and waveforms go through one projection each."""
+    """Build a Gemma 4 Unified. It has no towers, and patches and waveforms each go through one projection."""
     config = tf.Gemma4UnifiedConfig(
         text_config=GEMMA4_TEXT,
         vision_config={
@@ -160,7 +162,8 @@ def _gemma4_12b() -> tf.Gemma4UnifiedConfig:
 
 @architecture("t5gemma2")
 def t5gemma2() -> Case:
-    """Two scaled embedding modules over one table, which keep the end-of-image token's row beside it."""
+    """Build a T5Gemma 2. Its two scaled embedding modules share one table and keep the end-of-image token's row
+    outside it."""
     text = TEXT | {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2}
     encoder = {"text_config": text, "vision_config": VISION, "mm_tokens_per_image": 4}
     encoder |= {"image_token_index": IMAGE_TOKEN, "boi_token_index": 57, "eoi_token_index": 58}
@@ -185,7 +188,7 @@ def _t5gemma2_270m() -> tf.T5Gemma2Config:
 
 
 class FeatureMap(tf.PreTrainedModel):
-    """Stands in for Gemma 3n's tower from timm (see llava.py): a map of features, and no pooling."""
+    """Stand-in for Gemma 3n's tower from timm (see `llava.py`). It returns a map of features without pooling."""
 
     config_class = tf.Gemma3nConfig.sub_configs["vision_config"]
 
@@ -204,7 +207,8 @@ tf.AutoModel.register(FeatureMap.config_class, FeatureMap, exist_ok=True)
 
 @architecture("gemma3n")
 def gemma3n() -> Case:
-    """Its projectors also embed the token ids of their own vocabularies, so they run more than once per forward."""
+    """Build a Gemma 3n. Its projectors also embed the token ids of their own vocabularies, so they run more than once
+    per forward pass."""
     config = tf.Gemma3nConfig(
         text_config=TEXT | PER_LAYER | {
             "head_dim": 16, "sliding_window": 16, "laurel_rank": 4, "altup_num_inputs": 2, "num_kv_shared_layers": 0,
@@ -230,7 +234,8 @@ def gemma3n() -> Case:
 
 @architecture("diffusion_gemma")
 def diffusion_gemma() -> Case:
-    """Denoises a canvas of tokens that its decoder embeds; the encoder embeds the prompt with the same table."""
+    """Build a DiffusionGemma. Its decoder embeds the canvas of tokens that it denoises, and its encoder embeds the
+    prompt with the same table."""
     experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
     config = tf.DiffusionGemmaConfig(
         text_config=GEMMA4_TEXT | {"num_global_key_value_heads": 2} | experts,

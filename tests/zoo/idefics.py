@@ -1,4 +1,4 @@
-"""Idefics and SmolVLM: a connector, images as a list per row."""
+"""Builders of Idefics3, SmolVLM and Granite Docling, which have a connector and take a list of images per row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from .case import IMAGE_SIZE, IMAGE_TOKEN, TEXT, VISION, WIDTH, Case, architectu
 
 
 def _idefics3_like(config_class: type, model_class: type) -> Case:
-    """An image has four tokens: SmolVLM of transformers 5.20 asks for a multiple of the patch's size."""
+    """Build an Idefics3 or a SmolVLM. An image has four tokens, because SmolVLM of transformers 5.20 requires a
+    multiple of the patch size."""
     size = 2 * IMAGE_SIZE
     vision = VISION | {"image_size": size}
     config = config_class(
@@ -34,7 +35,7 @@ def smolvlm() -> Case:
 
 @architecture("granite_docling")
 def granite_docling() -> Case:
-    """The tower's connector also returns deepstack features, which stay as they are."""
+    """Build a Granite Docling. Its tower's connector also returns deepstack features, which CROME leaves unchanged."""
     text = TEXT | {"embedding_multiplier": 1.0}
     vision = VISION | {"out_hidden_size": WIDTH, "scale_factor": 2, "deepstack_visual_indexes": [0]}
     config = tf.GraniteDoclingConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN)

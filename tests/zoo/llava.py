@@ -1,4 +1,4 @@
-"""Hosts with a projector between a tower and a language model: LLaVA and its kin."""
+"""Builders of LLaVA and similar hosts, which have a projector between a tower and a language model."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def internvl() -> Case:
 def _kin(
     name: str, tokens: int, vision: Any, *, text: Any = None, image: dict[str, Any] | None = None, **settings: Any
 ) -> Case:
-    """A host that differs from LLaVA in its parts; `name` is that of its classes, `image` what it takes beside ids."""
+    """Build a host that differs from LLaVA in its parts. Its class names begin with `name`, and `image` holds its
+    image inputs."""
     text = tf.LlamaConfig(**TEXT) if text is None else text
     config = getattr(tf, f"{name}Config")(vision_config=vision, text_config=text, **settings)
     batch = token_rows(1, tokens) | (image or {"pixel_values": pixels(2, 3, IMAGE_SIZE, IMAGE_SIZE)})
@@ -81,7 +82,7 @@ def _kin(
 
 @architecture("vipllava")
 def vipllava() -> Case:
-    """Reads several layers of its tower."""
+    """Build a VipLLaVA. Its projector reads several layers of its tower."""
     vision = tf.CLIPVisionConfig(**VISION)
     layers = {"vision_feature_layer": [-1, -2], "vision_feature_layers": [-1, -2]}  # older transformers name several
     return _kin("VipLlava", 4, vision, image_token_index=IMAGE_TOKEN, **layers)
@@ -113,7 +114,7 @@ def llava_onevision() -> Case:
 
 @architecture("video_llava")
 def video_llava() -> Case:
-    """Has a tower for images and one for videos, before one projector."""
+    """Build a Video-LLaVA. It has a tower for images and one for videos, which share one projector."""
     image = {"pixel_values_images": pixels(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
     return _kin(
         "VideoLlava", 4, tf.CLIPVisionConfig(**VISION), image=image, image_token_index=IMAGE_TOKEN,
@@ -154,7 +155,7 @@ def got_ocr2() -> Case:
 
 @architecture("pp_chart2table")
 def pp_chart2table() -> Case:
-    """GOT-OCR 2 under another name."""
+    """Build a PP-Chart2Table, which is GOT-OCR 2 under another name."""
     return _got_ocr2()
 
 
@@ -173,7 +174,7 @@ def _mistral3_image() -> dict[str, Any]:
 
 @architecture("mistral3")
 def mistral3() -> Case:
-    """Its projector takes the images' sizes as well, and reads all of them at once."""
+    """Build a Mistral 3. Its projector also takes the images' sizes, and it reads all images at once."""
     text = tf.MistralConfig(**TEXT, head_dim=16)
     return _kin("Mistral3", 1, _pixtral(), text=text, image=_mistral3_image(), image_token_index=IMAGE_TOKEN)
 
@@ -199,7 +200,7 @@ def qianfan_ocr() -> Case:
 
 @architecture("fast_vlm")
 def fast_vlm() -> Case:
-    """Its tower gives a map of features, (batch, channels, height, width)."""
+    """Build a FastVLM. Its tower returns a map of features, (batch, channels, height, width)."""
 
     def vision(width: int) -> Any:
         sizes = {"embedding_size": 8, "hidden_sizes": [8, width], "depths": [1, 1], "layer_type": "basic"}

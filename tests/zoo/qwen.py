@@ -1,4 +1,4 @@
-"""Hosts whose vision tower ends in a merger: Qwen-VL and its kin."""
+"""Builders of Qwen-VL and similar hosts, whose vision tower ends in a merger."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ QWEN2_7B = {
 
 
 def build(model_class: type, config: Any) -> Any:
-    """A tiny random model that does not generate placeholders: without a cache it would look for their images."""
+    """Build a tiny random model that never generates placeholders. Without a cache it would look for their images."""
     model = finish(model_class, config)
     model.generation_config.suppress_tokens = list(range(53, AUDIO_TOKEN + 1))
     return model
 
 
 def image_rows() -> Batch:
-    """One image of 4 x 4 patches in each row, which are merged to 4 tokens."""
+    """Build rows with one image of 4 x 4 patches each, which are merged into 4 tokens."""
     batch = token_rows(1, 4, around=(57, 58)) | {
         "pixel_values": pixels(2 * 16, 3 * 2 * PATCH * PATCH),
         "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
@@ -86,7 +86,7 @@ def image_rows() -> Batch:
 
 
 def with_sound(batch: Batch, tokens: int, around: tuple[int, int], **features: torch.Tensor) -> Batch:
-    """Put a sound, as token ids, behind the first token of every row."""
+    """Put a sound, as token ids, after the first token of every row."""
     batch = dict(batch)
     sound = torch.tensor([[around[0], *[AUDIO_TOKEN] * tokens, around[1]]] * 2)
     between = {"input_ids": sound, "attention_mask": torch.ones_like(sound), "labels": torch.full_like(sound, -100)}
@@ -96,7 +96,8 @@ def with_sound(batch: Batch, tokens: int, around: tuple[int, int], **features: t
 
 
 def known(config_class: type, **text: Any) -> Any:
-    """The configuration's defaults, with a merger that fits the language model: those of some classes do not agree."""
+    """Return the default configuration, with a merger that fits the language model. The defaults of some classes do
+    not fit."""
     config = config_class()
     for name, value in text.items():
         setattr(config.text_config, name, value)
@@ -190,7 +191,7 @@ INDEXER = {
 
 @architecture("qwen4_exp")
 def qwen4_exp() -> Case:
-    """Its n-gram table reads token ids and is left alone."""
+    """Build a Qwen4-Exp. Its n-gram table reads token ids, and CROME leaves it alone."""
     case = _qwen(
         tf.Qwen4ExpConfig,
         tf.Qwen4ExpForConditionalGeneration,

@@ -1,4 +1,4 @@
-"""Document readers and small models: DeepSeek-OCR, MiniCPM, Granite, Ovis and others."""
+"""Builders of document readers and small models: DeepSeek-OCR, MiniCPM, Granite, Ovis and others."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def idefics2() -> Case:
 
 @architecture("ovis2")
 def ovis2() -> Case:
-    """Mixes rows of a visual table, and frames the image with other rows of it."""
+    """Build an Ovis2. It mixes rows of a visual table into image embeddings, and frames each image with other rows of
+    that table."""
     config = tf.Ovis2Config(
         vision_config=VISION | {"vocab_size": 24},
         text_config=tf.Qwen2Config(**TEXT),
@@ -67,7 +68,7 @@ def ovis2() -> Case:
 
 @architecture("janus")
 def janus() -> Case:
-    """Its second tower serves the generation of images and is left alone."""
+    """Build a Janus. Its second tower serves the generation of images, and CROME leaves it alone."""
     vision = {k: v for k, v in VISION.items() if k != "intermediate_size"}
     config = tf.JanusConfig(
         vision_config=vision | {"mlp_ratio": 2, "projection_dim": WIDTH, "num_image_tokens": 4},
@@ -93,7 +94,7 @@ KOSMOS_TEXT = {
 
 
 def _kosmos(model_class: type, config: Any, image: Batch) -> Case:
-    """Kosmos: a mask says where the image goes, its projection returns a tuple."""
+    """Build a Kosmos. A mask gives the image's positions, and its projection returns a tuple."""
     batch = token_rows(1, 3, around=(57, 58)) | image
     batch["image_embeds_position_mask"] = (batch["input_ids"] == IMAGE_TOKEN).long()
     text_only = words()
@@ -124,7 +125,7 @@ def kosmos2_5() -> Case:
 
 
 def _minicpm(config_class: type, model_class: type, known_width: int, **options: Any) -> Case:
-    """MiniCPM: images of any size packed into one row, a merger that returns a list."""
+    """Build a MiniCPM. It packs images of any size into one row, and its merger returns a list."""
     text = TEXT | {"head_dim": 16, "rope_parameters": HALF_OF_A_HEAD} | LINEAR
     config = config_class(
         text_config=text | {"model_type": "qwen3_5_text"},
@@ -151,7 +152,7 @@ def minicpmv4_6() -> Case:
 
 @architecture("minicpmv4_7")
 def minicpmv4_7() -> Case:
-    """Positions of a canvas, drawn from the tokens around the image."""
+    """Build a MiniCPM-V 4.7. It derives positions on a canvas from the tokens around the image."""
     markers = {"image_start_id": 57, "image_end_id": 58, "slice_start_id": 55, "slice_end_id": 56, "newline_id": 54}
     case = _minicpm(tf.MiniCPMV4_7Config, tf.MiniCPMV4_7ForConditionalGeneration, 1024, **markers)
     case.batch["mm_token_type_ids"] = (case.batch["input_ids"] == IMAGE_TOKEN).int()
@@ -165,7 +166,8 @@ def minicpm_ocr() -> Case:
 
 @architecture("molmo2")
 def molmo2() -> Case:
-    """Adds the image to its placeholders' embeddings; every token pools the patches that the processor lists."""
+    """Build a Molmo2. It adds the image to the embeddings of its placeholders, and each token pools the patches that
+    the processor lists."""
     config = tf.Molmo2Config(
         text_config=TEXT | {"head_dim": 16, "additional_vocab_size": 2},
         vision_config=VISION | {"num_key_value_heads": 2, "head_dim": 8, "image_size": [IMAGE_SIZE, IMAGE_SIZE]},
@@ -193,7 +195,8 @@ def molmo2() -> Case:
 
 @architecture("granite4_vision")
 def granite4_vision() -> Case:
-    """Its only visual path are projectors of several layers, whose outputs are added inside the language model."""
+    """Build a Granite 4 Vision. Images reach it only through projectors of several layers, whose outputs are added
+    inside the language model."""
     config = tf.Granite4VisionConfig(
         text_config=TEXT | {"num_hidden_layers": 5, "embedding_multiplier": 2.0},
         vision_config=VISION | {"model_type": "siglip_vision_model", "hidden_size": 64},
@@ -239,7 +242,8 @@ SAM = {
 
 @architecture("deepseek_ocr2")
 def deepseek_ocr2() -> Case:
-    """144 learned queries read the image; crops of it go through the same projector a second time."""
+    """Build a DeepSeek-OCR 2. Its 144 learned queries read the image, and crops go through the same projector in a
+    second call."""
     encoder = TEXT | {"hidden_size": VISION_WIDTH, "intermediate_size": 32}
     sam = SAM | {"downsample_channels": [12, VISION_WIDTH]}
     config = tf.DeepseekOcr2Config(
@@ -262,7 +266,7 @@ def _deepseek_ocr2_3b() -> tf.DeepseekOcr2Config:
 
 @architecture("unlimited_ocr")
 def unlimited_ocr() -> Case:
-    """Newlines and a separator are put between its visual tokens behind the projector."""
+    """Build an Unlimited-OCR. It puts newlines and a separator between its visual tokens after the projector."""
     config = tf.UnlimitedOcrConfig(
         text_config=OCR_TEXT | {"sliding_window": 16},
         vision_config={

@@ -1,4 +1,7 @@
-"""python -m tests.zoo.table [--check]: write the table of docs/models.md from what the last test run found."""
+"""Write the table of `docs/models.md` from the results of the last test run.
+
+Run `python -m tests.zoo.table`, or add `--check` to compare only.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ CHECKS = (
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Markdown of the architectures that work, what does not apply to some, and those that are refused.
+    """Return a Markdown table of the architectures that work, notes on the checks that do not apply, and refused ones.
 
     Raises:
         ValueError: an architecture or a check is missing from the results.
@@ -64,12 +67,12 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def ok(check: dict[str, str]) -> bool:
-    """Whether a check passed, or does not apply."""
+    """Return whether a check passed or does not apply."""
     return check["outcome"] != "failed"
 
 
 def main() -> None:
-    """Write the table, or compare it."""
+    """Write the table, or compare it with `--check`."""
     check = "--check" in sys.argv
     if rewrite(PAGE, BEGIN, END, table(json.loads(RESULTS.read_text())), check) and check:
         sys.exit(f"{PAGE.name} is out of date. Write: python -m pytest tests/zoo && python -m tests.zoo.table")

@@ -1,4 +1,4 @@
-"""The language model stays the language model it was: what the default promises, on every host."""
+"""Test on every host that the default adapter leaves the language model unchanged without an image."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def text_only(case: Case) -> Batch:
 
 
 def by_default(name: str) -> Any:
-    """The architecture's model with the default's branches, and an adapter that is not an identity."""
+    """Return the architecture's model with the default branches and an adapter that is not an identity."""
     return adapted(ZOO[name](), branches=None)
 
 
 @each_architecture
 def test_words(name: str) -> None:
-    """Logits of a prompt without an image are the base model's, bit for bit; with an image they change."""
+    """Without an image, the logits equal the base model's bit for bit. With an image they change."""
     case = ZOO[name]()
     with_image = frozen_logits(case)
     model = by_default(name)
@@ -48,7 +48,7 @@ def test_words(name: str) -> None:
 
 @each_architecture
 def test_words_are_generated(name: str) -> None:
-    """Greedy answers to a prompt without an image: the same tokens by the same scores."""
+    """Greedy generation from a prompt without an image gives the base model's tokens and logits, bit for bit."""
     case = ZOO[name]()
     applies(case, "generate")
     prompt = text_only(case)
@@ -63,7 +63,7 @@ def test_words_are_generated(name: str) -> None:
 
 @each_architecture
 def test_decoding_costs_nothing(name: str) -> None:
-    """After the prompt, a token takes the kernels that it takes without an adapter, with an image before it too."""
+    """After the prompt, a token runs the same kernels with and without the adapter, also with an image."""
     case = ZOO[name]()
     applies(case, "generate")
     if name in PER_TOKEN:
@@ -79,7 +79,7 @@ def test_decoding_costs_nothing(name: str) -> None:
 
 @each_architecture
 def test_words_beside_an_image(name: str, record_property: Callable[[str, Any], None]) -> None:
-    """In a batch with rows that have an image, a row without one is what the base model makes of it there."""
+    """A row without an image gives the base model's logits, even if other rows of the batch have an image."""
     case = ZOO[name]()
     case.model.requires_grad_(False)
     batch = beside_words(case)
@@ -94,7 +94,7 @@ def test_words_beside_an_image(name: str, record_property: Callable[[str, Any], 
 
 
 def beside_words(case: Case) -> Batch:
-    """The case's rows and one without an image, padded on the right."""
+    """Return the case's rows and one row without an image, padded on the right."""
     if "input_ids" not in case.batch:
         pytest.skip("its prompt is the image, or no text")
     ids = case.batch["input_ids"]

@@ -1,4 +1,5 @@
-"""Each row of a batch with an adapter of its own: the same as a batch in which every row has that adapter."""
+"""Test batches in which each row has its own adapter. A row gives the same logits as in a batch where every row has
+that adapter."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def test_rows_are_those_of_single_batches(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name in ("gemma3n", "ovis2")])
 def test_what_cannot_be_told_apart_is_refused(name: str) -> None:
-    """One embedding serves every row: of a sound's padding, of an image's frame."""
+    """Different adapters per row are refused where one embedding serves every row, such as a sound's padding or an
+    image's frame."""
     case = ZOO[name]()
     assert case.not_applicable["mixed batch"]
     with pytest.raises(ValueError, match=r"rows for 2 adapter_names.* model\.set_adapter\(name\)"):

@@ -1,4 +1,5 @@
-"""The adapter acts however the host runs: every way to generate, attention, padding, dtype, compiled, checkpointed."""
+"""Test that the adapter acts in each way to run a host: generation, attention, padding, dtypes, compilation
+and checkpointing."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def generate(model: PeftModel, case: Case, **settings: Any) -> Any:
 
 
 def continued(case: Case, new: torch.Tensor) -> Batch:
-    """The batch with generated tokens at its end, to be read in one forward pass."""
+    """Return the batch with the generated tokens appended, to be read in one forward pass."""
     batch = dict(case.generate_inputs())
     if case.model.config.get_text_config().is_encoder_decoder:
         return batch | {"decoder_input_ids": new}
@@ -39,7 +40,7 @@ def continued(case: Case, new: torch.Tensor) -> Batch:
 
 
 def assert_logits_are_those_of_forward(model: PeftModel, case: Case, output: Any) -> None:
-    """What `generate` computed step by step, `forward` computes at once, the adapter in it."""
+    """Assert that the logits of `generate` equal those of one `forward` pass, and that the adapter changes them."""
     seq2seq = case.model.config.get_text_config().is_encoder_decoder
     sequences, steps = output.sequences, torch.stack(output.logits, dim=1)
     new = sequences[:, :-1] if seq2seq else sequences[:, -TOKENS:]
@@ -71,7 +72,7 @@ def test_static_cache(name: str) -> None:
 
 @each_host
 def test_beam_search(name: str) -> None:
-    """Beams are scored with the adapter: the scores are those of the sequences, read at once."""
+    """Beam search scores its beams with the adapter. The scores equal those of one forward pass over the sequences."""
     case = ZOO[name]()
     model = adapted(case)
     output = generate(model, case, num_beams=3, length_penalty=0.0, output_scores=True)
@@ -163,7 +164,8 @@ def test_rows_without_an_image_go_with_rows_that_have_one() -> None:
 @each_host
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    """The adapter acts in half precision, and nothing overflows; a fresh one is an identity (test_zoo.py)."""
+    """The adapter acts in half precision, and nothing overflows. `test_zoo.py` tests that a fresh adapter is
+    an identity."""
     case, wide = ZOO[name](), ZOO[name]()
     torch.manual_seed(0)
     exact = logits(adapted(wide), wide.batch)
@@ -212,7 +214,7 @@ def test_two_rows_equal_one_row_each() -> None:
 
 
 def test_scaled_tables_are_adapted_after_scaling() -> None:
-    """Gemma multiplies its rows: the text branch reads what the language model reads."""
+    """The text branch reads the embeddings after Gemma has scaled them, as the language model does."""
     case = ZOO["gemma3"]()
     model = adapted(case)
     layer = case.model.get_submodule(case.sites["text"][0])
@@ -225,7 +227,8 @@ def test_scaled_tables_are_adapted_after_scaling() -> None:
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "paligemma", "glm4v", "internvl"])
 def test_embeddings_of_the_table_show_where_images_go(name: str) -> None:
-    """Given `inputs_embeds` alone, models look for placeholders by comparing embeddings bit for bit."""
+    """Models accept embeddings of the table as `inputs_embeds` instead of ids. They locate placeholders by comparing
+    embeddings bit for bit."""
     case = ZOO[name]()
     model = adapted(case)
     batch = {key: value for key, value in case.batch.items() if key != "input_ids"}

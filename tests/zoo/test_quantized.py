@@ -1,4 +1,5 @@
-"""Quantized backbones of different families: a fresh adapter is an identity, trains, and reloads equal."""
+"""Test quantized backbones of different families. A fresh adapter is an identity, trains, and gives equal logits
+after reloading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every architecture: attach without an argument, an identity at first, two branches, exact save, merge, unload."""
+"""Test every architecture: the sites, an identity at first, the effect of each branch, gradients, saving, merging
+and unloading."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ def text_only(case: Case) -> Batch:
 
 @each_architecture
 def test_sites(name: str, record_property: Callable[[str, Any], None]) -> None:
-    """Without an argument, the sites are the expected ones."""
+    """CROME wraps exactly the expected modules, without being given their paths."""
     case = ZOO[name]()
     record_property("class", type(case.model).__name__)
     record_property("sites", case.sites)
@@ -94,7 +95,8 @@ def test_count(name: str) -> None:
 
 @each_architecture
 def test_known_checkpoint(name: str, record_property: Callable[[str, Any], None]) -> None:
-    """About 1280·d at the size of the family's best-known checkpoint, which the configuration's defaults describe."""
+    """At the size of the family's best-known checkpoint, the default adapter has about 1280·d weights. The
+    configuration's defaults usually describe that checkpoint."""
     case = ZOO[name]()
     model_class, config_class = type(case.model), type(case.model.config)
     config = case.known() if case.known else config_class()
@@ -114,7 +116,7 @@ def test_known_checkpoint(name: str, record_property: Callable[[str, Any], None]
 
 @each_architecture
 def test_identity(name: str) -> None:
-    """A fresh adapter leaves the logits bit-equal to the frozen base's, in fp32 and bf16."""
+    """A fresh adapter leaves the logits equal to the frozen base's bit for bit, in fp32 and bf16."""
     for dtype in (torch.float32, torch.bfloat16):
         case = ZOO[name]()
         if dtype == torch.bfloat16 and "bfloat16" in case.not_applicable:
@@ -128,7 +130,8 @@ def test_identity(name: str) -> None:
 
 @each_architecture
 def test_vision(name: str) -> None:
-    """Changing a branch other than text changes the logits with an image (or sound), and none without."""
+    """Each branch other than text changes the logits of a prompt with an image (or sound). It changes no logits
+    without one."""
     case = ZOO[name]()
     with_image = frozen_logits(case)
     without = None if case.text_only is None else logits(case.model, case.text_only)
@@ -145,7 +148,7 @@ def test_vision(name: str) -> None:
 
 @each_architecture
 def test_text(name: str) -> None:
-    """Changing the text branch alone changes the logits."""
+    """The text branch alone changes the logits."""
     case = ZOO[name]()
     expected = frozen_logits(case)
     model = adapted(case)
@@ -154,7 +157,7 @@ def test_text(name: str) -> None:
 
 
 def silence(model: PeftModel, branches: list[str]) -> None:
-    """Make branches identities again."""
+    """Turn branches back into identities."""
     with torch.no_grad():
         for branch in branches:
             crome_weight(model, f"down_{branch}").zero_()
@@ -162,7 +165,7 @@ def silence(model: PeftModel, branches: list[str]) -> None:
 
 @each_architecture
 def test_gradients(name: str) -> None:
-    """Every adapter parameter gets a finite gradient that is not all zero; no parameter of the base gets one."""
+    """Every adapter parameter gets a finite gradient that is not all zero. No parameter of the base gets one."""
     case = ZOO[name]()
     model = attach(case.model, branches=[*case.sites])
     randomize(model)
@@ -180,7 +183,7 @@ def test_gradients(name: str) -> None:
 
 @each_architecture
 def test_save(name: str, tmp_path: Path) -> None:
-    """Saved and loaded onto a fresh base: equal logits; the file holds crome_ keys only."""
+    """A saved adapter gives equal logits on a fresh base. Its file holds only `crome_` keys."""
     case = ZOO[name]()
     model = adapted(case)
     model.requires_grad_(False)  # as the loaded one will be: kernels are chosen by it
@@ -194,7 +197,7 @@ def test_save(name: str, tmp_path: Path) -> None:
 
 @each_architecture
 def test_generate(name: str) -> None:
-    """Greedy generation is equal with and without cache, and the adapter acts on it."""
+    """Greedy generation gives equal results with and without a cache, and the adapter changes it."""
     case = ZOO[name]()
     applies(case, "generate")
     inputs = case.generate_inputs()
@@ -211,7 +214,7 @@ def test_generate(name: str) -> None:
 
 @each_architecture
 def test_disable(name: str) -> None:
-    """`disable_adapter` is bit-equal to the base, and ends."""
+    """Inside `disable_adapter` the logits equal the base's bit for bit. Afterward the adapter acts again."""
     case = ZOO[name]()
     expected = frozen_logits(case)
     model = adapted(case)
@@ -222,7 +225,7 @@ def test_disable(name: str) -> None:
 
 @each_architecture
 def test_fold(name: str) -> None:
-    """The text branch folds into the table and comes out again."""
+    """The text branch can be merged into the embedding table and unmerged again."""
     case = ZOO[name]()
     applies(case, "fold")
     if untying_changes(case.model, case.batch):
@@ -251,7 +254,8 @@ def test_fold(name: str) -> None:
 @each_architecture
 @pytest.mark.filterwarnings("ignore:.*no longer tied")  # true, and test_peft_contract.py expects it
 def test_merge_and_unload(name: str, tmp_path: Path) -> None:
-    """An adapter on the embedding table alone becomes a plain model; one that is also elsewhere is refused."""
+    """An adapter on the embedding table alone merges into a plain model. Merging an adapter that also has other
+    branches is refused."""
     case = ZOO[name]()
     applies(case, "fold")
     if untying_changes(case.model, case.batch):
@@ -280,7 +284,8 @@ def test_merge_and_unload(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_merge_refused(name: str, because: str) -> None:
-    """Where a folded table would not give the adapted model's output there is no merge, and nothing changes."""
+    """A merge is refused where a changed table would not give the adapted model's output. The adapted model
+    stays unchanged."""
     case = ZOO[name]()
     assert name != "udop" or untying_changes(case.model, case.batch)
     check_merge_refused(case, because)
@@ -299,7 +304,7 @@ def check_merge_refused(case: Case, because: str) -> None:
 
 @each_architecture
 def test_unload(name: str) -> None:
-    """The base is given back as it was."""
+    """`unload` returns the base with its original logits and keys."""
     case = ZOO[name]()
     expected, keys = frozen_logits(case), list(case.model.state_dict())
     base = adapted(case).unload()
@@ -310,7 +315,7 @@ def test_unload(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
-    """One clear error, and the model is as it was."""
+    """A refused architecture raises one clear error and stays unchanged."""
     _, build = REFUSED[name]
     model = build()
     with unchanged(model), pytest.raises(ValueError, match="No vision site is known") as error:

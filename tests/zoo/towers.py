@@ -1,4 +1,4 @@
-"""Hosts whose vision tower ends in a merger, beside Qwen-VL's own: GLM, Ernie, Exaone and others."""
+"""Builders of more hosts whose vision tower ends in a merger: GLM, Ernie, Exaone and others."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ INDEXER = {"index_topk": 32, "index_head_dim": 16, "index_n_heads": 2}
 
 
 def still_images() -> Batch:
-    """Like `image_rows`, for a tower without a time axis."""
+    """Build the rows of `image_rows` for a tower without a time axis."""
     return image_rows() | {"pixel_values": pixels(2 * 16, 3 * PATCH * PATCH)}
 
 
@@ -131,7 +131,7 @@ def cohere_compass() -> Case:
 
 @architecture("cosmos3_omni")
 def cosmos3_omni() -> Case:
-    """Its reasoner, which is what the class holds: a Qwen3-VL without sound."""
+    """Build the reasoner of a Cosmos 3 Omni. The class holds only this part, which is a Qwen3-VL without sound."""
     text = TEXT | {"model_type": "qwen3_vl_text", "head_dim": 16} | rope(INTERLEAVED)
     config = tf.Cosmos3OmniConfig(text_config=text, vision_config=dict(DEEPSTACK), **TOKENS)
     model = build(tf.Cosmos3OmniForConditionalGeneration, config)
@@ -166,7 +166,7 @@ def exaone4_5() -> Case:
 
 @architecture("ernie4_5_vl_moe")
 def ernie4_5_vl_moe() -> Case:
-    """Image tokens, and the two around them, go to experts of their own."""
+    """Build an Ernie 4.5 VL. It routes image tokens, and the two tokens around them, to experts of their own."""
     config = tf.Ernie4_5_VLMoeConfig(
         text_config=TEXT
         | {
@@ -201,7 +201,7 @@ def paddleocr_vl() -> Case:
 
 @architecture("hunyuan_vl")
 def hunyuan_vl() -> Case:
-    """Newline, start and end of an image are learned inside the merger, and take image tokens."""
+    """Build a HunYuan-VL. Its merger learns an image's newline, start and end, which take image tokens."""
     config = tf.HunYuanVLConfig(
         text_config=TEXT | {"head_dim": 16, "rope_parameters": ROPE | {"mrope_section": [2, 2, 2, 2]}},
         vision_config=VISION | {"max_image_size": 4 * PATCH},
@@ -308,7 +308,8 @@ def muse_glimmer() -> Case:
 
 @architecture("muse_spark")
 def muse_spark() -> Case:
-    """A sound passes the token embedding's own norm after the last module that can be wrapped."""
+    """Build a Muse Spark. The token embedding's own norm processes a sound after the last module that can
+    be wrapped."""
     config = tf.MuseSparkConfig(
         text_config=MUSE_TEXT
         | {
@@ -352,7 +353,8 @@ INKLING_TEXT = (
 
 @architecture("inkling_mm_model")
 def inkling_mm_model() -> Case:
-    """Each patch is folded step by step into one token; a sound is a sum of embedded mel bins."""
+    """Build an Inkling. It folds each patch step by step into one token, and it adds up embedded mel bins for
+    a sound."""
     config = tf.InklingConfig(
         text_config=INKLING_TEXT
         | {"mlp_layer_types": ["dense", "sparse"], "n_shared_experts": 1, "logits_mup_width_multiplier": 1.0},

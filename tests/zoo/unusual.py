@@ -1,4 +1,5 @@
-"""Hosts of unusual shape: image tokens in the vocabulary, patches without a tower, images before the text."""
+"""Builders of unusual hosts, with image tokens in the vocabulary, patches without a tower, or images before
+the text."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from .case import (
 
 @architecture("chameleon")
 def chameleon() -> Case:
-    """An image is eight bits per token: rows 20 to 27 of the table, found by a codebook of eight entries."""
+    """Build a Chameleon. Its images are tokens of the vocabulary, rows 20 to 27 of the table, one for each of eight
+    codebook entries."""
     codes = {f"IMGIMG{'ABCDEFGH'[code]}Z": 20 + code for code in range(8)}
     config = tf.ChameleonConfig(
         **TEXT,
@@ -44,7 +46,7 @@ def chameleon() -> Case:
 
 @architecture("emu3")
 def emu3() -> Case:
-    """Rows 20 to 27 of the table for eight image codes, row 28 for the end of a line of them."""
+    """Build an Emu3. Rows 20 to 27 of its table are eight image codes, and row 28 ends a line of them."""
     codes = {f"<|visual token {code:06}|>": 20 + code for code in range(8)}
     config = tf.Emu3Config(
         text_config=TEXT | {"attention_dropout": 0.0},
@@ -68,7 +70,7 @@ def emu3() -> Case:
 
 @architecture("fuyu")
 def fuyu() -> Case:
-    """No tower: a linear map of raw patches."""
+    """Build a Fuyu. It has no tower, only a linear map of raw patches."""
     text = tf.PersimmonConfig(**TEXT, hidden_act="gelu")
     sizes = {"image_size": 8, "patch_size": 4, "num_channels": 3, "hidden_size": WIDTH}
     config = tf.FuyuConfig(text_config=text.to_dict(), image_token_id=IMAGE_TOKEN, **sizes)
@@ -81,7 +83,7 @@ def fuyu() -> Case:
 
 @architecture("git")
 def git() -> Case:
-    """Images come before the text, without placeholders."""
+    """Build a GIT. It puts images before the text, without placeholders."""
     text = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
     config = tf.GitConfig(**text, vision_config=VISION, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     ids = words()["input_ids"].repeat(2, 1)

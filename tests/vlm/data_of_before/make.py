@@ -1,5 +1,8 @@
-"""How the directories beside this file were made, at commit e5dc88d: before the composite had `model`, a part without
-the head. They are not made again: that they still load is what they are for."""
+"""Script that made the directories beside this file, at commit e5dc88d.
+
+At that commit the composite did not have `model`, its part without the head. The directories are not made again,
+because the tests check that they still load.
+"""
 
 import sys
 from pathlib import Path
@@ -17,7 +20,7 @@ SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def composite(qformer: bool = False) -> CromeVLMForConditionalGeneration:
-    """Random weights; a tower and a language model of width 8."""
+    """Build a composite with random weights, whose tower and language model have width 8."""
     torch.manual_seed(0)
     vision = tf.CLIPVisionConfig(hidden_size=8, intermediate_size=8, image_size=4, patch_size=2, **SIZES)
     language = tf.LlamaConfig(hidden_size=8, intermediate_size=8, vocab_size=16, pad_token_id=0, **SIZES)
@@ -41,7 +44,7 @@ def composite(qformer: bool = False) -> CromeVLMForConditionalGeneration:
 
 
 def batch(model: CromeVLMForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """One row with one picture."""
+    """Build a batch of one row with one image."""
     torch.manual_seed(1)
     ids = torch.tensor([[1, 5, *[13] * model.image_seq_length, 6, 7]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 4, 4)}
@@ -49,7 +52,7 @@ def batch(model: CromeVLMForConditionalGeneration) -> dict[str, torch.Tensor]:
 
 
 def processor(model: CromeVLMForConditionalGeneration) -> CromeVLMProcessor:
-    """Twelve words and an image token."""
+    """Build a processor whose tokenizer has ten words, three special tokens and an image token."""
     words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i + 3 for i in range(10)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -60,7 +63,7 @@ def processor(model: CromeVLMForConditionalGeneration) -> CromeVLMProcessor:
 
 
 def adapted(model: CromeVLMForConditionalGeneration, **kwargs: object):
-    """With a random adapter, and a projection that has moved where it trains."""
+    """Attach a random adapter, and add noise to every weight that trains."""
     torch.manual_seed(2)
     peft_model = get_peft_model(model, CromeConfig(bottleneck_dim=2, init_weights=False, **kwargs)).eval()
     with torch.no_grad():
@@ -71,7 +74,7 @@ def adapted(model: CromeVLMForConditionalGeneration, **kwargs: object):
 
 
 def main() -> None:
-    """Write all of them."""
+    """Write all directories and their expected logits."""
     from peft_crome.training.directory.stage import save_stage  # which the extra `train` is for
 
     expected = {}
