@@ -147,8 +147,7 @@ def test_projection_trains_inside_the_wrapped_site():
 @pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged:UserWarning")
 def test_switching_while_merged_switches_every_branch(tmp_path):
     """Switching while merged switches every branch. PEFT unmerges the layers that report a merge, and the vision
-    branch
-    cannot be merged."""
+    branch cannot be merged."""
     model, batch, labels = build("llama")
     adapted = get_peft_model(
         model, CromeConfig(branches=BOTH, bottleneck_dim=4, init_weights=False), adapter_name="a"
@@ -198,8 +197,7 @@ def save_adapter(folder):
 @pytest.mark.parametrize("auto", [AutoPeftModel, CromeVLMForConditionalGeneration, AutoModelForImageTextToText])
 def test_adapter_by_automatic_classes(auto, tmp_path):
     """`AutoPeftModel` loads the composite that an adapter names. The composite's class and the one of transformers
-    also
-    take an adapter's directory."""
+    also take an adapter's directory."""
     adapted = save_adapter(tmp_path)
     _, batch, _ = build("llama")
     with torch.no_grad():

@@ -149,8 +149,7 @@ def test_training_while_merged_says_so() -> None:
 @pytest.mark.parametrize("trained", ["_vision.default.weight", "crome_up.default.weight"])
 def test_training_beside_a_frozen_branch_that_is_merged(trained: str) -> None:
     """The vision branch trains beside a merged text branch as long as W_u is frozen. Training W_u would make the
-    folded
-    table wrong, so it is refused."""
+    folded table wrong, so it is refused."""
     case = llava()
     model = attach(case.model)
     randomize(model)

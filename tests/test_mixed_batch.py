@@ -161,8 +161,7 @@ def test_many_adapters_on_one_batch() -> None:
 
 def test_modules_that_train_as_well_have_their_row_too() -> None:
     """Each row uses its adapter's own copy of the head. It also uses its own copy of the projection if each row has
-    one
-    image."""
+    one image."""
     model = with_adapters(build(), modules_to_save=["lm_head", "image_projection"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -20,8 +20,7 @@ BY_NAME = {variant.name: variant for variant in VARIANTS}
 
 def test_bottleneck_of_the_ablation_is_the_packages_adapter() -> None:
     """With its gate and one shared W_u, the ablation's bottleneck computes the same as the package's adapter. So a
-    part
-    that is left out of it is left out of the method."""
+    part that is left out of it is left out of the method."""
     model, batch = build(), None
     batch = make_batch(model)
     adapted = get_peft_model(build(), CromeConfig(branches=["text", "vision"], bottleneck_dim=8, init_weights=False))

@@ -92,8 +92,7 @@ def plain(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def assert_trains_and_reloads(make: Callable[[], nn.Module], batch: Batch, folder: Path) -> None:
     """Assert that a fresh adapter is an identity and that only the adapter trains. Its file must give equal logits on
-    a
-    fresh backbone."""
+    a fresh backbone."""
     frozen = make().requires_grad_(False)
     expected = logits(frozen, batch)
     model = attach(make()).eval()

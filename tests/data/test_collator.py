@@ -172,8 +172,7 @@ def test_template_that_cannot_be_read_is_refused_by_name(template: str, message:
 @pytest.mark.parametrize("rewrites", [False, True])
 def test_template_that_demands_a_system_message(rewrites: bool, system: str | None, composite: Any) -> None:
     """A template that demands a system message takes the row's own or the recipe's. Whether it rewrites earlier
-    answers
-    is still detected."""
+    answers is still detected."""
     demands = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('give a system message') }}{% endif %}"
     filled = with_template(composite, demands + (FORGETS if rewrites else CHATML))
     plain = with_template(composite, FORGETS if rewrites else CHATML)

@@ -166,8 +166,7 @@ def test_tables_with_named_columns(tmp_path: Path) -> None:
 
 def test_what_stands_outside_question_and_answer_is_left_out(tmp_path: Path) -> None:
     """An answer before the first question is left out, as in LLaVA's own code. A turn after the last answer is left
-    out
-    too, because nothing is learned from it."""
+    out too, because nothing is learned from it."""
     rows = [
         {"conversations": [ANSWER, QUESTION, ANSWER]},
         {"conversations": [*TURNS, {"from": "human", "value": "<image> And this?"}], "image": ["a.png", "b.png"]},

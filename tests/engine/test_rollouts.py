@@ -129,8 +129,7 @@ def test_a_host_samples_with_changed_weights(
     branch: str, host: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Changed weights act once they are sent. The engine reads a host with only a vision branch from its own
-    directory.
-    The composite's head is tied to its table."""
+    directory. The composite's head is tied to its table."""
     if host == "composite":
         network, processor = request.getfixturevalue("joined")
     else:

@@ -134,8 +134,7 @@ def test_command_line_gets_the_adapted_models_answers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_stages_directory_and_two_processes(values: dict[str, Any], dataset: Path, tmp_path: Path) -> None:
     """The command line takes the directory of a composite with a Q-Former and its adapter. With two processes, each
-    one
-    answers its share of the questions."""
+    one answers its share of the questions."""
     release = install()
     train(load_recipe(values))
     stage = values["output"]

@@ -194,8 +194,7 @@ def test_shapes_that_engines_take() -> None:
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "internvl", *sorted(ZOO.keys() & set(NOT_IN_VLLM))])
 def test_hosts_whose_embeddings_vllm_does_not_take_are_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """A warning names each host whose image embeddings vLLM does not take. The tests in tests/engine ask vLLM for
-    these
-    hosts and for families outside the zoo."""
+    these hosts and for families outside the zoo."""
     case = ZOO[name]()
     with caplog.at_level(logging.WARNING, "peft_crome"):
         ImageEncoder(adapted(case)).multi_modal_data(**case.batch)

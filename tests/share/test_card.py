@@ -168,8 +168,7 @@ def test_the_code_for_a_model_that_sees_runs(tmp_path: Path, monkeypatch: pytest
 
 def test_the_code_for_a_run_loads_the_processor_that_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The card's code loads the processor of the run. Its chat template and settings may differ from those of the
-    base,
-    which has no template in this test."""
+    base, which has no template in this test."""
     save_tokenizer_and_model(tmp_path / "base")
     processor = tf.AutoProcessor.from_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "adapter")

@@ -1,6 +1,5 @@
 """Test the memory and operations that are predicted for a step without weights. They are compared with real tiny
-models
-and with counts by hand."""
+models and with counts by hand."""
 
 from pathlib import Path
 from typing import Any

@@ -261,8 +261,7 @@ def test_loss_does_not_depend_on_how_a_batch_is_cut(
     kind: str, values: dict[str, Any], seq2seq_backbone: str, tmp_path: Path
 ) -> None:
     """The loss does not depend on how a batch is divided. The answers have one to four tokens, so a mean of means
-    would
-    differ."""
+    would differ."""
     rows = json.loads(Path(values["data"][0]["path"]).read_text())
     for number, row in enumerate(rows):
         row["conversations"][1]["value"] = " ".join(f"w{40 + number}" for _ in range(1 + number % 4))
@@ -287,8 +286,7 @@ def test_feature_cache_gives_the_same_run_and_is_shared(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run with the feature cache has the losses of one without it, with three augmented views of each image. A
-    second
-    run computes none of them."""
+    second run computes none of them."""
     for color in ("red", "green", "blue", "white"):  # a plain image looks the same however it is cropped
         image = Image.new("RGB", (40, 50), color)
         image.paste("gray", (0, 0, 10, 50))

@@ -26,8 +26,7 @@ FILE_KEYS = [f"base_model.model.crome.{name}.weight" for name in KEYS]
 
 def attach(model: nn.Module, adapter_name: str = "default", **config: Any) -> PeftModel:
     """Attach an adapter, with both branches unless `config` has others. What holds for both also holds for the
-    default,
-    which is one of them."""
+    default, which is one of them."""
     config = {"bottleneck_dim": M, "branches": BOTH, **config}
     return get_peft_model(model, CromeConfig(**config), adapter_name=adapter_name)
 

@@ -75,8 +75,7 @@ def test_bytes_kept_for_the_backward_pass(dtype: torch.dtype, dropout: float, ex
 
 def test_bytes_kept_under_autocast() -> None:
     """Under autocast a token keeps its products in half precision. Copies of the weights do not grow with the number
-    of
-    tokens."""
+    of tokens."""
     layer = make_layer()
 
     def kept(tokens: int) -> int:

@@ -180,8 +180,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("name", [*HOSTS, "DistributedDataParallel"])
 def test_embeddings_and_description_are_the_inner_model_s(name: str, tmp_path: Path) -> None:
     """W_g is scaled by the inner model's embeddings. The recorded description is also the inner model's, so the
-    adapter
-    loads on it without a warning."""
+    adapter loads on it without a warning."""
 
     def host() -> nn.Module:
         model = llava().model

@@ -142,8 +142,7 @@ def test_a_table_that_trains_folds_when_it_is_unloaded(config: dict) -> None:
 @pytest.mark.filterwarnings("ignore:.*no longer tied")  # true, and test_peft_contract.py expects it
 def test_trained_tokens_are_trained_in_a_tied_head_as_well(name: str, tmp_path: Path) -> None:
     """Tokens that train also train in a tied head, which is PEFT's rule. A site around the table must not hide this,
-    so
-    the merged model equals the attached one."""
+    so the merged model equals the attached one."""
     case = ZOO[name]() if name != "composite" else tied_composite()
     also = {"branches": {"text": case.sites["text"]}, "trainable_token_indices": [5, 6]}
     model = attach(case.model, **also)
