@@ -115,7 +115,7 @@ def test_folded_adapter_decodes_the_same_tokens() -> None:
     assert len(decoding.table(record).splitlines()) == 2 + len(record["seconds"])
 
 
-def test_many_adapters_are_different_ones() -> None:
+def test_many_adapters_are_measured_in_each_way() -> None:
     record = many_adapters.measure(4, [1, 4], 2, 32, 2, tiny)
     assert list(record["seconds"]["decoding"]) == [
         "no adapter",
@@ -126,7 +126,7 @@ def test_many_adapters_are_different_ones() -> None:
 
 
 @pytest.mark.parametrize("method", operations.CONFIGS)
-def test_operations_leave_the_model_as_it_was(method: str, tmp_path: Path) -> None:
+def test_each_operation_can_be_repeated(method: str, tmp_path: Path) -> None:
     ways = operations.operations(method, tmp_path, tiny)
     assert tuple(ways) == operations.OPERATIONS
     for call in [*ways.values(), *ways.values()]:

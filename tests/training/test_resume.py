@@ -44,7 +44,7 @@ def assert_same_end(values: dict[str, Any], tmp_path: Path, kills: list[int], pr
     assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
 
 
-# Checkpoints are written after steps 3, 6 and 9; an epoch of one set has 4 steps.
+# Checkpoints are written after steps 3, 6 and 9; an epoch of one set has 3 steps.
 CASES = {
     "one set": {"kills": [1, 5, 8]},
     "mixture": {"kills": [4], "workers": 2},
