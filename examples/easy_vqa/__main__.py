@@ -48,17 +48,24 @@ def demo(
 @app.command()
 def trial(
     method: Annotated[
-        str, typer.Option(help="Method of the long version: crome, crome-both, lora or projection.")
+        str, typer.Option(help="Method of the long version (crome, crome-both, lora, projection), or crome-wide.")
     ] = "crome",
     rate: Annotated[float, typer.Option(help="Peak learning rate of the questions' stage.")] = 1e-3,
+    align_steps: Annotated[int, typer.Option(help="Steps of the captions' stage.")] = 200,
+    affirmative: Annotated[int, typer.Option(help="Steps of the questions' stage without negation.")] = 120,
+    paired: Annotated[int, typer.Option(help="Steps with negation, in pairs.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     output: Annotated[Path, typer.Option(help="Checkpoints; a second run continues there.")] = Path("outputs/trials"),
     results: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("benchmarks/results/easy_vqa_trials"),
 ) -> None:
-    """Run one method of the long version at another rate, and score it on held-out training images."""
+    """Run one method of the long version with other settings, and score it on held-out training images."""
+    from .demo import ALIGN, FINETUNE
     from .trial import run
 
-    run(output, results / f"{method}-{rate:g}-seed{seed}.json", method, rate, seed)
+    draws = (("affirmative", affirmative), ("paired", paired), *FINETUNE.draws[2:])
+    tune = replace(FINETUNE, learning_rate=rate, draws=draws, steps=sum(steps for _, steps in draws))
+    name = f"{method}-{rate:g}-align{align_steps}-{affirmative}-{paired}-seed{seed}.json"
+    run(output, results / name, method, seed, replace(ALIGN, steps=align_steps), tune)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from peft_crome import CromeConfig, CromeVLMForConditionalGeneration, CromeVLMPr
 from .parts import cache_dir, dinov2_small, easy_vqa_dir, smollm2
 
 METHODS = ("crome", "crome-both", "lora", "projection", "crome-both-4bit")
+WIDE = 848  # bottleneck of "crome-wide", a trial: twice the default's
 PROJECTION = "image_projection"
 POOL_SIZE = 2  # 8 x 8 patches of a 112 px image -> 16 image tokens
 
@@ -87,8 +88,9 @@ def adapter_config(method: str, stage: str) -> PeftConfig | None:
         # 748,800 weights, 2.2% more than CROME's 732,672. The regex spares the tower: its layers have the same names.
         target = r".*language_model.*\.(q_proj|v_proj)"
         return LoraConfig(r=13, lora_alpha=26, target_modules=target, modules_to_save=projection)
-    branches = None if method == "crome" else ["text", "vision"]
-    return CromeConfig(branches=branches, modules_to_save=projection)
+    branches = ["text", "vision"] if method in ("crome-both", "crome-both-4bit") else None
+    width = WIDE if method == "crome-wide" else None
+    return CromeConfig(branches=branches, bottleneck_dim=width, modules_to_save=projection)
 
 
 def attach(method: str, stage: str, previous: Path | None = None) -> torch.nn.Module:

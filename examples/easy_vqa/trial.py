@@ -25,28 +25,27 @@ def split(questions: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[d
 
 
 def run(
-    output: Path, results: Path, method: str, rate: float, seed: int = 0, align: Stage = ALIGN, tune: Stage = FINETUNE
+    output: Path, results: Path, method: str, seed: int = 0, align: Stage = ALIGN, tune: Stage = FINETUNE
 ) -> dict[str, Any]:
-    """Train both stages, the second one at `rate`, and write the scores on validation.
+    """Train both stages and write the scores on validation.
 
     Args:
         output: folder of checkpoints; a finished stage is not trained again.
         results: a JSON file.
-        method: one of `model.METHODS`.
-        rate: peak learning rate of the questions' stage.
+        method: one of `model.METHODS`, or "crome-wide".
+        align, tune: the stages. Their rates are theirs, but LoRA aligns at the demo's.
     """
     shared = processor()
     features = vision_features("train", shared.image_processor)
     train, validation = split(data.load_questions("train"))
     align = replace(align, learning_rate=ALIGN_RATES.get(method, align.learning_rate))
-    tune = replace(tune, learning_rate=rate)
-    folders = {"align": output / f"{method}-align-seed{seed}", "finetune": output / f"{method}-{rate:g}-seed{seed}"}
+    folders = {"align": output / f"{method}-{align.steps}-seed{seed}", "finetune": output / results.stem}
     rows = [easy_vqa_rows(stage, seed, train) for stage in (align, tune)]
-    train_stage(align, method, seed, shared, features, folders["align"], rows=rows[0])
+    aligned = train_stage(align, method, seed, shared, features, folders["align"], rows=rows[0])
     tuned = train_stage(tune, method, seed, shared, features, folders["finetune"], folders["align"], rows[1])
     asked = data.sample(validation, QUESTIONS)
-    answers = answer(load_stage(folders["finetune"]), shared, features, asked, description=f"{method} {rate:g}")
-    record = {"method": method, "seed": seed, "finetune": tuned}
+    answers = answer(load_stage(folders["finetune"]), shared, features, asked, description=results.stem)
+    record = {"method": method, "seed": seed, "align": aligned, "finetune": tuned}
     record |= {"score": score(asked, answers), "yes_no": score_yes_no(asked, answers)}
     write_json(results, record)
     return record
