@@ -59,6 +59,7 @@ def run_one(
     finetune: Stage = FINETUNE,
     limit: int | None = None,
     device: str = "cpu",
+    trial: bool = False,
 ) -> dict[str, Any]:
     """Run both stages, the tests and the measurement on text for one method and seed.
 
@@ -66,10 +67,13 @@ def run_one(
         directory: folder of checkpoints; a finished stage is not trained again.
         limit: number of test questions per set; None: all.
         device: device for training and answering.
+        trial: whether to hold a quarter of the training objects out once more and test on these, without text.
     """
     shared = processor()
     views = data.features("google", shared.image_processor, data.VIEWS)
     train, held_out = data.split(data.things(), seed)
+    if trial:
+        train, held_out = data.split(tuple(train), seed)
     align = replace(align, learning_rate=ALIGN_RATES.get(method, align.learning_rate))
     finetune = replace(finetune, learning_rate=FINETUNE_RATES.get(method, finetune.learning_rate))
     record: dict[str, Any] = {"method": method, "seed": seed, "machine": machine(device)}
@@ -94,7 +98,8 @@ def run_one(
     write_json(directory / "answers.json", [[*row.values(), text] for row, text in zip(asked, said, strict=True)])
     record["score"] = accuracies(tuple(TESTS), groups, asked, said)
     record["most frequent kind"] = accuracies(tuple(TESTS), groups, asked, guess)
-    record["language"] = language_kept(model, shared)
+    if not trial:
+        record["language"] = language_kept(model, shared)
     return record
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import emoji, emoji_data
+from benchmarks import emoji, emoji_data, emoji_trials
 from benchmarks.emoji_data import QUESTION, VIEWS, Thing
 
 KINDS = ("bird", "bird", "tool", "drink")
@@ -119,3 +119,26 @@ def test_a_run_trains_answers_and_measures(tmp_path: Path, monkeypatch: pytest.M
     assert {name: score["n"] for name, score in result["score"].items()} == dict.fromkeys(emoji.TESTS, 4)
     assert result["language"]["text_loss"]["cost"] == 0
     assert result["language"]["answer"] == "The capital of France is Paris."
+
+
+def test_trials_have_a_row_for_each_setting(tmp_path: Path) -> None:
+    """A row has the mean over seeds. Its standard error is that of a mean of independent scores."""
+    names = list(emoji_trials.SETTINGS)
+    assert len({emoji_trials.file_of(name, 0) for name in names}) == len(names)
+    for name, seed, accuracy in ((names[0], 0, 0.5), (names[0], 1, 0.6), (names[2], 0, 0.4)):
+        emoji.write_json(emoji_trials.file_of(name, seed, tmp_path), {"name": name, **record("crome", seed, accuracy)})
+    lines = emoji_trials.write_report(tmp_path).splitlines()
+    assert lines[2].startswith(f"| {names[0]} | 2 | 55.0% ± 2.1% |")
+    assert lines[3].startswith(f"| {names[2]} | 1 | 40.0% ± 3.0% |")
+
+
+@pytest.mark.slow
+def test_a_trial_asks_about_training_objects_alone(tmp_path: Path) -> None:
+    result = emoji_trials.run("twice the width", 0, tmp_path, limit=8, scale=0.01)
+    train, held_out = emoji_data.split(emoji_data.things(), 0)
+    asked = {row[0] for row in json.loads((tmp_path / "answers.json").read_text())}
+    assert len(asked) == 16
+    assert asked < {thing.number for thing in train}
+    assert not asked & {thing.number for thing in held_out}
+    assert result["finetune"]["trained_parameters"] == 2 * 732_672
+    assert "language" not in result
