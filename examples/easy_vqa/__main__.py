@@ -1,4 +1,4 @@
-"""python -m examples.easy_vqa quickstart | demo | stages | answer-again."""
+"""python -m examples.easy_vqa quickstart | demo | trial | stages | answer-again."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def fit(
     )
     before = data.tokens_before_the_image(dataset, processor.image_token_id)
     trainer.cache = cache_of(before, model)  # on the device where `Trainer` has put the model
-    collate.cached = len(before) if trainer.cache else 0
+    collate.cached = 0 if trainer.cache is None else len(before)
     start = time.perf_counter()
     last = get_last_checkpoint(str(checkpoints)) if checkpoints is not None and checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=last)

@@ -33,7 +33,8 @@ def run(
         output: folder of checkpoints; a finished stage is not trained again.
         results: a JSON file.
         method: one of `model.METHODS`, or "crome-wide".
-        align, tune: the stages. Their rates are theirs, but LoRA aligns at the demo's.
+        align: the captions' stage; LoRA takes the long version's rate for it.
+        tune: the questions' stage.
     """
     shared = processor()
     features = vision_features("train", shared.image_processor)
