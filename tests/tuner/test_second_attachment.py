@@ -14,7 +14,18 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_crome import CromeConfig
-from tests.tuner.helpers import BOTH, M, adapted, assert_equal, attach, crome_weight, frozen_logits, logits, randomize
+from tests.tuner.helpers import (
+    BOTH,
+    M,
+    adapted,
+    assert_equal,
+    attach,
+    crome_weight,
+    frozen_logits,
+    logits,
+    randomize,
+    unchanged,
+)
 from tests.zoo import ZOO
 
 llava = ZOO["llava"]
@@ -67,6 +78,21 @@ def test_a_second_attachment_that_fails_leaves_the_first(monkeypatch: pytest.Mon
         get_peft_model(case.model, CromeConfig(branches=BOTH, bottleneck_dim=2 * M))
     assert_equal(logits(model, case.batch), expected)
     assert crome_weight(model, "up").shape[1] == M
+
+
+def test_an_attachment_that_fails_at_its_end_is_taken_back_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy that `modules_to_save` trains goes as well."""
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peft_crome.tuner.model.tie_trained_tokens", interrupt)
+    host = llava().model
+    config = CromeConfig(branches=BOTH, bottleneck_dim=M, modules_to_save=["lm_head"])
+    before = config.to_dict()
+    with unchanged(host), pytest.raises(KeyboardInterrupt):
+        get_peft_model(host, config)
+    assert config.to_dict() == before
 
 
 def test_a_loaded_configuration_serves_a_new_adapter(tmp_path: Path) -> None:

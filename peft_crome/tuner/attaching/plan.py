@@ -18,7 +18,7 @@ from ..layer import CromeLayer
 from ..sites.find import default_bottleneck_dim, find_branches
 from .also_trained import redirect_into_sites, redirect_token_indices
 from .checks import check_names, find_hidden_size
-from .rollback import roll_back, take_away_old, weights_on
+from .rollback import make_room, restore_point, weights_on
 
 # task_type -> what PEFT adds to modules_to_save: possible names of its head
 CLASSIFIER = ("classifier", "score")
@@ -73,18 +73,14 @@ class Attachment:
     @contextmanager
     def or_undone(self) -> Iterator[None]:
         """Fill in the configuration and make room. An error in the block restores model and configuration."""
-        before = dict(vars(self.config))
-        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        restore = restore_point(self.model, self.config.__dict__)
         record_backbone(self.config, describe_backbone(self.model, self.host, self.hidden_size))
         self.config.__dict__.update(self.filled_in)
-        old = take_away_old(self.model, self.adapter_name)
+        make_room(self.model, self.adapter_name)
         try:
             yield
         except BaseException:  # an interrupt restores as well
-            roll_back(self.model, self.adapter_name, old)
-            self.config.__dict__.update({"_described": False} | before)
-            for parameter, requires_grad in flags:
-                parameter.requires_grad_(requires_grad)
+            restore()
             raise
         self.config.__dict__.pop("_file", None)  # its weights are loaded next; a later use is for another adapter
 

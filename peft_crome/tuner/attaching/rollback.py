@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from ...backbone.model import replace_everywhere
 from ..guard import disarm
 from ..layer import CromeLayer, crome_layers
 from ..weights import NAME, CromeWeights
@@ -27,52 +27,43 @@ def take_weights_off(model: nn.Module) -> None:
     model.__dict__.pop(NAME, None)
 
 
-def take_away_old(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Make room for an adapter, as PEFT's other methods do when they get a model a second time.
+def make_room(model: nn.Module, adapter_name: str) -> None:
+    """Remove an earlier adapter, as PEFT's other methods do when they get a model a second time.
 
     An adapter of that name is removed, whatever its size and sites. So are weights without a site, which another
     method left when it unloaded the sites.
-
-    Returns:
-        What was removed, for `roll_back`; empty if nothing was.
     """
     weights: Any = model._modules.get(NAME)
     layers = [layer for _, layer in crome_layers(model)]
     if weights is not None and not layers:
         disarm(model)
         take_weights_off(model)
-    if not layers or adapter_name not in weights.crome_up:
-        return {}
-    linears = weights.linears_of(adapter_name)
-    for name in linears:  # `delete_adapter` would warn that another one is active now
-        del getattr(weights, name)[adapter_name]
-    branches = {layer: layer.branches_of.pop(adapter_name) for layer in layers if adapter_name in layer.branches_of}
-    settings, active = weights.settings[adapter_name], weights._active_adapter
-    return {"linears": linears, "branches": branches, "settings": settings, "active": active}
+    elif weights is not None and adapter_name in weights.crome_up:
+        for name in weights.linears_of(adapter_name):  # `delete_adapter` would warn that another one is active now
+            del getattr(weights, name)[adapter_name]
+        for layer in layers:
+            layer.branches_of.pop(adapter_name, None)
 
 
-def roll_back(model: nn.Module, adapter_name: str, old: dict[str, Any]) -> None:
-    """Restore a model after an attachment that failed.
+def restore_point(model: nn.Module, *others: dict[str, Any]) -> Callable[[], None]:
+    """Return a function that takes back what an attachment does to a model, and to dicts that it fills in."""
+    modules = list(model.modules())
+    ours = [module for module in modules if isinstance(module, (CromeLayer, CromeWeights))]
+    dicts: list[Any] = [*others, vars(model), *(module._modules for module in modules)]
+    dicts += [getattr(module, name) for module in ours for name in module.other_param_names]
+    contents = [(each, dict(each)) for each in dicts]
+    names = ("adapter_layer_names", "_active_adapter")
+    attributes = [(module, name, getattr(module, name)) for module in ours for name in names]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
-    Args:
-        old: the result of `take_away_old`.
-    """
-    weights: Any = model._modules.get(NAME)
-    if weights is None:
-        return
-    weights.delete_adapter(adapter_name)
-    layers: list[CromeLayer] = [layer for _, layer in crome_layers(model)]
-    for layer in layers:
-        layer.branches_of.pop(adapter_name, None)
-        if layer in old.get("branches", {}):
-            layer.branches_of[adapter_name] = old["branches"][layer]
-        if not layer.branches_of:
-            replace_everywhere(model, layer, layer.base_layer)
-    if not any(layer.branches_of for layer in layers):
-        disarm(model)
-        take_weights_off(model)
-    elif old:
-        for name, linear in old["linears"].items():
-            getattr(weights, name)[adapter_name] = linear
-        weights.settings[adapter_name] = old["settings"]
-        weights._active_adapter = old["active"]
+    def restore() -> None:
+        for each, content in contents:
+            for name in each.keys() - content.keys():
+                del each[name]
+            each.update(content)
+        for module, name, value in attributes:
+            setattr(module, name, value)
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+    return restore
