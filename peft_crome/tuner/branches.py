@@ -6,13 +6,11 @@ import re
 from collections.abc import Iterable
 from functools import reduce
 from operator import or_
-from typing import Any, cast
 
 import torch
-from torch import nn
 
 Branches = dict[str, list[str]]  # branch -> full paths of its sites; with a token range: "embed_tokens[4:8196]"
-
+TokenRanges = list[tuple[int, int]]  # half-open ranges of token ids
 
 TOKEN_RANGE = re.compile(r"\[(\d+):(\d+)\]$")
 
@@ -22,32 +20,14 @@ def site_path(site: str) -> str:
     return TOKEN_RANGE.sub("", site)
 
 
-def token_range(site: str) -> list[tuple[int, int]]:
+def token_range(site: str) -> TokenRanges:
     """Return the half-open range of token ids at the end of a site's name; empty: all tokens."""
     return [(int(start), int(stop)) for start, stop in TOKEN_RANGE.findall(site)]
 
 
-def with_ranges(path: str, ranges: list[tuple[int, int]]) -> list[str]:
+def with_ranges(path: str, ranges: TokenRanges) -> list[str]:
     """Invert `site_path` and `token_range`."""
     return [f"{path}[{start}:{stop}]" for start, stop in ranges] or [path]
-
-
-def present_branches(model: nn.Module, layer_cls: type[nn.Module], adapter_name: str) -> Branches:
-    """Collect the sites of an attached adapter, by branch."""
-    present: Branches = {}
-    for name, module in model.named_modules():
-        if isinstance(module, layer_cls):
-            for branch, ranges in cast(Any, module).branches_of.get(adapter_name, {}).items():
-                present.setdefault(branch, []).extend(with_ranges(name, ranges))
-    return present
-
-
-def same_branches(one: Branches, other: Branches) -> bool:
-    """Whether both have the same branches on the same sites, in any order."""
-    return {b: set(s) for b, s in one.items()} == {b: set(s) for b, s in other.items()}
-
-
-TokenRanges = list[tuple[int, int]]
 
 
 def united(several: Iterable[dict[str, TokenRanges]]) -> dict[str, TokenRanges]:

@@ -10,9 +10,9 @@ from peft import PeftModel, get_peft_model_state_dict, load_peft_weights, set_pe
 from ..backbone.model import unwrapped
 from ..sharing.provenance import record_backbone
 from ..sharing.weight_checks import check_shapes, token_lists
-from .branches import present_branches, same_branches
+from .branches import Branches, with_ranges
 from .config import CromeConfig
-from .layer import CromeLayer
+from .layer import crome_layers
 from .sites.find import find_branches
 
 
@@ -56,8 +56,12 @@ def hotswap_adapter(
             f"Write model.load_adapter({str(model_id)!r}, adapter_name=...) instead."
         )
     host = model.get_base_model()
-    sites, others = present_branches(host, CromeLayer, adapter_name), find_branches(host, new.branches)
-    if not same_branches(sites, others):
+    sites: Branches = {}
+    for path, layer in crome_layers(host):
+        for branch, ranges in layer.branches_of.get(adapter_name, {}).items():
+            sites.setdefault(branch, []).extend(with_ranges(path, ranges))
+    others = find_branches(host, new.branches)
+    if {branch: set(paths) for branch, paths in sites.items()} != {b: set(paths) for b, paths in others.items()}:
         raise ValueError(
             f"{model_id} has the branches {others}, the adapter to replace {sites}. Load it onto a model of its own: "
             f"PeftModel.from_pretrained(host, {str(model_id)!r})."
