@@ -138,16 +138,10 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """Return the module that turns hidden states into logits, or None if the model names none."""
-    try:
-        return model.get_output_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-
-
 def original_module(module: Any) -> Any:
-    """Return the original beside PEFT's trained copy, or the module that `torch.compile` wraps, else the module."""
+    """Return the module inside adapters, beside PEFT's trained copy, and inside `torch.compile`; else the module."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
     if isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
     return module._modules.get(COMPILED, module) if isinstance(module, nn.Module) else module
@@ -227,7 +221,7 @@ def embedding_rows(model: nn.Module) -> torch.Tensor | None:
     The first eight are fixed tokens, so they do not change when a vocabulary grows.
     """
     embeddings = input_embeddings(model)
-    table = original_module(embeddings.get_base_layer() if isinstance(embeddings, BaseTunerLayer) else embeddings)
+    table = original_module(embeddings)
     weight = getattr(embeddings, "unmerged_table", None)
     weight = weight if weight is not None else getattr(table, "weight", None)
     if not isinstance(weight, torch.Tensor):

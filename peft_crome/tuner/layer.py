@@ -35,12 +35,16 @@ class CromeLayer(Mergeable):
         self._weights = (weights,)  # in a tuple, so that it is not registered twice
         self.branches_of: dict[str, dict[str, TokenRanges]] = {}
         self.placeholders: tuple[int, ...] = ()
-        widths = (getattr(base_layer, name, None) for name in ("in_features", "num_embeddings"))
-        self.in_features = next((width for width in widths if isinstance(width, int)), hidden_size)
         self.out_features = hidden_size
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: list[nn.Parameter] = []  # the table before a merge; a list is not saved
+
+    @property
+    def in_features(self) -> int:
+        """Width of the wrapped module's input, or the number of a table's rows, which a resized vocabulary changes."""
+        widths = (getattr(self.base_layer, name, None) for name in ("in_features", "num_embeddings"))
+        return next((width for width in widths if isinstance(width, int)), self.out_features)
 
     @property
     def branches(self) -> dict[str, TokenRanges]:

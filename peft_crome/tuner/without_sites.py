@@ -7,14 +7,15 @@ from contextlib import contextmanager
 
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..backbone.model import input_embeddings, original_module, output_embeddings
+from ..backbone.model import input_embeddings
 from .layer import CromeLayer
 from .weights import CromeWeights
 
 
 @contextmanager
-def without_sites(model: nn.Module) -> Iterator[None]:
+def without_sites(model: PreTrainedModel) -> Iterator[None]:
     """Run `sites_out` while a vocabulary changes its size. The adapters' weights do not depend on it.
 
     All sites are removed, since a vision site may share a weight that is tied again (UDOP).
@@ -27,10 +28,10 @@ def without_sites(model: nn.Module) -> Iterator[None]:
     if not sites:
         yield
         return
-    tables = [input_embeddings(model), *(site.base_layer for site in sites if _is_table(site.base_layer))]
+    tables = [input_embeddings(model), *(site.base_layer for site in sites if isinstance(site.table, nn.Embedding))]
     copies = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     trained = {inner for copy in copies for inner in copy.modules()}
-    for name, modules in {"embedding table": tables, "output head": [output_embeddings(model)]}.items():
+    for name, modules in {"embedding table": tables, "output head": [model.get_output_embeddings()]}.items():
         if trained.intersection(modules):
             raise ValueError(
                 f"The {name} trains (modules_to_save or trainable_token_indices), and its copies do not change size "
@@ -64,10 +65,4 @@ def sites_out(model: nn.Module) -> Iterator[None]:
         for parent, name, child in taken:
             if isinstance(child, CromeLayer):
                 child.base_layer = parent._modules[name]
-                if _is_table(child.base_layer):
-                    child.in_features = child.table.num_embeddings
             parent._modules[name] = child  # a compiled module would forward a set attribute
-
-
-def _is_table(module: nn.Module) -> bool:
-    return isinstance(original_module(module), nn.Embedding)

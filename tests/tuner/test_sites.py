@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -202,3 +202,12 @@ def test_overlapping_branches_are_refused(branches: dict[str, list[str]]) -> Non
     base = llama()
     with unchanged(base), pytest.raises(ValueError, match="adapted twice"):
         get_peft_model(base, CromeConfig(branches=branches))
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_a_head_with_lora_that_shares_the_table_is_no_site() -> None:
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=VOCABULARY, **sizes))
+    model.lm_head.weight = model.get_input_embeddings().weight
+    get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
+    assert find_branches(model, ["text"]) == {"text": ["model.embed_tokens"]}

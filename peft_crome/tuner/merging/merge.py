@@ -104,7 +104,7 @@ class Mergeable(nn.Module, BaseTunerLayer):  # FSDP2 changes a layer's class, wh
     @property
     def table(self) -> Any:
         """The wrapped module, without `torch.compile` or a trained copy around it."""
-        return original_module(self.get_base_layer())
+        return original_module(self)
 
     @property
     def folded(self) -> bool:

@@ -48,7 +48,8 @@ def find_branches(
     table = HOSTS.get(str(getattr(getattr(unwrapped(model), "config", None), "model_type", None)), {})
     known = _find_by_rules(model, paths, table)
     tables = text_sites(model, paths)
-    words = any(site in tables or _is_table(paths[site]) for site in known.get("text", []))
+    text = known.get("text", [])
+    words = any(site in tables or isinstance(original_module(paths[site]), nn.Embedding) for site in text)
     images = {branch: sites for branch, sites in known.items() if branch != "text" or not words}
     missing = [branch for branch in branches or [] if branch not in known]
     if not images and (missing or branches is None):
@@ -97,11 +98,6 @@ def _find_by_rules(model: nn.Module, paths: dict[str, nn.Module], table: dict[st
     if text:
         branches |= by_token_id(model, text) or projectors(model, paths, text)
     return branches | {branch: sites for branch, sites in named.items() if sites}
-
-
-def _is_table(module: nn.Module) -> bool:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(original_module(base), nn.Embedding)
 
 
 def _match(branch: str, wanted: list[str] | str, paths: dict[str, nn.Module]) -> list[str]:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...backbone.model import (
@@ -38,7 +37,7 @@ def text_sites(model: nn.Module, paths: dict[str, nn.Module]) -> list[str]:
         if module is embeddings
         or (
             table is not None
-            and isinstance(original_module(module), (nn.Embedding, BaseTunerLayer))
+            and isinstance(original_module(module), nn.Embedding)
             and getattr(module, "weight", None) is table
         )
     ]
