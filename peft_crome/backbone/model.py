@@ -17,16 +17,8 @@ from transformers import PreTrainedModel
 
 from .compat import names_of_ties
 
-KNOWN_ROWS = (
-    307,
-    409,
-    503,
-    601,
-    701,
-    809,
-    907,
-    1009,
-)  # beyond bytes and special tokens, within every vocabulary that is trained
+# Beyond bytes and special tokens, within every vocabulary that is trained.
+KNOWN_ROWS = (307, 409, 503, 601, 701, 809, 907, 1009)
 COMPILED = "_orig_mod"  # `torch.compile`'s name for the module that it wraps
 PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
 
