@@ -14,7 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..backbone.model import COMPILED
-from ..backbone.modes import evaluating
+from ..backbone.modes import trying
 from ..backbone.outputs import embeddings_in
 from .branches import in_ranges
 from .layer import CromeLayer, crome_layers
@@ -53,13 +53,13 @@ class Watch:
     """Record what passes through the sites while it is a model's `CromeWeights.observer`."""
 
     reached: set[Pair] = field(default_factory=set)
-    calls: dict[tuple[CromeLayer, str], int] = field(default_factory=dict)
-    embeddings: dict[tuple[CromeLayer, str], Any] = field(default_factory=dict)
-    nodes: dict[tuple[CromeLayer, str], list[Any]] = field(default_factory=dict)
+    # site, branch -> the number of embeddings in each call, and the places of these in autograd's graph
+    calls: dict[tuple[CromeLayer, str], list[tuple[Any, list[Any]]]] = field(default_factory=dict)
 
     def see(self, layer: CromeLayer, adapter_names: list[str], input_ids: Any, output: Any) -> None:
         """Note one call of a site, and the place of its output in autograd's graph."""
         tensors = embeddings_in(output, layer.out_features)
+        nodes = [x.grad_fn for x in tensors if x.grad_fn is not None]
         self.reached |= {(name, branch) for name in adapter_names for branch in layer.branches_of[name]}
         for branch, ranges in layer.branches.items():
             total: Any = sum(x[..., 0].numel() for x in tensors)
@@ -68,22 +68,19 @@ class Watch:
                 total = in_ranges(input_ids, ranges).sum()
             elif others:
                 total = total - in_ranges(input_ids, others).sum()
-            key = (layer, branch)
-            self.calls[key] = self.calls.get(key, 0) + 1
-            self.embeddings[key] = self.embeddings.get(key, 0) + total
-            self.nodes.setdefault(key, []).extend(x.grad_fn for x in tensors if x.grad_fn is not None)
+            self.calls.setdefault((layer, branch), []).append((total, nodes))
 
     def report(self, layers: Iterable[tuple[str, CromeLayer]], outputs: Any) -> list[SiteReport]:
         """Return one row per site and branch, whether the pass reached it or not."""
-        wanted = {node for nodes in self.nodes.values() for node in nodes}
+        wanted = {node for calls in self.calls.values() for _, nodes in calls for node in nodes}
         reachable = _reachable(wanted, _roots(outputs))
         rows = []
         for path, layer in layers:
             for branch in layer.branches:
-                key = (layer, branch)
-                embeddings = int(self.embeddings.get(key, 0))
-                learns = embeddings > 0 and any(node in reachable for node in self.nodes.get(key, []))
-                rows.append(SiteReport(branch, path, self.calls.get(key, 0), embeddings, gradient=learns))
+                calls = self.calls.get((layer, branch), [])
+                embeddings = int(sum(total for total, _ in calls))
+                learns = embeddings > 0 and any(node in reachable for _, nodes in calls for node in nodes)
+                rows.append(SiteReport(branch, path, len(calls), embeddings, gradient=learns))
         return rows
 
 
@@ -109,12 +106,7 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[SiteReport]:
         )
     weights.observer = watch = Watch()
     try:
-        with (
-            evaluating(model),  # without dropout and running statistics
-            torch.compiler.set_stance("force_eager"),  # hooks cannot watch the inside of a compiled graph
-            torch.enable_grad(),
-            torch.random.fork_rng(devices=[]),
-        ):
+        with trying(model), torch.enable_grad():  # hooks cannot watch the inside of a compiled graph
             outputs = model(**batch)
         rows = watch.report(layers, outputs)
     finally:
@@ -155,11 +147,10 @@ def from_images(layers: Iterable[tuple[str, CromeLayer]]) -> set[str]:
 
     The sites of such a branch are fusion sites, which are identities, and not a table of tokens.
     """
-    sites: dict[str, list[nn.Module]] = {}
+    fed: dict[bool, set[str]] = {True: set(), False: set()}  # whether a site is an identity -> its branches
     for _, layer in layers:
-        for branch in layer.branches:
-            sites.setdefault(branch, []).append(layer.get_base_layer())
-    return {branch for branch, modules in sites.items() if all(isinstance(module, nn.Identity) for module in modules)}
+        fed[isinstance(layer.get_base_layer(), nn.Identity)].update(layer.branches)
+    return fed[True] - fed[False]
 
 
 def expected_branches(
@@ -176,15 +167,13 @@ def expected_branches(
         for name in inputs
         if "mask" not in name and (name.endswith("input_ids") or _has_values(arguments[name], floating=True))
     }
-    expected = set()
-    for branch in branches:
+
+    def has_input(branch: str) -> bool:
         if branch == "text" and branch not in (from_images or ()):
-            has_input = "inputs_embeds" not in inputs and any(map(TEXT_INPUTS.fullmatch, inputs))
-        else:
-            has_input = any(map((AUDIO_INPUTS if branch == "audio" else VISION_INPUTS).fullmatch, media))
-        if has_input:
-            expected.add(branch)
-    return expected
+            return "inputs_embeds" not in inputs and any(map(TEXT_INPUTS.fullmatch, inputs))
+        return any(map((AUDIO_INPUTS if branch == "audio" else VISION_INPUTS).fullmatch, media))
+
+    return set(filter(has_input, branches))
 
 
 def acting(layers: Iterable[tuple[str, CromeLayer]]) -> set[Pair]:
@@ -281,14 +270,14 @@ class Guard:
         outputs: Any,
     ) -> None:
         branches = self.unproven & {branch for _, branch in training}
-        folded = {
-            (name, branch)
+        merged = {
+            branch
             for _, layer in self.layers
             if layer.folded
             for name in layer.merged_adapters
             for branch in layer.branches_of.get(name, ())
-        }
-        merged = {branch for name, branch in folded if _requires_grad(self.weights, name, branch)} - branches
+            if _requires_grad(self.weights, name, branch)
+        } - branches
         if not branches and not merged & self.unproven:
             return
         arguments = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
