@@ -36,7 +36,6 @@ class CromeLayer(Mergeable):
         self.branches_of: dict[str, dict[str, TokenRanges]] = {}
         self.placeholders: tuple[int, ...] = ()
         self.out_features = hidden_size
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: list[nn.Parameter] = []  # the table before a merge; a list is not saved
 

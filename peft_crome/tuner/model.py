@@ -97,10 +97,10 @@ class CromeModel(BaseTuner):
         Raises:
             ValueError: no branch is on an embedding table, or folding it would change the model's output.
         """
-        layers = [layer for _, layer in crome_layers(self.model)]
-        check_allowed(self.model, layers, adapter_names)
+        sites = dict(crome_layers(self.model))
+        check_allowed(self.model, sites, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        share_and_untie(self.model, layers)
+        share_and_untie(self.model, sites)
 
     def _unload_and_optionally_merge(
         self,
@@ -109,14 +109,14 @@ class CromeModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        layers = [layer for _, layer in crome_layers(self.model)]
+        sites = dict(crome_layers(self.model))
         if merge:
             with sites_out(self.model):
                 tied = tied_weights(self.model)
-            merge_for_good(self.model, layers, safe_merge, adapter_names)
+            merge_for_good(self.model, sites, safe_merge, adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
-            share_and_untie(model, layers)
+            share_and_untie(model, sites)
             part_for_good(model, tied)
             for _, layer in list(crome_layers(self.model)):  # these adapters were not to be merged
                 replace_everywhere(model, layer, layer.base_layer)

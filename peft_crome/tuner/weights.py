@@ -37,7 +37,6 @@ class CromeWeights(nn.Module, BaseTunerLayer):
         self.settings: dict[str, tuple[str, float]] = {}  # adapter name -> gate activation, dropout
         self.observer: Any = None  # its `see` receives each call of a site
         self.override: Any = None  # override(site, output, first argument) replaces the output, unless None
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
     def branches_of(self, adapter_name: str) -> list[str]:

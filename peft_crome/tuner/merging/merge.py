@@ -12,6 +12,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...backbone.model import embed_scale, original_module, text_config, unwrapped
+from ...backbone.modes import evaluating
 from .fold import folded_table, install_table, why_not_foldable
 
 logger = logging.getLogger(__name__)
@@ -59,15 +60,14 @@ class Mergeable(nn.Module, BaseTunerLayer):  # FSDP2 changes a layer's class, wh
         Returns:
             (vocabulary, d), a new tensor.
         """
-        table, weights = self.table, self._weights[0]
-        merged, training = table.weight, weights.training
+        table = self.table
+        merged = table.weight
         table.weight = merged if self.unmerged_table is None else self.unmerged_table
         try:
-            weights.eval()  # dropout must not be folded in
-            return folded_table(table, lambda rows, ids: self.adapt(rows, names, ids))
+            with evaluating(self._weights[0]):  # dropout must not be folded in
+                return folded_table(table, lambda rows, ids: self.adapt(rows, names, ids))
         finally:
             table.weight = merged
-            weights.train(training)
 
     def unmerge(self) -> None:
         """Restore the table from before the first merge. It is exact, since that table was kept."""
@@ -117,11 +117,11 @@ class Mergeable(nn.Module, BaseTunerLayer):  # FSDP2 changes a layer's class, wh
         return self._unmerged[0] if self._unmerged else None
 
 
-def check_allowed(model: nn.Module, sites: list[Any], names: list[str] | None, unload: bool = False) -> None:
+def check_allowed(model: nn.Module, sites: dict[str, Any], names: list[str] | None, unload: bool = False) -> None:
     """Refuse a merge that would give a different model, before anything changes; log which branches stay modules.
 
     Args:
-        sites: the model's `CromeLayer`s.
+        sites: path -> `CromeLayer`.
         names: names of the adapters to merge; None: the active ones.
         unload: whether PEFT's layers are removed, which would lose what cannot be folded.
     Raises:
@@ -132,8 +132,7 @@ def check_allowed(model: nn.Module, sites: list[Any], names: list[str] | None, u
             raise ValueError(
                 f"Nothing can be merged: {type(part).__name__} {because}. Keep the adapter attached, or unload() it."
             )
-    layers = {name: m for name, m in model.named_modules() if any(m is site for site in sites)}
-    layers = {name: m for name, m in layers.items() if m._attached(m.active_adapters if names is None else names)}
+    layers = {name: m for name, m in sites.items() if m._attached(m.active_adapters if names is None else names)}
     tables = {name: layer.table for name, layer in layers.items()}
     reasons = {name: why_not_foldable(table) for name, table in tables.items()}
     for name, layer in layers.items():
@@ -178,26 +177,25 @@ def _why_not_mergeable(module: nn.Module) -> str | None:
     return NOT_MERGEABLE.get(getattr(config, "model_type", ""))
 
 
-def merge_for_good(model: nn.Module, sites: list[Any], safe_merge: bool, names: list[str] | None) -> None:
+def merge_for_good(model: nn.Module, sites: dict[str, Any], safe_merge: bool, names: list[str] | None) -> None:
     """Fold what folds in a model whose sites are removed. A trained table replaces the one it was copied from.
 
     Raises:
         ValueError: see `check_allowed`.
     """
     check_allowed(model, sites, names, unload=True)
-    for site in sites:
+    for site in sites.values():
         site.unload_trained_copy(safe_merge, names)
         site.merge(safe_merge, names)
 
 
-def share_and_untie(model: nn.Module, sites: list[Any]) -> None:
+def share_and_untie(model: nn.Module, sites: dict[str, Any]) -> None:
     """Share tables again that were one parameter before a merge, and keep the old table for the head."""
-    merged = [site for site in sites if site.folded]
+    merged = [site for site in sites.values() if site.folded]
     first: dict[int, nn.Parameter] = {}
     for site in merged:  # each fold computed the same values
         table = site.table
-        if site.unmerged_table is not None:
-            table.weight = first.setdefault(id(site.unmerged_table), table.weight)
+        table.weight = first.setdefault(id(site.unmerged_table), table.weight)
     # Otherwise a save or a resize would tie the head to the new table again.
     configs = [getattr(unwrapped(model), "config", None), text_config(model)]
     tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
