@@ -31,14 +31,12 @@ def check_not_nested(branches: Branches) -> None:
     pairs = [(site, branch) for branch, sites in branches.items() for site in sites]
     for number, (site, branch) in enumerate(pairs):
         for other, other_branch in pairs[:number]:
-            path, other_path = site_path(site), site_path(other)
+            path, other_path = site_path(site) + ".", site_path(other) + "."
             ids, other_ids = token_range(site), token_range(other)
             if path == other_path and ids != other_ids:
                 apart = not ids or not other_ids or ids[0][1] <= other_ids[0][0] or other_ids[0][1] <= ids[0][0]
             else:
-                apart = not (
-                    path == other_path or path.startswith(other_path + ".") or other_path.startswith(path + ".")
-                )
+                apart = not path.startswith(other_path) and not other_path.startswith(path)
             if not apart:
                 raise ValueError(
                     f"branches: {site!r} ({branch}) and {other!r} ({other_branch}) are one module or lie inside each "
