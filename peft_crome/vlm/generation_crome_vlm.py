@@ -70,11 +70,8 @@ class CromeVLMGenerationMixin(GenerationMixin):
             raise ValueError("Got both inputs and input_ids; pass input_ids alone.")
         input_ids = input_ids if input_ids is not None else inputs
         language_model = generator(self.language_model)
-        has_images = pixel_values is not None or vision_features is not None
-        if pixel_values is not None and vision_features is not None:
-            raise ValueError("Got both pixel_values and vision_features; pass one of them.")
         if input_ids is None or inputs_embeds is not None:
-            if has_images:
+            if pixel_values is not None or vision_features is not None:
                 raise ValueError(
                     "Images need input_ids, and no inputs_embeds; model.embed_inputs(input_ids, pixel_values) makes "
                     "inputs_embeds that hold the images."
@@ -84,7 +81,7 @@ class CromeVLMGenerationMixin(GenerationMixin):
             if inputs_embeds is not None:
                 arguments |= arguments_by_token(language_model, None, kwargs)
             return language_model.generate(generation_config=generation_config, **arguments, **kwargs)
-        cached = 0 if self.config.is_encoder_decoder else _cached_tokens(kwargs.get("past_key_values"))
+        cached = 0 if self.config.is_encoder_decoder else cached_tokens(kwargs.get("past_key_values"))
         unseen = _unseen_tokens(cached, input_ids, attention_mask)  # cached tokens that input_ids leave out
         neutral = neutral_token_id(self.language_model.config, self.generation_config)
         prompt_ids = torch.cat([input_ids.new_full((input_ids.shape[0], unseen), neutral), input_ids], dim=1)
@@ -92,23 +89,19 @@ class CromeVLMGenerationMixin(GenerationMixin):
             attention_mask = torch.ones_like(prompt_ids) if cached else self._infer_mask(input_ids, generation_config)
         images = (pixel_values, vision_features, qformer_input_ids, qformer_attention_mask)
         valid_ids, inputs_embeds = self._embed_prompt(prompt_ids, cached, images)
-        if self.config.is_encoder_decoder and attention_mask.ndim == 2:
-            attention_mask, inputs_embeds = move_padding("right", attention_mask, inputs_embeds)
-        arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        kwargs["generation_config"] = generation_config
         if self.config.is_encoder_decoder:
+            if attention_mask.ndim == 2:
+                attention_mask, inputs_embeds = move_padding("right", attention_mask, inputs_embeds)
             check_positions(language_model, inputs_embeds, None)
-            return language_model.generate(generation_config=generation_config, **arguments, **kwargs)
-        if (
-            not cached
-            and attention_mask.ndim == 2
-            and "position_ids" not in kwargs
-            and not bool(attention_mask[:, -1].all())
-        ):
+            return language_model.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        ends_padded = attention_mask.ndim == 2 and not bool(attention_mask[:, -1].all())
+        if ends_padded and not cached and "position_ids" not in kwargs:
             padded = move_padding("left", attention_mask, prompt_ids, valid_ids, inputs_embeds)
-            arguments["attention_mask"], prompt_ids, valid_ids, arguments["inputs_embeds"] = padded
-        arguments |= arguments_by_token(language_model, valid_ids, kwargs)
+            attention_mask, prompt_ids, valid_ids, inputs_embeds = padded
+        kwargs |= arguments_by_token(language_model, valid_ids, kwargs)
         outputs = language_model.generate(
-            input_ids=valid_ids, generation_config=generation_config, **arguments, **kwargs
+            input_ids=valid_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
         )
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         copies = sequences.shape[0] // prompt_ids.shape[0]  # beams or num_return_sequences
@@ -125,14 +118,12 @@ class CromeVLMGenerationMixin(GenerationMixin):
         """Return valid ids and embeddings of a prompt. Cached tokens do not need their images again."""
         num_images = next((value.shape[0] for value in images[:2] if value is not None), 0)
         wanted = int((input_ids == self.config.image_token_id).sum())
-        if not cached or num_images * self.image_seq_length == wanted:
-            return self.embed_inputs(input_ids, *images)[:2]
-        valid_ids, embeddings, _ = self.embed_inputs(input_ids[:, cached:], *images)
-        neutral = neutral_token_id(self.language_model.config, self.generation_config)
-        before = input_ids[:, :cached]
-        before = before.masked_fill(before == self.config.image_token_id, neutral)
-        unread = embeddings.new_zeros(embeddings.shape[0], cached, embeddings.shape[2])
-        return torch.cat([before, valid_ids], dim=1), torch.cat([unread, embeddings], dim=1)
+        if cached and num_images * self.image_seq_length != wanted:
+            neutral = neutral_token_id(self.language_model.config, self.generation_config)
+            before = input_ids[:, :cached]  # the language model does not read their embeddings again
+            before = before.masked_fill(before == self.config.image_token_id, neutral)
+            input_ids = torch.cat([before, input_ids[:, cached:]], dim=1)
+        return self.embed_inputs(input_ids, *images)[:2]
 
     def _infer_mask(self, input_ids: torch.LongTensor, generation_config: GenerationConfig | None) -> torch.Tensor:
         """Build a mask by the pad id if it is not an end id; otherwise every token counts."""
@@ -144,7 +135,8 @@ class CromeVLMGenerationMixin(GenerationMixin):
         return input_ids.ne(pad).long()
 
 
-def _cached_tokens(past_key_values: Cache | None) -> int:
+def cached_tokens(past_key_values: Cache | None) -> int:
+    """Count the tokens in a cache; 0 without one."""
     return 0 if past_key_values is None else int(past_key_values.get_seq_length())
 
 

@@ -22,7 +22,7 @@ from ..backbone.positions import check_positions
 from ..backbone.trainers import watch_trainers
 from .configuration_crome_vlm import CromeVLMConfig
 from .fingerprint import Samples
-from .generation_crome_vlm import CromeVLMGenerationMixin
+from .generation_crome_vlm import CromeVLMGenerationMixin, cached_tokens
 from .image_token import check_image_tokens, move_padding, neutral_token_id
 from .language_head import check_head, decoder_of
 from .language_inputs import arguments_by_token, check_takes_embeddings
@@ -355,8 +355,11 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             The ids with placeholders made valid, (batch, tokens); embeddings, (batch, tokens, hidden); image
             embeddings, (images, image_seq_length, hidden), or None without images.
         Raises:
-            ValueError: images and placeholders do not match. On a CPU it is raised before anything is computed.
+            ValueError: both forms of images are given, or images and placeholders do not match. On a CPU it is raised
+                before anything is computed.
         """
+        if pixel_values is not None and vision_features is not None:
+            raise ValueError("Got both pixel_values and vision_features; pass one of them.")
         images = pixel_values if pixel_values is not None else vision_features
         is_image = input_ids == self.config.image_token_id
         num_images = 0 if images is None else images.shape[0]
@@ -435,8 +438,6 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             ValueError: the inputs do not fit together.
         """
         has_images = pixel_values is not None or vision_features is not None
-        if pixel_values is not None and vision_features is not None:
-            raise ValueError("Got both pixel_values and vision_features; pass one of them.")
         sources = [value is not None for value in (input_ids, inputs_embeds, encoder_outputs)]
         if sum(sources) != 1 or (has_images and input_ids is None):
             raise ValueError(
@@ -444,7 +445,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
                 "model.embed_inputs(input_ids, pixel_values) makes inputs_embeds that hold the images."
             )
         image_features = valid_ids = None
-        if input_ids is not None and self._continues(past_key_values) and not has_images:
+        if input_ids is not None and cached_tokens(past_key_values) and not has_images:
             # In a later step of generation a sampled token is text, even if its id is the placeholder's.
             valid_ids, inputs_embeds = input_ids, self.get_input_embeddings()(input_ids)
         elif input_ids is not None:
@@ -487,9 +488,6 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
 
     def _run_language_model(self, **arguments: Any) -> ModelOutput:
         return self.language_model(**arguments, return_dict=True)
-
-    def _continues(self, past_key_values: Cache | None) -> bool:
-        return past_key_values is not None and int(past_key_values.get_seq_length()) > 0
 
     def _count_positions(self, attention_mask: torch.Tensor, num_tokens: int) -> torch.LongTensor | None:
         """Count positions from each row's first token, so that training and generation agree under left padding."""
