@@ -4,17 +4,12 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .backbones import (
     PARTS,
     Loading,
     Quantization,
-    _revision,
     load_language_model,
     load_vision_tower,
     processor_image_size,
@@ -170,5 +165,5 @@ def _find_image_token_id(name: str | None, revision: str | None, loading: Loadin
             "image_token_id is unknown: the language model object does not name its tokenizer. Write "
             "image_token_id=len(tokenizer), the id of a new `<image>` token, or that of the tokenizer's image token."
         )
-    tokenizer = AutoTokenizer.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+    tokenizer = AutoTokenizer.from_pretrained(name, **loading.for_hub(revision))
     return ensure_image_token(tokenizer)[1]

@@ -1,4 +1,4 @@
-"""Load the parts of a composite: a vision tower, a language model, a Q-Former."""
+"""Load the backbones of a composite: a vision tower and a language model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,10 +16,9 @@ from transformers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..backbone.model import part_for_good, tied_weights
-from .blip_parts import PARTS_CLASSES, load_parts, qformer_of
-from .configuration_crome_vlm import HUB_ARGUMENTS
+from .blip_parts import PARTS_CLASSES, load_parts
+from .configuration_crome_vlm import HUB_ARGUMENTS, revision_argument
 from .image_size import fixed_image_size
-from .qformer import QFormer
 from .vision import find_vision_model, vision_class
 
 Quantization: TypeAlias = QuantizationConfigMixin | dict[str, Any]
@@ -42,12 +41,14 @@ class Loading:
     attn_implementation: str | Mapping[str, str] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def hub_arguments(self) -> dict[str, Any]:
-        """The arguments that processors and configurations understand as well."""
-        return {name: value for name, value in self.arguments.items() if name in HUB_ARGUMENTS}
+    def for_hub(self, revision: str | None) -> dict[str, Any]:
+        """Select the arguments that processors and configurations understand as well, and add a revision."""
+        known = {name: value for name, value in self.arguments.items() if name in HUB_ARGUMENTS}
+        return known | revision_argument(revision)
 
-    def for_part(self, part: str) -> dict[str, Any]:
+    def for_part(
+        self, part: str, revision: str | None = None, quantization_config: Quantization | None = None
+    ) -> dict[str, Any]:
         """Build the arguments of `from_pretrained` for "vision_tower" or "language_model".
 
         Raises:
@@ -65,9 +66,14 @@ class Loading:
                     f"device_map has keys {list(self.device_map)}, none for {part!r}; add {part!r}: 'cpu'."
                 )
             device_map = device_map or {"": self.device_map[""]}
-        chosen = {"attn_implementation": attention, "device_map": device_map}
+        chosen = {
+            "attn_implementation": attention,
+            "device_map": device_map,
+            "revision": revision,
+            "quantization_config": quantization_config,
+        }
         chosen = {name: value for name, value in chosen.items() if value is not None}
-        return {"dtype": self.dtype if self.dtype is not None else "auto", **chosen, **self.arguments}
+        return {"dtype": self.dtype if self.dtype is not None else "auto", **self.arguments, **chosen}
 
 
 def load_vision_tower(
@@ -82,8 +88,8 @@ def load_vision_tower(
     Raises:
         ValueError: the named model has no vision tower, or its sizes differ from the configuration's.
     """
-    arguments = _arguments("vision_tower", revision, quantization_config, loading)
-    stored = AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+    arguments = loading.for_part("vision_tower", revision, quantization_config)
+    stored = AutoConfig.from_pretrained(name, **loading.for_hub(revision))
     if stored.model_type in PARTS_CLASSES:  # skip the checkpoint's language model
         if config is not None:
             _check_sizes(name, stored.vision_config, config)
@@ -121,30 +127,6 @@ def _with_quantizer(model: PreTrainedModel) -> PreTrainedModel:
     return tower
 
 
-def load_qformer(name: str, revision: str | None, loading: Loading) -> QFormer:
-    """Load the Q-Former and the query tokens of an InstructBLIP or BLIP-2 checkpoint."""
-    arguments = {key: value for key, value in loading.for_part("vision_tower").items() if key != "device_map"}
-    return qformer_of(load_parts(name, **_revision(revision), **arguments))
-
-
-def parts_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Select the arguments of `from_backbones` that loading the parts of an InstructBLIP checkpoint takes."""
-    return _arguments("vision_tower", kwargs.get("vision_revision"), None, _loading(kwargs))
-
-
-def load_quantized_tower(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Load the tower quantized as the arguments of `from_backbones` request."""
-    return load_vision_tower(
-        name, kwargs.get("vision_revision"), None, kwargs["vision_quantization_config"], _loading(kwargs)
-    )
-
-
-def _loading(kwargs: dict[str, Any]) -> Loading:
-    names = ("dtype", "device_map", "attn_implementation")
-    others = {name: value for name, value in kwargs.items() if name in HUB_ARGUMENTS}
-    return Loading(**{name: kwargs.get(name) for name in names}, arguments=others)
-
-
 def load_language_model(
     name: str,
     revision: str | None,
@@ -161,8 +143,8 @@ def load_language_model(
     Raises:
         ValueError: the named model is neither, or weights of the saved composite are missing everywhere.
     """
-    arguments = _arguments("language_model", revision, quantization_config, loading)
-    stored_config = AutoConfig.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+    arguments = loading.for_part("language_model", revision, quantization_config)
+    stored_config = AutoConfig.from_pretrained(name, **loading.for_hub(revision))
     auto_class = language_class(config or stored_config)
     if config is None:
         return auto_class.from_pretrained(name, **arguments)
@@ -212,17 +194,6 @@ def language_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | typ
     return auto_class
 
 
-def _arguments(
-    part: str, revision: str | None, quantization_config: Quantization | None, loading: Loading
-) -> dict[str, Any]:
-    quantization: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
-    return {**loading.for_part(part), **_revision(revision), **quantization}
-
-
-def _revision(revision: str | None) -> dict[str, str]:
-    return {} if revision is None else {"revision": revision}
-
-
 def _clean(config: PreTrainedConfig, quantization_config: Quantization | None) -> PreTrainedConfig:
     """Remove the quantization of the last load from the configuration, where it would pass for the checkpoint's."""
     if quantization_config is not None and hasattr(config, "quantization_config"):
@@ -233,7 +204,7 @@ def _clean(config: PreTrainedConfig, quantization_config: Quantization | None) -
 def processor_image_size(name: str, revision: str | None, loading: Loading) -> tuple[int, int] | None:
     """Return the image size that the tower's image processor gives; None: no processor, or it keeps the shape."""
     try:
-        processor = AutoImageProcessor.from_pretrained(name, **_revision(revision), **loading.hub_arguments)
+        processor = AutoImageProcessor.from_pretrained(name, **loading.for_hub(revision))
     except (OSError, ValueError):
         return None  # such a tower's configuration states the size
     return fixed_image_size(processor)

@@ -172,4 +172,9 @@ def quantization_to_dict(quantization_config: QuantizationConfigMixin | dict[str
     return None if quantization_config is None else dict(quantization_config)
 
 
+def revision_argument(revision: str | None) -> dict[str, str]:
+    """Build the argument of `from_pretrained` for a revision; empty for a repository's default branch."""
+    return {} if revision is None else {"revision": revision}
+
+
 __all__ = ["CromeVLMConfig"]

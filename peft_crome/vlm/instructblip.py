@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .assembly import from_backbones
-from .backbones import load_quantized_tower, parts_arguments
+from .assembly import Composite, from_backbones
+from .backbones import Loading, load_vision_tower
 from .blip_parts import PARTS_CLASSES, load_parts, qformer_of
-
-Composite = TypeVar("Composite", bound=PreTrainedModel)
+from .configuration_crome_vlm import HUB_ARGUMENTS
 
 
 def from_instructblip(
@@ -33,6 +32,9 @@ def from_instructblip(
     Raises:
         ValueError: the checkpoint is of another type or a quantized object, or as in `from_backbones`.
     """
+    hub_arguments = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
+    loading = Loading(kwargs.get("dtype"), kwargs.get("device_map"), kwargs.get("attn_implementation"), hub_arguments)
+    revision, quantization = kwargs.get("vision_revision"), kwargs.get("vision_quantization_config")
     if isinstance(checkpoint, PreTrainedModel):
         parts, name = checkpoint, checkpoint.config.name_or_path
         if parts.config.model_type not in PARTS_CLASSES:
@@ -42,15 +44,15 @@ def from_instructblip(
             )
     else:
         checkpoint = name = str(checkpoint)
-        parts = load_parts(name, **parts_arguments(kwargs))
+        parts = load_parts(name, **loading.for_part("vision_tower", revision))
     if getattr(parts, "hf_quantizer", None) is not None:
         raise ValueError(
             f"{name or type(parts).__name__} is quantized, its Q-Former and projection too, which are to train. Name "
             "a checkpoint that is not: from_instructblip('...', language=..., vision_quantization_config=...)."
         )
     qformer, tower = qformer_of(parts), parts.vision_model
-    if isinstance(checkpoint, str) and kwargs.get("vision_quantization_config") is not None:
-        tower = parts.vision_model = load_quantized_tower(name, kwargs)
+    if isinstance(checkpoint, str) and quantization is not None:
+        tower = parts.vision_model = load_vision_tower(name, revision, None, quantization, loading)
     tower.config.name_or_path = qformer.config.name_or_path = name
     model = from_backbones(cls, tower, language, qformer=qformer, **kwargs)
     if isinstance(checkpoint, str):  # loaded by name, so the name gives these weights

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -24,16 +24,16 @@ from transformers.utils import (
 from ..backbone.compat import load_copies
 from ..sharing.stage_record import STAGE_RECORD
 from ..sharing.weight_file import read_adapter_file
-from .assembly import assemble
+from .assembly import Composite, assemble
 from .backbones import (
     PARTS,
     Loading,
     Quantization,
     language_class,
     load_language_model,
-    load_qformer,
     load_vision_tower,
 )
+from .blip_parts import load_parts, qformer_of
 from .configuration_crome_vlm import CromeVLMConfig, quantization_to_dict
 from .qformer import QFormer
 from .saving import Weights, part_names
@@ -41,7 +41,6 @@ from .vision import vision_class
 
 logger = logging.getLogger(__name__)
 
-Composite = TypeVar("Composite", bound=PreTrainedModel)
 FILE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 
 
@@ -134,7 +133,7 @@ def load(
     config.text_quantization_config = quantization_to_dict(quantization_config) or config.text_quantization_config
     parts = {part: _load_part(part, config, stored, loading, name_or_path) for part in PARTS}
     config.vision_config, config.text_config = parts["vision_tower"].config, parts["language_model"].config
-    qformer = _load_qformer(config, stored, loading)
+    qformer = _load_qformer(config, loading)
     model = assemble(cls, config, parts["vision_tower"], parts["language_model"], loading, qformer)
     for projection in ("image_projection", "text_projection"):
         if loading.dtype is None and f"{projection}.weight" in stored:
@@ -288,9 +287,8 @@ def _load_part(
     if hasattr(model_class, "_model_mapping"):  # auto classes need a name to take a state_dict
         model_class = model_class._model_mapping[type(part_config)]
     model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
-    arguments = {**loading.for_part(part), **({"quantization_config": quantization} if quantization else {})}
-    for hub_argument in FILE_ARGUMENTS:
-        arguments.pop(hub_argument, None)
+    arguments = loading.for_part(part, quantization_config=quantization)
+    arguments = {name: value for name, value in arguments.items() if name not in FILE_ARGUMENTS}
     model, info = model_class.from_pretrained(
         None, config=part_config, state_dict=weights, output_loading_info=True, **arguments
     )
@@ -300,14 +298,15 @@ def _load_part(
     return model
 
 
-def _load_qformer(config: CromeVLMConfig, stored: Weights, loading: Loading) -> QFormer | None:
+def _load_qformer(config: CromeVLMConfig, loading: Loading) -> QFormer | None:
     """Load the Q-Former by its name, or create it to be filled from the stored weights; None if there is none."""
     if config.qformer_config is None:
         return None
     dtype = loading.dtype if loading.dtype is not None else config.qformer_config.dtype
-    loading = dataclasses.replace(loading, dtype=dtype)
     if config.qformer_model_name_or_path is not None:
-        return load_qformer(config.qformer_model_name_or_path, config.qformer_revision, loading)
+        loading = dataclasses.replace(loading, dtype=dtype, device_map=None)
+        arguments = loading.for_part("vision_tower", config.qformer_revision)
+        return qformer_of(load_parts(config.qformer_model_name_or_path, **arguments))
     qformer = QFormer(config.qformer_config, config.num_query_tokens)
     return qformer.to(dtype) if isinstance(dtype, torch.dtype) else qformer
 

@@ -15,7 +15,7 @@ from ..backbone.compat import chat_arguments
 from ..utils.read_image import read_image
 from ..utils.shorten import short
 from ..utils.turn_text import IMAGE_KEYS, turn_text
-from .configuration_crome_vlm import CromeVLMConfig
+from .configuration_crome_vlm import CromeVLMConfig, revision_argument
 from .image_size import with_image_size
 from .image_token import ensure_image_token
 
@@ -144,11 +144,9 @@ class CromeVLMProcessor(ProcessorMixin):
                 "vision=image_processor, language=tokenizer, config=model.config) with the config of a built model."
             )
         if isinstance(vision, str):
-            revision = {"revision": config.vision_revision} if config.vision_revision else {}
-            vision = AutoImageProcessor.from_pretrained(vision, **revision, **kwargs)
+            vision = AutoImageProcessor.from_pretrained(vision, **revision_argument(config.vision_revision), **kwargs)
         if isinstance(language, str):
-            revision = {"revision": config.text_revision} if config.text_revision else {}
-            language = AutoTokenizer.from_pretrained(language, **revision, **kwargs)
+            language = AutoTokenizer.from_pretrained(language, **revision_argument(config.text_revision), **kwargs)
         tokenizer = copy.deepcopy(language)
         image_processor = with_image_size(vision, *config.image_height_width)
         tokenizer.padding_side = "right" if config.is_encoder_decoder else "left"
@@ -405,7 +403,7 @@ def _qformer_tokenizer(tokenizer: Any, config: CromeVLMConfig, kwargs: dict[str,
             "The Q-Former reads instructions, and its tokenizer is unknown. Write CromeVLMProcessor.from_backbones("
             "config=model.config, qformer_tokenizer='bert-base-uncased'), or the tokenizer it was trained with."
         )
-    revision = {"revision": config.qformer_revision} if config.qformer_revision else {}
+    revision = revision_argument(config.qformer_revision)
     return AutoTokenizer.from_pretrained(name, subfolder=QFORMER_TOKENIZER, **revision, **kwargs)
 
 
