@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import (
     CONFIG_NAME,
@@ -116,17 +117,17 @@ def load(
         if kwargs.pop(name, None) is not None and name == "state_dict":
             raise ValueError("state_dict= is not supported; call model.load_state_dict(state_dict) after loading.")
     files = {name: kwargs[name] for name in FILE_ARGUMENTS if name in kwargs}
-    kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
     if config is None and _is_adapter_alone(name_or_path, files):
         adapter_kwargs.setdefault("_adapter_model_path", name_or_path)
         name_or_path = _base_of(name_or_path, files)
-    config, kwargs = _load_config(name_or_path, config, files, kwargs)
+    config, unused = _load_config(name_or_path, config, kwargs)
+    arguments = {name: value for name, value in (unused | files).items() if name not in ("revision", "subfolder")}
     stored = read_weights(name_or_path, files)
     checkpart_names(stored, config, name_or_path)
 
     dtype = dtype if dtype is not None else torch_dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    loading = Loading(None if dtype == "auto" else dtype, device_map, attn_implementation, kwargs)
+    loading = Loading(None if dtype == "auto" else dtype, device_map, attn_implementation, arguments)
     config.vision_quantization_config = (
         quantization_to_dict(vision_quantization_config) or config.vision_quantization_config
     )
@@ -187,8 +188,7 @@ def read_weights(name_or_path: str | os.PathLike, files: dict[str, Any]) -> Weig
 
 def _read_file(path: str) -> Weights:
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+        return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); copy or save it again.") from error
 
@@ -243,21 +243,19 @@ def _report(name: str | os.PathLike, missing: Iterable[str], unexpected: Iterabl
 
 
 def _load_config(
-    name_or_path: str | os.PathLike, config: CromeVLMConfig | None, files: dict[str, Any], kwargs: dict[str, Any]
+    name_or_path: str | os.PathLike, config: CromeVLMConfig | None, kwargs: dict[str, Any]
 ) -> tuple[CromeVLMConfig, dict[str, Any]]:
     """Load the configuration; also return the arguments that are not its fields."""
     if isinstance(config, PreTrainedConfig):
         return copy.deepcopy(config), kwargs
     source = config if config is not None else name_or_path
-    stored, _ = CromeVLMConfig.get_config_dict(source, **files)
+    stored, kwargs = CromeVLMConfig.get_config_dict(source, **kwargs)
     if stored.get("model_type") != CromeVLMConfig.model_type:
         raise ValueError(
             f"{source} is a {stored.get('model_type')!r} model, expected 'crome_vlm'. Load it with its own class, or "
             "join its parts: CromeVLMForConditionalGeneration.from_backbones(vision=..., language=...)."
         )
-    shared = {name: value for name, value in kwargs.items() if name in FILE_ARGUMENTS}
-    config, rest = CromeVLMConfig.from_pretrained(source, return_unused_kwargs=True, **{**kwargs, **files})
-    return config, {**{n: v for n, v in rest.items() if n not in ("revision", "subfolder")}, **shared}
+    return CromeVLMConfig.from_dict(stored, return_unused_kwargs=True, **kwargs)
 
 
 def _load_part(
@@ -265,10 +263,9 @@ def _load_part(
 ) -> PreTrainedModel:
     """Load one backbone by its name, or from the stored weights if it has none."""
     vision = part == "vision_tower"
-    name = config.vision_model_name_or_path if vision else config.text_model_name_or_path
-    revision = config.vision_revision if vision else config.text_revision
-    part_config = config.vision_config if vision else config.text_config
-    quantization = config.vision_quantization_config if vision else config.text_quantization_config
+    prefix = "vision" if vision else "text"
+    fields = ("model_name_or_path", "revision", "config", "quantization_config")
+    name, revision, part_config, quantization = (getattr(config, f"{prefix}_{field}") for field in fields)
     if loading.dtype is None:
         loading = dataclasses.replace(loading, dtype=part_config.dtype)
     weights = {key.removeprefix(f"{part}."): tensor for key, tensor in stored.items() if key.startswith(f"{part}.")}
@@ -278,10 +275,10 @@ def _load_part(
                 return load_vision_tower(name, revision, part_config, quantization, loading)
             return load_language_model(name, revision, part_config, quantization, loading, weights)
         except OSError as error:
-            field = "vision_model_name_or_path" if vision else "text_model_name_or_path"
             raise OSError(
                 f"{name_or_path} names {name!r} as its {part}, which cannot be loaded: {error}\nIf it has moved: "
-                f"config = CromeVLMConfig.from_pretrained(...); config.{field} = '...'; pass config=config."
+                f"config = CromeVLMConfig.from_pretrained(...); config.{prefix}_model_name_or_path = '...'; "
+                "pass config=config."
             ) from error
     model_class = vision_class(part_config) if vision else language_class(part_config)
     if hasattr(model_class, "_model_mapping"):  # auto classes need a name to take a state_dict
