@@ -18,19 +18,15 @@ def take_samples(weights: Mapping[str, torch.Tensor]) -> Samples:
 
 def changed(weights: Mapping[str, torch.Tensor], samples: Samples) -> set[str]:
     """Return keys whose values or shape differ from the samples'. A cast such as `model.half()` is not a change."""
-    keys = set()
-    for key, tensor in weights.items():
-        if key not in samples or not _is_readable(tensor):
-            continue
-        shape, values = samples[key]
-        if tensor.shape != shape or not _equal(_values(tensor), values.to(tensor.dtype)):
-            keys.add(key)
-    return keys
+    readable = {key: tensor for key, tensor in weights.items() if key in samples and _is_readable(tensor)}
+    return {key for key, tensor in readable.items() if _differs(tensor, *samples[key])}
 
 
-def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+def _differs(tensor: torch.Tensor, shape: torch.Size, values: torch.Tensor) -> bool:
+    if tensor.shape != shape:
+        return True
     # Compare bits: packed 4-bit weights stored as floats can look like NaN, which equals nothing.
-    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+    return not torch.equal(_values(tensor).view(torch.uint8), values.to(tensor.dtype).view(torch.uint8))
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -39,7 +41,8 @@ def select_weights(model: Any, state_dict: Weights) -> Weights:
     Raises:
         ValueError: a backbone without a name is quantized, a quantized backbone changed, or adapters are attached.
     """
-    wrapped = [name for name, module in model.named_modules() if _is_peft_layer(module)]
+    of_peft = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, of_peft)]
     if wrapped:
         raise ValueError(
             f"The model holds PEFT layers ({wrapped[:3]}). Save the adapter with peft_model.save_pretrained(...), and "
@@ -85,13 +88,6 @@ def _is_packed(model: Any, part: str, key: str) -> bool:
     return weight is not None and (type(weight) is not torch.nn.Parameter or not weight.is_floating_point())
 
 
-def _is_peft_layer(module: torch.nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-
-
 def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLike, **kwargs: Any) -> None:
     """Write a checkpoint to a temporary place and move it file by file, so that no file is ever half-written.
 
@@ -135,19 +131,11 @@ def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLik
 
 
 def _tell_what_is_stored_whole(model: Any) -> None:
-    config = model.config
-    for part, part_config, name in (
-        ("vision_tower", config.vision_config, "vision_model_name_or_path"),
-        ("language_model", config.text_config, "text_model_name_or_path"),
-    ):
-        if getattr(config, name) is None and part_config.name_or_path:
-            size = sum(p.numel() * p.element_size() for p in getattr(model, part).parameters()) / 1e6
+    for part, prefix in (("vision_tower", "vision"), ("language_model", "text")):
+        source = getattr(model.config, f"{prefix}_config").name_or_path
+        if getattr(model.config, f"{prefix}_model_name_or_path") is None and source:
+            size = sum(parameter.nbytes for parameter in getattr(model, part).parameters()) / 1e6
             logger.warning(
-                "%s was handed over as an object, so it is stored whole, %.0f MB. If its weights are still those of "
-                "%r: model.config.%s = %r, and save again.",
-                part,
-                size,
-                part_config.name_or_path,
-                name,
-                part_config.name_or_path,
+                f"{part} was handed over as an object, so it is stored whole, {size:.0f} MB. If its weights are still "
+                f"those of {source!r}: model.config.{prefix}_model_name_or_path = {source!r}, and save again."
             )
