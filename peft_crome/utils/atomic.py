@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TextIO
 from uuid import uuid4
 
@@ -14,7 +15,7 @@ from uuid import uuid4
 def beside(path: Path) -> Path:
     """Return an unused name in the same folder.
 
-    `tempfile` is not used: its files are readable only by their owner, and others may share the folder.
+    `tempfile` is not used for files, since they would be readable only by their owner. Others may share the folder.
     """
     return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
 
@@ -63,14 +64,11 @@ def moved_into(directory: Path) -> Iterator[Path]:
 
     If the block fails, `directory` is unchanged.
     """
-    temporary = beside(directory / "files")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in [path for path in temporary.iterdir() if path.is_file()]:
+    # The folder itself is readable only by its owner; files in it have the usual permissions.
+    with TemporaryDirectory(dir=directory, prefix=".files.", suffix=".tmp", ignore_cleanup_errors=True) as temporary:
+        yield Path(temporary)
+        for file in [path for path in Path(temporary).iterdir() if path.is_file()]:
             os.replace(file, directory / file.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
