@@ -31,10 +31,7 @@ class InstructBlipParts(InstructBlipPreTrainedModel):
 
     def __init__(self, config: InstructBlipConfig) -> None:
         super().__init__(config)
-        self.vision_model = InstructBlipVisionModel(config.vision_config)
-        self.qformer = InstructBlipQFormerModel(config.qformer_config)
-        _add_query_tokens_and_projection(self, config)
-        self.post_init()
+        _add_parts(self, InstructBlipVisionModel, InstructBlipQFormerModel)
 
 
 class Blip2Parts(Blip2PreTrainedModel):
@@ -45,10 +42,7 @@ class Blip2Parts(Blip2PreTrainedModel):
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__(config)
-        self.vision_model = Blip2VisionModel(config.vision_config)
-        self.qformer = Blip2QFormerModel(config.qformer_config)
-        _add_query_tokens_and_projection(self, config)
-        self.post_init()
+        _add_parts(self, Blip2VisionModel, Blip2QFormerModel)
 
 
 PARTS_CLASSES: dict[str, type[PreTrainedModel]] = {
@@ -57,10 +51,13 @@ PARTS_CLASSES: dict[str, type[PreTrainedModel]] = {
 }
 
 
-def _add_query_tokens_and_projection(parts: Any, config: PreTrainedConfig) -> None:
-    width = config.qformer_config.hidden_size
+def _add_parts(parts: Any, vision_class: type[PreTrainedModel], qformer_class: type[PreTrainedModel]) -> None:
+    config, width = parts.config, parts.config.qformer_config.hidden_size
+    parts.vision_model = vision_class(config.vision_config)
+    parts.qformer = qformer_class(config.qformer_config)
     parts.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
     parts.language_projection = nn.Linear(width, config.text_config.hidden_size)
+    parts.post_init()
 
 
 def load_parts(name: str, config: PreTrainedConfig | None = None, **arguments: Any) -> Any:
