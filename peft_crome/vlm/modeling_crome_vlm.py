@@ -7,12 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    Cache,
-    PreTrainedModel,
-)
+from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
@@ -20,6 +15,7 @@ from transformers.utils import ModelOutput
 from ..backbone.four_bit import fix_repacking
 from ..backbone.positions import check_positions
 from ..backbone.trainers import watch_trainers
+from .backbones import language_class
 from .configuration_crome_vlm import CromeVLMConfig
 from .fingerprint import Samples
 from .generation_crome_vlm import CromeVLMGenerationMixin, cached_tokens
@@ -73,6 +69,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    accepts_loss_kwargs = True  # `Trainer` asks whether the loss takes `num_items_in_batch`
     _is_headless: ClassVar[bool] = False
 
     def __init__(
@@ -84,12 +81,9 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
     ) -> None:
         super().__init__(config)
         watch_trainers()
-        parts = [part for part in (vision_tower, language_model, qformer) if part is not None]
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        self.vision_tower = vision_tower if vision_tower is not None else build_tower(config.vision_config)
-        self.language_model = (
-            language_model if language_model is not None else auto_class.from_config(config.text_config)
-        )
+        text_config = config.text_config
+        self.vision_tower = vision_tower or build_tower(config.vision_config)
+        self.language_model = language_model or language_class(text_config).from_config(text_config)
         check_takes_embeddings(self.language_model)
         fix_repacking(self)
         self.vision_layout = infer_layout(config)
@@ -130,7 +124,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         self._samples: Samples = {}  # samples of the weights as they were put together
         self.feature_cache: Any = None  # see `peft_crome.cache_features`
         self.blank_image = False  # see `embed_inputs`
-        for part in parts:
+        for part in filter(None, (vision_tower, language_model, qformer)):
             for module in part.modules():
                 module._is_hf_initialized = True  # post_init must not initialize the given weights again
         self.post_init()
@@ -180,11 +174,6 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         self.config.get_text_config().vocab_size = self.language_model.config.get_text_config().vocab_size
         return table
 
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the loss takes `num_items_in_batch`, which `Trainer` asks."""
-        return True
-
     def _averages_by_itself(self) -> bool:
         """Whether the language model's loss is a batch's mean for any `num_items_in_batch`.
 
@@ -210,14 +199,11 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
 
     def trained_backbone_keys(self) -> set[str]:
         """Name the backbone parameters that train now, with the buffers of a backbone that trains in part."""
-        keys = set()
-        for name in ("vision_tower", "language_model", "qformer"):
-            part = getattr(self, name)
-            if part is None:
-                continue
-            trained = {f"{name}.{key}" for key, parameter in part.named_parameters() if parameter.requires_grad}
-            keys |= trained | ({f"{name}.{key}" for key, _ in part.named_buffers()} if trained else set())
-        return keys
+        backbones = ("vision_tower.", "language_model.", "qformer.")
+        named = self.named_parameters()
+        trained = {key for key, parameter in named if parameter.requires_grad and key.startswith(backbones)}
+        parts = tuple(part for part in backbones if any(key.startswith(part) for key in trained))
+        return trained | {key for key, _ in self.named_buffers() if key.startswith(parts)}
 
     # ---- images ----
 
