@@ -16,10 +16,8 @@ def ensure_image_token(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     The tokenizer's `image_token` comes first, then `<image>` if it is one token already. The embedding table is
     never resized, since the model does not look the id up.
     """
-    token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
-    token = str(token)
-    vocabulary = tokenizer.get_vocab()
-    if token not in vocabulary:
+    token = str(getattr(tokenizer, "image_token", None) or IMAGE_TOKEN)
+    if token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
     return token, int(tokenizer.convert_tokens_to_ids(token))
 

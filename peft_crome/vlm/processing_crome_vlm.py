@@ -341,13 +341,13 @@ class CromeVLMProcessor(ProcessorMixin):
             asked.append(self.instruction(flat[-1]))
         processor_kwargs = dict(processor_kwargs or {})
         chat_images = (images if is_batch else images[0]) if any(images) else processor_kwargs.pop("images", None)
-        if kwargs.get("tokenize") and chat_images:
-            processor_kwargs[CHAT_IMAGES] = chat_images
-        if kwargs.get("tokenize"):  # keep only special tokens that the template writes
-            processor_kwargs.setdefault("add_special_tokens", False)
-        if kwargs.get("tokenize") and self.qformer_tokenizer is not None:
-            processor_kwargs.setdefault("qformer_text", asked)
         if kwargs.get("tokenize"):
+            if chat_images:
+                processor_kwargs[CHAT_IMAGES] = chat_images
+            if self.qformer_tokenizer is not None:
+                processor_kwargs.setdefault("qformer_text", asked)
+            # Keep only special tokens that the template writes.
+            processor_kwargs.setdefault("add_special_tokens", False)
             named = inspect.signature(super().apply_chat_template).parameters
             others = {key: kwargs.pop(key) for key in list(kwargs) if key not in named}
             kwargs |= chat_arguments(processor_kwargs, others)

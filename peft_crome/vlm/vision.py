@@ -154,21 +154,17 @@ def _inputs(model: PreTrainedModel | type[PreTrainedModel]) -> list[str]:
 def build_tower(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
     """Build a tower with random weights; kwargs are arguments of `from_config` (`dtype`)."""
     model_class = vision_class(config)
-    return (
-        model_class.from_config(config, **kwargs)
-        if model_class is AutoModel
-        else model_class._from_config(config, **kwargs)
-    )
+    build = model_class.from_config if model_class is AutoModel else model_class._from_config
+    return build(config, **kwargs)
 
 
 def size_arguments(tower: PreTrainedModel, height: int, width: int) -> dict[str, bool]:
     """Return the arguments that the tower's forward needs to read images of height x width; often none."""
     native = getattr(tower.config, "image_size", None)
     native = (native, native) if isinstance(native, int) else native
-    if native is None or tuple(native) == (height, width):
+    if native is None or tuple(native) == (height, width) or "interpolate_pos_encoding" not in _inputs(tower):
         return {}
-    accepts = "interpolate_pos_encoding" in _inputs(tower)
-    return {"interpolate_pos_encoding": True} if accepts else {}
+    return {"interpolate_pos_encoding": True}
 
 
 def run_tower(tower: PreTrainedModel, pixel_values: torch.Tensor, layer: int, **kwargs: bool) -> torch.Tensor:
