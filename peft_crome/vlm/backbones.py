@@ -90,19 +90,16 @@ def load_vision_tower(
     """
     arguments = loading.for_part("vision_tower", revision, quantization_config)
     stored = AutoConfig.from_pretrained(name, **loading.for_hub(revision))
-    if stored.model_type in PARTS_CLASSES:  # skip the checkpoint's language model
-        if config is not None:
-            _check_sizes(name, stored.vision_config, config)
-            stored.vision_config = _clean(config, quantization_config)
-        return _with_quantizer(load_parts(name, stored, **arguments))
+    of_blip = stored.model_type in PARTS_CLASSES
     if config is not None and type(stored) is type(config):
         _check_sizes(name, stored, config)
         arguments["config"] = _clean(config, quantization_config)
-    elif config is not None and type(getattr(stored, "vision_config", None)) is type(config):
+    elif config is not None and (of_blip or type(getattr(stored, "vision_config", None)) is type(config)):
         _check_sizes(name, stored.vision_config, config)
         stored.vision_config = _clean(config, quantization_config)
         arguments["config"] = stored
-    return _with_quantizer(vision_class(stored).from_pretrained(name, **arguments))
+    load = load_parts if of_blip else vision_class(stored).from_pretrained  # the former skips a language model
+    return _with_quantizer(load(name, **arguments))
 
 
 def _check_sizes(name: str, stored: PreTrainedConfig, config: PreTrainedConfig) -> None:

@@ -72,12 +72,21 @@ def load_parts(name: str, config: PreTrainedConfig | None = None, **arguments: A
     """
     hub = {key: value for key, value in arguments.items() if key in (*HUB_ARGUMENTS, "revision")}
     config = config or AutoConfig.from_pretrained(name, **hub)
+    check_has_parts(config, name)
+    return PARTS_CLASSES[config.model_type].from_pretrained(name, config=config, **arguments)
+
+
+def check_has_parts(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a checkpoint of another model type.
+
+    Raises:
+        ValueError: it is neither InstructBLIP nor BLIP-2; gives its name and type.
+    """
     if config.model_type not in PARTS_CLASSES:
         raise ValueError(
             f"{name} is a {config.model_type!r} checkpoint, expected one of {list(PARTS_CLASSES)}. Join other parts "
             "with CromeVLMForConditionalGeneration.from_backbones(vision=..., language=..., qformer=...)."
         )
-    return PARTS_CLASSES[config.model_type].from_pretrained(name, config=config, **arguments)
 
 
 def qformer_of(parts: Any) -> QFormer:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from .assembly import Composite, from_backbones
 from .backbones import Loading, load_vision_tower
-from .blip_parts import PARTS_CLASSES, load_parts, qformer_of
+from .blip_parts import check_has_parts, load_parts, qformer_of
 from .configuration_crome_vlm import HUB_ARGUMENTS
 
 
@@ -37,11 +36,7 @@ def from_instructblip(
     revision, quantization = kwargs.get("vision_revision"), kwargs.get("vision_quantization_config")
     if isinstance(checkpoint, PreTrainedModel):
         parts, name = checkpoint, checkpoint.config.name_or_path
-        if parts.config.model_type not in PARTS_CLASSES:
-            raise ValueError(
-                f"{type(parts).__name__} is a {parts.config.model_type!r} model, expected one of "
-                f"{list(PARTS_CLASSES)}. Pass an InstructBLIP or BLIP-2 model or the name of one."
-            )
+        check_has_parts(parts.config, type(parts).__name__)
     else:
         checkpoint = name = str(checkpoint)
         parts = load_parts(name, **loading.for_part("vision_tower", revision))
@@ -61,7 +56,5 @@ def from_instructblip(
         config.qformer_revision = config.vision_revision
     projection, text_projection = parts.language_projection, model.text_projection
     if projection.weight.shape == text_projection.weight.shape:
-        with torch.no_grad():
-            text_projection.weight.copy_(projection.weight)
-            text_projection.bias.copy_(projection.bias)
+        text_projection.load_state_dict(projection.state_dict())
     return model
