@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from ..utils.atomic import replaced
 
@@ -48,8 +48,7 @@ class FeatureStore:
         """Return the tensors of a key, on the CPU; None if there are none, or their file is damaged."""
         path = self._path(key)
         try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+            return load_file(path)
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:  # a failed disk: the next `put` replaces the file

@@ -6,14 +6,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from .backbones import (
-    PARTS,
-    Loading,
-    Quantization,
-    load_language_model,
-    load_vision_tower,
-    processor_image_size,
-)
+from .backbones import PARTS, Loading, Quantization, load_language_model, load_vision_tower, processor_image_size
 from .configuration_crome_vlm import IMAGE_OPTIONS, CromeVLMConfig, quantization_to_dict
 from .fingerprint import take_samples
 from .image_token import ensure_image_token
@@ -106,7 +99,7 @@ def from_backbones(
         **options,
     )
     trained_qformer = qformer if isinstance(qformer, QFormer) else None
-    return assemble(cls, config, vision_tower, language_model, loading, trained_qformer).eval()
+    return assemble(cls, config, vision_tower, language_model, loading, trained_qformer)
 
 
 def assemble(
@@ -117,7 +110,7 @@ def assemble(
     loading: Loading,
     qformer: QFormer | None = None,
 ) -> Composite:
-    """Put loaded backbones together: frozen, with new projections beside the embedding table."""
+    """Put loaded backbones together, frozen and in evaluation mode, with new projections between them."""
     model = cls(config, vision_tower=vision_tower, language_model=language_model, qformer=qformer)
     for part in filter(None, (vision_tower, language_model, qformer)):
         part.requires_grad_(False)
@@ -135,7 +128,7 @@ def assemble(
     if all(maps.values()):
         placed = {f"{part}.{k}".rstrip("."): device for part, places in maps.items() for k, device in places.items()}
         model.hf_device_map = placed | {name: next(part.parameters()).device for name, part in between.items()}
-    return model
+    return model.eval()
 
 
 def _quantized_on_load(model: PreTrainedModel) -> dict[str, Any] | None:

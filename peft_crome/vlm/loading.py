@@ -26,14 +26,7 @@ from ..backbone.compat import load_copies
 from ..sharing.stage_record import STAGE_RECORD
 from ..sharing.weight_file import read_adapter_file
 from .assembly import Composite, assemble
-from .backbones import (
-    PARTS,
-    Loading,
-    Quantization,
-    language_class,
-    load_language_model,
-    load_vision_tower,
-)
+from .backbones import PARTS, Loading, Quantization, language_class, load_language_model, load_vision_tower
 from .blip_parts import load_parts, qformer_of
 from .configuration_crome_vlm import CromeVLMConfig, quantization_to_dict
 from .qformer import QFormer
@@ -123,7 +116,7 @@ def load(
     config, unused = _load_config(name_or_path, config, kwargs)
     arguments = {name: value for name, value in (unused | files).items() if name not in ("revision", "subfolder")}
     stored = read_weights(name_or_path, files)
-    checkpart_names(stored, config, name_or_path)
+    check_names(stored, config, name_or_path)
 
     dtype = dtype if dtype is not None else torch_dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
@@ -146,7 +139,6 @@ def load(
     model._stored_keys |= {key for key in rest if key.split(".", 1)[0] in part_names(config)}
     config.name_or_path = model.name_or_path = str(name_or_path)
     model.generation_config = generation_config or _load_generation_config(model, name_or_path, files)
-    model.eval()
     if adapter == "load":
         _load_adapter(model, name_or_path, files, adapter_kwargs)
     info: dict[str, Any] = {
@@ -193,7 +185,7 @@ def _read_file(path: str) -> Weights:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); copy or save it again.") from error
 
 
-def checkpart_names(stored: Weights, config: CromeVLMConfig, name_or_path: str | os.PathLike) -> None:
+def check_names(stored: Weights, config: CromeVLMConfig, name_or_path: str | os.PathLike) -> None:
     """Refuse weights that clearly do not belong to this composite, before any backbone is loaded.
 
     Raises:
@@ -227,9 +219,8 @@ def copy_weights(model: torch.nn.Module, weights: Weights, name_or_path: str | o
         if key in targets and targets[key].shape != tensor.shape
     ]
     _report(name_or_path, [], unexpected, wrong)
-    with torch.no_grad():
-        for key, tensor in weights.items():
-            targets[key].data.copy_(tensor)
+    for key, tensor in weights.items():
+        targets[key].data.copy_(tensor)
 
 
 def _report(name: str | os.PathLike, missing: Iterable[str], unexpected: Iterable[str], wrong: Iterable[str]) -> None:

@@ -107,13 +107,10 @@ def save(model: Any, write: Callable[..., Any], save_directory: str | os.PathLik
         state_dict = kwargs.pop("state_dict", None)
         kwargs["state_dict"] = select_weights(model, state_dict if state_dict is not None else model.state_dict())
         kwargs["save_original_format"] = False  # `load` reads the composite's keys
-        for part, config in (
-            (model.vision_tower, model.config.vision_config),
-            (model.language_model, model.config.text_config),
-            (getattr(model.qformer, "model", None), model.config.qformer_config),
-        ):
-            if part is not None:
-                config.dtype = part.dtype
+        model.config.vision_config.dtype = model.vision_tower.dtype
+        model.config.text_config.dtype = model.language_model.dtype
+        if model.qformer is not None:
+            model.config.qformer_config.dtype = model.qformer.model.dtype
         _tell_what_is_stored_whole(model)
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", directory.name)
