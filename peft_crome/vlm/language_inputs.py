@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-BY_TOKEN = ("per_layer_inputs", "ple_input_ids")  # arguments of language models that look up more than one embedding
-
 
 def check_takes_embeddings(language_model: PreTrainedModel) -> None:
     """Refuse a language model that reads token ids only, since no image could enter.
@@ -111,7 +109,6 @@ class _TakesEmbeddings(nn.Module):
                 f"{type(self).__name__}.generate takes token ids alone in transformers, so it cannot read an image. "
                 "Choose another language model; forward and training work with this one."
             )
-        for name, value in zip(BY_TOKEN, (per_layer_inputs, ple_input_ids), strict=True):
-            if value is not None:
-                prepared[name] = value[:, -embeddings.shape[1] :]
-        return prepared
+        by_token = {"per_layer_inputs": per_layer_inputs, "ple_input_ids": ple_input_ids}
+        num_tokens = embeddings.shape[1]
+        return prepared | {name: value[:, -num_tokens:] for name, value in by_token.items() if value is not None}

@@ -233,9 +233,8 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
             return self._compute_features(pixel_values)
 
     def _compute_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        features = run_tower(
-            self.vision_tower, pixel_values, self.config.vision_feature_layer, **self._tower_arguments
-        )
+        layer = self.config.vision_feature_layer
+        features = run_tower(self.vision_tower, pixel_values, layer, **self._tower_arguments)
         features = self.vision_layout.to_tokens(features)
         return features if self.qformer is not None else self._select(features)
 

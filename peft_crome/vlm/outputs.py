@@ -52,12 +52,8 @@ class CromeVLMModelOutput(ModelOutput):
     image_hidden_states: torch.FloatTensor | None = None
 
 
-def names_of(output_class: type[ModelOutput]) -> frozenset[str]:
-    """Return the field names of an output class."""
-    return frozenset(field.name for field in fields(output_class))
-
-
-OUTPUT_NAMES, MODEL_OUTPUT_NAMES = names_of(CromeVLMOutput), names_of(CromeVLMModelOutput)  # torch.compile reads these
+OUTPUT_NAMES = frozenset(field.name for field in fields(CromeVLMOutput))  # torch.compile reads these
+MODEL_OUTPUT_NAMES = frozenset(field.name for field in fields(CromeVLMModelOutput))
 
 
 def as_output(outputs: ModelOutput, image_features: torch.Tensor | None, headless: bool) -> ModelOutput:

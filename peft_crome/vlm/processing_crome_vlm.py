@@ -356,11 +356,7 @@ class CromeVLMProcessor(ProcessorMixin):
         )
         if kwargs.get("tokenize") or self.qformer_tokenizer is None:
             return made
-        prompts = [
-            Prompt(text, instruction)
-            for text, instruction in zip([made] if isinstance(made, str) else made, asked, strict=True)
-        ]
-        return prompts if is_batch else prompts[0]
+        return list(map(Prompt, made, asked)) if is_batch else Prompt(made, asked[0])
 
     def _flatten(self, message: Mapping[str, Any], images: list[Any]) -> dict[str, str]:
         """Join a message's content into one string, and append its images to `images`."""

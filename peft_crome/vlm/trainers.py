@@ -49,8 +49,7 @@ class WithoutImageLabels:
     def __call__(self, rows: Any) -> Any:
         """Collate rows without labels at image placeholders."""
         batch = self.collate(rows)
-        labels = batch.get("labels") if hasattr(batch, "get") else None
-        if labels is not None:
+        if (labels := batch.get("labels")) is not None:
             batch["labels"] = labels.masked_fill(labels == self.image_token_id, -100)
         return batch
 

@@ -253,11 +253,9 @@ def _dry_run(config: CromeVLMConfig, device: str) -> tuple[PreTrainedModel, Mode
 def _map_layout(shape: torch.Size, vision_config: PreTrainedConfig) -> VisionLayout:
     """Find the layout of a (1, a, b, c) map: the feature axis is as wide as the configuration's hidden size."""
     widths = {getattr(vision_config, "hidden_size", None), *(getattr(vision_config, "hidden_sizes", None) or ())}
-    axis = 3 if shape[3] in widths and shape[1] not in widths else 1
-    if axis == 1 and shape[1] not in widths and shape[1] == shape[2] != shape[3]:
-        axis = 3
-    spatial = [size for position, size in enumerate(shape) if position not in (0, axis)]
-    return VisionLayout(0, spatial[0], spatial[1], shape[axis], channel_axis=axis)
+    is_last = shape[1] not in widths and (shape[3] in widths or shape[1] == shape[2] != shape[3])
+    rows, columns, hidden_size = shape[1:] if is_last else (*shape[2:], shape[1])
+    return VisionLayout(0, rows, columns, hidden_size, channel_axis=3 if is_last else 1)
 
 
 def _patch_grid(tower: PreTrainedModel, height: int, width: int) -> tuple[int, int]:
