@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.table import Table
-
 from ..training.recipe.schema import Recipe
 from ..training.stages import STAGES
-from .app import console
+from .app import console, print_table
 
 GB = 1e9
 
@@ -17,7 +15,7 @@ def announce(recipe: Recipe, report: Any) -> None:
     """Print a pre-flight report: parts, memory, time, rows that are cut. Warnings are logged where they arise."""
     count = "streamed rows" if report.rows is None else f"{report.rows:,} rows"
     say(f"{recipe.stage} on {count}, to {STAGES[recipe.stage].purpose}:")
-    console.print(parts_table(report.trained, report.cost))
+    print_parts(report.trained, report.cost)
     if report.cost is not None:
         say(
             f"memory: {report.cost.peak / GB:.2f} GB predicted for {report.size.rows} rows of {report.size.tokens} "
@@ -38,20 +36,17 @@ def announce(recipe: Recipe, report: Any) -> None:
             f"the longest has {max(sample.lengths)}")  # fmt: skip
 
 
-def parts_table(trained: dict[str, int], cost: Any) -> Table:
-    """Build a table of the model's parts: trained weights, and the memory of all weights."""
-    table = Table()
-    table.add_column("part")
-    table.add_column("weights that train", justify="right")
-    table.add_column("GB", justify="right")
+def print_parts(trained: dict[str, int], cost: Any) -> None:
+    """Print a table of the model's parts: trained weights, and the memory of all weights."""
     sizes = cost.weights if cost is not None else {}
+    rows = []
     for part in dict.fromkeys([*sizes, *trained]):
         size = f"{sizes[part] / GB:.3f}" if part in sizes else ""
-        table.add_row(part, f"{trained[part]:,}" if part in trained else "frozen", size)
+        rows.append((part, f"{trained[part]:,}" if part in trained else "frozen", size))
     if cost is not None:
-        table.add_row("AdamW's states", "", f"{cost.optimizer / GB:.3f}")
-        table.add_row("activations and gradients", "", f"{cost.activations / GB:.3f}")
-    return table
+        rows.append(("AdamW's states", "", f"{cost.optimizer / GB:.3f}"))
+        rows.append(("activations and gradients", "", f"{cost.activations / GB:.3f}"))
+    print_table(("part", "weights that train", "GB"), rows)
 
 
 def say(line: str) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Annotated, NoReturn
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
 
 from ..version import __version__
 
@@ -42,6 +46,40 @@ def fail(error: BaseException) -> NoReturn:
     Console(stderr=True).print("[red]Error:[/red]", end=" ")
     print(error, file=sys.stderr)
     raise typer.Exit(1)
+
+
+@contextmanager
+def printing_errors() -> Iterator[None]:
+    """Print an error of the block that a user can act on, and exit with status 1."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        fail(error)
+
+
+def print_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: Collection[int] = (0,),
+    overflow: Any = "ellipsis",
+    **settings: Any,
+) -> None:
+    """Print a table. Its texts are printed as they are, without Rich's markup.
+
+    Args:
+        left: numbers of the columns that are aligned to the left.
+        overflow: what Rich does with a text that is wider than its column.
+        settings: arguments of Rich's `Table`.
+    """
+    columns = [
+        Column(escape(heading), justify="left" if number in left else "right", overflow=overflow)
+        for number, heading in enumerate(headings)
+    ]
+    table = Table(*columns, **settings)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
 
 
 def place(device: str | None) -> str | None:

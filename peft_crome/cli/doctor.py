@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from ..utils.shorten import cut, short
-from .app import console, fail
+from .app import console, print_table, printing_errors
 from .options import Column, Images, Prompt, pairs
 
 BAR = 40  # characters of a histogram's longest bar
@@ -51,7 +49,7 @@ def doctor(
     from ..data import FAULTS, read_rows
     from ..data.doctor import Patient, check_copy, examine, write_fixed
 
-    try:
+    with printing_errors():
         folders = pairs(images, "--images") if images else None
         columns = pairs(column, "--column") if column else None
         if fix is not None:
@@ -88,8 +86,6 @@ def doctor(
         if show and collator is not None:
             for row in islice(read_rows(data, folders, columns=columns, prompt=prompt, faulty="drop"), show):
                 _show(row, collator)
-    except (OSError, ValueError, ImportError) as error:
-        fail(error)
     if findings.patients or findings.rows == 0:
         raise typer.Exit(1)
 
@@ -143,15 +139,13 @@ def _report(findings: Any, names: dict[str, str]) -> None:
     console.print(f"{findings.rows:,} rows{text}; {len(findings.patients):,} faulty.")
     kinds = findings.by_kind()
     if kinds:
-        table = Table()
-        for heading, justify in (("what", "left"), ("rows", "right"), ("the first", "left")):
-            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        cells = []
         for kind, name in names.items():
             rows = list(dict.fromkeys(patient for patient, _ in kinds.get(kind, [])))
             if rows:
                 fixed = " (read without that part)" if all(fault.fixed for _, fault in kinds[kind]) else ""
-                table.add_row(name + fixed, f"{len(kinds[kind]):,}", escape(", ".join(map(cut, rows[:EXAMPLES]))))
-        console.print(table)
+                cells.append((name + fixed, f"{len(kinds[kind]):,}", ", ".join(map(cut, rows[:EXAMPLES]))))
+        print_table(("what", "rows", "the first"), cells, left=(0, 2))
     if findings.ignored:
         fields = (f"{cut(name)} ({count:,} rows)" for name, count in findings.ignored.most_common())
         console.print(f"fields that are not read: {', '.join(fields)}", markup=False, soft_wrap=True)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ..utils.atomic import new_file
-from .app import console, fail, place
+from .app import fail, place, print_table, printing_errors
 from .evaluate_text import evaluate_text
 from .options import DATA, SPLIT, Column, Device, Images, Name, Prompt, pairs
 
@@ -59,10 +58,11 @@ def evaluate(
     from ..data.taken import check_rows, shows_more_than_images
     from ..evaluation import answers as evaluation
     from ..evaluation import metrics
-    from ..training.model.host import read_reader
+    from ..training.directory.stage import RECORD, read_record
+    from ..training.model.host import load_adapted, read_reader
 
     wanted = list(dict.fromkeys(metric or ["exact_match"]))
-    try:
+    with printing_errors():
         if output is not None:
             _check_output(output)
         source: dict[str, Any] = {
@@ -79,33 +79,29 @@ def evaluate(
         check_files(rows)
         if shows_more_than_images(rows):  # refuse media that the model does not take before loading it
             check_rows(rows, read_reader(directory)[1])
-        model, processor = _load(directory, device)
+        if (Path(directory) / RECORD).is_file():
+            read_record(directory)  # refuse an incomplete stage
+        model, processor = load_adapted(directory, place(device))
         system = system if system is not None else system_of(directory)
         answers = evaluation.generate_answers(
             model, processor, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, system=system
         )
         scores = metrics.score(answers, rows, wanted)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
-    table = Table()
-    for heading in ("metric", "score", "± standard error", "rows"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    cells = []
     for key, result in scores.items():
         spread = f"{result['stderr']:.1%}" if metrics.plain(result["stderr"]) is not None else ""  # "" for one row
-        table.add_row(key, f"{result['score']:.1%}", spread, f"{result['n']:,}")
-    console.print(table)
+        cells.append((key, f"{result['score']:.1%}", spread, f"{result['n']:,}"))
+    print_table(("metric", "score", "± standard error", "rows"), cells)
     if output is not None:
         plain = {
             metric: {key: metrics.plain(value) for key, value in result.items()} for metric, result in scores.items()
         }
         record = {"directory": directory, "data": data, "max_new_tokens": max_new_tokens, "scores": plain}
-        try:
+        with printing_errors():
             with new_file(output) as file:
                 file.writelines(f"{json.dumps(line, ensure_ascii=False)}\n" for line in _lines(rows, answers))
             with new_file(_scores_file(output)) as file:
                 file.write(json.dumps(record, indent=2, allow_nan=False) + "\n")
-        except OSError as error:
-            fail(error)
 
 
 def _lines(rows: list[dict[str, Any]], answers: list[str]) -> Iterator[dict[str, Any]]:
@@ -132,15 +128,6 @@ def _check_output(output: Path) -> None:
             raise FileExistsError(f"--output: {path} exists already, and no file is overwritten. Name another one.")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"--output {output}: {folder} is not a folder that you may write to. Name another one.")
-
-
-def _load(directory: str, device: str | None) -> tuple[Any, Any]:
-    from ..training.directory.stage import RECORD, read_record
-    from ..training.model.host import load_adapted
-
-    if (Path(directory) / RECORD).is_file():
-        read_record(directory)
-    return load_adapted(directory, place(device))
 
 
 def system_of(directory: str) -> str | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import console, fail
+from .app import console, printing_errors
 
 
 def export(
@@ -29,12 +29,10 @@ def export(
     from ..serving.export import export as write
     from ..serving.export import load_for_export
 
-    try:
+    with printing_errors():
         names = adapter_names(adapters)
         network, where, processor = load_for_export(names, model, revision)
         write(network, output, **where, copy=copy or None, processor=processor)
-    except (OSError, ValueError, ImportError) as error:
-        fail(error)
     several = len(names) > 1
     trust = " --trust-request-mm-kwargs" if several else ""
     console.print(f"Serve it: vllm serve {output}{trust}", markup=False, soft_wrap=True)

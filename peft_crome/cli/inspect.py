@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from .app import console, fail, place
+from .app import console, place, print_table, printing_errors
 from .evaluate import system_of
 from .options import Device
 
@@ -35,7 +33,7 @@ def inspect(
     from ..inspection import look, write_inspection
     from ..inspection.files import check_output
 
-    try:
+    with printing_errors():
         if prompt is None and (image or model or system):
             raise ValueError("--image, --model and --system need --prompt, which the backbone is run on.")
         if output is not None:
@@ -59,8 +57,6 @@ def inspect(
         if output is not None:
             page, figure = write_inspection(views, output, overwrite=overwrite)
             console.print(f"{page} and {figure} are written.", markup=False, soft_wrap=True)
-    except (OSError, ValueError, ImportError) as error:
-        fail(error)
 
 
 def _short(names: list[str]) -> list[str]:
@@ -78,23 +74,11 @@ def _short(names: list[str]) -> list[str]:
 def _report(views: list[Any]) -> None:
     from ..inspection.tables import ACTIVITY_HEADINGS, MATRIX_HEADINGS, activity_rows, facts, matrix_rows
 
-    table = Table(show_header=len(views) > 1)
-    for heading in ("", *(view.name for view in views)):
-        table.add_column(escape(heading), overflow="fold")
-    for name, cells in facts(views):
-        table.add_row(name, *map(escape, cells))
-    console.print(table)
-    _print(MATRIX_HEADINGS, matrix_rows(views), left=2)
+    rows = [(name, *cells) for name, cells in facts(views)]
+    names = ["", *(view.name for view in views)]
+    print_table(names, rows, left=range(len(names)), overflow="fold", show_header=len(views) > 1)
+    print_table(MATRIX_HEADINGS, matrix_rows(views), left=(0, 1), overflow="fold")
     for view in views:
         if view.branches is not None:
             console.print(f"{view.name} on this input, means over tokens:", markup=False, soft_wrap=True)
-            _print(ACTIVITY_HEADINGS, activity_rows(view), left=1)
-
-
-def _print(headings: tuple[str, ...], rows: list[list[str]], left: int) -> None:
-    table = Table()
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+            print_table(ACTIVITY_HEADINGS, activity_rows(view), overflow="fold")

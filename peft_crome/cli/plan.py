@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
 from ..training.errors import RecipeError
 from ..training.quantization import Bits
 from ..training.recipe.file import is_recipe, load_recipe, parse_overrides
-from .announce import say
-from .app import console, fail
+from .announce import GB, say
+from .app import fail, print_table
 from .train import Settings, start_of
 
-GB = 1e9
 UNREAD: dict[str, Any] = {"output": "planned", "data": [{"path": "planned"}]}  # a plan reads neither
 
 
@@ -112,28 +110,22 @@ def _of_composite(model: Any) -> int:
 
 
 def _parts(cost: Any) -> None:
-    table = Table()
-    table.add_column("part")
-    table.add_column("GB", justify="right")
-    for part, size in cost.weights.items():
-        table.add_row(part, f"{size / GB:.3f}")
-    table.add_row("AdamW's states", f"{cost.optimizer / GB:.3f}")
-    table.add_row("gradients", f"{cost.gradients / GB:.3f}")
-    console.print(table)
+    sizes = cost.weights | {"AdamW's states": cost.optimizer, "gradients": cost.gradients}
+    print_table(("part", "GB"), [(part, f"{size / GB:.3f}") for part, size in sizes.items()])
 
 
 def _batches(estimates: list[tuple[int, Any]], device: Any, dtype: Any, rows: int) -> None:
-    table = Table()
-    for heading in ("rows at a time", "kept, GB", "peak, GB", "fits", "rows/s", f"hours for {rows:,} rows"):
-        table.add_column(heading, justify="right")
+    cells = []
     for count, cost in estimates:
         seconds = device.seconds(cost.flops, dtype)
         fits = cost.peak <= device.memory
         speed = ("", "")
         if seconds is not None and fits:
             speed = (f"{count / seconds[1]:.1f}", f"{rows * seconds[1] / count / 3600:.1f}")
-        table.add_row(str(count), f"{cost.kept / GB:.2f}", f"{cost.peak / GB:.2f}", "yes" if fits else "no", *speed)
-    console.print(table)
+        memory = (f"{cost.kept / GB:.2f}", f"{cost.peak / GB:.2f}", "yes" if fits else "no")
+        cells.append((str(count), *memory, *speed))
+    headings = ("rows at a time", "kept, GB", "peak, GB", "fits", "rows/s", f"hours for {rows:,} rows")
+    print_table(headings, cells, left=())
 
 
 def _assumption(name: str, dtype: str, known: bool, share: float) -> str:

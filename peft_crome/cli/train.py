@@ -9,7 +9,7 @@ import typer
 
 from ..training.recipe import file as recipes
 from .announce import announce, say
-from .app import console, fail
+from .app import console, fail, printing_errors
 from .options import DATA, SPLIT, Column, Images, Name, Prompt, pairs
 
 # The learning rate is the best in the ablation (docs/ablation.md) for an adapter alone.
@@ -70,11 +70,9 @@ def finetune(
     import yaml
 
     overrides = _overrides(settings)
-    try:
+    with printing_errors():
         folders: Any = pairs(images, "--images") if images else None
         columns = pairs(column, "--column") if column else None
-    except ValueError as error:
-        fail(error)
     if folders and list(folders) == [""]:
         folders = folders[""]
     source = {"images": folders, "columns": columns, "prompt": prompt, "name": name}
@@ -86,10 +84,8 @@ def finetune(
     }
     if not print_recipe:
         return _run(recipe, overrides)
-    try:
+    with printing_errors():
         parsed = recipes.load_recipe(recipe, overrides)
-    except ValueError as error:
-        fail(error)
     print(yaml.safe_dump(parsed.model_dump(mode="json", exclude_unset=True), sort_keys=False), end="")
 
 
@@ -106,21 +102,18 @@ def start_of(model: str, overrides: dict[str, Any]) -> dict[str, Any]:
     return {**start, "stage": "finetune", "training": training}
 
 
+@printing_errors()
 def _overrides(settings: list[str] | None) -> dict[str, Any]:
-    try:
-        return recipes.parse_overrides(settings or [])
-    except ValueError as error:
-        fail(error)
+    return recipes.parse_overrides(settings or [])
 
 
 def _run(recipe: Any, overrides: dict[str, Any], accept_changed_data: bool = False) -> None:
     from ..training.run import train as run
 
     try:
-        parsed = recipes.load_recipe(recipe, overrides)
-        record = run(parsed, lambda report: announce(parsed, report), accept_changed_data=accept_changed_data)
-    except (OSError, ValueError, ImportError) as error:
-        fail(error)
+        with printing_errors():
+            parsed = recipes.load_recipe(recipe, overrides)
+            record = run(parsed, lambda report: announce(parsed, report), accept_changed_data=accept_changed_data)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)
         raise typer.Exit(130) from None
