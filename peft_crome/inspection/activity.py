@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,48 +83,28 @@ def inspect_activity(model: nn.Module, batch: dict[str, Any]) -> list[BranchActi
             f"The adapters {names} are active, or some are merged; expected one, not merged. Write "
             f"model.set_adapter({names[0]!r}), and model.unmerge_adapter() where one is merged."
         )
-    records: dict[tuple[str, str], _Record] = {}
-    recording = _recording(model, layers, names[0], batch, records)
-    with evaluating(model), recording, torch.random.fork_rng(devices=[]):
-        model(**batch)
-    return [record.report(branch, site) for (branch, site), record in records.items() if record.tokens]
-
-
-@contextmanager
-def _recording(
-    model: nn.Module,
-    layers: list[tuple[str, CromeLayer]],
-    adapter_name: str,
-    batch: dict[str, Any],
-    records: dict[tuple[str, str], _Record],
-) -> Iterator[None]:
-    """Put hooks on the sites and their wrapped modules for a forward pass."""
-    base_outputs: dict[str, Any] = {}  # site -> output of the wrapped module
-    handles = []
+    records: dict[tuple[str, str], _Record] = defaultdict(_Record)  # by branch and site
     held = placeholder_ids(model)
 
-    def keep(site: str) -> Any:
-        return lambda module, args, output: base_outputs.__setitem__(site, output)
+    def see(site: str, layer: CromeLayer, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        first = next(iter([*args, *kwargs.values()]), None)
+        for x in embeddings_in(output, layer.out_features):
+            ids = first if _is_ids(first, x) else None
+            for branch in layer.branches_of[names[0]]:
+                counts = _counts(layer, branch, x, ids, batch, held)
+                records[branch, site].add(layer, branch, names[0], x, ids, counts)
 
-    def see(site: str) -> Any:
-        def hook(layer: CromeLayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            first = next(iter([*args, *kwargs.values()]), None)
-            for x in embeddings_in(base_outputs.pop(site), layer.out_features):
-                ids = first if _is_ids(first, x) else None
-                for branch in layer.branches_of[adapter_name]:
-                    record = records.setdefault((branch, site), _Record())
-                    record.add(layer, branch, adapter_name, x, ids, _counts(layer, branch, x, ids, batch, held))
-
-        return hook
-
-    for site, layer in layers:
-        handles.append(layer.base_layer.register_forward_hook(keep(site)))
-        handles.append(layer.register_forward_hook(see(site), with_kwargs=True))
+    # A site passes its arguments on, so the wrapped module has all that the site reads.
+    handles = [
+        layer.base_layer.register_forward_hook(partial(see, site, layer), with_kwargs=True) for site, layer in layers
+    ]
     try:
-        yield
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            model(**batch)
     finally:
         for handle in handles:
             handle.remove()
+    return [record.report(branch, site) for (branch, site), record in records.items() if record.parts]
 
 
 def _is_ids(value: Any, x: torch.Tensor) -> bool:
@@ -163,14 +143,8 @@ def _counts(
 class _Record:
     """Collect one branch's tokens at one site over the calls of a forward pass."""
 
-    gates: list[torch.Tensor] = field(default_factory=list)
-    embeddings: list[torch.Tensor] = field(default_factory=list)
-    changes: list[torch.Tensor] = field(default_factory=list)
-    ids: list[torch.Tensor] = field(default_factory=list)
-    positions: list[torch.Tensor] = field(default_factory=list)
-    peaks: torch.Tensor | None = None
+    parts: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
     squares: float = 0.0
-    tokens: int = 0
     passed: int = 0  # includes tokens that do not count
 
     def add(
@@ -194,31 +168,26 @@ class _Record:
         )
         up = maps["crome_up"].weight.to(x.device).float()
         added = hidden.abs() * up.norm(dim=0)  # (tokens, m): norm of each unit's addition
-        self.positions.append((counts.flatten().nonzero().flatten() + self.passed).cpu())
-        self.passed += counts.numel()
+        first, self.passed = self.passed, self.passed + counts.numel()
         if not len(kept):
             return
-        self.gates.append(gate.abs().mean(-1).cpu())
-        self.embeddings.append(kept.float().norm(dim=-1).cpu())
-        self.changes.append((hidden @ up.T).norm(dim=-1).cpu())
+        part = {
+            "gate": gate.abs().mean(-1),
+            "embedding_norm": kept.float().norm(dim=-1),
+            "change_norm": (hidden @ up.T).norm(dim=-1),
+            "positions": counts.flatten().nonzero().flatten() + first,
+            "unit_peaks": added.amax(0, keepdim=True),
+        }
         if ids is not None:
-            self.ids.append(ids[counts.to(ids.device)].cpu())
-        peaks = added.amax(0).cpu()
-        self.peaks = peaks if self.peaks is None else torch.maximum(self.peaks, peaks)
+            part["token_ids"] = ids[counts.to(ids.device)]
+        for name, value in part.items():
+            self.parts[name].append(value.cpu())
         self.squares += float(added.square().sum())
-        self.tokens += len(kept)
 
     def report(self, branch: str, site: str) -> BranchActivity:
         """Build the activity from the collected tokens."""
-        assert self.peaks is not None
-        return BranchActivity(
-            branch=branch,
-            site=site,
-            gate=torch.cat(self.gates),
-            embedding_norm=torch.cat(self.embeddings),
-            change_norm=torch.cat(self.changes),
-            unit_peaks=self.peaks,
-            unit_rms=(self.squares / (self.tokens * self.peaks.numel())) ** 0.5,
-            token_ids=torch.cat(self.ids) if self.ids else None,
-            positions=torch.cat(self.positions),
-        )
+        values: dict[str, Any] = {name: torch.cat(parts) for name, parts in self.parts.items()}
+        peaks = values.pop("unit_peaks").amax(0)
+        rms = (self.squares / (len(values["gate"]) * peaks.numel())) ** 0.5
+        values.setdefault("token_ids", None)
+        return BranchActivity(branch=branch, site=site, unit_peaks=peaks, unit_rms=rms, **values)
