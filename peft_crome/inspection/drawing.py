@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib import colormaps, rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -19,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import ImageOps
 
 from .look import BranchView, View
+from .weights import named_matrices
 
 COLORS = "viridis"  # its lightness grows evenly, for every kind of color vision
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # palette of Okabe and Ito
@@ -44,29 +44,18 @@ def measures(gate_activation: str) -> tuple[Measure, Measure]:
 def draw_singular_values(axes: Any, views: Sequence[View]) -> None:
     """Draw all singular values of each matrix on a logarithmic axis; the second adapter is dashed."""
     for view, dash in zip(views, DASHES, strict=False):
-        report = view.report
-        lines = [("W_u", report.up)]
-        lines += [(f"{name} {branch.branch}", matrix) for branch in report.branches
-                  for name, matrix in (("W_g", branch.gate), ("W_d", branch.down))]  # fmt: skip
-        for number, (name, matrix) in enumerate(lines):
+        for number, (name, matrix) in enumerate(named_matrices(view.report)):
             values = matrix.singular_values.numpy()
             values = np.where(values > 0, values, np.nan)  # zero has no logarithm
             places = np.arange(1, len(values) + 1)
-            axes.plot(
-                places,
-                values,
-                dash,
-                color=LINES[number % len(LINES)],
-                linewidth=1.4,
-                label=name if view is views[0] else None,
-            )
+            label = name if view is views[0] else None
+            axes.plot(places, values, dash, color=LINES[number % len(LINES)], linewidth=1.4, label=label)
+        if len(views) > 1:
+            axes.plot([], [], dash, color="gray", linewidth=1.4, label=view.name)
     axes.set(title="Singular values", xlabel="rank (the largest is 1)", ylabel="singular value")
     if not all(view.report.is_identity for view in views):
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for view, dash in zip(views, DASHES, strict=False):
-        if len(views) > 1:
-            axes.plot([], [], dash, color="gray", linewidth=1.4, label=view.name)
     axes.legend(fontsize=7, frameon=False, ncols=len(views))
 
 
@@ -90,11 +79,12 @@ def draw_map(axes: Any, view: BranchView, number: int, measure: Measure, top: fl
     cells = chosen.values(values(view))
     rows, columns = cells.shape
     extent = (0, columns, rows, 0)
+    aspect = (chosen.image.height / rows) / (chosen.image.width / columns)  # so that the grid has the image's shape
     gray = np.asarray(ImageOps.grayscale(chosen.image))
-    axes.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=extent, aspect=_aspect(chosen.image, rows, columns))
+    axes.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=extent, aspect=aspect)
     image = axes.imshow(
         cells, cmap=COLORS, norm=Normalize(0, top or 1), alpha=0.68, interpolation="nearest", extent=extent,
-        aspect=_aspect(chosen.image, rows, columns),
+        aspect=aspect,
     )  # fmt: skip
     axes.set(title=f"{view.activity.branch}: {title}", xlabel=f"column of {columns} tokens", ylabel=f"row of {rows}")
     for axis in (axes.xaxis, axes.yaxis):
@@ -147,7 +137,9 @@ def branch_panels(views: Sequence[View], view: View, shown: BranchView) -> list[
     ]
     for measure in measures(view.report.gate_activation):
         top = scale(views, shown.activity.branch, measure)
-        what = f"{shown.activity.branch}: {measure[0]}, {_range(measure[2](shown))}"
+        title, _, values = measure
+        numbers = values(shown)
+        what = f"{shown.activity.branch}: {title}, from {numbers.min():.3g} to {numbers.max():.3g}"
         if not shown.maps:
             bars = partial(draw_tokens, view=shown, measure=measure, top=top)
             panels.append((f"Bars, one for each token. {what}", bars))
@@ -157,15 +149,10 @@ def branch_panels(views: Sequence[View], view: View, shown: BranchView) -> list[
     return panels
 
 
-def _range(values: torch.Tensor) -> str:
-    return f"from {values.min():.3g} to {values.max():.3g}"
-
-
 def panel_png(draw: Callable[[Any], None], dark: bool) -> bytes:
     """Draw one panel as PNG with a transparent background, for a light or a dark page."""
     with rc_context(_style("#e6e6e6" if dark else "#1f1f1f")):
         figure = Figure(figsize=PANEL, dpi=DOTS, layout="constrained")
-        FigureCanvasAgg(figure)
         draw(figure.subplots())
         file = io.BytesIO()
         figure.savefig(file, format="png", transparent=True)
@@ -191,29 +178,20 @@ def draw_figure(views: Sequence[View], path: Path) -> None:
     with rc_context(_style("#1f1f1f")):
         size = (PANEL[0] * columns, (PANEL[1] + 0.25) * len(rows))
         figure = Figure(figsize=size, dpi=DOTS, layout="constrained")
-        FigureCanvasAgg(figure)
         for band, (head, row) in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
             band.suptitle(head, fontsize=9, fontweight="bold", parse_math=False)
-            for axes, (_, draw) in zip(
-                band.subplots(1, columns, squeeze=False)[0], _filled(row, columns), strict=True
-            ):
+            places = band.subplots(1, columns, squeeze=False)[0]
+            for axes, (_, draw) in zip(places, row, strict=False):
                 draw(axes)
+            for axes in places[len(row) :]:
+                axes.set_axis_off()
         figure.savefig(path, format="png", facecolor="white")
-
-
-def _filled(row: list[Panel], columns: int) -> list[Panel]:
-    return row + [("", lambda axes: axes.set_axis_off())] * (columns - len(row))
 
 
 def _style(ink: str) -> dict[str, Any]:
     inked = ("text.color", "axes.labelcolor", "axes.titlecolor", "axes.edgecolor", "xtick.color", "ytick.color")
     quiet = {"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
     return quiet | dict.fromkeys(inked, ink)
-
-
-def _aspect(image: Any, rows: int, columns: int) -> float:
-    """Return height by width of a cell, so that the grid has the image's shape."""
-    return (image.height / rows) / (image.width / columns)
 
 
 def _drawable(text: str) -> str:

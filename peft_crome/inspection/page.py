@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from ..utils.templates import render
 from ..version import __version__
 from .activity import SILENT
-from .drawing import COLORS, Panel, branch_panels, measures, panel_png, rank_panel, scale
+from .drawing import COLORS, Measure, Panel, branch_panels, measures, panel_png, rank_panel, scale
 from .look import BranchView, View
 from .tables import ACTIVITY_HEADINGS, MATRIX_HEADINGS, activity_rows, facts, matrix_rows
 from .weights import DEAD
@@ -30,7 +30,6 @@ def write_html(views: Sequence[View]) -> str:
     Args:
         views: results of `look`; two must have the same prompt and images.
     """
-    shown = [view for view in views if view.branches is not None]
     return render(
         "inspection/page.html",
         title="CROME adapter " + " and ".join(view.name for view in views),
@@ -45,18 +44,18 @@ def write_html(views: Sequence[View]) -> str:
         silent=f"{SILENT:.0%}",
         shared=[rank_panel(views)],
         activity_headings=ACTIVITY_HEADINGS,
-        shown=[_view(views, view) for view in shown],
+        shown=[
+            {
+                "name": view.name,
+                "rows": activity_rows(view),
+                "branches": [_branch(views, view, shown) for shown in view.branches],
+            }
+            for view in views
+            if view.branches is not None
+        ],
         gradient=", ".join(to_hex(colormaps[COLORS](step / 8)) for step in range(9)),
         show=_image,
     )
-
-
-def _view(views: Sequence[View], view: View) -> dict[str, Any]:
-    return {
-        "name": view.name,
-        "rows": activity_rows(view),
-        "branches": [_branch(views, view, shown) for shown in view.branches or []],
-    }
 
 
 def _branch(views: Sequence[View], view: View, shown: BranchView) -> dict[str, Any]:
@@ -66,12 +65,11 @@ def _branch(views: Sequence[View], view: View, shown: BranchView) -> dict[str, A
         "title": f"{activity.branch}, at {activity.site}",
         "note": "" if shown.maps or is_text else NO_GRID,
         "panels": [] if is_text else branch_panels(views, view, shown),
-        "texts": [] if shown.maps else [_text(views, view, shown, measure) for measure in (0, 1)],
+        "texts": [] if shown.maps else [_text(views, shown, each) for each in measures(view.report.gate_activation)],
     }
 
 
-def _text(views: Sequence[View], view: View, shown: BranchView, which: int) -> dict[str, Any]:
-    measure = measures(view.report.gate_activation)[which]
+def _text(views: Sequence[View], shown: BranchView, measure: Measure) -> dict[str, Any]:
     title, label, values = measure
     numbers, top = values(shown), scale(views, shown.activity.branch, measure)
     tokens = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .look import View
+from .weights import named_matrices
 
 MATRIX_HEADINGS = ("adapter", "matrix", "weights", "largest singular value", "effective rank", "dead units")
 ACTIVITY_HEADINGS = (
@@ -41,10 +42,7 @@ def matrix_rows(views: Sequence[View]) -> list[list[str]]:
     for view in views:
         report = view.report
         size = report.hidden_size * report.bottleneck_dim
-        named = [("W_u", report.up)]
-        named += [(f"{name} {branch.branch}", matrix) for branch in report.branches
-                  for name, matrix in (("W_g", branch.gate), ("W_d", branch.down))]  # fmt: skip
-        for name, matrix in named:
+        for name, matrix in named_matrices(report):
             dead = int(matrix.is_dead.sum())
             numbers = [f"{float(matrix.singular_values[0]):.3g}", f"{matrix.effective_rank:.1f}"]
             rows.append([view.name, name, f"{size:,}", *numbers, f"{dead} of {report.bottleneck_dim}"])

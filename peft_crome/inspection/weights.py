@@ -11,9 +11,10 @@ from peft import PeftConfig, load_peft_weights
 
 from ..sharing.weight_checks import check_shapes, expected_shapes
 from ..sharing.weight_file import KEY_PREFIX, read_adapter_file
+from ..tuner.weights import DOWN, GATE
 
 DEAD = 1e-3  # share of the root mean square over the units; about the rounding of bf16
-GATE, DOWN, UP = "crome_gate_", "crome_down_", "crome_up"
+UP = "crome_up"
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +100,14 @@ class AdapterReport:
     def is_identity(self) -> bool:
         """Whether W_u is zero, as in a new adapter, so that it changes nothing."""
         return float(self.up.singular_values[0]) == 0
+
+
+def named_matrices(report: AdapterReport) -> list[tuple[str, MatrixReport]]:
+    """List an adapter's matrices with their names, as in "W_g text"; W_u, which the branches share, is the first."""
+    matrices = [("W_u", report.up)]
+    for branch in report.branches:
+        matrices += [(f"W_g {branch.branch}", branch.gate), (f"W_d {branch.branch}", branch.down)]
+    return matrices
 
 
 def inspect_adapter(adapter: str | Path) -> AdapterReport:
