@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSeq2SeqLM,
-    AutoProcessor,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.image_utils import load_image
 from transformers.utils import cached_file
 
@@ -25,6 +19,7 @@ from ..tuner.guard import from_images
 from ..tuner.layer import crome_layers
 from ..utils.read_image import read_image
 from ..vlm import CromeVLMConfig, CromeVLMProcessor
+from ..vlm.backbones import language_class
 from .activity import BranchActivity, inspect_activity
 from .places import ImageMap, map_images, words
 from .weights import AdapterReport, inspect_adapter
@@ -126,7 +121,9 @@ def load_with_backbone(report: AdapterReport, model: str | None = None, device: 
         arguments: dict[str, Any] = {"device_map": device}
         if isinstance(config, CromeVLMConfig):
             arguments["adapter"] = "ignore"
-        network = _auto_class(config).from_pretrained(name, **arguments)
+        sees = type(config) in AutoModelForImageTextToText._model_mapping
+        auto_class: Any = AutoModelForImageTextToText if sees else language_class(config)
+        network = auto_class.from_pretrained(name, **arguments)
         processor = _processor(name, network)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -175,12 +172,6 @@ def encode(
         start = text_config.decoder_start_token_id if start is None else start
         inputs["decoder_input_ids"] = torch.tensor([[start]], device=model.device)
     return inputs
-
-
-def _auto_class(config: Any) -> Any:
-    if type(config) in AutoModelForImageTextToText._model_mapping:
-        return AutoModelForImageTextToText
-    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
 
 
 def _processor(name: str, model: Any) -> Any:

@@ -62,11 +62,10 @@ def map_images(
     if activity.token_ids is not None or AUDIO_INPUTS.fullmatch(activity.branch):
         return []
     grids = _grids(model, batch, activity)
-    count = sum(int(cells.numel()) for cells in grids)
     seen = _as_seen(batch.get("pixel_values"), processor)
     if len(seen) != len(grids):
         seen = list(images)
-    if not grids or len(seen) != len(grids) or count > len(activity.gate):
+    if len(seen) != len(grids):
         return []
     return [ImageMap(image, cells) for image, cells in zip(seen, grids, strict=True)]
 
