@@ -59,20 +59,6 @@ def generate_answers(
     processor = with_template(processor)
     check_instructions(processor, host.config, rows)
     check_rows(rows, processor)
-    with evaluating(model):
-        return _generate(model, processor, rows, batch_size, max_new_tokens, system, progress)
-
-
-def _generate(
-    model: Any,
-    processor: Any,
-    rows: Sequence[dict[str, Any]],
-    batch_size: int,
-    max_new_tokens: int,
-    system: str | None,
-    progress: bool,
-) -> list[str]:
-    host = unwrapped(model)
     is_encoder_decoder = host.config.is_encoder_decoder
     greedy: dict[str, Any] = {**GREEDY}
     if getattr(host.generation_config, "min_new_tokens", None):
@@ -80,30 +66,27 @@ def _generate(
     if host.device.type == "cpu" and host._supports_logits_to_keep():
         # `generate` passes the number 1, which slices a view. PyTorch then copies the head's weight for each row.
         greedy["logits_to_keep"] = torch.tensor([-1])
+    padding = {"padding": True, "padding_side": "right" if is_encoder_decoder else "left"}
     reader = MediaReader(processor)
     answers: dict[int, str] = {}
-    for first in tqdm(range(0, len(rows), batch_size), desc="answering", leave=False, disable=not progress):
-        chosen = range(first, min(first + batch_size, len(rows)))
-        for group in _groups(rows, chosen):
-            prompts = [_prompt(rows[n], reader, system) for n in group]
-            with naming_batch([rows[n] for n in group], processor, "Answer one row at a time (batch_size 1)"):
-                batch = processor.apply_chat_template(
-                    prompts,
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                    processor_kwargs={
-                        "padding": True,
-                        "padding_side": "right" if is_encoder_decoder else "left",
-                        **video_arguments(prompts),
-                    },
-                )
-            batch = batch.to(host.device, dtype=host.dtype)
-            output = model.generate(**batch, max_new_tokens=max_new_tokens, **greedy)
-            read = 0 if is_encoder_decoder else batch["input_ids"].shape[1]
-            texts = processor.tokenizer.batch_decode(output[:, read:], skip_special_tokens=True)
-            answers |= {n: text.strip() for n, text in zip(group, texts, strict=True)}
+    with evaluating(model):
+        for first in tqdm(range(0, len(rows), batch_size), desc="answering", leave=False, disable=not progress):
+            for group in _groups(rows, range(first, min(first + batch_size, len(rows)))):
+                prompts = [_prompt(rows[n], reader, system) for n in group]
+                with naming_batch([rows[n] for n in group], processor, "Answer one row at a time (batch_size 1)"):
+                    batch = processor.apply_chat_template(
+                        prompts,
+                        add_generation_prompt=True,
+                        tokenize=True,
+                        return_dict=True,
+                        return_tensors="pt",
+                        processor_kwargs={**padding, **video_arguments(prompts)},
+                    )
+                batch = batch.to(host.device, dtype=host.dtype)
+                output = model.generate(**batch, max_new_tokens=max_new_tokens, **greedy)
+                read = 0 if is_encoder_decoder else batch["input_ids"].shape[1]
+                texts = processor.tokenizer.batch_decode(output[:, read:], skip_special_tokens=True)
+                answers |= {n: text.strip() for n, text in zip(group, texts, strict=True)}
     return [answers[n] for n in range(len(rows))]
 
 
