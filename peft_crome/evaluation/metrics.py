@@ -43,7 +43,7 @@ def exact_match(answers: Sequence[str], expected: Sequence[str]) -> dict[str, fl
     """
     if not expected:
         return {"accuracy": math.nan, "stderr": math.nan, "n": 0}
-    hits = [float(_plain(answer) == _plain(wanted)) for answer, wanted in zip(answers, expected, strict=True)]
+    hits = _hits(answers, expected)
     accuracy = fmean(hits)
     stderr = math.sqrt(accuracy * (1 - accuracy) / len(hits))
     return {"accuracy": round(accuracy, 4), "stderr": round(stderr, 4), "n": len(hits)}
@@ -53,9 +53,8 @@ def _plain(text: str) -> str:
     return text.strip().lower().rstrip(".")
 
 
-def _exact(answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
-    pairs = zip(answers, references(rows), strict=True)
-    return [float(_plain(answer) == _plain(wanted)) for answer, wanted in pairs]
+def _hits(answers: Sequence[str], expected: Sequence[str]) -> list[float]:
+    return [float(_plain(answer) == _plain(wanted)) for answer, wanted in zip(answers, expected, strict=True)]
 
 
 def _vqa(answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
@@ -86,8 +85,7 @@ def _choice(answers: Sequence[str], rows: Sequence[Row]) -> list[float]:
 
 
 def _captions(rows: Sequence[Row]) -> list[list[str]]:
-    last = [[text] for text in references(rows)]
-    return [row.get("answers") or text for row, text in zip(rows, last, strict=True)]
+    return [row.get("answers") or [text] for row, text in zip(rows, references(rows), strict=True)]
 
 
 def _captioned(score: Callable[[Sequence[str], captions.References], Any]) -> Callable[..., Any]:
@@ -102,7 +100,7 @@ def _captioned(score: Callable[[Sequence[str], captions.References], Any]) -> Ca
 
 # Scores of the rows, whose mean is the score; or a score of all rows together, with its standard error.
 METRICS: dict[str, Callable[[Sequence[str], Sequence[Row]], list[float] | tuple[float, float]]] = {
-    "exact_match": _exact,
+    "exact_match": lambda answers, rows: _hits(answers, references(rows)),
     "vqa_accuracy": _vqa,
     "multiple_choice": _choice,
     "cider": _captioned(captions.cider),

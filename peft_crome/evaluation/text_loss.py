@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ..backbone.labeled import IGNORED
@@ -72,7 +73,7 @@ def text_loss(
     chunks = [ids[first : first + chunk_tokens] for first in range(0, len(ids), chunk_tokens)]
     if len(chunks[-1]) < 2:
         chunks.pop()
-    encoder_decoder = _config(model).is_encoder_decoder
+    encoder_decoder = unwrapped(model).config.is_encoder_decoder
     start = (
         [] if encoder_decoder or tokenizer("a").input_ids[0] != tokenizer.bos_token_id else [tokenizer.bos_token_id]
     )
@@ -87,19 +88,10 @@ def text_loss(
             with adapters_off(model):
                 sums[False] += _row_losses(model, batch, targets, encoder_decoder)
     differences = [on - off for on, off in zip(sums[True], sums[False], strict=True)]
-    (adapted, adapted_stderr), (base, base_stderr), (cost, cost_stderr) = (
-        mean_by_chunk(values, counts) for values in (sums[True], sums[False], differences)
-    )
-    return TextLoss(
-        adapted=adapted,
-        base=base,
-        cost=cost,
-        adapted_stderr=adapted_stderr,
-        base_stderr=base_stderr,
-        cost_stderr=cost_stderr,
-        tokens=sum(counts),
-        chunks=len(chunks),
-    )
+    losses: dict[str, Any] = {}
+    for name, values in {"adapted": sums[True], "base": sums[False], "cost": differences}.items():
+        losses[name], losses[f"{name}_stderr"] = mean_by_chunk(values, counts)
+    return TextLoss(**losses, tokens=sum(counts), chunks=len(chunks))
 
 
 @contextmanager
@@ -123,27 +115,22 @@ def adapters_off(model: Any) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def _config(model: Any) -> Any:
-    return unwrapped(model).config
-
-
 def _batch(chunks: list[list[int]], start: list[int], encoder_decoder: bool, device: Any) -> dict[str, torch.Tensor]:
     """Pad chunks on the right; `labels` has the tokens that count, and IGNORED elsewhere."""
-    if not encoder_decoder:
-        ids, mask = _padded([start + chunk for chunk in chunks], 0)
-        labels = ids.masked_fill(mask == 0, IGNORED)
-    else:
-        ids, mask = _padded([chunk[: len(chunk) // 2] for chunk in chunks], 0)
-        labels, _ = _padded([chunk[len(chunk) // 2 :] for chunk in chunks], IGNORED)
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    read = counted = [start + chunk for chunk in chunks]
+    if encoder_decoder:
+        read = [chunk[: len(chunk) // 2] for chunk in chunks]
+        counted = [chunk[len(chunk) // 2 :] for chunk in chunks]
+    batch = {
+        "input_ids": _padded(read, 0),
+        "attention_mask": _padded([[1] * len(row) for row in read], 0),
+        "labels": _padded(counted, IGNORED),
+    }
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def _padded(rows: list[list[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = [torch.tensor(row) for row in rows]
-    mask = [torch.ones_like(row) for row in tensors]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(tensors, batch_first=True, padding_value=value), pad(mask, batch_first=True)
+def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 def _row_losses(
