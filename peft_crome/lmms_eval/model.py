@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -63,7 +64,9 @@ class AdaptedModel(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer in the order of the requests. Rows of a batch have the same generation arguments."""
-        groups = Collator([request.args for request in requests], lambda args: -len(args[0]), _settings, grouping=True)
+        groups = Collator(
+            [request.args for request in requests], lambda args: -len(args[0]), itemgetter(2), grouping=True
+        )
         answers = []
         progress = tqdm(total=len(requests), disable=self.rank != 0, desc="Answering")
         for chunk in groups.get_batched(n=self.batch_size, batch_fn=None):
@@ -94,9 +97,7 @@ class AdaptedModel(lmms):
         chosen = {name: settings[name] for name in names if settings.get(name) is not None}
         inputs = self.processor.apply_chat_template(
             rows, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-        ).to(self.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        ).to(self.device, dtype=self.model.dtype)
         with torch.inference_mode():
             output = self.model.generate(
                 **inputs,
@@ -119,10 +120,6 @@ class AdaptedModel(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Refuse: conversations of several rounds are not supported."""
         raise ValueError("The task asks in several rounds; this model answers once. Name other tasks.")
-
-
-def _settings(args: tuple[Any, ...]) -> Any:
-    return args[2]
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
