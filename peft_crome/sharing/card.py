@@ -25,15 +25,15 @@ from .card_text import IMPORT, THIS, card_text, hub_name, pipeline_tag
 BEGIN = "<!-- written by peft_crome {digest}: text between this line and the last one is replaced when you save -->"
 END = "<!-- end of what peft_crome wrote -->"
 PART = re.compile(r"<!-- written by peft_crome (?P<digest>\w+):[^\n]*-->\n(?P<text>.*?)\n" + re.escape(END), re.S)
-# Lines that PEFT and transformers add to the Hub's template.
+# Lines that PEFT and transformers add to the Hub's template; the last three are about a quantized model.
 NOT_A_USER_S = re.compile(
-    r"^(### Framework versions|- PEFT .*|This is the model card of a .* been pushed on the Hub.*)$"
+    r"^(### Framework versions|- PEFT .*|This is the model card of a .* been pushed on the Hub.*"
+    r"|## Training procedure|The following `bitsandbytes` .*|- \w+: .*)$"
 )
 # TRL's instructions for loading, which lack the import.
 QUICK_START = re.compile(r"## Quick start\n+```python\n[^`]*pipeline\([^`]*```")
 TRAINERS = ("generated_from_trainer",)  # tags of cards that transformers' and TRL's trainers write
 PAGE = "README.md"
-QUANTIZATION = re.compile(r"^(## Training procedure|The following `bitsandbytes` .*|- \w+: .*)$")
 
 logger = logging.getLogger(__name__)
 # Authors' details of adapters that this process has saved, by folder and by content of adapter_config.json.
@@ -179,21 +179,18 @@ def _fill_in(data: ModelCardData, config: Any, details: CardDetails) -> None:
     data.language = details.language or data.language
     named = [name for name in details.datasets if hub_name(name)]
     if named:
-        data.datasets = list(dict.fromkeys([*_listed(data.datasets), *named]))
+        before = [data.datasets] if isinstance(data.datasets, str) else data.datasets or []
+        data.datasets = list(dict.fromkeys([*before, *named]))
     if details.results:
         data.model_name = data.model_name or f"CROME adapter for {config.base_model_name_or_path or 'a model'}"
         data.eval_results = list(details.results)
-
-
-def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _is_template(text: str) -> bool:
     """Whether no line of a card was written by a person."""
     template = set(ModelCard.from_template(ModelCardData()).text.splitlines())
     lines = [line for line in text.splitlines() if line.strip() and line not in template]
-    return all(NOT_A_USER_S.match(line) or QUANTIZATION.match(line) for line in lines)
+    return all(map(NOT_A_USER_S.match, lines))
 
 
 def _digest(text: str) -> str:

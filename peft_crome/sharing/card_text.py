@@ -10,7 +10,6 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -18,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ..utils.templates import render
 from .card_details import CardDetails
+from .weight_file import read_header
 
 IMPORT = "import peft_crome"
 COMPOSITE = "crome_vlm"
@@ -85,10 +85,9 @@ def _size(directory: Path) -> str:
     path = directory / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         return ""
-    with safe_open(path, framework="pt") as file:
-        tensors = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 (no dict)
-        count = sum(math.prod(tensor.get_shape()) for tensor in tensors)
-        dtypes = sorted({tensor.get_dtype() for tensor in tensors})
+    tensors = read_header(path).values()
+    count = sum(math.prod(shape) for shape, _ in tensors)
+    dtypes = sorted({dtype for _, dtype in tensors})
     size = path.stat().st_size
     return (
         f"{count:,} weights, {f'{size / 1e6:.1f} MB' if size >= 1e6 else f'{size / 1e3:.1f} kB'} ({', '.join(dtypes)})"

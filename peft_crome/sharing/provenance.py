@@ -16,7 +16,6 @@ from torch import nn
 from ..backbone.model import Host, unwrapped
 from ..version import __version__
 
-PACKAGES = ("peft_crome", "peft", "transformers")
 # Keys of a quantization configuration that change the weights under the adapter.
 QUANTIZATION = ("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bits", "group_size", "fmt")
 TOWER = ("model_type", "image_size", "patch_size")
@@ -84,7 +83,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
             f"{_revision(there)}) and is loaded onto {here.get('name_or_path')!r} ({here.get('model_type')}"
             f"{_revision(here)}), whose embeddings differ. Its outputs mean nothing there unless you train it further."
         )
-    tower, here_tower = (_dict(record, "tower") for record in (there, here))
+    tower, here_tower = (record.get("tower") or {} for record in (there, here))
     parts = [
         f"{name.replace('_', ' ')} {tower[name]!r}, here {here_tower[name]!r}"
         for name in tower
@@ -101,8 +100,8 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
             f"{_spell(here['quantization'])}. Outputs shift a little; load the model with the same "
             "quantization_config to have the training's."
         )
-    before, now = (_dict(record, "versions") for record in (there, here))
-    moved = [name for name in PACKAGES if _has_moved(before.get(name), now.get(name))]
+    before, now = (record.get("versions") or {} for record in (there, here))
+    moved = [name for name in now if _has_moved(before.get(name), now[name])]
     if moved:
         pins = " ".join(f"{name.replace('_', '-')}=={before[name]}" for name in moved)
         sentences.append(
@@ -145,10 +144,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value if isinstance(value, (bool, int, float, str)) else str(getattr(value, "value", value))
-
-
-def _dict(record: dict[str, Any], key: str) -> dict[str, Any]:
-    return record.get(key) or {}
 
 
 def _revision(record: dict[str, Any]) -> str:

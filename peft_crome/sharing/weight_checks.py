@@ -73,7 +73,8 @@ def check_shapes(shapes: Shapes, expected: Shapes, source: str) -> None:
     if missing := sorted(set(expected) - set(shapes)):
         problems.append(f"missing keys {missing}")
     if unexpected := sorted(set(shapes) - set(expected)):
-        problems.append(f"unexpected keys {unexpected[:8]}{_and_more(unexpected[8:])}")
+        more = f" and {len(unexpected) - 8} more" if len(unexpected) > 8 else ""
+        problems.append(f"unexpected keys {unexpected[:8]}{more}")
     for key in sorted(set(shapes) & set(expected)):
         if tuple(shapes[key]) != tuple(expected[key]):
             problems.append(f"{key} has shape {tuple(shapes[key])}, this model needs {tuple(expected[key])}")
@@ -82,10 +83,6 @@ def check_shapes(shapes: Shapes, expected: Shapes, source: str) -> None:
             f"The adapter file does not fit {source}: {'; '.join(problems)}. "
             "Load it onto the backbone it was trained on, with the adapter_config.json that was saved beside it."
         )
-
-
-def _and_more(rest: list[str]) -> str:
-    return f" and {len(rest)} more" if rest else ""
 
 
 def host_path(key: str) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pickle
 import re
-import stat
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -94,12 +94,7 @@ class AdapterFile:
                 f"{self.path} holds rows of {sorted(rows)} trained tokens, trainable_token_indices in the "
                 f"adapter_config.json beside it {sorted(len(ids) for ids in lists)}. Download or save both again."
             )
-        named = [f".{host_path(name)}." for name in self.modules_to_save]
-        others = sorted(
-            key
-            for key in self.host
-            if TRAINABLE_TOKENS not in key and not any(part in f".{host_path(key)}." for part in named)
-        )
+        others = sorted(key for key in self.host if TRAINABLE_TOKENS not in key and not self._trains(host_path(key)))
         tables = [key for key in others if host_path(key).endswith(EMBEDDINGS)]
         strange = [key for key in others if key not in tables]
         if strange:
@@ -128,9 +123,7 @@ class AdapterFile:
         # A weight that ZeRO-3 has partitioned is empty.
         host_shapes = {host_path(name): tuple(getattr(x, "ds_shape", x.shape)) for name, x in state.items()}
         integers = {host_path(name) for name, tensor in state.items() if not tensor.is_floating_point()}
-        named = [f".{host_path(name)}." for name in self.modules_to_save]
-        missing = {path for path in host_shapes if any(part in f".{path}." for part in named)}
-        missing -= set(map(host_path, self.host))
+        missing = set(filter(self._trains, host_shapes)) - set(map(host_path, self.host))
         if missing:
             raise ValueError(
                 f"{self.path} lacks {sorted(missing)[:5]}, which modules_to_save={list(self.modules_to_save)} names. "
@@ -151,6 +144,10 @@ class AdapterFile:
                 f"{self.path} does not fit {type(model).__name__}: {'; '.join(wrong[:5])}. Load it onto the backbone "
                 "it was trained on."
             )
+
+    def _trains(self, path: str) -> bool:
+        """Whether a path in the host leads into a module of modules_to_save."""
+        return any(f".{host_path(name)}." in f".{path}." for name in self.modules_to_save)
 
     def check_values(self) -> None:
         """Read the weights, one tensor at a time, and refuse non-finite values.
@@ -183,7 +180,7 @@ def read_adapter_file(model_id: str, subfolder: str | None = None, **hub_kwargs:
     if path is None:
         return None
     try:
-        header = _read_header(path)
+        header = read_header(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is not a file of tensors alone, or is damaged, and was not loaded: a pickle may hold code. Ask "
@@ -223,7 +220,7 @@ def read_adapter_file(model_id: str, subfolder: str | None = None, **hub_kwargs:
     return adapter_file
 
 
-def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Map each key to its shape and safetensors' name of its dtype.
 
     safetensors refuses offsets that overlap, leave gaps or exceed the file, and sizes that overflow.
@@ -281,14 +278,12 @@ def _read_tensors(path: Path, keys: list[str]) -> Iterable[tuple[str, torch.Tens
 def _find(model_id: str, subfolder: str | None, hub_kwargs: dict[str, Any]) -> Path | None:
     folder = Path(model_id) / (subfolder or "")
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        if folder.is_dir():
-            if (path := folder / name).exists():  # follows links: a Hub snapshot is links to blobs
-                if not stat.S_ISREG(path.stat().st_mode):
-                    raise ValueError(f"{path} is not a regular file. Download or save the adapter again.")
-                return path
-            continue
-        try:
-            return Path(hf_hub_download(str(model_id), name, subfolder=subfolder, **hub_kwargs))
-        except (EntryNotFoundError, LocalEntryNotFoundError):
-            continue
+        path = folder / name
+        if path.is_file():  # follows links: a Hub snapshot is links to blobs
+            return path
+        if path.exists():
+            raise ValueError(f"{path} is not a regular file. Download or save the adapter again.")
+        if not folder.is_dir():
+            with suppress(EntryNotFoundError):
+                return Path(hf_hub_download(str(model_id), name, subfolder=subfolder, **hub_kwargs))
     return None
