@@ -19,7 +19,7 @@ from ..vlm.language_inputs import arguments_by_token
 NOT_IN_VLLM = (
     "gemma3", "glm4v", "idefics3", "llava_next", "llava_onevision", "mistral3", "paligemma", "pixtral", "smolvlm",
 )  # fmt: skip
-GRIDS = ("image_grid_thw",)  # inputs from which an engine numbers positions
+GRID = "image_grid_thw"  # input from which an engine numbers positions
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +96,8 @@ class ImageEncoder:
                 refused[0],
             )
         embeddings = self(**inputs)
-        grids = {key: inputs[key].cpu() for key in GRIDS if inputs.get(key) is not None}
-        if grids:
-            return {"image": {"image_embeds": torch.cat(embeddings).cpu(), **grids}}
+        if inputs.get(GRID) is not None:
+            return {"image": {"image_embeds": torch.cat(embeddings).cpu(), GRID: inputs[GRID].cpu()}}
         parts = [part.cpu() for part in embeddings]
         return {"image": torch.stack(parts) if len({len(part) for part in parts}) == 1 else parts}
 

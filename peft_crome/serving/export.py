@@ -22,6 +22,7 @@ from ..backbone.model import unwrapped
 from ..sharing.provenance import describe_shape
 from ..tuner import CromeWeights
 from ..tuner.layer import crome_layers
+from ..tuner.weights import DOWN, GATE
 from ..utils.atomic import new_directory
 from ..utils.templates import render
 from ..vlm import CromeVLMConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor
@@ -250,16 +251,12 @@ def _write_adapters(model: PeftModel, served: Served, folder: Path, architecture
 
 def served_weights(model: PeftModel, adapters: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the matrices of adapters that are not folded, with their names in the exported file."""
-    for key, value in _weights(model).state_dict().items():
-        if key.split(".")[1] in adapters and not _is_folded(key, model):
-            yield WEIGHTS_PREFIX + key, value
-
-
-def _is_folded(key: str, model: PeftModel) -> bool:
-    """Whether a matrix belongs to a branch on an embedding table, which the host's file contains."""
     tables = [layer for _, layer in crome_layers(unwrapped(model)) if isinstance(layer.table, torch.nn.Embedding)]
-    branches = {branch for layer in tables for branch in layer.branches}
-    return any(key.startswith((f"crome_gate_{branch}.", f"crome_down_{branch}.")) for branch in branches)
+    folded = {kind + branch for layer in tables for branch in layer.branches for kind in (GATE, DOWN)}
+    for key, value in _weights(model).state_dict().items():
+        kind, adapter, _ = key.split(".")
+        if adapter in adapters and kind not in folded:
+            yield WEIGHTS_PREFIX + key, value
 
 
 def _weights(model: PeftModel) -> Any:

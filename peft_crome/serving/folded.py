@@ -43,7 +43,12 @@ def fold(model: PeftModel, output_dir: str | Path, processor: Any = None, **kwar
     model = unwrapped(model, PeftModel)
     host = unwrapped(model)
     check_alone(model)
-    _check_text(model)
+    tables = [m for m in model.modules() if isinstance(m, CromeLayer) and isinstance(m.table, torch.nn.Embedding)]
+    if all("text" not in site.branches and why_not_foldable(site.table) for site in tables):
+        raise ValueError(
+            "There is nothing to fold: no branch of this adapter is on an embedding table, so the language model is "
+            "served as it is. Give it the prompt_embeds of peft_crome.serving.ImageEncoder."
+        )
     target = unwrapped(host.language_model) if isinstance(host, CromeVLMForConditionalGeneration) else host
     with text_folded(model, target, host), new_directory(output) as temporary:
         write_host(target, host, temporary, processor, **kwargs)
@@ -76,17 +81,3 @@ def check_alone(model: PeftModel) -> None:
             f"{trained} has a copy for each adapter (modules_to_save or trainable_token_indices), and a checkpoint "
             "has one. Train without these, or serve the adapter attached, with transformers."
         )
-
-
-def _check_text(model: PeftModel) -> None:
-    sites = [module for module in model.modules() if isinstance(module, CromeLayer)]
-    tables = [site for site in sites if not why_not_foldable(site.table)]
-    if not tables and "text" not in {branch for site in sites for branch in site.branches if _is_table(site)}:
-        raise ValueError(
-            "There is nothing to fold: no branch of this adapter is on an embedding table, so the language model is "
-            "served as it is. Give it the prompt_embeds of peft_crome.serving.ImageEncoder."
-        )
-
-
-def _is_table(site: CromeLayer) -> bool:
-    return isinstance(site.table, torch.nn.Embedding)

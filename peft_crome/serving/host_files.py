@@ -100,13 +100,12 @@ def copy_host(host: str | Path, folder: Path, *, weights: bool, revision: str | 
     Raises:
         ValueError: the weights are not in safetensors files.
     """
+    of_weights = [] if weights else [f"*{suffix}" for suffix in (*WEIGHTS, SAFE_WEIGHTS_INDEX_NAME)]
+    left_out = [*NOT_THE_HOSTS, *of_weights]
     source = Path(host)
     if not source.is_dir():
-        unread = [*NOT_THE_HOSTS, *([] if weights else [f"*{suffix}" for suffix in WEIGHTS])]
-        source = Path(snapshot_download(str(host), revision=revision, ignore_patterns=unread))
-    suffixes = () if weights else (*WEIGHTS, SAFE_WEIGHTS_INDEX_NAME)
-    left_out = shutil.ignore_patterns(*NOT_THE_HOSTS, *(f"*{suffix}" for suffix in suffixes))
-    shutil.copytree(source, folder, ignore=left_out, dirs_exist_ok=True)
+        source = Path(snapshot_download(str(host), revision=revision, ignore_patterns=left_out))
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*left_out), dirs_exist_ok=True)
     if weights and not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{host} has no safetensors files. Write them: model.save_pretrained(...), and give their directory."

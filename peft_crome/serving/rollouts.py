@@ -25,7 +25,7 @@ def prepare(trainer: Any) -> None:
     Raises:
         ValueError: the composite has no adapter, or the trainer sends vLLM weights in a way of its own.
     """
-    if _is_adapted(trainer.model):
+    if any(crome_layers(trainer.model)):
         if hasattr(trainer, "_move_model_to_vllm"):
             raise ValueError(
                 f"use_vllm=True: {type(trainer).__name__} sends vLLM merged weights, and a branch that reads images "
@@ -97,12 +97,8 @@ class AdaptedGeneration(VLLMGeneration):
         self.llm.llm_engine.reset_encoder_cache()  # TRL resets the prefix cache alone (huggingface/trl#7198)
 
 
-def _is_adapted(model: Any) -> bool:
-    return any(True for _ in crome_layers(model))
-
-
 def _select(cls: type[VLLMGeneration], model: Any, *args: Any, **kwargs: Any) -> VLLMGeneration:
-    return object.__new__(AdaptedGeneration if cls is VLLMGeneration and _is_adapted(model) else cls)
+    return object.__new__(AdaptedGeneration if cls is VLLMGeneration and any(crome_layers(model)) else cls)
 
 
 VLLMGeneration.__new__ = _select  # TRL's trainers take no other class
