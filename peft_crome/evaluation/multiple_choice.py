@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from string import ascii_uppercase
 
 # "B", "(b)", "B.", "B) because": the letter comes first, followed by a mark or the end.
@@ -51,20 +51,19 @@ def chosen(answer: str, options: Sequence[str]) -> int | None:
         return number if others <= {number} else whole
     if whole is not None:
         return whole
-    for pattern in NAMED:
-        numbers = _named(pattern, text, options)
-        if numbers:
-            return numbers.pop() if len(numbers) == 1 else None
-    within = _within(_words(text), plain)
-    if within:
-        return within[0] if len(within) == 1 else None
-    letters = {_number(letter, options) for letter in BRACKETED.findall(text)} - {None}
-    return letters.pop() if len(letters) == 1 else None
+    ways = [_named(pattern, text, options) for pattern in NAMED]
+    ways += [_within(_words(text), plain), _numbers(BRACKETED.findall(text), options)]
+    numbers = next(filter(None, ways), set())
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def _number(letter: str, options: Sequence[str]) -> int | None:
     number = ascii_uppercase.index(letter.upper())
     return number if number < len(options) else None
+
+
+def _numbers(letters: Iterable[str], options: Sequence[str]) -> set[int]:
+    return {number for letter in letters if (number := _number(letter, options)) is not None}
 
 
 def _named(pattern: re.Pattern[str], text: str, options: Sequence[str]) -> set[int]:
@@ -85,19 +84,18 @@ def _beside(rest: str, number: int, options: Sequence[str], *patterns: re.Patter
     joined = JOINED.match(rest)
     letters = [joined] if joined is not None else []
     letters += [match for pattern in patterns for match in pattern.finditer(rest)]
-    numbers = {_number(next(filter(None, match.groups())), options) for match in letters}
-    return {other for other in numbers if other is not None}
+    return _numbers((next(filter(None, match.groups())) for match in letters), options)
 
 
 def _words(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+(?:[.'-][^\W_]+)*", text.casefold()))
 
 
-def _within(text: str, options: Sequence[str]) -> list[int]:
+def _within(text: str, options: Sequence[str]) -> set[int]:
     """Find options whose words are in the text, except inside a longer option's words ("leaf" in "leaf blade")."""
-    numbers, rest = [], f" {text} "
+    numbers, rest = set(), f" {text} "
     for number in sorted(range(len(options)), key=lambda n: -len(options[n])):
         if options[number] and f" {options[number]} " in rest:
-            numbers.append(number)
+            numbers.add(number)
             rest = rest.replace(f" {options[number]} ", "  ")
     return numbers

@@ -77,19 +77,19 @@ def text_loss(
     start = (
         [] if encoder_decoder or tokenizer("a").input_ids[0] != tokenizer.bos_token_id else [tokenizer.bos_token_id]
     )
-    sums: dict[bool, list[float]] = {True: [], False: []}
+    sums: dict[str, list[float]] = {"adapted": [], "base": []}
     counts: list[int] = []
     with evaluating(model):
         for first in tqdm(range(0, len(chunks), batch_size), desc="text loss", leave=False, disable=not progress):
             batch = _batch(chunks[first : first + batch_size], start, encoder_decoder, model.device)
             targets = batch["labels"] if encoder_decoder else batch["labels"][:, 1:]
             counts += (targets != IGNORED).sum(-1).tolist()
-            sums[True] += _row_losses(model, batch, targets, encoder_decoder)
+            sums["adapted"] += _row_losses(model, batch, targets, encoder_decoder)
             with adapters_off(model):
-                sums[False] += _row_losses(model, batch, targets, encoder_decoder)
-    differences = [on - off for on, off in zip(sums[True], sums[False], strict=True)]
+                sums["base"] += _row_losses(model, batch, targets, encoder_decoder)
+    sums["cost"] = [on - off for on, off in zip(sums["adapted"], sums["base"], strict=True)]
     losses: dict[str, Any] = {}
-    for name, values in {"adapted": sums[True], "base": sums[False], "cost": differences}.items():
+    for name, values in sums.items():
         losses[name], losses[f"{name}_stderr"] = mean_by_chunk(values, counts)
     return TextLoss(**losses, tokens=sum(counts), chunks=len(chunks))
 
