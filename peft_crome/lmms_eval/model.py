@@ -64,9 +64,8 @@ class AdaptedModel(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer in the order of the requests. Rows of a batch have the same generation arguments."""
-        groups = Collator(
-            [request.args for request in requests], lambda args: -len(args[0]), itemgetter(2), grouping=True
-        )
+        arguments = [request.args for request in requests]
+        groups = Collator(arguments, lambda args: -len(args[0]), itemgetter(2), grouping=True)
         answers = []
         progress = tqdm(total=len(requests), disable=self.rank != 0, desc="Answering")
         for chunk in groups.get_batched(n=self.batch_size, batch_fn=None):
