@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,17 +98,12 @@ def evaluate(
         record = {"directory": directory, "data": data, "max_new_tokens": max_new_tokens, "scores": plain}
         with printing_errors():
             with new_file(output) as file:
-                file.writelines(f"{json.dumps(line, ensure_ascii=False)}\n" for line in _lines(rows, answers))
+                for row, answer, expected in zip(rows, answers, metrics.references(rows), strict=True):
+                    more: dict[str, Any] = {key: row[key] for key in ("answers", "options") if key in row}
+                    line = {"id": row["id"], "answer": answer, "expected": expected, **more}
+                    file.write(f"{json.dumps(line, ensure_ascii=False)}\n")
             with new_file(_scores_file(output)) as file:
                 file.write(json.dumps(record, indent=2, allow_nan=False) + "\n")
-
-
-def _lines(rows: list[dict[str, Any]], answers: list[str]) -> Iterator[dict[str, Any]]:
-    from ..evaluation.metrics import references
-
-    for row, answer, expected in zip(rows, answers, references(rows), strict=True):
-        more: dict[str, Any] = {key: row[key] for key in ("answers", "options") if key in row}
-        yield {"id": row["id"], "answer": answer, "expected": expected, **more}
 
 
 def _scores_file(output: Path) -> Path:

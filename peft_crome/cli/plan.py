@@ -100,8 +100,14 @@ def plan(
     say(f"{device.name}: {device.memory / GB:.1f} GB for a step; rows of {tokens} tokens{images}.")
     computed = costs.frozen_dtype(model)
     _batches(estimates, device, computed, rows)
-    known = device.seconds(1, computed) is not None
-    say(_assumption(device.name, str(computed).removeprefix("torch."), known, devices.SHARE))
+    dtype_name = str(computed).removeprefix("torch.")
+    if device.seconds(1, computed) is None:
+        say(f"How fast {device.name} computes in {dtype_name} is unknown, so no times are given.")
+    else:
+        say(
+            f"Times are an estimate: they assume {devices.SHARE:.0%} of the data sheet's dense rate in {dtype_name}, "
+            "and that reading data keeps up."
+        )
 
 
 def _of_composite(model: Any) -> int:
@@ -126,12 +132,3 @@ def _batches(estimates: list[tuple[int, Any]], device: Any, dtype: Any, rows: in
         cells.append((str(count), *memory, *speed))
     headings = ("rows at a time", "kept, GB", "peak, GB", "fits", "rows/s", f"hours for {rows:,} rows")
     print_table(headings, cells, left=())
-
-
-def _assumption(name: str, dtype: str, known: bool, share: float) -> str:
-    if not known:
-        return f"How fast {name} computes in {dtype} is unknown, so no times are given."
-    return (
-        f"Times are an estimate: they assume {share:.0%} of the data sheet's dense rate in {dtype}, and that reading "
-        "data keeps up."
-    )
