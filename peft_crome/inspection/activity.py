@@ -160,12 +160,9 @@ class _Record:
         weights = layer._weights[0]
         maps = weights.linears_of(adapter_name)
         kept = x[counts]
-        gate, hidden = (
-            values.float()
-            for values in gate_and_hidden(
-                kept, maps[GATE + branch], maps[DOWN + branch], weights.settings[adapter_name][0]
-            )
-        )
+        activation, _ = weights.settings[adapter_name]
+        both = gate_and_hidden(kept, maps[GATE + branch], maps[DOWN + branch], activation)
+        gate, hidden = (values.float() for values in both)
         up = maps["crome_up"].weight.to(x.device).float()
         added = hidden.abs() * up.norm(dim=0)  # (tokens, m): norm of each unit's addition
         first, self.passed = self.passed, self.passed + counts.numel()

@@ -61,8 +61,7 @@ def draw_singular_values(axes: Any, views: Sequence[View]) -> None:
 
 def draw_image(axes: Any, view: BranchView, number: int) -> None:
     """Draw one image as the tower saw it."""
-    image = view.maps[number].image
-    axes.imshow(np.asarray(image))
+    axes.imshow(np.asarray(view.maps[number].image))
     axes.set(title=f"image {number + 1}, as the tower reads it", xticks=[], yticks=[])
 
 

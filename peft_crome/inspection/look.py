@@ -118,12 +118,10 @@ def load_with_backbone(report: AdapterReport, model: str | None = None, device: 
         raise ValueError(f"{report.source} names no base model. Write --model and the backbone's directory or name.")
     try:
         config = AutoConfig.from_pretrained(name)
-        arguments: dict[str, Any] = {"device_map": device}
-        if isinstance(config, CromeVLMConfig):
-            arguments["adapter"] = "ignore"
+        ours = {"adapter": "ignore"} if isinstance(config, CromeVLMConfig) else {}
         sees = type(config) in AutoModelForImageTextToText._model_mapping
         auto_class: Any = AutoModelForImageTextToText if sees else language_class(config)
-        network = auto_class.from_pretrained(name, **arguments)
+        network = auto_class.from_pretrained(name, device_map=device, **ours)
         processor = _processor(name, network)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -149,15 +147,14 @@ def encode(
     Raises:
         ValueError: there are images, and the processor is only a tokenizer.
     """
-    if images and getattr(processor, "image_processor", None) is None:
+    sees = getattr(processor, "image_processor", None) is not None
+    if images and not sees:
         raise ValueError(f"{type(processor).__name__} reads no images. Leave --image out, or name a model that sees.")
     if getattr(processor, "chat_template", None):
-        plain = getattr(processor, "image_processor", None) is None
         content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
-        turns: list[tuple[str, Any]] = [("user", prompt if plain else content)]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content if sees else prompt}]
         if system is not None:
-            turns.insert(0, ("system", system if plain else [{"type": "text", "text": system}]))
-        messages = [{"role": role, "content": what} for role, what in turns]
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}] if sees else system})
         batch = processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )

@@ -76,12 +76,11 @@ def words(activity: BranchActivity, tokenizer: Any) -> list[tuple[str, int | Non
     Args:
         tokenizer: decodes the ids of a table; tokens of a site that reads no ids are named by their numbers.
     """
+    if activity.token_ids is None:
+        return [(str(number + 1), number) for number in range(len(activity.positions))]
     texts: list[tuple[str, int | None]] = []
-    last = -1 if activity.token_ids is None else 0
+    last = 0
     for number, position in enumerate(activity.positions.tolist()):
-        if activity.token_ids is None:
-            texts.append((str(number + 1), number))
-            continue
         if position > last:
             texts.append((f"[{position - last} image tokens]", None))
         texts.append((printable(tokenizer.decode([int(activity.token_ids[number])])), number))

@@ -144,10 +144,14 @@ def inspect_adapter(adapter: str | Path) -> AdapterReport:
     hidden_size = shapes.get(f"{UP}.weight", next(iter(shapes.values()))[::-1])[0]
     check_shapes(shapes, expected_shapes({name: [] for name in names}, hidden_size, config.bottleneck_dim), "itself")
     up = _matrix(weights[UP].T)
-    silent = config.gate_activation == "silu"
-    branches = tuple(
-        _branch(name, weights[GATE + name], weights[DOWN + name], up, gate_can_kill=silent) for name in names
-    )
+    branches = []
+    for name in names:
+        gate, down = _matrix(weights[GATE + name]), _matrix(weights[DOWN + name])
+        dead = up.is_dead | down.is_dead
+        if config.gate_activation == "silu":
+            dead |= gate.is_dead
+        dead_units = tuple(dead.nonzero().flatten().tolist())
+        branches.append(BranchReport(name, gate, down, dead_units, 2 * hidden_size * config.bottleneck_dim))
     parameters = sum(value.numel() for value in weights.values())
     trained_on = config.trained_on or {}
     return AdapterReport(
@@ -159,7 +163,7 @@ def inspect_adapter(adapter: str | Path) -> AdapterReport:
         hidden_size=hidden_size,
         bottleneck_dim=config.bottleneck_dim,
         up=up,
-        branches=branches,
+        branches=tuple(branches),
         parameters=parameters,
         other_parameters=sum(value.numel() for value in stored.values()) - parameters,
     )
@@ -190,16 +194,6 @@ def _read_config(adapter: str) -> Any:
             f"{adapter} is an adapter of the method {method}; peft-crome looks into those of CROME alone."
         )
     return config
-
-
-def _branch(
-    name: str, gate: torch.Tensor, down: torch.Tensor, up: MatrixReport, *, gate_can_kill: bool
-) -> BranchReport:
-    gates, downs = _matrix(gate), _matrix(down)
-    dead = up.is_dead | downs.is_dead
-    if gate_can_kill:
-        dead |= gates.is_dead
-    return BranchReport(name, gates, downs, tuple(dead.nonzero().flatten().tolist()), gate.numel() + down.numel())
 
 
 def _matrix(weight: torch.Tensor) -> MatrixReport:
