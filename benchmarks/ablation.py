@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -24,9 +23,6 @@ from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import matplotlib
 import torch

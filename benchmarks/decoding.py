@@ -9,15 +9,12 @@ tokens, without the prompt's pass. Adapters are random and not zero. CROME folde
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import typer

@@ -11,15 +11,11 @@ held-out objects, the weights and the order of the data, for all methods alike. 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 from rich.console import Console

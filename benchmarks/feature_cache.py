@@ -10,15 +10,11 @@ epoch), and one that reads them (later epochs). Other work on the machine theref
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import typer

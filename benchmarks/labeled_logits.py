@@ -19,8 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
 import typer
 from rich.console import Console

@@ -17,9 +17,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import torch
 import typer
 from peft import get_peft_model

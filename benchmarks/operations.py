@@ -7,14 +7,11 @@ Frozen DINOv2-small and SmolLM2-135M; 737,280 weights of CROME, 748,800 of LoRA.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import typer
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model

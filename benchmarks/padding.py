@@ -19,8 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
 import typer
 from torch import nn

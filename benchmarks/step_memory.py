@@ -16,8 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
 import typer
 from rich.console import Console

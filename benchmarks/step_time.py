@@ -8,13 +8,10 @@ the embeddings. All methods train in one process, a step of each in turn, on the
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import typer

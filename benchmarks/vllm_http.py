@@ -11,15 +11,12 @@ questions of easy-VQA with eight clients at once, and writes docs/vllm.md.
 
 from __future__ import annotations
 
-import os
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Annotated, Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import typer

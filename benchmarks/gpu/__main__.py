@@ -12,15 +12,12 @@ A section that fails, does not fit into memory or has no time left is recorded a
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import typer
