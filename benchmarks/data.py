@@ -16,8 +16,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -30,6 +28,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import matplotlib
 import typer
 
+from benchmarks.devices import in_fresh_process
 from benchmarks.interleaved import markdown
 
 matplotlib.use("Agg")
@@ -182,19 +181,15 @@ def _measure_size(size: int, ways: list[str]) -> list[dict[str, Any]]:
 
             FAMILIES["qwen2_5_vl"].build(folder / "model")
         for way in ways:
-            result = subprocess.run(
-                [sys.executable, "-m", "benchmarks.data", "--way", way, "--file", str(path)],
-                env={**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")},
-                stdout=subprocess.PIPE,
-                check=True,
-            )
+            arguments = ["--way", way, "--file", str(path)]
+            result = in_fresh_process("benchmarks.data", *arguments, HF_DATASETS_CACHE=str(folder / "cache"))
             records.append(
                 {
                     "size": size,
                     "way": way,
                     "file_bytes": path.stat().st_size,
                     "load_average": os.getloadavg()[0],
-                    **json.loads(result.stdout.splitlines()[-1]),
+                    **result,
                 }
             )
             print(records[-1], flush=True)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -69,6 +73,18 @@ def held(device: str = "cpu") -> int:
 def peak(device: str = "cpu") -> int:
     """Return the highest value of `held` since `settle`."""
     return torch.cuda.max_memory_allocated(device) if is_gpu(device) else _status("VmHWM")
+
+
+def in_fresh_process(module: str, *arguments: str, **environment: str) -> dict[str, Any]:
+    """Run a benchmark's module in a fresh process, and return the JSON object that it prints last.
+
+    Args:
+        arguments: those of its command line.
+        environment: variables to set in addition.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _status(key: str) -> int:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +23,7 @@ from rich.console import Console
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
-from benchmarks.devices import Device, clock_on, results_on
+from benchmarks.devices import Device, clock_on, in_fresh_process, results_on
 from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in_turn
 from benchmarks.memory import GIVE_BACK
 from benchmarks.methods import CROME, FLOOR, attach, backbone, base_of, batch_of, training_step
@@ -124,10 +122,9 @@ def main(
         Console(stderr=True).print(f"{language}: {record['seconds']}", markup=False)
         record["peaks"] = {}
         for way in record["seconds"]:
-            command = [sys.executable, "-m", "benchmarks.labeled_logits", "--device", device]
-            command += ["--case", json.dumps([language, way])]
-            done = subprocess.run(command, env=os.environ | GIVE_BACK, stdout=subprocess.PIPE, text=True, check=True)
-            record["peaks"][way] = json.loads(done.stdout.splitlines()[-1])["peak"]
+            arguments = ["--device", device, "--case", json.dumps([language, way])]
+            found = in_fresh_process("benchmarks.labeled_logits", *arguments, **GIVE_BACK)
+            record["peaks"][way] = found["peak"]
             Console(stderr=True).print(f"{language}, {way}: {record['peaks'][way] / 1e6:,.0f} MB", markup=False)
         records.append(record)
         write_json(results / "labeled_logits.json", records)  # a shared machine may take hours

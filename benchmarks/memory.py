@@ -10,8 +10,6 @@ memory before the model was built (after two steps of a tiny model, which load t
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,7 +21,7 @@ from peft import get_peft_model
 from rich.console import Console
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.devices import Device, clock_on, held, is_gpu, peak, results_on, settle
+from benchmarks.devices import Device, clock_on, held, in_fresh_process, is_gpu, peak, results_on, settle
 from examples.easy_vqa.parts import dinov2_small, smollm2
 from examples.easy_vqa.records import write_json
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
@@ -194,10 +192,10 @@ def main(
     records = []
     cases = [case for case in CASES if not (is_gpu(device) and "malloc" in case)]
     for number, chosen in enumerate(cases, 1):
-        command = [sys.executable, "-m", "benchmarks.memory", "--device", device, "--case", json.dumps(chosen)]
-        environment = os.environ | ({} if "malloc" in chosen else GIVE_BACK)
-        output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-        record = {"case": chosen, "predicted": predict(chosen), "measured": json.loads(output.splitlines()[-1])}
+        arguments = ["--device", device, "--case", json.dumps(chosen)]
+        environment = {} if "malloc" in chosen else GIVE_BACK
+        measured = in_fresh_process("benchmarks.memory", *arguments, **environment)
+        record = {"case": chosen, "predicted": predict(chosen), "measured": measured}
         records.append(record)
         Console(stderr=True).print(f"{number} of {len(cases)}: {chosen}, {ratio(record):.3f}", soft_wrap=True)
     results = results_on(device, RESULTS)

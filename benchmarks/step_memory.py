@@ -9,9 +9,6 @@ gradients and AdamW states, 5·d·m·(4+4+8) bytes, plus 5% of the floor. Needs 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +17,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.devices import Device, held, peak, results_on, settle
+from benchmarks.devices import Device, held, in_fresh_process, peak, results_on, settle
 from benchmarks.interleaved import markdown
 from benchmarks.memory import GIVE_BACK, warm_up
 from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, backbone, base_of, batch_of, training_step
@@ -109,9 +106,8 @@ def main(
     results = results_on(device, RESULTS)
     records = []
     for chosen in [{**case, "method": method} for case in CASES for method in CONFIGS]:
-        command = [sys.executable, "-m", "benchmarks.step_memory", "--device", device, "--case", json.dumps(chosen)]
-        done = subprocess.run(command, env=os.environ | GIVE_BACK, stdout=subprocess.PIPE, text=True, check=True)
-        records.append({**chosen, **json.loads(done.stdout.splitlines()[-1])})
+        arguments = ["--device", device, "--case", json.dumps(chosen)]
+        records.append({**chosen, **in_fresh_process("benchmarks.step_memory", *arguments, **GIVE_BACK)})
         Console(stderr=True).print(f"{chosen}: {records[-1]['peak'] / 1e6:,.0f} MB", markup=False)
     write_json(results / "step_memory.json", records)
     (results / "step_memory.md").write_text(table(records))
