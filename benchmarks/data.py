@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import threading
 import time
@@ -28,7 +27,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import matplotlib
 import typer
 
-from benchmarks.devices import in_fresh_process
+from benchmarks.devices import in_fresh_process, status
 from benchmarks.interleaved import markdown
 
 matplotlib.use("Agg")
@@ -125,12 +124,12 @@ def measure(way: str, path: Path) -> dict[str, Any]:
     """Measure one way in a separate process: seconds, rows and bytes."""
     import peft_crome.data  # noqa: F401
 
-    samples = [_own_bytes()]
+    samples = [status("RssAnon")]
     done = threading.Event()
 
     def sample() -> None:
         while not done.wait(0.02):
-            samples.append(_own_bytes())
+            samples.append(status("RssAnon"))
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -146,11 +145,6 @@ def measure(way: str, path: Path) -> dict[str, Any]:
         "peak_bytes": max(samples),
         "bytes_after_import": samples[0],
     }
-
-
-def _own_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
 def run(sizes: list[int]) -> list[dict[str, Any]]:
@@ -171,9 +165,9 @@ def run(sizes: list[int]) -> list[dict[str, Any]]:
 def _measure_size(size: int, ways: list[str]) -> list[dict[str, Any]]:
     if not ways:
         return []
-    folder = Path(tempfile.mkdtemp(prefix="rows-"))
     records = []
-    try:
+    with tempfile.TemporaryDirectory(prefix="rows-") as name:
+        folder = Path(name)
         path = folder / "mix.json"
         write_file(path, size)
         if "doctor --model" in ways:
@@ -193,8 +187,6 @@ def _measure_size(size: int, ways: list[str]) -> list[dict[str, Any]]:
                 }
             )
             print(records[-1], flush=True)
-    finally:
-        shutil.rmtree(folder)
     return records
 
 

@@ -67,12 +67,12 @@ def settle(device: str = "cpu") -> None:
 
 def held(device: str = "cpu") -> int:
     """Return the bytes that this process holds now: resident memory, or tensors on a GPU."""
-    return torch.cuda.memory_allocated(device) if is_gpu(device) else _status("VmRSS")
+    return torch.cuda.memory_allocated(device) if is_gpu(device) else status("VmRSS")
 
 
 def peak(device: str = "cpu") -> int:
     """Return the highest value of `held` since `settle`."""
-    return torch.cuda.max_memory_allocated(device) if is_gpu(device) else _status("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if is_gpu(device) else status("VmHWM")
 
 
 def in_fresh_process(module: str, *arguments: str, **environment: str) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def in_fresh_process(module: str, *arguments: str, **environment: str) -> dict[s
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _status(key: str) -> int:
-    """Read a value of Linux for this process in bytes: VmRSS is the present one, VmHWM the peak."""
+def status(key: str) -> int:
+    """Read a value of Linux for this process in bytes, such as VmRSS (resident now), VmHWM (its peak) or RssAnon."""
     text = Path("/proc/self/status").read_text()
     return int(re.search(rf"^{key}:\s+(\d+) kB", text, re.M)[1]) * 1024  # type: ignore[index]
