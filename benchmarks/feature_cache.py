@@ -10,7 +10,6 @@ epoch), and one that reads them (later epochs). Other work on the machine theref
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -21,10 +20,12 @@ import typer
 from peft import get_peft_model
 
 from benchmarks.devices import Device, clock_on, results_on
+from benchmarks.interleaved import markdown
+from benchmarks.methods import backbone
 from examples.easy_vqa import data
-from examples.easy_vqa.parts import cache_dir, dinov2_small, easy_vqa_dir, smollm2
+from examples.easy_vqa.parts import cache_dir, easy_vqa_dir
 from examples.easy_vqa.records import write_json
-from peft_crome import CromeConfig, CromeVLMForConditionalGeneration, CromeVLMProcessor, cache_features
+from peft_crome import CromeConfig, CromeVLMProcessor, cache_features
 from peft_crome.data import ConversationCollator
 
 RESULTS = Path(__file__).parent / "results" / "feature_cache"
@@ -38,11 +39,8 @@ def batches(processor: Any, composite: Any, rows: int, count: int) -> list[dict[
         images.setdefault(row["image_id"], row)
     folder = easy_vqa_dir() / "train" / "images"
     collator = ConversationCollator(processor, **ConversationCollator.limits(composite.config))
-    made = []
-    for start in range(0, rows * count, rows):
-        chosen = list(images.values())[start : start + rows]
-        made.append(collator([_row(row, folder) for row in chosen]))
-    return made
+    chosen = [_row(row, folder) for row in images.values()]
+    return [collator(chosen[start : start + rows]) for start in range(0, rows * count, rows)]
 
 
 def _row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -54,20 +52,14 @@ def _row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def measure(rows: int, steps: int, image_size: int, device: str = "cpu") -> dict[str, Any]:
     """Measure the seconds of each way, one value per batch."""
-    composite = CromeVLMForConditionalGeneration.from_backbones(
-        vision=str(dinov2_small()), language=str(smollm2()), dtype=torch.bfloat16, vision_pool_size=2,
-        image_size=image_size,
-    )  # fmt: skip
+    composite = backbone(dtype=torch.bfloat16, device=device, image_size=image_size)
     processor = CromeVLMProcessor.from_backbones(config=composite.config)
-    if device == "cpu":
-        composite.language_model.set_attn_implementation("eager")  # as in the quick start
-    composite.to(device)
     clock = clock_on(device)
     model = get_peft_model(composite, CromeConfig()).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    folder = Path(tempfile.mkdtemp(dir=cache_dir(), prefix="features-"))
-    try:
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="features-") as name:
+        folder = Path(name)
         for number, batch in enumerate(batches(processor, composite, rows, steps + 1)):
             for way in WAYS:
                 cache = None if way == "computed" else cache_features(model, folder)
@@ -83,23 +75,21 @@ def measure(rows: int, steps: int, image_size: int, device: str = "cpu") -> dict
                 if number:  # the first batch is a warm-up
                     seconds[way].append(passed)
         size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / (rows * (steps + 1))
-    finally:
-        shutil.rmtree(folder)
     return {"rows": rows, "image_size": image_size, "bytes_per_image": round(size), "seconds": seconds}
 
 
 def table(measured: list[dict[str, Any]]) -> str:
     """Format medians, with the range of the middle half."""
-    lines = ["| pixels | rows | features | a step, s (middle half) | to computed |", "| --- | --- | --- | --- | --- |"]
+    rows = []
     for case in measured:
         base = case["seconds"]["computed"]
         for way in WAYS:
             values = case["seconds"][way]
             low, middle, high = statistics.quantiles(values, n=4)
             ratio = statistics.median(a / b for a, b in zip(values, base, strict=True))
-            cells = [case["image_size"], case["rows"], way, f"{middle:.3f} ({low:.3f} to {high:.3f})", f"{ratio:.2f}"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+            seconds = f"{middle:.3f} ({low:.3f} to {high:.3f})"
+            rows.append([case["image_size"], case["rows"], way, seconds, f"{ratio:.2f}"])
+    return markdown(["pixels", "rows", "features", "a step, s (middle half)", "to computed"], rows)
 
 
 def main(

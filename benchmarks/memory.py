@@ -22,6 +22,7 @@ from rich.console import Console
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.devices import Device, clock_on, held, in_fresh_process, is_gpu, peak, results_on, settle
+from benchmarks.interleaved import markdown
 from examples.easy_vqa.parts import dinov2_small, smollm2
 from examples.easy_vqa.records import write_json
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
@@ -166,19 +167,17 @@ def is_near(record: dict[str, Any]) -> bool:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Format a line per case."""
-    lines = [
-        "| frozen in | rows | tokens | weights, MB | kept, MB | predicted, MB | measured, MB | ratio | a step, s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for record in records:
         case, said, found = record["case"], record["predicted"], record["measured"]
         words = [case.get("quantization") or case["dtype"]]
         words += ["checkpointing"] * bool(case.get("checkpointing")) + ["Q-Former"] * bool(case.get("qformer"))
         words += ["malloc's defaults"] * ("malloc" in case)
         sizes = [f"{size / 1e6:,.0f}" for size in (said["weights"], said["kept"], said["peak"], found["peak"])]
-        cells = [", ".join(words), case["rows"], case["tokens"], *sizes, f"{ratio(record):.2f}", found["seconds"]]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+        shape = [", ".join(words), case["rows"], case["tokens"]]
+        rows.append([*shape, *sizes, f"{ratio(record):.2f}", found["seconds"]])
+    sizes = ["weights, MB", "kept, MB", "predicted, MB", "measured, MB"]
+    return markdown(["frozen in", "rows", "tokens", *sizes, "ratio", "a step, s"], rows)
 
 
 def main(

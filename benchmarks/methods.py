@@ -34,7 +34,11 @@ CONFIGS: dict[str, PeftConfig | None] = {
 
 
 def backbone(
-    in_nf4: bool = False, language: Path | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+    in_nf4: bool = False,
+    language: Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    image_size: int | None = None,
 ) -> CromeVLMForConditionalGeneration:
     """Join frozen DINOv2-small and a language model; 16 tokens per image.
 
@@ -43,6 +47,7 @@ def backbone(
         language: directory of the language model; None: SmolLM2-135M.
         dtype: None: the dtype that is fast on this machine.
         device: device of the model.
+        image_size: size of the images in pixels; None: the tower's.
     """
     composite = CromeVLMForConditionalGeneration.from_backbones(
         vision=str(dinov2_small()),
@@ -51,6 +56,7 @@ def backbone(
         dtype=dtype or frozen_dtype(),
         device_map=None if device == "cpu" else device,
         vision_pool_size=POOL_SIZE,
+        image_size=image_size,
     )
     if device == "cpu":
         composite.language_model.set_attn_implementation("eager")  # faster on a CPU, as in the quick start
