@@ -130,14 +130,11 @@ def measure_step(
     order = [row for together in fullest(sizes, limit, best_fit) for row in together]
     batch = batch_of_lengths(host, [sizes[row] for row in order], [learned[row] for row in order])
 
-    def at_labels(model: nn.Module, batch: Any) -> Any:
-        return logits_at_labels(model, batch)
-
     def in_packs(model: nn.Module, batch: Any) -> Any:
         packed = logits_at_labels(model, pack_rows(model, batch, limit))
         return {name: value for name, value in packed.items() if name != "use_cache"}  # `training_step` has it
 
-    asked: dict[str, Callable[[nn.Module, Any], Any]] = {"padded": at_labels, "packed": in_packs}
+    asked: dict[str, Callable[[nn.Module, Any], Any]] = {"padded": logits_at_labels, "packed": in_packs}
     ways = {name: training_step(model, batch, ask) for name, ask in asked.items()}
     packed = pack_rows(model, batch, limit)
     return {
