@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,20 +123,29 @@ def warm_up(device: str = "cpu") -> None:
     )
 
 
-def measure(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
-    """Build and train; call it in a fresh process."""
+def load(make: Callable[[], Any], device: str) -> tuple[Any, int]:
+    """Make a model in a fresh process, and return it with the bytes that the process held before.
+
+    Args:
+        make: function that makes the model on the device.
+    """
     torch.manual_seed(0)
     warm_up(device)
-    if case.get("quantization"):
-        import bitsandbytes  # noqa: F401
     settle(device)
     before = held(device)
-    model, _, _ = build(recipe_of(case))
+    model = make()
     for parameter in model.parameters():
         if type(parameter) is torch.nn.Parameter:  # copy out of the mapped checkpoint, as moving to a device does
             parameter.data = parameter.data.clone()
-    model.to(device)
     settle(device)
+    return model, before
+
+
+def measure(case: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
+    """Build and train; call it in a fresh process."""
+    if case.get("quantization"):
+        import bitsandbytes  # noqa: F401
+    model, before = load(lambda: build(recipe_of(case))[0].to(device), device)
     loaded = held(device) - before
     seconds = train_two_steps(model, case["rows"], case["tokens"], case.get("checkpointing", False))
     return {"loaded": loaded, "peak": peak(device) - before, "seconds": round(seconds, 2)}

@@ -17,9 +17,9 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.devices import Device, held, in_fresh_process, peak, results_on, settle
+from benchmarks.devices import Device, in_fresh_process, peak, results_on
 from benchmarks.interleaved import markdown
-from benchmarks.memory import GIVE_BACK, warm_up
+from benchmarks.memory import GIVE_BACK, load
 from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, backbone, base_of, batch_of, training_step
 from examples.easy_vqa.records import write_json
 
@@ -50,17 +50,9 @@ def peak_of(
         step_of: function that makes a function for one step of the model.
         device: device whose memory counts.
     """
-    torch.manual_seed(0)
-    warm_up(device)
     import bitsandbytes  # noqa: F401
 
-    settle(device)
-    before = held(device)
-    model = make()
-    for parameter in model.parameters():
-        if type(parameter) is torch.nn.Parameter:  # copy out of the mapped checkpoint, as moving to a device does
-            parameter.data = parameter.data.clone()
-    settle(device)
+    model, before = load(make, device)
     step = step_of(model)
     for _ in range(2):
         step()
