@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -21,13 +20,11 @@ import typer
 from peft import get_peft_model
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.devices import Device, results_on
-from benchmarks.interleaved import in_turn, machine, markdown, middle, plot_ratios, ratios
+from benchmarks.devices import SPEED, Device, results_on
+from benchmarks.interleaved import in_turn, machine, markdown, middle, plot_ratios, publish, ratios
 from benchmarks.methods import BOTH, CONFIGS, backbone, base_of, batch_of
-from examples.easy_vqa.records import write_json
 from peft_crome import CromeConfig
 
-RESULTS = Path(__file__).parent / "results" / "speed"
 BASE, FOLDED, UNFOLDED = "base model", "CROME, folded", "CROME, not folded"
 LORAS = [name for name in CONFIGS if name.startswith("LoRA")]
 
@@ -138,12 +135,10 @@ def main(
     device: Device = "cpu",
 ) -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
-    results = results_on(device, RESULTS)
+    results = results_on(device, SPEED)
     record = {**measure(repeats, tokens, prompt, partial(backbone, device=device)), "machine": machine(device)}
-    write_json(results / "decoding.json", record)
-    (results / "decoding.md").write_text(table(record))
+    publish(results / "decoding", record, table(record))
     plot_ratios({"greedy decoding": to_base(record)}, results / "decoding.png", "time of a token / base model")
-    print(table(record))
     print(f"CROME folded and not folded say the same {tokens} tokens: {record['folded_says_the_same']}")
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+SPEED = Path(__file__).parent / "results" / "speed"
 Device = Annotated[str, typer.Option("--device", help="Device of the models: cpu, cuda, or one GPU such as cuda:1.")]
 
 

@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.devices import is_gpu
+from examples.easy_vqa.records import write_json
 
 T = TypeVar("T")
 LEAST = 2  # number of repeats: one has no spread
@@ -111,6 +112,17 @@ def markdown(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def publish(file: Path, record: object, table: str) -> None:
+    """Write a record and its table, and print the table.
+
+    Args:
+        file: path of both without a suffix.
+    """
+    write_json(file.with_suffix(".json"), record)
+    file.with_suffix(".md").write_text(table)
+    print(table)
 
 
 def plot_ratios(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path, label: str) -> None:

@@ -23,8 +23,8 @@ from rich.console import Console
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
-from benchmarks.devices import Device, clock_on, in_fresh_process, results_on
-from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in_turn
+from benchmarks.devices import SPEED, Device, clock_on, in_fresh_process, results_on
+from benchmarks.interleaved import machine, markdown, middle, publish, ratios, seconds_in_turn
 from benchmarks.memory import GIVE_BACK
 from benchmarks.methods import CROME, FLOOR, attach, backbone, base_of, batch_of, training_step
 from benchmarks.step_memory import peak_of
@@ -32,7 +32,6 @@ from examples.easy_vqa.parts import gemma3_270m, smollm2
 from examples.easy_vqa.records import write_json
 from peft_crome import logits_at_labels
 
-RESULTS = Path(__file__).parent / "results" / "speed"
 ROWS, TOKENS, SHARE = 2, 512, 0.1
 LANGUAGES: dict[str, Callable[[], Path]] = {"SmolLM2-135M": smollm2, "Gemma 3 270M": gemma3_270m}
 EVERYWHERE, AT_LABELS, TRL = "CROME, all logits", "CROME, logits at labels", "CROME, TRL's fused head"
@@ -114,7 +113,7 @@ def main(
         found = peak_of(lambda: model_of(make(language), way), lambda model: step_of(model, way), device)
         print(json.dumps(found))
         return
-    results = results_on(device, RESULTS)
+    results = results_on(device, SPEED)
     records = []
     clock = "process_time" if cpu_time else "perf_counter"
     for language in LANGUAGES:
@@ -128,8 +127,7 @@ def main(
             Console(stderr=True).print(f"{language}, {way}: {record['peaks'][way] / 1e6:,.0f} MB", markup=False)
         records.append(record)
         write_json(results / "labeled_logits.json", records)  # a shared machine may take hours
-    (results / "labeled_logits.md").write_text(table(records))
-    print(table(records))
+    publish(results / "labeled_logits", records, table(records))
 
 
 if __name__ == "__main__":

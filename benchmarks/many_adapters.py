@@ -12,20 +12,17 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from peft import LoraConfig, PeftConfig, get_peft_model
 
-from benchmarks.devices import Device, clock_on, results_on
-from benchmarks.interleaved import machine, markdown, middle, plot_ratios, ratios, seconds_in_turn
+from benchmarks.devices import SPEED, Device, clock_on, results_on
+from benchmarks.interleaved import machine, markdown, middle, plot_ratios, publish, ratios, seconds_in_turn
 from benchmarks.methods import BOTH, LANGUAGE, backbone, batch_of
-from examples.easy_vqa.records import write_json
 from peft_crome import CromeConfig
 
-RESULTS = Path(__file__).parent / "results" / "speed"
 BASE = "no adapter"
 WORK = ("a pass", "decoding")
 
@@ -128,13 +125,11 @@ def main(
     device: Device = "cpu",
 ) -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
-    results = results_on(device, RESULTS)
+    results = results_on(device, SPEED)
     make = partial(backbone, device=device)
     record = {**measure(rows, [1, 8, 64], repeats, prompt, tokens, make, device), "machine": machine(device)}
-    write_json(results / "many_adapters.json", record)
-    (results / "many_adapters.md").write_text(table(record))
+    publish(results / "many_adapters", record, table(record))
     plot_ratios(to_base(record), results / "many_adapters.png", "time / model without an adapter")
-    print(table(record))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,11 @@ import typer
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter as hotswap_lora
 
-from benchmarks.devices import Device, clock_on, held, results_on, settle
-from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in_turn
+from benchmarks.devices import SPEED, Device, clock_on, held, results_on, settle
+from benchmarks.interleaved import machine, markdown, middle, publish, ratios, seconds_in_turn
 from benchmarks.methods import BOTH, LANGUAGE, backbone
-from examples.easy_vqa.records import write_json
 from peft_crome import CromeConfig, hotswap_adapter
 
-RESULTS = Path(__file__).parent / "results" / "speed"
 CONFIGS: dict[str, PeftConfig] = {
     "CROME": CromeConfig(branches=BOTH, init_weights=False),
     "LoRA": LoraConfig(r=13, target_modules=f"{LANGUAGE}(q_proj|v_proj)", init_lora_weights=False),
@@ -90,7 +88,7 @@ def main(
     device: Device = "cpu",
 ) -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
-    results = results_on(device, RESULTS)
+    results = results_on(device, SPEED)
     make = partial(backbone, device=device)
     with tempfile.TemporaryDirectory() as folder:
         ways = {
@@ -100,9 +98,7 @@ def main(
         }
         seconds = seconds_in_turn(ways, repeats, clock_on(device))
     record = {"seconds": seconds, "many": thousand(adapters, make, device), "machine": machine(device)}
-    write_json(results / "operations.json", record)
-    (results / "operations.md").write_text(table(record))
-    print(table(record))
+    publish(results / "operations", record, table(record))
     many = record["many"]
     print(f"{many['adapters']} adapters: {many['grown'] / 1e6:,.0f} MB for {many['weights'] / 1e6:,.0f} MB of weights")
 

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from benchmarks.devices import Device, clock_on, results_on
-from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in_turn
+from benchmarks.devices import SPEED, Device, clock_on, results_on
+from benchmarks.interleaved import machine, markdown, middle, publish, ratios, seconds_in_turn
 from benchmarks.methods import CROME, FLOOR, attach, backbone, batch_of, training_step
 from benchmarks.step_time import CASES, title
-from examples.easy_vqa.records import write_json
 
-RESULTS = Path(__file__).parent / "results" / "speed"
 INSIDE = 50  # number of steps of the adapter in a turn, since one takes milliseconds
 
 
@@ -76,12 +73,10 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main(repeats: Annotated[int, typer.Option(help="Number of repeats of each.")] = 9, device: Device = "cpu") -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
-    results = results_on(device, RESULTS)
+    results = results_on(device, SPEED)
     make = partial(backbone, device=device)
     records = [measure(case, repeats, make, device) for case in CASES if not case["compiled"]]
-    write_json(results / "own_work.json", records)
-    (results / "own_work.md").write_text(table(records))
-    print(table(records))
+    publish(results / "own_work", records, table(records))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import typer
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from benchmarks.devices import SPEED
 from benchmarks.interleaved import machine, markdown, middle, ratios, seconds_in_turn
 from benchmarks.labeled_logits import composite_of
 from benchmarks.methods import CROME, FIRST_WORD, IGNORED, LAST_WORD, attach, base_of, training_step
@@ -33,7 +34,6 @@ from peft_crome import logits_at_labels, pack_rows
 from peft_crome.backbone.packed_rows import best_fit, fullest
 from peft_crome.training.planning.padding import padding_of
 
-RESULTS = Path(__file__).parent / "results" / "speed"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 BEGIN, END = "<!-- begin: written by python -m benchmarks.padding -->", "<!-- end of padding -->"
 IMAGE, LONGEST, ROWS, PROMPT = 576, 2048, 20_000, 40  # PROMPT: system message, of Vicuna's template
@@ -184,7 +184,7 @@ def main(
     """Measure, and write the results and their part of docs/speed.md."""
     torch.set_num_threads(1)
     records = {"padding": measure_padding(), "step": measure_step(repeats, rows)}
-    write_json(RESULTS / "padding.json", records)
+    write_json(SPEED / "padding.json", records)
     rewrite(PAGE, BEGIN, END, text(**records))
     print(text(**records))
 

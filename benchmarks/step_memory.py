@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 
-from benchmarks.devices import Device, in_fresh_process, peak, results_on
-from benchmarks.interleaved import markdown
+from benchmarks.devices import SPEED, Device, in_fresh_process, peak, results_on
+from benchmarks.interleaved import markdown, publish
 from benchmarks.memory import GIVE_BACK, load
 from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, backbone, base_of, batch_of, training_step
-from examples.easy_vqa.records import write_json
 
-RESULTS = Path(__file__).parent / "results" / "speed"
 CASES = [{"nf4": nf4, "rows": 2, "tokens": 512} for nf4 in (False, True)]
 ALLOWED = 1.05
 
@@ -95,15 +92,13 @@ def main(
     if case is not None:
         print(json.dumps(measure(json.loads(case), device)))
         return
-    results = results_on(device, RESULTS)
+    results = results_on(device, SPEED)
     records = []
     for chosen in [{**case, "method": method} for case in CASES for method in CONFIGS]:
         arguments = ["--device", device, "--case", json.dumps(chosen)]
         records.append({**chosen, **in_fresh_process("benchmarks.step_memory", *arguments, **GIVE_BACK)})
         Console(stderr=True).print(f"{chosen}: {records[-1]['peak'] / 1e6:,.0f} MB", markup=False)
-    write_json(results / "step_memory.json", records)
-    (results / "step_memory.md").write_text(table(records))
-    print(table(records))
+    publish(results / "step_memory", records, table(records))
 
 
 if __name__ == "__main__":

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 
-from benchmarks.devices import Device, clock_on, results_on
-from benchmarks.interleaved import machine, markdown, middle, plot_ratios, ratios, seconds_in_turn
+from benchmarks.devices import SPEED, Device, clock_on, results_on
+from benchmarks.interleaved import machine, markdown, middle, plot_ratios, publish, ratios, seconds_in_turn
 from benchmarks.methods import CONFIGS, CROME, FLOOR, attach, backbone, batch_of, training_step
-from examples.easy_vqa.records import write_json
 
-RESULTS = Path(__file__).parent / "results" / "speed"
 GOAL = 1.02
 # Each case: language model in nf4, rows, tokens, compiled, methods.
 CASES: list[dict[str, Any]] = [
@@ -81,16 +78,14 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main(repeats: Annotated[int, typer.Option(help="Steps of each method.")] = 15, device: Device = "cpu") -> None:
     """Measure, write and print. Numbers are medians with the middle half."""
-    results = results_on(device, RESULTS)
+    results = results_on(device, SPEED)
     records = []
     for case in CASES:
         Console(stderr=True).print(str(case), markup=False)
         records.append(measure(case, repeats, partial(backbone, device=device), device))
-    write_json(results / "step_time.json", records)
-    (results / "step_time.md").write_text(table(records))
+    publish(results / "step_time", records, table(records))
     panels = {title(record): to_floor(record) for record in records}
     plot_ratios(panels, results / "step_time.png", "time of a training step / frozen model alone")
-    print(table(records))
 
 
 if __name__ == "__main__":
