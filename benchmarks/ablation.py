@@ -34,7 +34,7 @@ from benchmarks.interleaved import machine, markdown
 from benchmarks.pages import rewrite
 from benchmarks.variants import SOFT_TOKENS, VARIANTS, Variant
 from examples.easy_vqa import data, quickstart
-from examples.easy_vqa.evaluation import answer, score
+from examples.easy_vqa.evaluation import answer, score, spread
 from examples.easy_vqa.model import PROJECTION, backbone, frozen_dtype, processor, vision_features
 from examples.easy_vqa.records import write_json
 from examples.easy_vqa.training import Stage, fit
@@ -127,13 +127,13 @@ def write_report(results: Path = RESULTS) -> None:
         if not records:
             continue
         done += len(records)
-        values = {kind: [record["score"][kind]["accuracy"] for record in records] for kind in data.KINDS}
+        scores = [record["score"] for record in records]
         weights = records[0]["finetune"]["trained_parameters"]
         rates = f"{variant.align_rate:g} / {variant.finetune_rate:g}"
         dtypes = ", ".join(sorted({record["dtype"] for record in records}))
-        cells = [variant.name, len(records), *(_spread(values[kind], records, kind) for kind in data.KINDS)]
+        cells = [variant.name, len(records), *(spread(scores, kind) for kind in data.KINDS)]
         rows.append([*cells, f"{weights:,}", rates, dtypes])
-        points.append((variant, weights, values["what"]))
+        points.append((variant, weights, [score["what"]["accuracy"] for score in scores]))
     header = ["", "seeds", "what color / shape", "yes/no", "weights in (b)", "rates (a) / (b)", "frozen dtype"]
     table = markdown(header, rows)
     _replace(results / "table.md", lambda path: path.write_text(table))
@@ -143,12 +143,6 @@ def write_report(results: Path = RESULTS) -> None:
             DOCS / "images" / "ablation.png", lambda path: shutil.copy(results / "accuracy_over_weights.png", path)
         )
         rewrite(DOCS / "ablation.md", BEGIN, END, f"{done} of {len(plan())} runs are done.\n\n{table}")
-
-
-def _spread(values: list[float], records: list[dict[str, Any]], kind: str) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.1%} ± {records[0]['score'][kind]['stderr']:.1%}"
-    return f"{statistics.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
 
 
 def _plot(points: list[tuple[Variant, int, list[float]]], path: Path) -> None:

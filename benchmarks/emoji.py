@@ -11,7 +11,6 @@ held-out objects, the weights and the order of the data, for all methods alike. 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from benchmarks.devices import Device, is_gpu
 from benchmarks.interleaved import machine, markdown
 from benchmarks.pages import rewrite
 from examples.easy_vqa.demo import ALIGN_RATES, FINETUNE_RATES, NAMES
-from examples.easy_vqa.evaluation import accuracies, answer
+from examples.easy_vqa.evaluation import accuracies, answer, spread
 from examples.easy_vqa.language import columns, language_kept
 from examples.easy_vqa.model import frozen_dtype, load_stage, processor
 from examples.easy_vqa.records import write_json
@@ -111,13 +110,13 @@ def write_report(results: Path = RESULTS) -> str:
     rows = []
     if records:
         by_seed = {record["seed"]: record["most frequent kind"] for record in records}
-        guesses = [_each(list(by_seed.values()), name) for name in TESTS]
+        guesses = [spread(list(by_seed.values()), name) for name in TESTS]
         rows.append(["most frequent kind", len(by_seed), *guesses, "-", "-", "-", "-"])
     for method in METHODS:
         own = [record for record in records if record["method"] == method]
         if not own:
             continue
-        cells = [_each([record["score"] for record in own], name) for name in TESTS]
+        cells = [spread([record["score"] for record in own], name) for name in TESTS]
         cells += columns([record["language"] for record in own])
         rows.append([NAMES[method], len(own), *cells, f"{own[0]['finetune']['trained_parameters']:,}"])
     table = markdown(header, rows)
@@ -127,14 +126,6 @@ def write_report(results: Path = RESULTS) -> str:
         done = f"{len(records)} of {SEEDS * len(METHODS)} runs are done."
         rewrite(PAGE, BEGIN, END, f"{done}\n\n{table}")
     return table
-
-
-def _each(scores: list[dict[str, Any]], name: str) -> str:
-    """Format the mean over seeds with the lowest and the highest value; for one seed its standard error."""
-    values = [score[name]["accuracy"] for score in scores]
-    if len(values) == 1:
-        return f"{values[0]:.1%} ± {scores[0][name]['stderr']:.1%}"
-    return f"{statistics.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
 
 
 def main(

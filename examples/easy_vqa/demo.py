@@ -6,7 +6,6 @@ It can be resumed. Results are written as runs finish.
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from . import data, language, report
-from .evaluation import answer, score, score_yes_no
+from .evaluation import answer, score, score_yes_no, spread
 from .model import METHODS, load_stage, processor, vision_features
 from .records import write_json
 from .training import Stage, train_stage
@@ -97,14 +96,14 @@ def summarize(results: Path) -> list[dict[str, Any]]:
     ]
     for name, said in baselines.items():
         blind = [score(test, said)]
-        lines.append(f"| {name} | - | {_each(blind, 'what')} | {_each(blind, 'yes/no')} |" + " - |" * 4)
+        lines.append(f"| {name} | - | {spread(blind, 'what')} | {spread(blind, 'yes/no')} |" + " - |" * 4)
     for method in METHODS:
         own = [record for record in records if record["method"] == method]
         if not own:
             continue
         weights = f"{own[0]['align']['trained_parameters']:,} / {own[0]['finetune']['trained_parameters']:,}"
         scores = [record["score"] for record in own]
-        cells = [NAMES[method], len(own), _each(scores, "what"), _each(scores, "yes/no")]
+        cells = [NAMES[method], len(own), spread(scores, "what"), spread(scores, "yes/no")]
         measured = records if method == "projection" else own
         columns = language.base_columns if method == "projection" else language.columns
         cells += [*columns([r["language"] for r in measured if "language" in r]), weights]
@@ -113,17 +112,9 @@ def summarize(results: Path) -> list[dict[str, Any]]:
     for method in METHODS:
         scores = [record["yes_no"] for record in records if record["method"] == method]
         if scores:
-            lines.append(f"| {NAMES[method]} | {' | '.join(_each(scores, group) for group in data.YES_NO_GROUPS)} |")
+            lines.append(f"| {NAMES[method]} | {' | '.join(spread(scores, group) for group in data.YES_NO_GROUPS)} |")
     (results / "table.md").write_text("\n".join(lines) + "\n")
     curves = {f"{record['method']} seed {record['seed']}": record["finetune"]["losses"] for record in records}
     if curves:
         report.learning_curves(curves, results / "learning_curves.png")
     return records
-
-
-def _each(scores: list[dict[str, Any]], kind: str) -> str:
-    values = [score[kind]["accuracy"] for score in scores]
-    if len(values) == 1:
-        return f"{values[0]:.1%} ± {scores[0][kind]['stderr']:.1%}"
-    spread = f"{min(values):.1%} to {max(values):.1%}"
-    return f"{statistics.mean(values):.1%} ({spread})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 import torch
@@ -101,3 +102,17 @@ def accuracies(
             stderr = math.sqrt(accuracy * (1 - accuracy) / len(hits))
             result[name] = {"accuracy": accuracy, "stderr": stderr, "n": len(hits)}
     return result
+
+
+def spread(scores: list[dict[str, Any]], name: str) -> str:
+    """Format a group's accuracy for a table: the mean over seeds with the lowest and the highest, or for one seed its
+    standard error.
+
+    Args:
+        scores: results of `accuracies`, one per seed.
+        name: the group.
+    """
+    values = [score[name]["accuracy"] for score in scores]
+    if len(values) == 1:
+        return f"{values[0]:.1%} ± {scores[0][name]['stderr']:.1%}"
+    return f"{statistics.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
