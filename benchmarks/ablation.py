@@ -24,13 +24,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 import typer
 from rich.console import Console
 
 from benchmarks.devices import Device, is_gpu
-from benchmarks.interleaved import machine, markdown
+from benchmarks.interleaved import machine, markdown, save_plot
 from benchmarks.pages import rewrite
 from benchmarks.variants import SOFT_TOKENS, VARIANTS, Variant
 from examples.easy_vqa import data, quickstart
@@ -38,9 +38,6 @@ from examples.easy_vqa.evaluation import answer, score, spread
 from examples.easy_vqa.model import PROJECTION, backbone, frozen_dtype, processor, vision_features
 from examples.easy_vqa.records import write_json
 from examples.easy_vqa.training import Stage, fit
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results" / "ablation"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -136,12 +133,11 @@ def write_report(results: Path = RESULTS) -> None:
         points.append((variant, weights, [score["what"]["accuracy"] for score in scores]))
     header = ["", "seeds", "what color / shape", "yes/no", "weights in (b)", "rates (a) / (b)", "frozen dtype"]
     table = markdown(header, rows)
-    _replace(results / "table.md", lambda path: path.write_text(table))
-    _replace(results / "accuracy_over_weights.png", lambda path: _plot(points, path))
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "table.md").write_text(table)
+    _plot(points, results / "accuracy_over_weights.png")
     if results.resolve() == RESULTS.resolve():
-        _replace(
-            DOCS / "images" / "ablation.png", lambda path: shutil.copy(results / "accuracy_over_weights.png", path)
-        )
+        shutil.copy(results / "accuracy_over_weights.png", DOCS / "images" / "ablation.png")
         rewrite(DOCS / "ablation.md", BEGIN, END, f"{done} of {len(plan())} runs are done.\n\n{table}")
 
 
@@ -168,15 +164,7 @@ def _plot(points: list[tuple[Variant, int, list[float]]], path: Path) -> None:
     figure.suptitle("easy-VQA, 200 + 200 steps; mean and range over the seeds")
     for axis in (names, weights_axis):
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _replace(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"tmp-{path.name}")
-    write(temporary)
-    temporary.replace(path)
+    save_plot(figure, path)
 
 
 def _run_to_file(name: str, seed: int, results: Path, threads: int, dtype: torch.dtype, device: str) -> str:

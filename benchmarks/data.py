@@ -24,15 +24,12 @@ from typing import Annotated, Any
 
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
-import matplotlib
+import matplotlib.pyplot as plt
 import typer
+from PIL import Image
 
 from benchmarks.devices import in_fresh_process, status
-from benchmarks.interleaved import markdown
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from PIL import Image
+from benchmarks.interleaved import markdown, save_plot
 
 RESULTS = Path(__file__).parent / "results" / "data"
 PICTURES = 1000  # number of files, which rows share
@@ -231,8 +228,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     figure.legend(*speed.get_legend_handles_labels(), loc="outside upper center", ncols=len(WAYS), fontsize=9)
     for axis in (speed, memory):
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_plot(figure, path)
 
 
 def main(

@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks.devices import is_gpu
 from examples.easy_vqa.records import write_json
@@ -151,6 +152,11 @@ def plot_ratios(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path,
         axis.set_title(case, fontsize=9, loc="left")
         axis.grid(axis="x", alpha=0.3)
     axes[-1, 0].set_xlabel(label)
+    save_plot(figure, path)
+
+
+def save_plot(figure: Figure, path: Path) -> None:
+    """Write a plot as a whole or not at all, and close it."""
     temporary = path.with_name(f"tmp-{path.name}")
     figure.savefig(temporary, dpi=120)
     plt.close(figure)
