@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 
 from .parts import easy_vqa_dir
 
@@ -234,34 +235,26 @@ class Collator:
     def isolate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return position_ids, (rows, longest), and a mask, (rows, 1, longest, longest), with which a turn sees the
         prefix and itself."""
-        length = max(len(row["turn"]) for row in rows)
-        turn = torch.full((len(rows), length), -2)  # padding attends to padding
-        position_ids = torch.zeros(len(rows), length, dtype=torch.long)
-        for number, row in enumerate(rows):
-            size = len(row["turn"])
-            turn[number, :size] = torch.as_tensor(row["turn"])
-            position_ids[number, :size] = torch.as_tensor(row["position_ids"])
-        seen = (turn[:, :, None] == turn[:, None, :]) | (turn[:, None, :] == -1)
-        seen &= torch.ones(length, length, dtype=torch.bool).tril()
+        turn = _padded((row["turn"] for row in rows), -2)  # padding attends to padding
+        seen = ((turn[:, :, None] == turn[:, None, :]) | (turn[:, None, :] == -1)).tril()
         lowest = torch.finfo(torch.bfloat16).min
         mask = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, lowest)
+        position_ids = _padded(row["position_ids"] for row in rows)
         return {"position_ids": position_ids, "attention_mask": mask[:, None]}
 
     @staticmethod
     def pad(rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
         """Pad input_ids, attention_mask and labels of the rows to (rows, longest)."""
-        length = max(len(row["input_ids"]) for row in rows)
-        batch = {
-            "input_ids": torch.full((len(rows), length), pad_token_id),
-            "attention_mask": torch.zeros(len(rows), length, dtype=torch.long),
-            "labels": torch.full((len(rows), length), -100),
+        return {
+            "input_ids": _padded((row["input_ids"] for row in rows), pad_token_id),
+            "attention_mask": _padded([1] * len(row["input_ids"]) for row in rows),
+            "labels": _padded((row["labels"] for row in rows), -100),
         }
-        for number, row in enumerate(rows):
-            size = len(row["input_ids"])
-            batch["input_ids"][number, :size] = torch.as_tensor(row["input_ids"])
-            batch["labels"][number, :size] = torch.as_tensor(row["labels"])
-            batch["attention_mask"][number, :size] = 1
-        return batch
+
+
+def _padded(rows: Iterable[list[int]], padding: int = 0) -> torch.Tensor:
+    """Pad rows on the right to (rows, longest)."""
+    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=padding)
 
 
 def _take(items: list[int], count: int, seed: int) -> Iterator[int]:
