@@ -72,29 +72,18 @@ def conversation(number: int, image: int | None, turns: list[tuple[str, str]]) -
 
 def recipe(stage: str, output: Path, folder: Path, steps: int, rows: int, previous: str | None) -> dict[str, Any]:
     """Write a recipe with learning rates for these small models, since the paper's presets are for Vicuna."""
+    rates = {"qformer": 1e-4} if stage == "instruct" else {}
     values: dict[str, Any] = {
         "stage": stage,
         "output": str(output / stage),
         "data": [{"path": str(folder / f"{stage}-train.json"), "images": str(easy_vqa_dir() / "train" / "images")}],
         "system": data.SYSTEM,
-        "training": {
-            "batch_size": rows,
-            "max_steps": steps,
-            "learning_rate": 1e-3,
-            "learning_rates": {"qformer": 1e-4} if stage == "instruct" else {},
-            "initial_learning_rate": 1e-6,
-            "warmup_steps": steps // 20,
-            "weight_decay": 0.0,
-            "save_steps": 50,
-        },
+        "training": training_settings(steps, rows) | {"learning_rates": rates},
     }
     if previous is not None:
         return {**values, "previous": str(output / previous)}
     values["backbones"] = {
-        "vision": str(dinov2_small()),
-        "language": str(smollm2()),
-        "dtype": str(frozen_dtype()).removeprefix("torch."),
-        "vision_pool_size": 2,
+        **backbones(),
         "qformer": QFORMER,
         "qformer_tokenizer": str(smollm2()),
         "num_query_tokens": 8,
@@ -102,22 +91,48 @@ def recipe(stage: str, output: Path, folder: Path, steps: int, rows: int, previo
     return values
 
 
+def backbones() -> dict[str, Any]:
+    """Return the part of a recipe that names the quick start's frozen models."""
+    return {
+        "vision": str(dinov2_small()),
+        "language": str(smollm2()),
+        "dtype": str(frozen_dtype()).removeprefix("torch."),
+        "vision_pool_size": 2,
+    }
+
+
+def training_settings(steps: int, rows: int) -> dict[str, Any]:
+    """Return the part of a recipe that trains these small models."""
+    return {
+        "batch_size": rows,
+        "max_steps": steps,
+        "learning_rate": 1e-3,
+        "initial_learning_rate": 1e-6,
+        "warmup_steps": steps // 20,
+        "weight_decay": 0.0,
+        "save_steps": 50,
+    }
+
+
+def ask(directory: Path, test: Path, images: Path, answers: Path, *options: str) -> list[dict[str, Any]]:
+    """Answer a file of test questions with `peft-crome evaluate`, unless that is done, and return the answered rows.
+
+    Args:
+        directory: a stage, a model, or an adapter.
+        images: folder of the images.
+        answers: JSONL file to write.
+        options: further ones of the command line.
+    """
+    if not answers.is_file():
+        files = [str(directory), str(test), "--images", str(images), "--output", str(answers)]
+        peft_crome("evaluate", *files, "--batch-size", "32", "--max-new-tokens", "8", *options)
+    return [json.loads(line) for line in answers.read_text().splitlines()]
+
+
 def evaluate(directory: Path, stage: str, folder: Path) -> dict[str, Any]:
     """Compute `scores` of a stage's test questions, answered in a fresh process."""
     answers = directory.parent / f"{directory.name}-on-{stage}.jsonl"
-    if not answers.is_file():
-        images = ["--images", str(easy_vqa_dir() / "test" / "images")]
-        settings = ["--batch-size", "32", "--max-new-tokens", "8"]
-        _run(
-            "evaluate",
-            str(directory),
-            str(folder / f"{stage}-test.json"),
-            *images,
-            *settings,
-            "--output",
-            str(answers),
-        )
-    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    rows = ask(directory, folder / f"{stage}-test.json", easy_vqa_dir() / "test" / "images", answers)
     return scores([row["answer"] for row in rows], [row["expected"] for row in rows])
 
 
@@ -174,7 +189,8 @@ def language(directory: Path, text: str | None) -> dict[str, Any]:
     return found
 
 
-def _run(*arguments: str) -> None:
+def peft_crome(*arguments: str) -> None:
+    """Run the command line in a separate process."""
     subprocess.run([sys.executable, "-m", "peft_crome", *arguments], check=True)
 
 
@@ -204,7 +220,7 @@ def run(
             values["backbones"]["image_size"] = image_size
         file.write_text(yaml.safe_dump(values, sort_keys=False))
         if not (output / stage).is_dir():
-            _run("train", str(file))
+            peft_crome("train", str(file))
         record = json.loads((output / stage / "crome_stage.json").read_text())["stages"][-1]
         before = evaluate(output / previous, stage, folder) if previous else untrained(file, stage, folder)
         after = evaluate(output / stage, stage, folder)

@@ -9,10 +9,7 @@ Both sets are evaluated before and after each stage. Finished steps are skipped.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,10 +23,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from examples.easy_vqa import data
-from examples.easy_vqa.model import frozen_dtype
-from examples.easy_vqa.parts import dinov2_small, easy_vqa_dir, smollm2
+from examples.easy_vqa.parts import easy_vqa_dir
 from examples.easy_vqa.records import write_json
-from examples.easy_vqa.stages import conversation, every, together
+from examples.easy_vqa.stages import ask, backbones, conversation, every, peft_crome, together, training_settings
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TRAINING_DIGITS = 1400  # of 1,797, which are ordered by the people who wrote them
@@ -79,44 +75,30 @@ def recipe(stage: str, output: Path, steps: int, rows: int) -> dict[str, Any]:
     sets: list[dict[str, Any]] = [
         {"path": str(folder / f"{name}{captions}-train.json"), "images": images[name]} for name in SETS
     ]
-    parts = {"vision": str(dinov2_small()), "language": str(smollm2()), "vision_pool_size": 2, "image_size": 112}
-    parts["dtype"] = str(frozen_dtype()).removeprefix("torch.")
+    models = {"backbones": backbones() | {"image_size": 112}}
     return {
         "stage": stage,
         "output": str(output / stage),
-        **({"backbones": parts} if stage == "pretrain" else {"previous": str(output / "pretrain")}),
+        **(models if stage == "pretrain" else {"previous": str(output / "pretrain")}),
         "data": sets,
         "mixture": {"temperature": 2.0},
         "feature_cache": {"directory": str(output / "features"), "max_gigabytes": 1},
         "system": data.SYSTEM,
-        "training": {
-            "batch_size": rows,
-            "max_steps": steps,
-            "learning_rate": 1e-3,
-            "initial_learning_rate": 1e-6,
-            "warmup_steps": steps // 20,
-            "weight_decay": 0.0,
-            "save_steps": 50,
-        },
+        "training": training_settings(steps, rows),
     }
 
 
-def peft_crome(*arguments: str) -> None:
-    """Run the command line in a separate process."""
-    subprocess.run([sys.executable, "-m", "peft_crome", *arguments], check=True)
+def ask_set(directory: Path, name: str, folder: Path, answers: Path, *options: str) -> list[dict[str, Any]]:
+    """Answer a set's test questions as `stages.ask` does."""
+    images = easy_vqa_dir() / "test" / "images" if name == "easy_vqa" else folder / "digits"
+    return ask(directory, folder / f"{name}-test.json", images, answers, *options)
 
 
 def accuracy(output: Path, stage: str, name: str) -> dict[str, float]:
     """Measure exact match of a set's test questions after a stage."""
     from peft_crome.training import exact_match
 
-    answers = output / f"{stage}-on-{name}.jsonl"
-    if not answers.is_file():
-        folder = output / "data"
-        images = easy_vqa_dir() / "test" / "images" if name == "easy_vqa" else folder / "digits"
-        test = [str(folder / f"{name}-test.json"), "--images", str(images), "--output", str(answers)]
-        peft_crome("evaluate", str(output / stage), *test, "--batch-size", "32", "--max-new-tokens", "8")
-    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    rows = ask_set(output / stage, name, output / "data", output / f"{stage}-on-{name}.jsonl")
     return exact_match([row["answer"] for row in rows], [row["expected"] for row in rows])
 
 

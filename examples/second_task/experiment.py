@@ -27,11 +27,12 @@ from rich.table import Table
 from examples.easy_vqa import data
 from examples.easy_vqa.demo import FINETUNE_RATES
 from examples.easy_vqa.model import processor, vision_features
-from examples.easy_vqa.parts import easy_vqa_dir, english_text
+from examples.easy_vqa.parts import english_text
 from examples.easy_vqa.quickstart import ALIGN, FINETUNE
 from examples.easy_vqa.records import write_json
+from examples.easy_vqa.stages import peft_crome
 from examples.easy_vqa.training import train_stage
-from examples.mixture.experiment import peft_crome, write_data
+from examples.mixture.experiment import ask_set, write_data
 
 TASKS = {"digits": "digits", "easy_vqa": "easy-VQA, what color / what shape"}
 
@@ -56,12 +57,7 @@ def save_model(output: Path, steps: int) -> Path:
 def score(model: Path, name: str, output: Path) -> dict[str, float]:
     """Measure exact match on a task's test questions with `peft-crome evaluate`."""
     answers = output / f"{model.name}-on-{name}.jsonl"
-    if not answers.is_file():
-        folder = output / "data"
-        images = easy_vqa_dir() / "test" / "images" if name == "easy_vqa" else folder / "digits"
-        test = [str(folder / f"{name}-test.json"), "--images", str(images), "--output", str(answers)]
-        settings = ["--batch-size", "32", "--max-new-tokens", "8", "--system", data.SYSTEM]
-        peft_crome("evaluate", str(model), *test, *settings)
+    ask_set(model, name, output / "data", answers, "--system", data.SYSTEM)
     scores = json.loads(answers.with_suffix(".scores.json").read_text())["scores"]
     return scores["exact_match"]  # type: ignore[no-any-return]
 
