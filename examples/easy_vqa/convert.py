@@ -21,10 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
-
-# DINOv2's own preprocessing normalizes with the ImageNet statistics, per RGB channel.
-IMAGENET_MEAN = [0.485, 0.456, 0.406]
-IMAGENET_STD = [0.229, 0.224, 0.225]
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 # The exporter split the position embeddings (CLS, then 37 x 37 patches) into two anonymous constants.
 ONNX_POSITION_EMBEDDINGS = ("onnx::Concat_1957", "onnx::Reshape_1962")
@@ -135,14 +132,8 @@ def convert_dinov2_small(onnx_file: Path, target: Path) -> None:
     BitImageProcessorPil(
         size={"shortest_edge": 112},
         crop_size={"height": 112, "width": 112},
-        resample=3,  # bicubic
-        do_resize=True,
-        do_center_crop=True,
-        do_rescale=True,
-        do_normalize=True,
-        do_convert_rgb=True,
-        image_mean=IMAGENET_MEAN,
-        image_std=IMAGENET_STD,
+        image_mean=IMAGENET_DEFAULT_MEAN,  # as DINOv2's own preprocessing
+        image_std=IMAGENET_DEFAULT_STD,
     ).save_pretrained(target)
 
 
