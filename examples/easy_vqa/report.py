@@ -68,8 +68,8 @@ def print_language(kept: dict[str, Any]) -> None:
 
 def markdown_table(rows: list[Row]) -> str:
     """Format the same table in Markdown for a README."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
-    return "\n".join(lines + ["| " + " | ".join(columns(row)) + " |" for row in rows]) + "\n"
+    lines = [HEADER, ["---"] * len(HEADER), *map(columns, rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def contact_sheet(questions: list[Row], answers: list[str], path: Path, count: int = 24) -> None:
