@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,15 +10,13 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from benchmarks.variants import ALL_LINEAR, IA3, LANGUAGE, PROMPT, SOFT_TOKENS
-from examples.easy_vqa.model import frozen_dtype, nf4
-from examples.easy_vqa.parts import dinov2_small, smollm2
+from examples.easy_vqa.model import composite
 from peft_crome import CromeConfig, CromeVLMForConditionalGeneration
 from peft_crome.tuner.sites.find import find_branches
 
 FLOOR = "frozen model alone"
 CROME = "CROME"
 BOTH = ["text", "vision"]  # CROME's full cost: the default has no text branch and costs less
-POOL_SIZE = 2  # 16 image tokens
 FIRST_WORD, LAST_WORD = 20, 2000  # random text of ordinary tokens
 IGNORED = -100
 
@@ -33,34 +30,17 @@ CONFIGS: dict[str, PeftConfig | None] = {
 }
 
 
-def backbone(
-    in_nf4: bool = False,
-    language: Path | None = None,
-    dtype: torch.dtype | None = None,
-    device: str = "cpu",
-    image_size: int | None = None,
-) -> CromeVLMForConditionalGeneration:
-    """Join frozen DINOv2-small and a language model; 16 tokens per image.
+def backbone(in_nf4: bool = False, device: str = "cpu", **options: Any) -> CromeVLMForConditionalGeneration:
+    """Join the quick start's frozen backbones on a device.
 
     Args:
         in_nf4: whether to quantize the language model to nf4.
-        language: directory of the language model; None: SmolLM2-135M.
-        dtype: None: the dtype that is fast on this machine.
-        device: device of the model.
-        image_size: size of the images in pixels; None: the tower's.
+        options: further arguments of `model.composite`.
     """
-    composite = CromeVLMForConditionalGeneration.from_backbones(
-        vision=str(dinov2_small()),
-        language=str(language or smollm2()),
-        quantization_config=nf4() if in_nf4 else None,
-        dtype=dtype or frozen_dtype(),
-        device_map=None if device == "cpu" else device,
-        vision_pool_size=POOL_SIZE,
-        image_size=image_size,
-    )
+    made = composite(in_nf4=in_nf4, device_map=None if device == "cpu" else device, **options)
     if device == "cpu":
-        composite.language_model.set_attn_implementation("eager")  # faster on a CPU, as in the quick start
-    return composite
+        made.language_model.set_attn_implementation("eager")  # faster on a CPU, as in the quick start
+    return made
 
 
 def attach(composite: nn.Module, method: str) -> Any:

@@ -56,18 +56,33 @@ def nf4() -> BitsAndBytesConfig:
     )
 
 
+def composite(
+    dtype: torch.dtype | None = None, in_nf4: bool = False, language: Path | None = None, **options: Any
+) -> CromeVLMForConditionalGeneration:
+    """Join frozen DINOv2-small and a language model; 16 tokens per image.
+
+    Args:
+        dtype: None: the dtype that is fast on this machine.
+        in_nf4: whether to quantize the language model to nf4.
+        language: directory of the language model; None: SmolLM2-135M.
+        options: further arguments of `from_backbones`.
+    """
+    return CromeVLMForConditionalGeneration.from_backbones(
+        vision=str(dinov2_small()),
+        language=str(language or smollm2()),
+        quantization_config=nf4() if in_nf4 else None,
+        dtype=dtype or frozen_dtype(),
+        vision_pool_size=POOL_SIZE,
+        **options,
+    )
+
+
 def backbone(method: str, dtype: torch.dtype | None = None) -> CromeVLMForConditionalGeneration:
     """Load both frozen backbones (the language model in nf4 for "crome-both-4bit") and a new projection in fp32.
 
     Without `dtype` the backbones get the dtype that is fast on this machine.
     """
-    model = CromeVLMForConditionalGeneration.from_backbones(
-        vision=str(dinov2_small()),
-        language=str(smollm2()),
-        quantization_config=nf4() if method == "crome-both-4bit" else None,
-        dtype=dtype or frozen_dtype(),
-        vision_pool_size=POOL_SIZE,
-    )
+    model = composite(dtype, in_nf4=method == "crome-both-4bit")
     model.image_projection.float()
     return _eager(model)
 
