@@ -19,9 +19,8 @@ QUESTIONS = {"what": 200, "yes/no": 400}
 
 def split(questions: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Split the training questions by image into questions to train on and questions to validate on."""
-    held_out = [row["image_id"] % VALIDATION == 0 for row in questions]
-    pairs = list(zip(questions, held_out, strict=True))
-    return [row for row, out in pairs if not out], [row for row, out in pairs if out]
+    train = [row for row in questions if row["image_id"] % VALIDATION != 0]
+    return train, [row for row in questions if row["image_id"] % VALIDATION == 0]
 
 
 def run(
