@@ -36,11 +36,6 @@ def write_page(record: dict[str, Any] | None) -> None:
     rewrite(PAGE, BEGIN, END, tables(record) if record else NOT_RUN)
 
 
-def section_of_the_page() -> str:
-    """Return the text between the marks."""
-    return PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip("\n") + "\n"
-
-
 def _machine(facts: dict[str, Any]) -> str:
     """Describe the machine in a sentence."""
     if "gpu" not in facts:
@@ -60,7 +55,7 @@ def _step_rows(section: dict[str, Any]) -> Rows:
     for way, values in seconds.items():
         memory = f"{peaks[way] / 2**30:.1f}" if peaks[way] else OUT_OF_MEMORY
         share = f"{peaks[way] / peaks[FLOOR]:.3f}" if peaks[way] and peaks[FLOOR] else ""
-        times = [_thousand(values, 1), _to(values, seconds[FLOOR])]
+        times = [_milliseconds(values), _to(values, seconds[FLOOR])]
         rows.append([_name(section), way, f"{section['trained'].get(way, 0):,}", *times, memory, share])
     return rows
 
@@ -68,7 +63,7 @@ def _step_rows(section: dict[str, Any]) -> Rows:
 def _decoding_rows(section: dict[str, Any]) -> Rows:
     seconds = section["seconds"]
     return [
-        [_name(section), way, _rate(values), _thousand(values, 1), _to(values, seconds[decoding.BASE])]
+        [_name(section), way, _rate(values), _milliseconds(values), _to(values, seconds[decoding.BASE])]
         for way, values in seconds.items()
     ]
 
@@ -89,8 +84,8 @@ def _to(values: list[float], base: list[float]) -> str:
     return "1" if values is base and values else middle(ratios(values, base)) if values and base else ""
 
 
-def _thousand(values: list[float], digits: int) -> str:
-    return middle([1000 * value for value in values], digits)
+def _milliseconds(seconds: list[float]) -> str:
+    return middle([1000 * value for value in seconds], 1)
 
 
 def _rate(seconds: list[float]) -> str:
