@@ -18,7 +18,16 @@ from ..quantization import load_config
 from ..recipe.schema import Adapter, Backbones, Recipe
 from ..stages import STAGES, modules_to_save
 from .host import build_on_host, host_of
-from .previous import check_reader, check_same, follow_moved_backbones, go_on_with, local_directory, located
+from .previous import (
+    check_reader,
+    check_same,
+    follow_moved_backbones,
+    go_on_with,
+    load_named,
+    local_directory,
+    located,
+)
+from .skeleton import tower_width
 from .zero3 import without_zero3
 
 
@@ -94,19 +103,10 @@ def _check_names(backbones: Backbones) -> None:
         "language": backbones.text_revision,
     }
     for key, revision in revisions.items():
-        name = getattr(backbones, key)
-        if name is not None:
-            try:
-                AutoConfig.from_pretrained(name, revision=revision)
-            except (OSError, ValueError) as error:
-                raise StageError(f"backbones.{key}: {name!r} cannot be loaded: {error}") from error
+        if (name := getattr(backbones, key)) is not None:
+            load_named(AutoConfig, f"backbones.{key}", name, revision)
     if backbones.qformer_tokenizer is not None:
-        try:
-            size = len(AutoTokenizer.from_pretrained(backbones.qformer_tokenizer))
-        except (OSError, ValueError) as error:
-            raise StageError(
-                f"backbones.qformer_tokenizer: {backbones.qformer_tokenizer!r} cannot be loaded: {error}"
-            ) from error
+        size = len(load_named(AutoTokenizer, "backbones.qformer_tokenizer", backbones.qformer_tokenizer))
         known = InstructBlipQFormerConfig(**backbones.qformer).vocab_size if backbones.qformer else size
         if known < size:
             raise StageError(
@@ -139,7 +139,9 @@ def _from_backbones(backbones: Backbones) -> tuple[Any, CromeVLMProcessor]:
     else:
         qformer = None
         if backbones.qformer is not None:
-            qformer = {"encoder_hidden_size": _tower_width(backbones)} | backbones.qformer
+            tower = AutoConfig.from_pretrained(backbones.vision, revision=backbones.vision_revision)
+            width = tower_width(getattr(tower, "vision_config", tower))
+            qformer = {"encoder_hidden_size": width} | backbones.qformer
         composite = CromeVLMForConditionalGeneration.from_backbones(
             vision=located(backbones.vision), qformer=qformer, **arguments
         )
@@ -152,14 +154,6 @@ def _from_backbones(backbones: Backbones) -> tuple[Any, CromeVLMProcessor]:
     if backbones.qformer_tokenizer is not None and processor.qformer_tokenizer is None:
         raise StageError("backbones.qformer_tokenizer: BLIP-2's Q-Former reads no instructions. Take that key out.")
     return composite, processor
-
-
-def _tower_width(backbones: Backbones) -> int:
-    revision = {"revision": backbones.vision_revision} if backbones.vision_revision else {}
-    config = AutoConfig.from_pretrained(backbones.vision, **revision)
-    tower = getattr(config, "vision_config", config)
-    widths = getattr(tower, "hidden_sizes", None)
-    return widths[-1] if widths else tower.hidden_size
 
 
 def prepare_processor(processor: Any, recipe: Recipe) -> None:

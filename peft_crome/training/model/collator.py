@@ -56,8 +56,7 @@ def _of_backbones(backbones: Backbones) -> tuple[CromeVLMConfig, CromeVLMProcess
     config = composite_config(backbones)
     with torch.device("meta"), no_init_weights():
         CromeVLMForConditionalGeneration(config)  # the constructor counts the tokens of an image
-    revision = {} if backbones.text_revision is None else {"revision": backbones.text_revision}
-    tokenizer = AutoTokenizer.from_pretrained(backbones.language, **revision)
+    tokenizer = AutoTokenizer.from_pretrained(backbones.language, revision=backbones.text_revision)
     config.image_token_id = ensure_image_token(tokenizer)[1]
     config.vision_model_name_or_path = backbones.vision or backbones.instructblip
     config.qformer_model_name_or_path = backbones.instructblip

@@ -44,6 +44,21 @@ def located(name: Any) -> Any:
     return str(Path(name).resolve()) if isinstance(name, str) and Path(name).is_dir() else name
 
 
+def load_named(kind: Any, key: str, name: str, revision: str | None = None) -> Any:
+    """Load a configuration or a tokenizer from a folder or the Hub.
+
+    Args:
+        kind: `AutoConfig` or `AutoTokenizer`.
+        key: the recipe's key that names it.
+    Raises:
+        StageError: it cannot be loaded; names the key and the reason.
+    """
+    try:
+        return kind.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise StageError(f"{key}: {name!r} cannot be loaded: {error}") from error
+
+
 def follow_moved_backbones(recipe: Recipe, composite: CromeVLMConfig) -> None:
     """Replace missing folders in a directory's configuration by the places in the recipe's backbones.
 
@@ -74,10 +89,7 @@ def follow_moved_backbones(recipe: Recipe, composite: CromeVLMConfig) -> None:
 
 
 def _check_same_language_model(name: str, stored: Any) -> None:
-    try:
-        text_config = AutoConfig.from_pretrained(name).get_text_config(decoder=True)
-    except (OSError, ValueError) as error:
-        raise StageError(f"backbones.language: {name!r} cannot be loaded: {error}") from error
+    text_config = load_named(AutoConfig, "backbones.language", name).get_text_config(decoder=True)
     stored = stored.get_text_config(decoder=True)
     different = [
         f"{key} {getattr(text_config, key)!r}, not {getattr(stored, key)!r}"
@@ -144,10 +156,7 @@ def check_reader(recipe: Recipe, processor: CromeVLMProcessor) -> None:
     name = recipe.backbones.qformer_tokenizer if recipe.backbones is not None else None
     if name is None:
         return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise StageError(f"backbones.qformer_tokenizer: {name!r} cannot be loaded: {error}") from error
+    tokenizer = load_named(AutoTokenizer, "backbones.qformer_tokenizer", name)
     reader = processor.qformer_tokenizer
     if reader is None or tokenizer.get_vocab() != reader.get_vocab():
         there = "no tokenizer for a Q-Former" if reader is None else "another tokenizer for its Q-Former"

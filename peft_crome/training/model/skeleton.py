@@ -16,12 +16,12 @@ from ...vlm import CromeVLMConfig, CromeVLMForConditionalGeneration
 from ...vlm.backbones import Loading, language_class, processor_image_size
 from ...vlm.blip_parts import PARTS_CLASSES
 from ...vlm.vision import build_tower, find_vision_model
-from ..errors import StageError
 from ..quantization import Bits, bits_of, settings
 from ..recipe.schema import Backbones
 from ..stages import Stage, modules_to_save
 from .host import auto_class
 from .packed import pack
+from .previous import load_named
 from .zero3 import without_zero3
 
 
@@ -32,17 +32,17 @@ def composite_config(backbones: Backbones) -> CromeVLMConfig:
         StageError, ValueError: a configuration cannot be loaded, or belongs to no tower or language model.
     """
     dtype = getattr(torch, backbones.dtype)
-    language = read_config("backbones.language", backbones.language, backbones.text_revision)
+    language = load_named(AutoConfig, "backbones.language", backbones.language, backbones.text_revision)
     language_class(language)  # raises if it is not a language model
     key = "vision" if backbones.vision is not None else "instructblip"
     name: str = getattr(backbones, key)
-    stored = read_config(f"backbones.{key}", name, backbones.vision_revision)
+    stored = load_named(AutoConfig, f"backbones.{key}", name, backbones.vision_revision)
     tower = stored.vision_config if stored.model_type in PARTS_CLASSES else _tower_config(stored)
     queries, qformer = backbones.num_query_tokens, None
     if backbones.instructblip is not None:
         queries, qformer = stored.num_query_tokens, stored.qformer_config
     elif backbones.qformer is not None:
-        width = getattr(tower, "hidden_size", None) or tower.hidden_sizes[-1]
+        width = tower_width(tower)
         qformer = {"encoder_hidden_size": width, "model_type": "instructblip_qformer", **backbones.qformer}
     for part in (language, tower):
         part.dtype = dtype
@@ -63,16 +63,9 @@ def composite_config(backbones: Backbones) -> CromeVLMConfig:
     )
 
 
-def read_config(key: str, name: str, revision: str | None = None) -> PreTrainedConfig:
-    """Load a model's configuration from a folder or the Hub.
-
-    Raises:
-        StageError: it cannot be loaded; names the key and the reason.
-    """
-    try:
-        return AutoConfig.from_pretrained(name, **({} if revision is None else {"revision": revision}))
-    except (OSError, ValueError) as error:
-        raise StageError(f"{key}: {name!r} cannot be loaded: {error}") from error
+def tower_width(tower: PreTrainedConfig) -> int:
+    """Return the features of an image patch; a tower with stages has a width for each."""
+    return getattr(tower, "hidden_size", None) or tower.hidden_sizes[-1]
 
 
 @without_zero3()

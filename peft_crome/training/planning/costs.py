@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import AutoConfig
 
 from ...backbone.model import input_embeddings
 from ...data import ConversationCollator
@@ -16,8 +17,8 @@ from ...tuner import CromeConfig
 from ...vlm import CromeVLMConfig
 from ..errors import StageError
 from ..model.host import host_of, place_of_processor, read_processor
-from ..model.previous import check_same, follow_moved_backbones
-from ..model.skeleton import composite_config, host_skeleton, read_config, skeleton
+from ..model.previous import check_same, follow_moved_backbones, load_named
+from ..model.skeleton import composite_config, host_skeleton, skeleton
 from ..quantization import Bits
 from ..recipe.schema import Adapter, Host, Recipe
 from ..stages import STAGES
@@ -59,7 +60,7 @@ def model_skeleton(name: str, dtype: str, quantization: Bits | None) -> PeftMode
     Raises:
         StageError, ValueError: the configuration cannot be loaded, or belongs to another kind of model.
     """
-    config = read_config("model", name)
+    config = load_named(AutoConfig, "model", name)
     # Only a row's tokens are known, not which of them are image tokens. An adapter on all tokens costs no less.
     return host_skeleton(config, getattr(torch, dtype), quantization, CromeConfig(branches=["text"]))
 
