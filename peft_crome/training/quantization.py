@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from transformers import BitsAndBytesConfig
 
+from ..vlm.configuration_crome_vlm import quantization_to_dict
+
 Bits = Literal["4bit", "8bit"]  # nf4 with double quantization, or LLM.int8
 
 
-def settings(bits: Bits) -> dict[str, Any]:
+def settings(bits: Bits | None) -> dict[str, Any] | None:
     """Return the settings that a configuration stores; bitsandbytes need not be installed."""
-    return {"quant_method": "bitsandbytes", f"load_in_{bits}": True}
+    return None if bits is None else {"quant_method": "bitsandbytes", f"load_in_{bits}": True}
 
 
 def load_config(bits: Bits | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -35,12 +36,7 @@ def load_config(bits: Bits | None, dtype: torch.dtype) -> BitsAndBytesConfig | N
     )
 
 
-def stored_bits(config: Any) -> Bits | None:
-    """Return how bitsandbytes quantized a loaded model, from its configuration."""
-    stored = getattr(config, "quantization_config", None)
-    return bits_of(stored if isinstance(stored, dict | None) else stored.to_dict())
-
-
-def bits_of(stored: Mapping[str, Any] | None) -> Bits | None:
-    """Return the quantization of a stored configuration; None for none, or for another library's."""
-    return next((bits for bits in get_args(Bits) if (stored or {}).get(f"load_in_{bits}")), None)
+def bits_of(quantization: Any) -> Bits | None:
+    """Return how a quantization configuration, or its dictionary, packs weights; None for another library's."""
+    values = quantization_to_dict(quantization) or {}
+    return next((bits for bits in get_args(Bits) if values.get(f"load_in_{bits}")), None)

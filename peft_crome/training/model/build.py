@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoConfig, AutoTokenizer, InstructBlipQFormerConfig
-from transformers.utils import is_bitsandbytes_available
 
 from ...data import CHAT_TEMPLATES
 from ...tuner import CromeConfig
@@ -19,6 +18,7 @@ from ..recipe.schema import Adapter, Backbones, Recipe
 from ..stages import STAGES, modules_to_save
 from .host import build_on_host, host_of
 from .previous import (
+    check_installed,
     check_reader,
     check_same,
     follow_moved_backbones,
@@ -114,11 +114,7 @@ def _check_names(backbones: Backbones) -> None:
                 f"vocab_size: {size}."
             )
     for key in ("quantization", "vision_quantization"):
-        if getattr(backbones, key) is not None and not is_bitsandbytes_available():
-            raise StageError(
-                f"backbones.{key}: {getattr(backbones, key)!r} needs bitsandbytes. Write: "
-                'pip install "peft-crome[quantization]"'
-            )
+        check_installed(f"backbones.{key}", getattr(backbones, key))
 
 
 def _from_backbones(backbones: Backbones) -> tuple[Any, CromeVLMProcessor]:

@@ -15,7 +15,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
-from transformers.utils import CONFIG_NAME, cached_file, is_bitsandbytes_available
+from transformers.utils import CONFIG_NAME, cached_file
 
 from ...tuner import CromeConfig
 from ...vlm.backbones import language_class
@@ -24,7 +24,7 @@ from ..errors import StageError
 from ..quantization import bits_of, load_config
 from ..recipe.schema import Adapter, Host, Recipe
 from ..stages import ADAPTER
-from .previous import check_same_adapter, go_on_with, located
+from .previous import check_installed, check_same_adapter, go_on_with, located
 
 
 def is_adapter(directory: str) -> bool:
@@ -137,11 +137,7 @@ def read_model(host: Host, config: Any, device: Any = None) -> Any:
     Raises:
         StageError: the model cannot be loaded, or bitsandbytes is missing.
     """
-    if host.quantization is not None and not is_bitsandbytes_available():
-        raise StageError(
-            f"model.quantization: {host.quantization!r} needs bitsandbytes. Write: pip install "
-            '"peft-crome[quantization]"'
-        )
+    check_installed("model.quantization", host.quantization)
     dtype: Any = getattr(torch, host.dtype) if host.dtype is not None else "auto"
     computed = dtype if host.dtype is not None else getattr(config, "dtype", None) or torch.float32
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": device, **_revision(host.revision)}

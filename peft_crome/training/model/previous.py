@@ -9,12 +9,13 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, InstructBlipQFormerConfig
+from transformers.utils import is_bitsandbytes_available
 
 from ...tuner import CromeConfig
 from ...vlm import CromeVLMConfig, CromeVLMProcessor
 from ...vlm.configuration_crome_vlm import IMAGE_OPTIONS
 from ..errors import StageError
-from ..quantization import bits_of
+from ..quantization import Bits, bits_of
 from ..recipe.schema import Recipe
 
 QFORMER_SIZES = (
@@ -57,6 +58,16 @@ def load_named(kind: Any, key: str, name: str, revision: str | None = None) -> A
         return kind.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise StageError(f"{key}: {name!r} cannot be loaded: {error}") from error
+
+
+def check_installed(key: str, bits: Bits | None) -> None:
+    """Check that bitsandbytes is installed if a recipe's key asks for it.
+
+    Raises:
+        StageError: it is missing.
+    """
+    if bits is not None and not is_bitsandbytes_available():
+        raise StageError(f'{key}: {bits!r} needs bitsandbytes. Write: pip install "peft-crome[quantization]"')
 
 
 def follow_moved_backbones(recipe: Recipe, composite: CromeVLMConfig) -> None:

@@ -15,6 +15,7 @@ from ...tuner.guard import disarm
 from ...vlm import CromeVLMConfig, CromeVLMForConditionalGeneration
 from ...vlm.backbones import Loading, language_class, processor_image_size
 from ...vlm.blip_parts import PARTS_CLASSES
+from ...vlm.configuration_crome_vlm import quantization_to_dict
 from ...vlm.vision import build_tower, find_vision_model
 from ..quantization import Bits, bits_of, settings
 from ..recipe.schema import Backbones
@@ -52,10 +53,8 @@ def composite_config(backbones: Backbones) -> CromeVLMConfig:
         vision_revision=backbones.vision_revision,
         text_revision=backbones.text_revision,
         qformer_revision=backbones.vision_revision if backbones.instructblip is not None else None,
-        text_quantization_config=None if backbones.quantization is None else settings(backbones.quantization),
-        vision_quantization_config=(
-            None if backbones.vision_quantization is None else settings(backbones.vision_quantization)
-        ),
+        text_quantization_config=settings(backbones.quantization),
+        vision_quantization_config=settings(backbones.vision_quantization),
         image_token_id=language.get_text_config().vocab_size,
         image_size=backbones.image_size or processor_image_size(name, backbones.vision_revision, Loading()),
         qformer_config=qformer,
@@ -125,16 +124,16 @@ def quantization_of(config: CromeVLMConfig, part: str) -> Bits | None:
         "language_model": ("text", "quantization"),
     }[part]
     part_config = getattr(config, f"{which}_config")
-    stored: Any = getattr(config, f"{which}_quantization_config") or getattr(part_config, "quantization_config", None)
-    if stored is None:
-        return None
-    values = stored if isinstance(stored, dict) else stored.to_dict()
-    if (bits := bits_of(values)) is not None:
-        return bits
-    raise ValueError(
-        f"The {part} is quantized with {values.get('quant_method')!r}; its memory is predicted for bitsandbytes' 4 "
-        f"and 8 bits alone. Name the checkpoint that is not quantized, with {recipe_key}: 4bit."
+    stored = quantization_to_dict(
+        getattr(config, f"{which}_quantization_config") or getattr(part_config, "quantization_config", None)
     )
+    bits = bits_of(stored)
+    if stored is not None and bits is None:
+        raise ValueError(
+            f"The {part} is quantized with {stored.get('quant_method')!r}; its memory is predicted for bitsandbytes' "
+            f"4 and 8 bits alone. Name the checkpoint that is not quantized, with {recipe_key}: 4bit."
+        )
+    return bits
 
 
 def _tower_config(stored: Any) -> Any:

@@ -25,7 +25,7 @@ from ...vlm import CromeVLMForConditionalGeneration
 from ..errors import RecipeError
 from ..loop.trainer import CromeTrainer
 from ..model.skeleton import host_skeleton, skeleton
-from ..quantization import stored_bits
+from ..quantization import bits_of
 from ..recipe.schema import Recipe
 from ..stages import STAGES, count_trained, trained_parameters
 from .costs import frozen_dtype
@@ -155,7 +155,8 @@ def preflight(
             if isinstance(model.get_base_model(), CromeVLMForConditionalGeneration):
                 shape = skeleton(config, STAGES[recipe.stage], adapter)
             else:  # only a row's tokens are known, not which are image tokens
-                shape = host_skeleton(config, dtype, stored_bits(config), CromeConfig(branches=["text"]))
+                stored = getattr(config, "quantization_config", None)
+                shape = host_skeleton(config, dtype, bits_of(stored), CromeConfig(branches=["text"]))
         cost = predict_step(shape, size, **settings)
         seconds = device.seconds(cost.flops * arguments.gradient_accumulation_steps, mixed or dtype)
         if cost.peak > device.memory:
