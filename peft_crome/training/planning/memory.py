@@ -7,18 +7,21 @@ architecture keeps for its backward pass is therefore counted, without a formula
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from ...backbone.model import unwrapped
 from ...vlm import CromeVLMForConditionalGeneration
@@ -26,18 +29,9 @@ from ..stages import ADAPTER
 
 ADAM_STATES = 2  # states of AdamW per trained weight, in its dtype
 
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
-
-
-CPU_ATTENTION = {  # torch's counter leaves these out
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+CPU_ATTENTION = {  # torch's counter leaves these out; it wraps a formula itself
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop.__wrapped__,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop.__wrapped__,
 }
 
 
@@ -93,16 +87,13 @@ class StepCost:
         return self.peak - sum(self.weights.values()) - self.optimizer
 
 
-@dataclass
 class _Live(TorchDispatchMode):
     """Count the bytes of all tensors that are alive."""
 
-    now: int = 0
-    peak: int = 0
-    seen: Any = field(default_factory=weakref.WeakKeyDictionary)
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.now = self.peak = 0
+        self.seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -115,7 +106,7 @@ class _Live(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage not in self.seen:
             size = storage.nbytes()
-            self.seen[storage] = size
+            self.seen.add(storage)
             self.now += size
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._drop, size)
@@ -159,9 +150,7 @@ def predict_step(
             batch: dict[str, Any] = _batch(model, size)
             if gradient_checkpointing:
                 batch["use_cache"] = False  # transformers would set it and warn each time
-            with ExitStack() as modes:
-                modes.enter_context(live)
-                modes.enter_context(flops)
+            with live, flops:
                 if accumulate:
                     for tensor in tensors:
                         if tensor.requires_grad:
@@ -188,34 +177,17 @@ def predict_step(
 @contextmanager
 def _fake(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Replace tensors on the meta device by ones that claim to be on the CPU, and remove these afterwards."""
-    places = [
-        (tensors, name, tensor)
-        for module in model.modules()
-        for tensors in (module._parameters, module._buffers)
-        for name, tensor in tensors.items()
-        if tensor is not None
-    ]
-    made: dict[int, torch.Tensor] = {}  # tied weights stay tied
-    for _, _, tensor in places:
-        if id(tensor) not in made:
-            fake = torch.empty_like(tensor, device="cpu")
-            made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-    try:
-        for tensors, name, tensor in places:
-            tensors[name] = made[id(tensor)]  # type: ignore[index]
-        yield list(made.values())
-    finally:
-        for tensors, name, tensor in places:
-            tensors[name] = tensor  # type: ignore[index]
-
-
-def _base_model(model: nn.Module) -> Any:
-    return unwrapped(model)
+    fakes: dict[str, torch.Tensor] = {}
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        fake = torch.empty_like(tensor, device="cpu")
+        fakes[name] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    with _reparametrize_module(model, fakes, tie_weights=True):
+        yield list(fakes.values())
 
 
 def _batch(model: nn.Module, size: StepSize) -> dict[str, torch.Tensor]:
     ids = torch.zeros(size.rows, size.tokens, dtype=torch.long)
-    base = _base_model(model)
+    base = unwrapped(model)
     target = (size.rows, size.target_tokens) if base.config.is_encoder_decoder else ids.shape
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(target, dtype=torch.long)}
     if size.label_tokens is not None:
@@ -237,12 +209,8 @@ def _forward(model: nn.Module, autocast: torch.dtype | None) -> Any:
 
 def _by_part(model: nn.Module) -> dict[str, int]:
     """Count bytes per child of the base model, each tensor once; the adapter's as "adapter"."""
-    base, seen = _base_model(model), set()
-    parts: dict[str, int] = {}
-    for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
+    base, parts = unwrapped(model), Counter[str]()
+    for name, tensor in chain(base.named_parameters(), base.named_buffers()):
         part = name.split(".")[0]
-        part = ADAPTER if part == "crome" else part
-        if id(tensor) not in seen:
-            parts[part] = parts.get(part, 0) + tensor.nbytes
-        seen.add(id(tensor))
-    return parts
+        parts[ADAPTER if part == "crome" else part] += tensor.nbytes
+    return dict(parts)
