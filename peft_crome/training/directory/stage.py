@@ -62,7 +62,7 @@ def save_stage(model: PeftModel, processor: Any, directory: str | Path, record: 
             "inference_mode": True,
             "trained_on": (config.trained_on or {}) | {"name_or_path": composite.config.text_model_name_or_path},
         }
-        text = json.dumps(_plain(values), indent=2, sort_keys=True)
+        text = json.dumps(values, indent=2, sort_keys=True, default=list)  # a set as a list, as PEFT does
         (target / ADAPTER_CONFIG_NAME).write_text(f"{text}\n", encoding="utf-8")
         (target / "README.md").write_text(card, encoding="utf-8")
         _write_record(target, record)
@@ -157,21 +157,11 @@ def _write_record(directory: Path, record: dict[str, Any]) -> None:
 def _config_digest(directory: Path) -> str | None:
     """Hash config.json without the names of places, which may move; None: it cannot be read."""
 
-    def without_places(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: without_places(item) for key, item in value.items() if not key.endswith("name_or_path")}
+    def without_places(value: dict[str, Any]) -> dict[str, Any]:
+        return {key: item for key, item in value.items() if not key.endswith("name_or_path")}
 
     try:
-        config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"), object_hook=without_places)
     except (OSError, ValueError):
         return None
-    return hashlib.sha256(json.dumps(without_places(config), sort_keys=True).encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, list, tuple)):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int, float)) else str(getattr(value, "value", value))
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
