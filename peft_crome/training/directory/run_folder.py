@@ -109,9 +109,7 @@ def open_run(
         StageError: the folder's checkpoints belong to another run.
     """
     path = checkpoints / RECIPE
-    folders = {
-        int(p.name.split("-")[-1]): p for p in checkpoints.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()
-    }
+    folders = checkpoints_of(checkpoints)
     whole = [step for step, folder in folders.items() if _is_whole(folder)]
     for folder in (folder for step, folder in folders.items() if step not in whole and is_main):
         logger.warning("%s was not written in full; it is removed.", folder)
@@ -146,6 +144,12 @@ def open_run(
         checkpoints.mkdir(parents=True, exist_ok=True)
         _replace(path, run)
     return str(folders[max(whole)]) if whole else None
+
+
+def checkpoints_of(directory: Path) -> dict[int, Path]:
+    """Find the checkpoints in a folder by their step, complete or not."""
+    folders = {path.name.removeprefix("checkpoint-"): path for path in directory.glob("checkpoint-*")}
+    return {int(step): path for step, path in folders.items() if step.isdigit()}
 
 
 def complete_checkpoint(checkpoint: Path) -> None:

@@ -11,6 +11,8 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from ..directory.run_folder import checkpoints_of
+
 ROW_IDS = "row_ids"  # key of a batch: (rows, bytes), ids in UTF-8, padded with zeros
 LONGEST_ID = 200  # bytes
 SHOWN = 32  # number of rows in a message
@@ -131,11 +133,8 @@ class FiniteCheck:
 
 def _last_before(step: int, directory: str) -> str | None:
     """Find the last checkpoint before a step. A killed run may have left a later, incomplete one."""
-    checkpoints = {
-        int(p.name.split("-")[-1]): p for p in Path(directory).glob("checkpoint-*") if p.name[11:].isdigit()
-    }
-    earlier = [number for number in checkpoints if number < step]
-    return str(checkpoints[max(earlier)]) if earlier else None
+    earlier = {number: path for number, path in checkpoints_of(Path(directory)).items() if number < step}
+    return str(earlier[max(earlier)]) if earlier else None
 
 
 def paths_of(rows: Iterable[str], sources: Iterable[tuple[str, Any]]) -> list[str]:
