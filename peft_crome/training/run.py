@@ -23,7 +23,7 @@ from .directory.card import stage_card
 from .directory.run_folder import clear, only_run, open_run
 from .directory.stage import check_free, is_finished, read_record, save_adapter, save_stage
 from .errors import RecipeError
-from .loop.dataset import content_of, load_sources, teaching_sets, training_rows
+from .loop.dataset import content_of, load_sets, teaching_sets, training_rows
 from .loop.finite import NamedRows, NotFiniteError, paths_of
 from .loop.reports import keep_reports
 from .loop.sharding import check_storage, gather_trained, is_sharded, put_trained
@@ -58,10 +58,9 @@ def train(
     if is_finished(output, checkpoints, recipe.model_dump(mode="json")):
         return _finish(output, checkpoints)
     check_free(output)
-    sources = load_sources(recipe)
-    counts = [len(source) if isinstance(source, Dataset) else None for source in sources]
+    loaded = load_sets(recipe)
     questions = load_questions(recipe.evaluation) if recipe.evaluation is not None else []
-    _check_media(recipe, [*sources, *(asked.rows for asked in questions)])
+    _check_media(recipe, [*(source for _, source in loaded), *(asked.rows for asked in questions)])
     arguments = training_arguments(recipe, str(checkpoints), int(os.environ.get("WORLD_SIZE", "1")))
     transformers.set_seed(recipe.training.seed)  # before the projections are initialized
     model, processor, previous = build(recipe)
@@ -79,9 +78,8 @@ def train(
     _check_reach(recipe, trained, config.is_encoder_decoder)
     if recipe.feature_cache is not None:
         cache_features(model, recipe.feature_cache.directory, recipe.feature_cache.max_gigabytes)
-    sets = list(zip(recipe.data, sources, strict=True))
-    if (kinds := media_that_teach(model)) is not None:
-        sets = teaching_sets(sets, kinds)
+    kinds = media_that_teach(model)
+    sets = loaded if kinds is None else teaching_sets(loaded, kinds)
     rows = training_rows(recipe, sets, collator.needs_split)
     try:
         trainer = CromeTrainer(
@@ -96,7 +94,11 @@ def train(
         raise RecipeError(f"training.arguments: {error}") from error
     if trainer.is_fsdp_enabled:
         check_storage(model, config.get_text_config().dtype)
-    count = None if None in counts else sum(len(source) for _, source in sets)
+    trained_on: list[dict[str, Any]] = [
+        {"path": data.path, "rows": len(source) if isinstance(source, Dataset) else None} for data, source in sets
+    ]
+    counts = [item["rows"] for item in trained_on]
+    count = None if None in counts else sum(counts)
     report = preflight(trainer, recipe, rows, collator, count)
     if on_ready is not None:
         on_ready(report)
@@ -105,8 +107,7 @@ def train(
         trainer.add_callback(EvaluationCallback(trainer, processor, questions, recipe.evaluation, recipe.system))
     start = time.perf_counter()
     content = {  # two sets may share a path: splits, or configurations
-        f"{number}: {data.path}": content_of(data, source)
-        for number, (data, source) in enumerate(zip(recipe.data, sources, strict=True))
+        f"{number}: {data.path}": content_of(data, source) for number, (data, source) in enumerate(loaded)
     }
     run = {
         **recipe.model_dump(mode="json"),
@@ -119,15 +120,11 @@ def train(
         try:
             trainer.train(resume_from_checkpoint=last)
         except NotFiniteError as error:
-            named = zip([data.path for data in recipe.data], sources, strict=True)
-            raise error.of(paths_of(error.rows, named)) from None
+            raise error.of(paths_of(error.rows, ((data.path, source) for data, source in loaded))) from None
         record = {
             "stage": recipe.stage,
             "trained": trained,
-            "data": [
-                {"path": data.path, "rows": len(source) if isinstance(source, Dataset) else None}
-                for data, source in sets
-            ],
+            "data": trained_on,
             "steps": trainer.state.global_step,
             "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
             "scores": scores_of(trainer.state.log_history, questions),

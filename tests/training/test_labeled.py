@@ -16,7 +16,7 @@ from peft_crome.data import ConversationCollator
 from peft_crome.training import CromeTrainer, Preflight, StepSize, build, load_recipe, predict_step, recipe_skeleton
 from peft_crome.training import train as train_recipe
 from peft_crome.training.loop import trainer as module
-from peft_crome.training.loop.dataset import load_sources, training_rows
+from peft_crome.training.loop.dataset import load_sets, training_rows
 from peft_crome.training.loop.trainer import training_arguments
 from tests.training.tiny import weights
 
@@ -47,7 +47,7 @@ def test_the_same_losses_and_weights(
 def trainer_of(values: dict[str, Any]) -> tuple[CromeTrainer, list[dict[str, Any]]]:
     recipe = load_recipe(values)
     model, processor, _ = build(recipe)
-    sets = list(zip(recipe.data, load_sources(recipe), strict=True))
+    sets = load_sets(recipe)
     collator = ConversationCollator(processor)
     rows = training_rows(recipe, sets, collator.needs_split)
     trainer = CromeTrainer(

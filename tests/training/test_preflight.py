@@ -11,7 +11,7 @@ from torch import nn
 
 from peft_crome.data import ConversationCollator, RowError, load_rows
 from peft_crome.training import NotPredictable, Preflight, Recipe, RecipeError, build, load_recipe, train
-from peft_crome.training.loop.dataset import load_sources, training_rows
+from peft_crome.training.loop.dataset import load_sets, training_rows
 from peft_crome.training.loop.trainer import CromeTrainer, training_arguments
 from peft_crome.training.planning.devices import Device
 from peft_crome.training.planning.preflight import check_gradients, preflight, sample_rows
@@ -27,7 +27,7 @@ def prepared(recipe: Recipe) -> tuple[CromeTrainer, Recipe, Any, ConversationCol
     """Return what `train` passes to `preflight`."""
     model, processor, _ = build(recipe)
     collator = ConversationCollator(processor, max_length=recipe.training.max_length)
-    sets = list(zip(recipe.data, load_sources(recipe), strict=True))
+    sets = load_sets(recipe)
     rows = training_rows(recipe, sets, collator.needs_split)
     arguments = training_arguments(recipe, "checkpoints")
     trainer = CromeTrainer(

@@ -23,17 +23,17 @@ Sets = list[tuple[Data, Any]]  # pairs of a recipe's data set and its rows
 logger = logging.getLogger(__name__)
 
 
-def load_sources(recipe: Recipe) -> list[Any]:
+def load_sets(recipe: Recipe) -> Sets:
     """Load each data set of a recipe, in its order, and check that every image file exists.
 
     Raises:
         FileNotFoundError, ValueError: as in `load_rows` and `check_files`.
     """
-    sources = [load_rows(**data.model_dump(exclude={"weight"})) for data in recipe.data]
-    for source in sources:
+    sets = [(data, load_rows(**data.model_dump(exclude={"weight"}))) for data in recipe.data]
+    for _, source in sets:
         if isinstance(source, Dataset):
             check_files(source)
-    return sources
+    return sets
 
 
 def content_of(data: Data, source: Any) -> str | None:
@@ -93,7 +93,7 @@ def training_rows(recipe: Recipe, sets: Sets, split: bool) -> Any:
     """Mix the data sets as a recipe describes.
 
     Args:
-        sets: the recipe's data sets to draw from, each with its result of `load_sources`.
+        sets: the data sets of `load_sets` to draw from.
         split: whether each answer becomes a row (see `ConversationCollator`).
     """
     sources = [source for _, source in sets]
