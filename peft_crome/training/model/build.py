@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoConfig, AutoTokenizer, InstructBlipQFormerConfig
 
 from ...data import CHAT_TEMPLATES
@@ -52,8 +52,7 @@ def build(recipe: Recipe) -> tuple[PeftModel, Any, dict[str, Any] | None]:
     if recipe.previous is None:
         assert recipe.backbones is not None  # schema.py has checked it
         composite, processor = _from_backbones(recipe.backbones)
-        adapter = recipe.adapter if recipe.adapter is not None else Adapter()
-        config = CromeConfig(**adapter.model_dump(), modules_to_save=modules_to_save(stage, composite) or None)
+        config = CromeConfig(**(recipe.adapter or Adapter()).model_dump())
         previous = None
     else:
         directory = local_directory(recipe.previous)
@@ -74,20 +73,18 @@ def build(recipe: Recipe) -> tuple[PeftModel, Any, dict[str, Any] | None]:
             raise StageError(f"previous: {error}") from error
         processor = CromeVLMProcessor.from_pretrained(directory)
         check_reader(recipe, processor)
-        config.modules_to_save = modules_to_save(stage, composite) or None
         go_on_with(config, recipe)
-    for part in modules_to_save(stage, composite):
+    trained = modules_to_save(stage, composite)
+    for part in trained:
         getattr(composite, part).float()  # half precision would lose small steps
+    config.modules_to_save = trained or None
     prepare_processor(processor, recipe)
-    trained = {
-        f"base_model.model.{part}.{key}": value.clone()
-        for part in config.modules_to_save or ()
-        for key, value in getattr(composite, part).state_dict().items()
-    }
     model = get_peft_model(composite, config)
-    if recipe.previous is not None:
-        weights = load_peft_weights(str(local_directory(recipe.previous)), device="cpu")
-        weights |= trained  # PEFT expects them beside the adapter; the composite has them
+    if previous is not None:
+        weights = load_peft_weights(str(directory), device="cpu")
+        # PEFT expects the modules that train in full beside the adapter; the composite has them.
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+        weights |= {key: value for key, value in own.items() if ".crome_" not in key}
         loaded = set_peft_model_state_dict(model, weights)
         absent = [key for key in loaded.missing_keys if ".crome_" in key]
         if absent or loaded.unexpected_keys:

@@ -191,9 +191,8 @@ def build_on_host(recipe: Recipe, host: Host) -> tuple[PeftModel, Any, dict[str,
     processor = read_processor(host, recipe.previous)
     model = read_model(host, host_config)
     if recipe.previous is None:
-        adapter = recipe.adapter if recipe.adapter is not None else Adapter()
         also = [part for part in recipe.trains if part != ADAPTER]
-        config = CromeConfig(**adapter.model_dump(), modules_to_save=also or None)
+        config = CromeConfig(**(recipe.adapter or Adapter()).model_dump(), modules_to_save=also or None)
         return get_peft_model(model, config), processor, None
     config = CromeConfig.from_pretrained(recipe.previous)
     check_same_adapter(recipe, config)
