@@ -45,6 +45,9 @@ STAGES = {
 }
 
 
+PARTS = {part for stage in STAGES.values() for part in stage.parts}
+
+
 def modules_to_save(stage: Stage, composite: nn.Module) -> list[str]:
     """List the modules of this composite that a stage trains in full, for PEFT's `modules_to_save`."""
     return [part for part in stage.parts if part != ADAPTER and getattr(composite, part, None) is not None]
@@ -59,13 +62,12 @@ def part_of(parameter_name: str) -> str:
         >>> part_of("base_model.model.crome.crome_up.default.weight")
         'adapter'
     """
-    names = {part for stage in STAGES.values() for part in stage.parts}
     words = parameter_name.split(".")
     if any(word.startswith("crome_") for word in words):
         return ADAPTER
     if "modules_to_save" in words:
         return words[words.index("modules_to_save") - 1]
-    return next((word for word in words if word in names), "backbones")
+    return next((word for word in words if word in PARTS), "backbones")
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
@@ -86,10 +88,9 @@ def count_trained(model: nn.Module) -> dict[str, int]:
 def media_that_teach(model: nn.Module) -> set[str] | None:
     """Return the kinds of media that reach trained weights; None: words reach some, so every row teaches something."""
     sites = {f"{path}.": layer.branches for path, layer in crome_layers(model) if "text" not in layer.branches}
-    of_images = {part for stage in STAGES.values() for part in stage.parts}  # the guard reports the adapter's
-    reached = guard.learns_from(model)
+    reached = guard.learns_from(model)  # by the adapter; the other parts of a stage make image tokens
     for part, name, _ in trained_parameters(model):
-        if part not in of_images:
+        if part not in PARTS:
             inside = [branches for path, branches in sites.items() if name.startswith(path)]
             reached |= {branch if branch == "audio" else "vision" for branch in inside[0]} if inside else {"text"}
     if "text" in reached:

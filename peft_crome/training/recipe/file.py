@@ -117,18 +117,15 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     if isinstance(source, Mapping):
         return copy.deepcopy(dict(source)), "the recipe"
     path = Path(source)
-    if str(source) in PRESETS and not path.is_file():
-        return {"preset": str(source)}, f"preset {source!r}"
-    if path.is_file():
-        name = str(path)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{name} is not text in UTF-8 ({error}); expected a recipe in YAML.") from error
-    else:
+    if not path.is_file():
+        if str(source) in PRESETS:
+            return {"preset": str(source)}, f"preset {source!r}"
         raise FileNotFoundError(f"{source} is neither a file nor a preset; presets are {list(PRESETS)}.")
+    name = str(path)
     try:
-        values = yaml.load(text, _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{name} is not text in UTF-8 ({error}); expected a recipe in YAML.") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{name} is not YAML: {error}") from error
     if not isinstance(values, dict):

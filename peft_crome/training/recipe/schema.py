@@ -25,9 +25,10 @@ from ...data.sources import check_columns
 from ...data.templates import CHAT_TEMPLATES
 from ...vlm.configuration_crome_vlm import IMAGE_OPTIONS
 from ..quantization import Bits
-from ..stages import STAGES
+from ..stages import PARTS
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Dtype = Literal["bfloat16", "float16", "float32"]
 Metric = Literal["exact_match", "vqa_accuracy", "multiple_choice", "cider", "rouge_l", "bleu", "chrf"]
 # Fields of TrainingArguments for which a recipe has its own keys.
 OWNED = (
@@ -96,9 +97,7 @@ class Backbones(_Section):
     vision_quantization: Bits | None = Field(
         default=None, description="Load the vision tower in 4 or 8 bits. A Q-Former trains, so it is not quantized."
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        default="bfloat16", description="Dtype of the frozen weights."
-    )
+    dtype: Dtype = Field(default="bfloat16", description="Dtype of the frozen weights.")
     vision_revision: str | None = Field(
         default=None, description="Branch, tag or commit of the vision tower, or of InstructBLIP, on the Hub."
     )
@@ -127,7 +126,9 @@ class Backbones(_Section):
                 near = difflib.get_close_matches(key, known, n=1)
                 raise ValueError(f"qformer.{key}: no such key" + (f"; did you mean {near[0]!r}?" if near else ""))
         sizes = known | (self.qformer or {})
-        wrong = [key for key in ("hidden_size", "num_attention_heads") if not _is_count(sizes[key])]
+        wrong = [
+            key for key in ("hidden_size", "num_attention_heads") if type(sizes[key]) is not int or sizes[key] < 1
+        ]
         if wrong:
             raise ValueError(f"qformer.{wrong[0]}={sizes[wrong[0]]!r} is not a whole number above 0")
         if sizes["hidden_size"] % sizes["num_attention_heads"]:
@@ -144,19 +145,13 @@ class Backbones(_Section):
         return self
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 class Host(_Section):
     """A frozen vision-language model. A run that starts from an adapter takes the adapter's model."""
 
     name: str = Field(description="Hub name or directory of the model.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of the model on the Hub.")
     quantization: Bits | None = Field(default=None, description="Load the model in 4 or 8 bits, with bitsandbytes.")
-    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
-        default=None, description="Dtype of the frozen weights. Default: the checkpoint's."
-    )
+    dtype: Dtype | None = Field(default=None, description="Dtype of the frozen weights. Default: the checkpoint's.")
     attn_implementation: str | None = Field(
         default=None, description="Attention to use, such as sdpa or eager. Default: what `from_pretrained` takes."
     )
@@ -181,9 +176,7 @@ class Adapter(_Section):
         "as well, which changes every prompt.",
     )
     gate_activation: Literal["silu", "sigmoid"] = Field(default="silu", description="Activation function of the gate.")
-    dropout: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="Probability of dropping a hidden feature in training."
-    )
+    dropout: Share = Field(default=0.0, description="Probability of dropping a hidden feature in training.")
     init_weights: bool | Literal["scaled", "normal"] = Field(
         default=True, description="How weights start. With true, the new adapter changes nothing until it is trained."
     )
@@ -441,10 +434,9 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _where_from(self) -> Recipe:
-        parts = {part for stage in STAGES.values() for part in stage.parts}
-        strange = [part for part in self.training.learning_rates if part not in parts]
+        strange = [part for part in self.training.learning_rates if part not in PARTS]
         if strange and self.backbones is not None:
-            raise ValueError(f"training.learning_rates.{strange[0]}: no such part; there are {sorted(parts)}")
+            raise ValueError(f"training.learning_rates.{strange[0]}: no such part; there are {sorted(PARTS)}")
         if self.model is None and self.trains != ["adapter"]:
             raise ValueError(
                 "trains: without `model`, the stage or the adapter before decides what trains; take it out"
@@ -457,13 +449,8 @@ class Recipe(_Section):
             )
         elif self.previous is None and self.backbones is None:
             raise ValueError("give `model`, `previous`, the directory of the stage before, or `backbones`")
-        template = self.chat_template
-        if template is not None and template not in CHAT_TEMPLATES and "{{" not in template and "{%" not in template:
-            raise ValueError(
-                f"chat_template={template!r} is neither one of {list(CHAT_TEMPLATES)} nor Jinja, which has {{{{ }}}}"
-            )
-        if template is not None and template not in CHAT_TEMPLATES:
-            _check_jinja(template)
+        if self.chat_template is not None and self.chat_template not in CHAT_TEMPLATES:
+            _check_jinja(self.chat_template)
         return self
 
     def _check_model(self) -> None:
@@ -504,6 +491,10 @@ class Recipe(_Section):
 
 def _check_jinja(template: str) -> None:
     """Raise ValueError if transformers cannot parse a chat template as Jinja."""
+    if "{{" not in template and "{%" not in template:
+        raise ValueError(
+            f"chat_template={template!r} is neither one of {list(CHAT_TEMPLATES)} nor Jinja, which has {{{{ }}}}"
+        )
     words = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tags
     try:
         Environment(extensions=["jinja2.ext.loopcontrols"]).parse(words)
