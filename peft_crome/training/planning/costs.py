@@ -26,7 +26,7 @@ from .devices import Device
 from .memory import StepCost, StepSize, predict_step
 
 TEXT_TOKENS = 128  # default text tokens of a row beside its image
-MOST_ROWS = 64
+ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def recipe_skeleton(recipe: Recipe) -> PeftModel:
@@ -87,20 +87,18 @@ def frozen_dtype(model: nn.Module) -> torch.dtype:
 
 
 def costs(
-    model: nn.Module, device: Device, tokens: int, *, gradient_checkpointing: bool = False, most: int = MOST_ROWS
+    model: nn.Module, device: Device, tokens: int, *, gradient_checkpointing: bool = False
 ) -> Iterator[tuple[int, StepCost]]:
-    """Yield the cost for each number of rows in a forward pass, doubled each time, up to the first that does not fit.
+    """Yield the cost for each of `ROWS` in a forward pass, up to the first that does not fit.
 
     Args:
         tokens: tokens of a row, including its image tokens; each row has one image.
     Raises:
         NotPredictable: as in `predict_step`.
     """
-    rows = 1
-    while rows <= most:
+    for rows in ROWS:
         size = StepSize(rows, tokens, images=rows)
         cost = predict_step(model, size, gradient_checkpointing=gradient_checkpointing)
         yield rows, cost
         if cost.peak > device.memory:
             return
-        rows *= 2

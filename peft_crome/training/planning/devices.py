@@ -21,6 +21,7 @@ LOST_ON_CPU = 0.25
 SHARE = 0.4
 # Ratio of a step's time to the time of its products alone. Our range: covers all steps of benchmarks/results/memory.
 SLOWER = (1.0, 3.0)
+MEASURED = (1 / SLOWER[0], 1 / SLOWER[1])  # share of its measured rate that a step reaches
 
 
 class DeviceError(ValueError):
@@ -100,16 +101,12 @@ def this_device(device: torch.device, dtype: torch.dtype) -> Device:
     if device.type == "cpu":
         memory = psutil.virtual_memory().available + psutil.Process().memory_info().rss
         rates = {kind: matmul_rate(device, kind) for kind in {dtype, torch.float32}}
-        return Device("this machine's CPU", int(memory * (1 - LOST_ON_CPU)), rates, _share())
+        return Device("this machine's CPU", int(memory * (1 - LOST_ON_CPU)), rates, MEASURED)
     if device.type != "cuda":  # PyTorch reports the memory of no other device
-        return Device(str(device), psutil.virtual_memory().total, {dtype: matmul_rate(device, dtype)}, _share())
+        return Device(str(device), psutil.virtual_memory().total, {dtype: matmul_rate(device, dtype)}, MEASURED)
     free, _ = torch.cuda.mem_get_info(device)
     memory = int((free + torch.cuda.memory_reserved(device)) * (1 - LOST))
-    return Device(torch.cuda.get_device_name(device), memory, {dtype: matmul_rate(device, dtype)}, _share())
-
-
-def _share() -> tuple[float, float]:
-    return 1 / SLOWER[0], 1 / SLOWER[1]
+    return Device(torch.cuda.get_device_name(device), memory, {dtype: matmul_rate(device, dtype)}, MEASURED)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
