@@ -133,7 +133,7 @@ class CromeTrainer(Trainer):
             host.blank_image = sharded
         if sharded and settings.packing:
             raise RecipeError("training.packing: FSDP and DeepSpeed train padded rows. Take it out.")
-        if self.train_dataset is not None and has_length(self.train_dataset):
+        if has_length(self.train_dataset):
             self.train_dataset = Draws(self.train_dataset)
         elif self.train_dataset is not None:
             self.train_dataset = DrawStream(self.train_dataset, block=self._rows_at_a_time())
@@ -191,9 +191,7 @@ class CromeTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> DrawOrder:
         rows = self.train_dataset.rows
-        lengths = None
-        if self.settings.group_by_length:
-            lengths = row_lengths(rows, self.image_tokens)
+        lengths = row_lengths(rows, self.image_tokens) if self.settings.group_by_length else None
         self._order = DrawOrder(
             len(rows),
             seed=self.args.seed,

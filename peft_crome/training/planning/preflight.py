@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -148,7 +148,7 @@ def preflight(
         "accumulate": arguments.gradient_accumulation_steps > 1,
         "autocast": mixed,
     }
-    cost, seconds = None, None
+    cost, seconds, padding = None, None, None
     try:
         with torch.random.fork_rng(devices=[]):  # may build a tower whose layout depends on values
             adapter = model.peft_config[model.active_adapter]
@@ -166,7 +166,6 @@ def preflight(
         warnings.append(f"Memory and time are not predicted. {error}")
     for warning in warnings:
         logger.warning(warning)
-    padding = None
     if not config.is_encoder_decoder:
         padding = padding_of(
             sample.kept,
@@ -199,14 +198,13 @@ def sample_rows(rows: Any, collator: ConversationCollator) -> RowSample:
         ValueError: the data have no rows.
         RowError: as in `ConversationCollator.encode`.
     """
-    chosen: Iterable[dict[str, Any]]
     if isinstance(rows, Dataset):
-        chosen = (rows[number] for number in range(0, len(rows), max(1, len(rows) // SAMPLE)))
+        chosen = rows.select(range(0, len(rows), max(1, len(rows) // SAMPLE))[:SAMPLE])
     else:
         chosen = rows.take(STREAMED)
     lengths, most, instruction, target, labels = [], 0, 1, 1, 1
     examples: dict[frozenset[str], dict[str, Any]] = {}
-    for row in islice(chosen, SAMPLE):
+    for row in chosen:
         encoded = collator.encode(row)
         lengths.append(encoded["length"])
         target = max(target, len(encoded["labels"]))
