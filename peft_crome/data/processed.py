@@ -42,27 +42,17 @@ class _Recording:
     """Mix-in of fast tokenizers that records each call, with the text and the offsets of the tokens."""
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if text is None:
-            return super().__call__(text, *args, **kwargs)  # type: ignore[misc]
-        wanted = kwargs.pop("return_offsets_mapping", False)
-        made = super().__call__(text, *args, return_offsets_mapping=True, **kwargs)  # type: ignore[misc]
-        offsets = made["offset_mapping"] if wanted else made.pop("offset_mapping")
-        many = not isinstance(text, str)
-        texts = list(text) if many else [text]
-        ids = _lists(made["input_ids"], many)
-        masks = _lists(made["attention_mask"], many) if "attention_mask" in made else [[1] * len(row) for row in ids]
-        for one, row, mask, edges in zip(texts, ids, masks, _lists(offsets, many), strict=True):
-            kept = [number for number, real in enumerate(mask) if real]
+        made = super().__call__(text, *args, **kwargs)  # type: ignore[misc]
+        if text is None:  # only the text of a target
+            return made
+        for one, encoding in zip([text] if isinstance(text, str) else text, made.encodings, strict=True):
+            kept = [number for number, real in enumerate(encoding.attention_mask) if real]
+            ids, offsets = encoding.ids, encoding.offsets  # each is a new list
             self.calls.append(  # type: ignore[attr-defined]
-                Tokens(one, [row[number] for number in kept], [tuple(edges[number]) for number in kept])  # type: ignore[misc]
+                Tokens(one, [ids[number] for number in kept], [offsets[number] for number in kept])
             )
         self.settings.update(kwargs)  # type: ignore[attr-defined]
         return made
-
-
-def _lists(values: Any, many: bool) -> list[Any]:
-    values = values.tolist() if hasattr(values, "tolist") else values
-    return values if many or (values and isinstance(values[0], list) and isinstance(values[0][0], list)) else [values]
 
 
 def recording(tokenizer: Any) -> Any:
