@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -47,10 +48,15 @@ def file_of(medium: Any) -> str | io.BytesIO:
 
     Args:
         medium: a path, or {"path", "bytes"} as `datasets` keeps files.
+    Raises:
+        ValueError: there is no file at the path.
     """
-    if not isinstance(medium, Mapping):
-        return str(medium)
-    return io.BytesIO(medium["bytes"]) if medium.get("bytes") is not None else str(medium["path"])
+    if isinstance(medium, Mapping) and medium.get("bytes") is not None:
+        return io.BytesIO(medium["bytes"])
+    path = str(medium["path"] if isinstance(medium, Mapping) else medium)
+    if not os.path.isfile(path):
+        raise ValueError("the file does not exist")
+    return path
 
 
 @contextmanager

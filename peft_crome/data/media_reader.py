@@ -18,7 +18,7 @@ from .media import media_of
 from .processed import AS_RENDERED, RENDERED
 from .sounds import read_sound, resampled, sound_header
 from .taken import sound_processor
-from .videos import Sampler, read_video, video_header
+from .videos import Sampler, Stopped, read_video, video_header
 
 Header = tuple[str, tuple[Any, ...]]  # kind of a medium, and the values that determine its number of tokens
 EXAMPLES: dict[str, Header] = {
@@ -26,10 +26,6 @@ EXAMPLES: dict[str, Header] = {
     "video": ("video", (64, 64, 16, 8.0, 2.0)),  # width, height, frames, frames a second, seconds
     "audio": ("audio", (16_000,)),  # samples
 }
-
-
-class _Stopped(Exception):
-    """Raised when a processor asks for the frames of a file."""
 
 
 class MediaReader:
@@ -103,18 +99,14 @@ class MediaReader:
 
         def fetch_videos(videos: Any, sample_indices_fn: Sampler | None = None) -> None:
             asked.append(sample_indices_fn)
-            raise _Stopped
+            raise Stopped
 
         processor = copy.copy(self.processor)
         processor.video_processor = copy.copy(processor.video_processor)
         processor.video_processor.fetch_videos = fetch_videos
         shown = {"type": "video", "video": "video.mp4"}
         message = {"role": "user", "content": [shown], RENDERED: getattr(processor, "video_token", "")}
-        with suppress(_Stopped):
+        with suppress(Stopped):
             processor.apply_chat_template([[message]], chat_template=AS_RENDERED, tokenize=True, return_dict=True)
-        sampler = asked[0]
-        return _by_keyword(sampler if sampler is not None else default_sample_indices_fn)
-
-
-def _by_keyword(sampler: Callable[..., Any]) -> Sampler:
-    return lambda metadata: sampler(metadata=metadata)
+        sampler: Callable[..., Any] = asked[0] or default_sample_indices_fn
+        return lambda metadata: sampler(metadata=metadata)

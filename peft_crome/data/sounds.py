@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ def read_sound(sound: Any, name: str, sampling_rate: int) -> np.ndarray:
         ImportError: no package that decodes sound is installed.
     """
     with naming(name, "audio", sound):
-        file = _file(sound)
+        file = file_of(sound)
         source = base64.b64encode(file.getvalue()).decode() if isinstance(file, io.BytesIO) else file
         try:
             samples = load_audio(source, sampling_rate=sampling_rate)
@@ -52,22 +51,14 @@ def sound_header(sound: Any, name: str) -> tuple[int, int]:
         raise missing("media", "soundfile", "Reading a sound") from error
     try:
         with naming(name, "audio", sound):
-            info = soundfile.info(_file(sound))
+            info = soundfile.info(file_of(sound))
     except ValueError:
-        rate = 16_000  # a format that only torchcodec reads
-        return len(read_sound(sound, name, rate)), rate
-    if not info.frames:
-        return len(read_sound(sound, name, info.samplerate)), info.samplerate
-    return info.frames, info.samplerate
+        samples, rate = 0, 16_000  # a format that only torchcodec reads
+    else:
+        samples, rate = info.frames, info.samplerate
+    return samples or len(read_sound(sound, name, rate)), rate
 
 
 def resampled(samples: int, rate: int, sampling_rate: int) -> int:
     """Return the number of samples that `read_sound` makes of a sound with this header."""
     return math.ceil(samples * sampling_rate / rate)
-
-
-def _file(sound: Any) -> str | io.BytesIO:
-    file = file_of(sound)
-    if isinstance(file, str) and not os.path.isfile(file):
-        raise ValueError("the file does not exist")
-    return file

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ from .media import file_of, naming
 Sampler = Callable[[VideoMetadata], Any]
 
 
-class _Header(Exception):
-    """Raised to stop reading a file once its header is known."""
+class Stopped(Exception):
+    """Raised to stop reading a file once what is asked for is known."""
 
 
 def frames_of(video: Any) -> Sequence[Any] | None:
@@ -55,7 +55,7 @@ def read_video(video: Any, name: str, sampler: Sampler, processor: Any = None) -
         return np.unique(wanted[0])
 
     with naming(name, "video", video):
-        frames, metadata = _decoder()(_file(video), choose)
+        frames, metadata = _decoder()(file_of(video), choose)
         distinct, places = np.unique(wanted[0], return_inverse=True)
         if len(frames) < len(distinct):
             raise ValueError(
@@ -78,14 +78,11 @@ def video_header(video: Any, name: str) -> VideoMetadata:
 
     def stop(metadata: VideoMetadata, **_: Any) -> None:
         headers.append(_counted(metadata, video))
-        raise _Header
+        raise Stopped
 
-    with naming(name, "video", video):
-        try:
-            _decoder()(_file(video), stop)
-        except _Header:
-            return headers[0]
-    raise AssertionError  # a decoder asks for the frames before it decodes one
+    with naming(name, "video", video), suppress(Stopped):
+        _decoder()(file_of(video), stop)  # asks for the frames before it decodes one
+    return headers[0]
 
 
 def first_frame(metadata: VideoMetadata) -> list[int]:
@@ -95,13 +92,6 @@ def first_frame(metadata: VideoMetadata) -> list[int]:
 
 def _of_frames(count: int, width: int, height: int) -> VideoMetadata:
     return VideoMetadata(total_num_frames=count, width=width, height=height, frames_indices=np.arange(count))  # type: ignore[arg-type]
-
-
-def _file(video: Any) -> Any:
-    file = file_of(video)
-    if isinstance(file, str) and not os.path.isfile(file):
-        raise ValueError("the file does not exist")
-    return file
 
 
 def _decoder() -> Callable[..., Any]:
