@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 FAULTS = {
@@ -22,6 +23,7 @@ FAULTS = {
     "cut": "an answer that is cut off at the end",
 }
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 FORM = 4  # version of stored rows; raise it when `parse` changes, or `datasets` serves old rows
 
 # Keys that `draws` adds to a row.
@@ -47,13 +49,7 @@ class Fault:
 
 def is_unicode(text: str) -> bool:
     """Whether a text can be stored: escapes in JSON can write half of a character."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text.isascii() or LONE_SURROGATE.search(text) is None
 
 
 class RowError(ValueError):
