@@ -21,11 +21,6 @@ def role_of(turn: Mapping[str, Any]) -> Any:
     return first_of(turn, "from", "role")
 
 
-def value_of(turn: Mapping[str, Any]) -> Any:
-    """Return the content of a turn: text, or a list of parts."""
-    return first_of(turn, "value", "content")
-
-
 def own_media(turn: Any, kind: str) -> int:
     """Count the media of a kind inside a turn, which are not listed in the row."""
     return sum(shown == kind and medium is not None for shown, medium in read_turn(turn)[1])
@@ -40,11 +35,11 @@ def first_of(fields: Mapping[str, Any], *keys: str) -> Any:
 
 
 def said_by(turn: Any) -> tuple[Any, Any]:
-    """Return a turn's role and content."""
+    """Return a turn's role and its content, which is text or a list of parts."""
     if not isinstance(turn, Mapping):
         return None, turn
     role = role_of(turn)
-    return (ROLES.get(role) if isinstance(role, str) else None), value_of(turn)
+    return (ROLES.get(role) if isinstance(role, str) else None), first_of(turn, "value", "content")
 
 
 def read_turn(
@@ -72,7 +67,8 @@ def read_turn(
             return None, [], [result]
         value, places = result
     if not is_unicode(value):
-        return None, [], [_half_a_character(turn)]
+        wrong = f"{short(turn)} holds half a character (a lone surrogate). Correct the text."
+        return None, [], [Fault("turn", wrong)]
     if places and role != "user":
         noun = NOUNS[places[0][0]]
         wrong = f"{'an' if noun == 'image' else 'a'} {noun} stands in a turn from {role_of(turn)!r}."
@@ -130,10 +126,6 @@ def place_by_others(messages: list[dict[str, Any]], count: int) -> None:
             message["content"] = _split(OF_ONE_IMAGE.sub(PLACEHOLDER, text), kinds)
 
 
-def _half_a_character(turn: Any) -> Fault:
-    return Fault("turn", f"{short(turn)} holds half a character (a lone surrogate). Correct the text.")
-
-
 def _split(text: str, kinds: Collection[str]) -> list[dict[str, Any]]:
     """Split a turn's text into parts, from which `turn_text` makes the same text again.
 
@@ -142,19 +134,16 @@ def _split(text: str, kinds: Collection[str]) -> list[dict[str, Any]]:
     """
     if not kinds:
         return [{"type": "text", "text": text}] if text else []
-    pieces = re.split("|".join(MARKS[kind] for kind in kinds), text)
-    shown = [mark[1:-1] for mark in re.findall("|".join(MARKS[kind] for kind in kinds), text)]
+    pieces = re.split(f"({'|'.join(MARKS[kind] for kind in kinds)})", text)  # texts, and marks between them
     lines = [piece.removeprefix("\n") if number else piece for number, piece in enumerate(pieces)]
     lines = [piece.removesuffix("\n") for piece in lines[:-1]] + lines[-1:]
-    parts = _between([{"type": kind} for kind in shown], lines)
-    if turn_text(parts, MARKS) == text:
-        return parts
-    return _between([{"type": kind, "text": ""} for kind in shown], pieces)  # an image within a line
+    parts = _as_parts(lines, {})
+    return parts if turn_text(parts, MARKS) == text else _as_parts(pieces, {"text": ""})  # an image within a line
 
 
-def _between(shown: list[dict[str, Any]], pieces: list[str]) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(pieces):
-        parts += [shown[number - 1]] if number else []
-        parts += [{"type": "text", "text": piece}] if piece else []
-    return parts
+def _as_parts(pieces: list[str], of_medium: dict[str, str]) -> list[dict[str, Any]]:
+    return [
+        {"type": piece[1:-1], **of_medium} if number % 2 else {"type": "text", "text": piece}
+        for number, piece in enumerate(pieces)
+        if piece
+    ]
