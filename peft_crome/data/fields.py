@@ -39,6 +39,13 @@ def is_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, str | bytes | list | dict) and not value)
 
 
+def source_of(medium: Any) -> Any:
+    """Return a medium, or the first value of a mapping that is not empty; None: it has none."""
+    if not isinstance(medium, Mapping):
+        return medium
+    return next((medium[key] for key in SOURCES if not is_nothing(medium.get(key))), None)
+
+
 def media_fields(row: Mapping[str, Any]) -> dict[str, list[str]]:
     """Find the fields that hold a row's media, by kind. Kinds without a field are left out.
 
@@ -151,37 +158,23 @@ def ignored_fields(row: Any, columns: Mapping[str, str] | None = None) -> Iterat
         read -= {"prompt", "completion"}
     yield from (str(key) for key, value in row.items() if key not in read and not is_nothing(value))
     for key in TURNS if columns is None else ():
-        turns = row.get(key)
-        names = (
-            {name for turn in turns if isinstance(turn, Mapping) for name in turn}
-            if isinstance(turns, list)
-            else set()
-        )
+        turns = row[key] if isinstance(row.get(key), list) else []
+        names = {name for turn in turns if isinstance(turn, Mapping) for name in turn}
         yield from (f"{key}[].{name}" for name in sorted(map(str, names - OF_TURN)))
 
 
 def _holds_files(value: Any) -> bool:
-    items = value if isinstance(value, list) else [value]
-    return (
-        bool(items)
-        and all(
-            isinstance(item, str | bytes | Image.Image)
-            or (isinstance(item, Mapping) and any(not is_nothing(item.get(key)) for key in SOURCES))
-            for item in items
-            if item is not None
-        )
-        and any(not is_nothing(item) for item in items)
+    items = [item for item in (value if isinstance(value, list) else [value]) if item is not None]
+    return any(not is_nothing(item) for item in items) and all(
+        isinstance(item, str | bytes | Image.Image) or (isinstance(item, Mapping) and source_of(item) is not None)
+        for item in items
     )
 
 
 def _is_an_image(value: Any, has_images: bool) -> bool:
     """Whether a field of any name holds an image, or names an image file in a row without other images."""
     for item in value if isinstance(value, list) else [value]:
-        source = (
-            next((item[key] for key in SOURCES if not is_nothing(item.get(key))), None)
-            if isinstance(item, Mapping)
-            else item
-        )
+        source = source_of(item)
         if isinstance(source, bytes | Image.Image):
             return True
         if not isinstance(source, str):

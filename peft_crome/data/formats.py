@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from numbers import Number
 from typing import Any
 
-from ..utils.read_image import SOURCES, embedded_image
+from ..utils.read_image import embedded_image
 from ..utils.shorten import short
-from .fields import TURNS, are_alike, is_a_list_of_frames, is_nothing, media_fields, system_of, unread_content
+from .fields import TURNS, are_alike, is_a_list_of_frames, media_fields, source_of, system_of, unread_content
 from .image_paths import ImageFolders
 from .media import FIELDS, NOUNS
 from .placeholders import MARKS, Place, foreign_placeholder
@@ -150,9 +150,9 @@ def _from_columns(
         return {}, [Fault("row", f"no column {absent}; the columns are {short(sorted(map(str, row)), 150)}.")]
     question = row[columns["question"]] if "question" in columns else prompt
     answer = row[columns["answer"]]
-    optional_fields: dict[str, Any] = {}
+    others = {field: row[columns[field]] for field in (*FIELDS, "id", "rejected") if field in columns}
     if isinstance(answer, list) and answer:  # ten people in VQA, five in captions
-        optional_fields["answers"] = answer
+        others["answers"] = answer
         answer = _most_frequent(answer)
     if "options" in columns:
         options = as_texts(row[columns["options"]])
@@ -163,15 +163,11 @@ def _from_columns(
         if letter is None or not isinstance(question, str):
             wrong = f"the answer {short(answer)} is none of the options {short(row[columns['options']])}"
             return {}, [Fault("answer", f"{wrong}; expected its number from 0, its letter, or its text.")]
-        optional_fields["options"] = options
+        others["options"] = options
         question, answer = with_options(question, options), letter
     if isinstance(answer, Number) and not isinstance(answer, bool):
         answer = str(answer)
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    if "rejected" in columns:
-        optional_fields["rejected"] = row[columns["rejected"]]
-    made = {"turns": turns, **{kind: row[columns[kind]] for kind in FIELDS if kind in columns}, **optional_fields}
-    return made | ({"id": row[columns["id"]]} if "id" in columns else {}), []
+    return {"turns": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}], **others}, []
 
 
 def _most_frequent(answers: list[Any]) -> Any:
@@ -212,8 +208,8 @@ def _medium(value: Any, kind: str, folders: ImageFolders) -> Any:
     noun = NOUNS[kind]
     if kind == "video" and isinstance(value, Mapping) and value.get("frames"):  # the form in rows
         value = value["frames"]
-    if isinstance(value, Mapping) and (sources := [value[key] for key in SOURCES if not is_nothing(value.get(key))]):
-        file = _medium(sources[0], kind, folders)
+    if isinstance(value, Mapping) and (source := source_of(value)) is not None:
+        file = _medium(source, kind, folders)
         return file | {"path": value.get("path")} if isinstance(file, dict) else file
     if isinstance(value, str) and value:
         try:
@@ -274,9 +270,6 @@ def kept_turns(roles: list[str]) -> list[int]:
 
 def _ordered(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Fault]]:
     roles = [message["role"] for message in messages]
-    dialogue_roles = roles[1:] if roles[:1] == ["system"] else roles
-    if dialogue_roles and dialogue_roles == ["user", "assistant"] * (len(dialogue_roles) // 2):
-        return messages, []
     kept = kept_turns(roles)
     if not kept:
         alone = "the only answer has no question before it."
