@@ -76,27 +76,26 @@ class Expansion:
             if not self.placeholder(kind):
                 wrong = f"the chat template writes nothing for a {NOUNS[kind]}"
                 raise UnknownPlaceholder(f"{wrong}. Write another chat_template, or take the row out.")
-        places = {kind: [number for number, other in enumerate(kinds) if other == kind] for kind in self.kinds}
-        pieces, order, seen, rest = [], [], Counter[str](), text
-        while next_mark := min(
-            (
-                (place, seen[kind] == len(places[kind]), kind)
-                for kind in self.kinds
-                if (mark := self._written(kind, seen[kind] + 1)) and (place := rest.find(mark)) >= 0
-            ),
-            default=None,
-        ):
-            place, is_too_many, kind = next_mark
-            if is_too_many:
-                raise self._other_number(kind, seen[kind] + rest.count(self._written(kind, seen[kind] + 1)), kinds)
+        counts, seen = Counter(kinds), Counter[str]()
+        pieces, shown, rest = [], [], text
+        while found := [
+            (place, seen[kind] >= counts[kind], kind, mark)
+            for kind in self.kinds
+            if (mark := self._written(kind, seen[kind] + 1)) and (place := rest.find(mark)) >= 0
+        ]:
+            place, _, kind, mark = min(found)  # where two kinds have one placeholder, the kind that is still to come
             pieces.append(rest[:place])
-            order.append(places[kind][seen[kind]])
+            shown.append(kind)
             seen[kind] += 1
-            rest = rest[place + len(self._written(kind, seen[kind])) :]
+            rest = rest[place + len(mark) :]
         for kind in self.kinds:
-            if self.placeholder(kind) and seen[kind] < len(places[kind]):
-                raise self._other_number(kind, seen[kind], kinds)
-        return [*pieces, rest], order
+            if (mark := self.placeholder(kind)) and seen[kind] != counts[kind]:
+                raise UnknownPlaceholder(
+                    f"{seen[kind]} {mark!r} in the text for {counts[kind]} {NOUNS[kind]}s. "
+                    f"Take {mark!r} out of the text."
+                )
+        numbers = {kind: iter([n for n, other in enumerate(kinds) if other == kind]) for kind in self.kinds}
+        return [*pieces, rest], [next(numbers[kind]) for kind in shown]
 
     def starts(self, pieces: Sequence[str], expanded: str) -> list[int]:
         """Find the beginning of each piece in an expanded text.
@@ -127,23 +126,14 @@ class Expansion:
         Raises:
             UnknownPlaceholder: as in `starts`, or a span contains a medium.
         """
-        starts = self.starts(pieces, expanded)
-        ends = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
-        edges, place = [], 0  # edges of the pieces in the rendered text
-        for piece in pieces:
-            place = text.index(piece, place)
-            edges.append(place)
-            place += len(piece)
+        starts, edges = self.starts(pieces, expanded), self.starts(pieces, text)
         moved = []
         for first, last in spans:
             number = max(n for n, edge in enumerate(edges) if edge <= first)
             if last > edges[number] + len(pieces[number]):
                 raise UnknownPlaceholder("an answer that shows an image, a video or a sound")
             moved.append((first + starts[number] - edges[number], last + starts[number] - edges[number]))
-        between = [
-            (end, start) for end, start in zip([0, *ends], [*starts, len(expanded)], strict=True) if end < start
-        ]
-        return moved, between
+        return moved, [(first, last) for first, last in _gaps(starts, pieces, expanded) if first < last]
 
     def expand(self, pieces: Sequence[str], order: Sequence[int], media: Sequence[Header]) -> list[Run]:
         """Build the text that the processor would give to its tokenizer.
@@ -158,12 +148,6 @@ class Expansion:
         between = [*(each[number] for number in order), last]
         inner = [run for piece, runs in zip(pieces, between, strict=True) for run in ((piece, 1), *runs)]
         return [*first, *inner]
-
-    def _other_number(self, kind: str, mark_count: int, kinds: Sequence[str]) -> UnknownPlaceholder:
-        mark, count = repr(self.placeholder(kind)), list(kinds).count(kind)
-        return UnknownPlaceholder(
-            f"{mark_count} {mark} in the text for {count} {NOUNS[kind]}s. Take {mark} out of the text."
-        )
 
     def _written(self, kind: str, number: int) -> str:
         placeholder, is_numbered = self._placeholders[kind]
@@ -213,10 +197,8 @@ class Expansion:
         text, messages = self._probe(media)
         _, (tokens,) = self._processed.batch([messages], [text])
         pieces, order = self.pieces(text, [kind for kind, _ in media])
-        starts = self.starts(pieces, tokens.text)
-        ends = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
-        edges = zip([0, *ends], [*starts, len(tokens.text)], strict=True)
-        first, *between, last = (self._runs(tokens.text[end:start]) for end, start in edges)
+        gaps = _gaps(self.starts(pieces, tokens.text), pieces, tokens.text)
+        first, *between, last = (self._runs(tokens.text[start:end]) for start, end in gaps)
         each = dict(zip(order, between, strict=True))
         return first, [each.get(number, []) for number in range(len(media))], last
 
@@ -229,6 +211,12 @@ class Expansion:
             token = next((token for token in repeated if part.startswith(token)), part) if number % 2 else part
             made += [(token, len(part) // len(token))] if part else []
         return made
+
+
+def _gaps(starts: Sequence[int], pieces: Sequence[str], text: str) -> list[tuple[int, int]]:
+    """Return the spans of a text before, between and after its pieces."""
+    ends = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
+    return list(zip([0, *ends], [*starts, len(text)], strict=True))
 
 
 def written_out(runs: Sequence[Run]) -> str:
