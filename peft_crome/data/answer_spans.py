@@ -81,7 +81,7 @@ class AnswerSpans:
         spans = self._in_exchanges(messages, ends, text) if len(ends) > FEW else None
         if spans is None:
             spans = [self.by_prefix(messages, end, text) for end in ends]
-        return [*spans, self._last(messages, text)]
+        return [*spans, self.by_prefix(messages, len(messages) - 1, text)]
 
     def _in_exchanges(self, messages: Messages, ends: list[int], text: str) -> list[Span] | None:
         """Find the answers at these messages; None: the whole conversation writes an exchange differently.
@@ -116,16 +116,11 @@ class AnswerSpans:
     def by_prefix(self, messages: Messages, end: int, text: str) -> Span:
         """Find one answer by rendering the messages before it and those up to its end."""
         prompt = self._render(messages[:end], True)
-        rendered = self._render(messages[: end + 1], False).rstrip()
+        is_last = end == len(messages) - 1
+        rendered = (text if is_last else self._render(messages[: end + 1], False)).rstrip()
         if not (text.startswith(prompt) and text.startswith(rendered)):
             raise PromptRewritten(prompt)
         return len(prompt), len(rendered)
-
-    def _last(self, messages: Messages, text: str) -> Span:
-        prompt = self._render(messages[:-1], True)
-        if not text.startswith(prompt):
-            raise PromptRewritten(prompt)
-        return len(prompt), len(text.rstrip())
 
     def _what_stands_beside_answers(self, before: Messages) -> tuple[str, str, str] | None:
         """Return the end of a prompt, the text between it and an answer, and the end of an answer; None: it varies."""

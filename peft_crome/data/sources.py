@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import os
@@ -14,6 +13,7 @@ import datasets
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.utils.sha import sha_fileobj
 
 from ..utils.read_image import read_image
 from ..utils.shorten import cut, short
@@ -174,7 +174,7 @@ def load_rows(
     try:
         return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, writer_batch_size=group)
     except DatasetGenerationError as error:
-        raise _cause(error) from None
+        raise error.__cause__ or error from None
 
 
 def _is_table(path: Path) -> bool:
@@ -196,11 +196,8 @@ def _absolute(images: str | Path | Mapping[str, str | Path]) -> str | dict[str, 
 
 def file_digest(path: Path) -> str:
     """Compute the SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):  # Python 3.10 has no hashlib.file_digest
-            digest.update(block)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()  # Python 3.10 has no hashlib.file_digest
 
 
 def _generate(path: str, version: str, **arguments: Any) -> Iterator[dict[str, Any]]:
@@ -225,13 +222,6 @@ def _stored(medium: Any) -> dict[str, Any]:
     file = io.BytesIO()
     read_image(medium).save(file, "PNG")
     return {"path": None, "bytes": file.getvalue()}
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the generator's error, which `datasets` wraps."""
-    while error.__cause__ is not None and not isinstance(error, RowError):
-        error = error.__cause__
-    return error
 
 
 def _open_table(path: str, name: str | None, split: str, streaming: bool) -> tuple[Any, dict[str, list[str]]]:
