@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from .taken import check_batch, check_row, naming_batch
 ORDINARY: Header = ("image", (640, 480))  # if no size is known
 
 
+@dataclass(eq=False, repr=False)
 class ConversationCollator:
     """Make batches of conversations for training any model whose processor has a chat template.
 
@@ -59,32 +61,24 @@ class ConversationCollator:
             a question with its answer. Or its text cannot be separated from its images.
     """
 
-    def __init__(
-        self,
-        processor: Any,
-        *,
-        is_encoder_decoder: bool = False,
-        augmentation: Augmentation | None = None,
-        max_length: int | None = None,
-        max_positions: int | None = None,
-        max_target_length: int | None = None,
-        max_instruction_length: int | None = None,
-        system: str | None = None,
-        ends_answers: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self.template = ChatTemplate(processor, system, ends_answers and not is_encoder_decoder)
+    processor: Any
+    _: KW_ONLY
+    is_encoder_decoder: bool = False
+    augmentation: Augmentation | None = None
+    max_length: int | None = None
+    max_positions: int | None = None
+    max_target_length: int | None = None
+    max_instruction_length: int | None = None
+    system: str | None = None
+    ends_answers: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.template = ChatTemplate(self.processor, self.system, self.ends_answers and not self.is_encoder_decoder)
         self.processor = self.template.processor
-        self.is_encoder_decoder = is_encoder_decoder
-        self.augmentation = augmentation
-        self.max_length = max_length
-        self.max_positions = max_positions
-        self.max_target_length = max_target_length
-        self.max_instruction_length = max_instruction_length
-        self.seed = seed
         self.needs_split = (
-            is_encoder_decoder
-            or getattr(processor, "qformer_tokenizer", None) is not None
+            self.is_encoder_decoder
+            or getattr(self.processor, "qformer_tokenizer", None) is not None
             or self.template.writes_prompts_apart
             or not self.template.keeps_earlier_turns
         )
