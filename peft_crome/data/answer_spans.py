@@ -235,27 +235,27 @@ def writes_turns_alone(template: str) -> bool:
         inputs = find_undeclared_variables(tree) - {"messages"}
     except TemplateError:
         return False
-    parents = {id(child): node for node in _all(tree) for child in node.iter_child_nodes()}
-    if any(isinstance(node, nodes.CallBlock) for node in _all(tree)):
-        return False
-    if OF_OTHER_TURNS.intersection(map(_attribute, _all(tree))):
+    inner = list(tree.find_all(nodes.Node))
+    parents = {id(child): node for node in (tree, *inner) for child in node.iter_child_nodes()}
+    if tree.find(nodes.CallBlock) is not None or OF_OTHER_TURNS.intersection(map(_attribute, inner)):
         return False
     loops: list[nodes.For] = []
     if not _reads_in_order("messages", tree, parents, loops) or len(loops) != 1:
         return False
     if _reads_behind(loops[0], tree, parents):
         return False
-    of_end = [
-        node
-        for node in _all(tree)
+    return all(
+        _writes_by_roles(node, parents, inputs, loops[0])
+        for node in inner
         if (isinstance(node, nodes.Name) and node.name == "add_generation_prompt") or _attribute(node) == "last"
-    ]
-    return all(_writes_by_roles(node, parents, inputs, loops[0]) for node in of_end)
+    )
 
 
-def _all(tree: nodes.Node) -> Iterator[nodes.Node]:
-    yield tree
-    yield from tree.find_all(nodes.Node)
+def _around(node: nodes.Node, parents: dict[int, nodes.Node]) -> Iterator[nodes.Node]:
+    """Yield the nodes that contain a node, from the inside to the template."""
+    while id(node) in parents:
+        node = parents[id(node)]
+        yield node
 
 
 def _attribute(node: nodes.Node | None) -> Any:
@@ -301,17 +301,15 @@ def _reads_in_order(
 
 def _reads_behind(loop: nodes.For, tree: nodes.Template, parents: dict[int, nodes.Node]) -> bool:
     """Whether a macro or a namespace, which may keep what a turn has left, is read after the loop."""
-    order = {id(node): number for number, node in enumerate(_all(tree))}
-    end = max(order[id(node)] for node in _all(loop))
-    names = {node.name for node in _all(tree) if isinstance(node, nodes.NSRef | nodes.Macro)}
-    for used in tree.find_all(nodes.Name):
-        if used.name in names and order[id(used)] > end:
-            node: nodes.Node = used
-            while id(node) in parents and not isinstance(node, nodes.Macro):
-                node = parents[id(node)]
-            if not isinstance(node, nodes.Macro):
-                return True
-    return False
+    order = {id(node): number for number, node in enumerate(tree.find_all(nodes.Node))}
+    end = max(order[id(node)] for node in loop.find_all(nodes.Node))
+    names = {node.name for node in tree.find_all(nodes.Node) if isinstance(node, nodes.NSRef | nodes.Macro)}
+    return any(
+        used.name in names
+        and order[id(used)] > end
+        and not any(isinstance(node, nodes.Macro) for node in _around(used, parents))
+        for used in tree.find_all(nodes.Name)
+    )
 
 
 def _gives_messages(parent: nodes.Node, node: nodes.Node) -> bool:
@@ -333,15 +331,9 @@ def _compares_with_few(node: nodes.Node) -> bool:
 def _writes_by_roles(used: nodes.Node, parents: dict[int, nodes.Node], inputs: set[str], loop: nodes.For) -> bool:
     """Whether text that is written only at the end, and its condition, depend on roles and the template's inputs."""
     turns = {target.name for target in [loop.target] if isinstance(target, nodes.Name)}
-    node, read = used, []
-    whole = None
-    while id(node) in parents:
-        node = parents[id(node)]
-        if isinstance(node, nodes.If | nodes.CondExpr):
-            read.append(node.test)
-            whole = whole or node
-    read.append(whole if whole is not None else node)
-    for part in read:
+    around = list(_around(used, parents))
+    conditions = [node for node in around if isinstance(node, nodes.If | nodes.CondExpr)]
+    for part in (*(node.test for node in conditions), conditions[0] if conditions else around[-1]):
         if part.find(nodes.NSRef) is not None:
             return False
         for name in part.find_all(nodes.Name):
