@@ -18,8 +18,6 @@ def as_texts(value: Any) -> list[str]:
         >>> as_texts([{"answer": "red", "answer_id": 1}, "dark red", 2])
         ['red', 'dark red', '2']
     """
-    if value is None:
-        return []
     items = list(value.values()) if isinstance(value, Mapping) else value
     if not isinstance(items, Sequence) or isinstance(items, str | bytes):
         return []
