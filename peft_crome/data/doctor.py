@@ -20,7 +20,7 @@ from typing import Any
 
 from ..utils.atomic import new_file
 from ..utils.shorten import cut
-from .fields import ignored_fields, is_a_list_of_frames, media_fields
+from .fields import ignored_fields, is_a_list_of_media, media_fields
 from .files import stream
 from .formats import kept_turns, parse, row_name, turns_key
 from .image_paths import ImageFolders
@@ -335,7 +335,7 @@ def _fix(row: dict[str, Any], number: int, folders: ImageFolders) -> dict[str, A
     for kind, of_kind in FIELDS.items():
         shown = len(parsed[of_kind]) - sum(own_media(turn, kind) for turn in kept)
         for name in media_fields(row).get(kind, []):
-            if isinstance(row[name], list) and not (kind == "video" and is_a_list_of_frames(row[name])):
+            if is_a_list_of_media(row[name], kind):
                 fixed[name] = row[name][:shown]
             elif shown == 0:
                 fixed.pop(name)

@@ -78,9 +78,9 @@ def are_alike(media: Sequence[Any], others: Sequence[Any]) -> bool:
     )
 
 
-def is_a_list_of_frames(value: Any) -> bool:
-    """Whether a field's value is the frames of one video: a list of nothing but image files."""
-    return isinstance(value, list) and bool(value) and all(map(_is_an_image_file, value))
+def is_a_list_of_media(value: Any, kind: str) -> bool:
+    """Whether a field holds a list of media. A list of nothing but image files is the frames of one video."""
+    return isinstance(value, list) and not (kind == "video" and value and all(map(_is_an_image_file, value)))
 
 
 def _is_an_image_file(value: Any) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..utils.read_image import embedded_image
 from ..utils.shorten import short
-from .fields import TURNS, are_alike, is_a_list_of_frames, media_fields, source_of, system_of, unread_content
+from .fields import TURNS, are_alike, is_a_list_of_media, media_fields, source_of, system_of, unread_content
 from .image_paths import ImageFolders
-from .media import FIELDS, NOUNS
+from .media import FIELDS, NOUNS, kinds_of
 from .placeholders import MARKS, Place, foreign_placeholder
 from .references import MOST_OPTIONS, as_choice, as_texts, with_options
 from .rows import Fault
@@ -88,7 +88,7 @@ def parse(
         "rejected": answer_text(row.get("rejected")),
     }
     if wrong:  # turns are left out with the media that they show
-        media = {kind: values[: sum(_shown(message, kind) for message in messages)] for kind, values in media.items()}
+        media = {kind: values[: kinds_of(messages).count(kind)] for kind, values in media.items()}
     shown = {field: media.get(kind, []) for kind, field in FIELDS.items()}
     parsed = {"id": row_name(row, number), **shown, "messages": messages}
     return parsed | {key: value for key, value in texts.items() if value}, faults
@@ -189,12 +189,7 @@ def _media(
 
 def _row_media(row: Mapping[str, Any], fields: list[str], kind: str) -> tuple[list[Any], list[Fault]]:
     """Return the media of the first field that has some. Another field may hold the same media, by file name."""
-    lists = [
-        row[key]
-        if isinstance(row[key], list) and not (kind == "video" and is_a_list_of_frames(row[key]))
-        else [row[key]]
-        for key in fields
-    ]
+    lists = [row[key] if is_a_list_of_media(row[key], kind) else [row[key]] for key in fields]
     faults = [
         Fault("row", f"{fields[0]!r} and {key!r} hold different {NOUNS[kind]}s. Take one of them out.")
         for key, other in zip(fields[1:], lists[1:], strict=True)
@@ -229,9 +224,9 @@ def _medium(value: Any, kind: str, folders: ImageFolders) -> Any:
 
 def _place(messages: list[dict[str, Any]], kind: str, count: int) -> list[Fault]:
     """Put media without a placeholder before the first user's turn (LAMM); refuse other mismatches."""
-    if kind == "image" and count and not any(_shown(message, kind) for message in messages):
+    if kind == "image" and count and kind not in kinds_of(messages):
         place_by_others(messages, count)
-    placed = sum(_shown(message, kind) for message in messages)
+    placed = kinds_of(messages).count(kind)
     if placed == count:
         return []
     mark, noun = MARKS[kind], NOUNS[kind]
@@ -242,11 +237,6 @@ def _place(messages: list[dict[str, Any]], kind: str, count: int) -> list[Fault]
         return [Fault("placeholder", f"no turn is from 'human', so there is no place for its {count} {noun}s.")]
     first["content"][:0] = [{"type": kind} for _ in range(count)]
     return []
-
-
-def _shown(message: dict[str, Any], kind: str) -> int:
-    """Count the media of a kind in a message."""
-    return [part["type"] for part in message["content"]].count(kind)
 
 
 def _says(content: list[dict[str, Any]]) -> bool:
