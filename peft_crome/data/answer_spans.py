@@ -19,9 +19,9 @@ Messages = list[dict[str, Any]]
 Span = tuple[int, int]
 
 
-def turn(role: str, text: str) -> dict[str, Any]:
-    """Build a message that is only text."""
-    return {"role": role, "content": [{"type": "text", "text": text}]}
+def turn(role: str, *parts: str | dict[str, Any]) -> dict[str, Any]:
+    """Build a message from texts and other parts."""
+    return {"role": role, "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
 
 
 class PromptRewritten(ValueError):
@@ -131,12 +131,10 @@ class AnswerSpans:
                 return None
             gap, _, ending = rendered[len(prompt) :].partition(ANSWER)
             beside = prompt.partition(QUESTION)[2], gap, ending.rstrip()
-            for system in ([], [turn("system", "s")]) if not before else (before,):
-                if not self._holds_for(beside, system):
-                    return None
+            systems = [before] if before else [[], [turn("system", "s")]]
+            return beside if all(self._holds_for(beside, system) for system in systems) else None
         except (TemplateError, PromptRewritten):
             return None
-        return beside
 
     def _holds_for(self, beside: tuple[str, str, str], before: Messages) -> bool:
         turns = [turn(role, f"{role} {number}") for number in range(3) for role in ("user", "assistant")]

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
+from itertools import chain
 from typing import Any
 
 from jinja2 import TemplateError
@@ -13,7 +14,7 @@ from jinja2 import TemplateError
 from .answer_spans import ANSWER, QUESTION, Messages, turn
 from .media import NOUNS
 from .media_reader import EXAMPLES, Header, MediaReader
-from .processed import Processed, Tokens, UnknownPlaceholder, user_turn
+from .processed import Processed, Tokens, UnknownPlaceholder
 from .taken import kinds_taken
 
 PROBES: tuple[Header, ...] = (("image", (64, 64)), ("image", (448, 224)), ("image", (350, 1000)))
@@ -171,8 +172,8 @@ class Expansion:
     def _difference(self, kind: str, count: int) -> str:
         """Return the text that a prompt with media has in addition to one without."""
         blank = self._reader.blank(EXAMPLES[kind]) if kind == "image" else {"type": kind, kind: None}
-        without = self._render([*self._before, user_turn([QUESTION])], True)
-        shown = self._render([*self._before, user_turn([*[blank] * count, QUESTION])], True)
+        without = self._render([*self._before, turn("user", QUESTION)], True)
+        shown = self._render([*self._before, turn("user", *[blank] * count, QUESTION)], True)
         first = next((n for n, (a, b) in enumerate(zip(without, shown, strict=False)) if a != b), len(without))
         rest, tail = without[first:], 0
         while tail < min(len(rest), len(shown) - first) and rest[-1 - tail] == shown[-1 - tail]:
@@ -184,12 +185,12 @@ class Expansion:
         shown: list[tuple[Any, ...]] = [
             (self._reader.blank(header), f"({number})") for number, header in enumerate(media)
         ] or [(QUESTION,)]
-        apart = [message for parts in shown for message in (user_turn(parts), turn("assistant", ANSWER))][:-1]
+        apart = [message for parts in shown for message in (turn("user", *parts), turn("assistant", ANSWER))][:-1]
         messages = [*self._before, *apart]
         try:
             return self._render(messages, True), messages
         except TemplateError:
-            messages = [*self._before, user_turn([part for parts in shown for part in parts])]
+            messages = [*self._before, turn("user", *chain.from_iterable(shown))]
             return self._render(messages, True), messages
 
     def _expand_media(self, media: tuple[Header, ...]) -> tuple[list[Run], list[list[Run]], list[Run]]:

@@ -158,11 +158,6 @@ def video_arguments(conversations: Sequence[Messages]) -> dict[str, Any]:
     return {"video_metadata": metadata, "do_sample_frames": False} if metadata else {}
 
 
-def user_turn(parts: Sequence[str | dict[str, Any]]) -> dict[str, Any]:
-    """Build a user's message from texts and other parts."""
-    return {"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
-
-
 def padded(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
     """Join tensors of (tokens, ...) to one of (rows, tokens, ...), padded on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
