@@ -118,16 +118,12 @@ def unread_content(row: Mapping[str, Any], fields: Mapping[str, list[str]], has_
     ]
     of_media = [key for key in keys if _kind(key) in ("video", "audio") and not ADDRESSES.fullmatch(key)]
     empty = [key for key in of_media if key not in fields.get(str(_kind(key)), ())]
-    faults = []
-    if empty:
-        faults.append(f"{empty} hold no files. Write paths or bytes into 'videos' or 'audio', or take the field out.")
-    if written:
-        faults.append(f"{written} cannot be read; write what the model is to read of it into the turns.")
-    if unnamed:
-        faults.append(
-            f"{unnamed} hold images, which are read from 'image' or 'images'. Rename the field, or take it out."
-        )
-    return [Fault("row", fault) for fault in faults]
+    found = (
+        (empty, "hold no files. Write paths or bytes into 'videos' or 'audio', or take the field out."),
+        (written, "cannot be read; write what the model is to read of it into the turns."),
+        (unnamed, "hold images, which are read from 'image' or 'images'. Rename the field, or take it out."),
+    )
+    return [Fault("row", f"{names} {wrong}") for names, wrong in found if names]
 
 
 def unread_of_turn(turn: Mapping[str, Any]) -> Fault | None:

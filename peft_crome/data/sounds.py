@@ -52,10 +52,9 @@ def sound_header(sound: Any, name: str) -> tuple[int, int]:
     try:
         with naming(name, "audio", sound):
             info = soundfile.info(file_of(sound))
+        samples, rate = info.frames, info.samplerate
     except ValueError:
         samples, rate = 0, 16_000  # a format that only torchcodec reads
-    else:
-        samples, rate = info.frames, info.samplerate
     return samples or len(read_sound(sound, name, rate)), rate
 
 

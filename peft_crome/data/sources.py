@@ -280,14 +280,13 @@ def _load_table(
 ) -> Dataset | IterableDataset:
     table, labels = _open_table(path, name, split, streaming)
     table_arguments = {"source": path, "home": _home(Path(path)), "labels": labels, "version": f"{__version__} {FORM}"}
-    arguments = table_arguments | settings
     rows = table.map(
         _convert,
         batched=True,
         with_indices=True,
         remove_columns=table.column_names,
         features=FEATURES,
-        fn_kwargs=arguments,
+        fn_kwargs=table_arguments | settings,
     )
     if not streaming and len(rows) == 0:
         raise ValueError(f"{path} holds no rows that can be read.")
