@@ -137,8 +137,7 @@ class AnswerSpans:
             return None
 
     def _holds_for(self, beside: tuple[str, str, str], before: Messages) -> bool:
-        turns = [turn(role, f"{role} {number}") for number in range(3) for role in ("user", "assistant")]
-        messages = [*before, *turns]
+        messages = [*before, *(turn(role, f"{role} {n}") for n in range(3) for role in ("user", "assistant"))]
         try:
             text = self._render(messages, False)
         except TemplateError:

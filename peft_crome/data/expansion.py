@@ -161,10 +161,8 @@ class Expansion:
             if kind == "image":
                 raise
             return "", False  # the template supports no such part
-        if not one:
-            return "", False
         try:
-            two = self._difference(kind, 2)
+            two = self._difference(kind, 2) if "1" in one else ""
         except TemplateError:  # it takes a single image
             return one, False
         return one, "1" in one and two.count(one) < 2 and one.replace("1", "2") in two
