@@ -7,10 +7,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ..utils.shorten import cut, short
+from ..utils.shorten import cut
 from .answer_spans import ANSWER, QUESTION, AnswerSpans, Messages, PromptRewritten, Span, turn
 from .processed import with_template
-from .rows import Fault, RowError
+from .rows import RowError, row_error
 
 REMEDY = "Write another chat_template in the recipe."
 
@@ -75,7 +75,8 @@ class ChatTemplate:
             name: name of the row.
             earlier: whether to find the answers before the last.
         Raises:
-            RowError: the template hides where an answer begins, or rejects the conversation.
+            RowError: the template hides where an answer begins.
+            TemplateError: the template rejects the conversation.
         """
         try:
             if self.writes_prompts_apart:
@@ -91,19 +92,6 @@ class ChatTemplate:
                 f"the chat template writes the prompt {error.prompt[-40:]!r} in another way once the answer follows, "
                 f"so it is unknown which tokens to learn. {REMEDY}",
             ) from error
-        except TemplateError as error:
-            raise refused(name, error) from error
-
-    def prompt(self, messages: Messages, name: str) -> str:
-        """Return the text that an encoder reads.
-
-        Raises:
-            RowError: the template rejects the conversation.
-        """
-        try:
-            return self.render(messages, True)
-        except TemplateError as error:
-            raise refused(name, error) from error
 
     def _turns_before_probes(self) -> Messages:
         """Return a system message if one is given, or if the template requires one, which rows may have."""
@@ -158,11 +146,6 @@ def refused(name: str, error: TemplateError) -> RowError:
         f"the language model's chat template says: {cut(str(error), 300)}. Change the row (or system: in the "
         "recipe), or write another chat_template in the recipe.",
     )
-
-
-def row_error(name: str, kind: str, message: str) -> RowError:
-    """Build the error for a fault of the row of this name."""
-    return RowError(f"Row {short(name)}", [Fault(kind, message)])
 
 
 def checked(processor: Any) -> Any:

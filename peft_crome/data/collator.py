@@ -10,12 +10,13 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from ..backbone.labeled import IGNORED
 from ..backbone.positions import position_limit
 from ..utils.shorten import short
 from .answer_spans import Messages, Span
-from .chat_template import ChatTemplate, row_error
+from .chat_template import ChatTemplate, refused
 from .expansion import PROBES, Expansion, Run, shortened, tokens_in, written_out
 from .images import Augmentation
 from .instructions import check_instruction
@@ -23,7 +24,7 @@ from .media import kinds_of, media_of, with_media
 from .media_reader import Header, MediaReader
 from .processed import Processed, Tokens, UnknownPlaceholder, padded
 from .row_text import Draft, RowSize, RowText, or_error
-from .rows import COUNTS, DRAW, DRAWN
+from .rows import COUNTS, DRAW, DRAWN, row_error
 from .taken import check_batch, check_row, naming_batch
 
 ORDINARY: Header = ("image", (640, 480))  # if no size is known
@@ -160,12 +161,11 @@ class ConversationCollator:
         read = self._read(row)
         tokens = self._processed.tokens(written_out(self._expanded(read, row)))
         labels = self._labels(tokens, read, row)
-        length = len(tokens.ids)
         kept = slice(None) if self.is_encoder_decoder else slice(self.max_length)
         return {
             "input_ids": tokens.ids[kept],
             "labels": labels if self.is_encoder_decoder else labels[kept],
-            "length": length,
+            "length": len(tokens.ids),
             "instruction": read.instruction,
         }
 
@@ -178,6 +178,8 @@ class ConversationCollator:
             ImportError: a package that reads videos or sound is missing.
         """
         sizes: list[RowSize | ValueError] = []
+        limits = (None if self.is_encoder_decoder else self.max_length, self.max_positions)
+        shortest_limit = min((limit for limit in limits if limit is not None), default=math.inf)
         drafts = [or_error(self._draft, row) for row in rows]
         texts = [draft.text for draft in drafts if not isinstance(draft, ValueError)]
         encodings = iter(self._processed.encodings(texts))
@@ -187,16 +189,11 @@ class ConversationCollator:
                 continue
             encoding = next(encodings)
             length = len(encoding) + draft.left_out
-            if draft.is_learned(encoding) and length <= self._shortest_limit:
+            if draft.is_learned(encoding) and length <= shortest_limit:
                 sizes.append(RowSize(length, length))
             else:
                 sizes.append(or_error(self._size, row))
         return sizes
-
-    @property
-    def _shortest_limit(self) -> float:
-        limits = (None if self.is_encoder_decoder else self.max_length, self.max_positions)
-        return min((limit for limit in limits if limit is not None), default=math.inf)
 
     def _size(self, row: dict[str, Any]) -> RowSize:
         encoded = self.encode(row)
@@ -222,10 +219,13 @@ class ConversationCollator:
         check_row(row, self.processor)
         messages = self.template.completed(row["messages"])
         spans: list[Span] = []
-        if self.is_encoder_decoder:
-            text = self.template.prompt(messages[:-1], name)
-        else:
-            text, spans = self.template.with_answers(messages, name, earlier=not self.needs_split)
+        try:
+            if self.is_encoder_decoder:
+                text = self.template.render(messages[:-1], True)
+            else:
+                text, spans = self.template.with_answers(messages, name, earlier=not self.needs_split)
+        except TemplateError as error:
+            raise refused(name, error) from error
         try:
             pieces, order = self._expansion.pieces(text, kinds_of(messages))
         except UnknownPlaceholder as error:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..utils.shorten import short
-from .rows import Fault, RowError
+from .rows import row_error
 
 
 def check_instruction(processor: Any, name: str, instruction: str, limit: int | None) -> None:
@@ -24,7 +23,7 @@ def check_instruction(processor: Any, name: str, instruction: str, limit: int | 
         message = (
             f"the instruction has {read} tokens, and the Q-Former reads {limit}. Shorten it, or take the row out."
         )
-        raise RowError(f"Row {short(name)}", [Fault("long", message)])
+        raise row_error(name, "long", message)
 
 
 def check_instructions(processor: Any, config: Any, rows: Sequence[dict[str, Any]]) -> None:

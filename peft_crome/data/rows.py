@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ..utils.shorten import short
+
 FAULTS = {
     "json": "not JSON",
     "row": "not a row with a conversation",
@@ -63,3 +65,8 @@ class RowError(ValueError):
     def __init__(self, where: str, faults: list[Fault]) -> None:
         super().__init__(f"{where}: {' Also: '.join(fault.message for fault in faults)}")
         self.faults = faults
+
+
+def row_error(name: str, kind: str, message: str) -> RowError:
+    """Build the error for a fault of the row of this name."""
+    return RowError(f"Row {short(name)}", [Fault(kind, message)])

@@ -13,7 +13,7 @@ from datasets import Dataset
 from ..utils.shorten import cut, short
 from .media import FIELDS, NOUNS, media_of
 from .processed import UnknownPlaceholder
-from .rows import Fault, RowError
+from .rows import RowError, row_error
 
 
 def kinds_taken(processor: Any) -> set[str]:
@@ -65,10 +65,10 @@ def _check(row: str, kinds: Set[str], processor: Any) -> None:
     name = getattr(processor, "__name__", type(processor).__name__)
     for kind in sorted(kinds - kinds_taken(processor)):
         wrong = f"{name} takes no {NOUNS[kind]}. Take the row out, or name a model that takes one."
-        raise RowError(f"Row {short(row)}", [Fault("host", wrong)])
+        raise row_error(row, "host", wrong)
     if {"image", "video"} <= kinds and _shares_names(processor):
         wrong = f"{name} takes images or videos in a conversation, and the row has both. Take one kind out."
-        raise RowError(f"Row {short(row)}", [Fault("host", wrong)])
+        raise row_error(row, "host", wrong)
 
 
 def _kinds_of_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Set[str]]]:
