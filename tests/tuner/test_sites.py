@@ -205,7 +205,6 @@ def test_overlapping_branches_are_refused(branches: dict[str, list[str]]) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
-@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
 def test_a_head_with_lora_that_shares_the_table_is_no_site() -> None:
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=VOCABULARY, **sizes))
