@@ -68,8 +68,7 @@ class CromeLayer(Mergeable):
             return output
         input_ids = next(iter([*args, *kwargs.values()]), None)
         weights = self._weights[0]
-        override = weights.override  # read once: the call that sets it may end in another thread
-        if override is not None and (other := override(self, output, input_ids)) is not None:
+        if (override := weights.override) is not None and (other := override(self, output, input_ids)) is not None:
             return other
         if not (names := self.acting()):
             return output

@@ -80,8 +80,7 @@ class CromeModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.get("adapter_names")
-        rows = nullcontext() if names is None else rows_with_adapters(self.model, names, args, kwargs)
-        with rows:
+        with nullcontext() if names is None else rows_with_adapters(self.model, names, args, kwargs):
             yield
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:

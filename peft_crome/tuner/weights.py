@@ -36,7 +36,7 @@ class CromeWeights(nn.Module, BaseTunerLayer):
         self.crome_up = nn.ModuleDict()
         self.settings: dict[str, tuple[str, float]] = {}  # adapter name -> gate activation, dropout
         self.observer: Any = None  # its `see` receives each call of a site
-        self.override: Any = None  # override(site, output, first argument) replaces the output, unless None
+        self.override: Any = None  # (site, output, first argument) -> another output, or None; any thread may end it
         self.merged_adapters: list[str] = []
 
     def branches_of(self, adapter_name: str) -> list[str]:
