@@ -112,7 +112,7 @@ def assemble(
 ) -> Composite:
     """Put loaded backbones together, frozen and in evaluation mode, with new projections between them."""
     model = cls(config, vision_tower=vision_tower, language_model=language_model, qformer=qformer)
-    for part in filter(None, (vision_tower, language_model, qformer)):
+    for part in (part for part in (vision_tower, language_model, qformer) if part is not None):
         part.requires_grad_(False)
     between = {name: getattr(model, name) for name in BETWEEN if getattr(model, name, None) is not None}
     for name, part in between.items():

@@ -82,8 +82,11 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         super().__init__(config)
         watch_trainers()
         text_config = config.text_config
-        self.vision_tower = vision_tower or build_tower(config.vision_config)
-        self.language_model = language_model or language_class(text_config).from_config(text_config)
+        # A compiled module has no truth value.
+        self.vision_tower = vision_tower if vision_tower is not None else build_tower(config.vision_config)
+        self.language_model = (
+            language_model if language_model is not None else language_class(text_config).from_config(text_config)
+        )
         check_takes_embeddings(self.language_model)
         fix_repacking(self)
         self.vision_layout = infer_layout(config)
@@ -124,7 +127,7 @@ class CromeVLMForConditionalGeneration(PreTrainedModel, CromeVLMGenerationMixin)
         self._samples: Samples = {}  # samples of the weights as they were put together
         self.feature_cache: Any = None  # see `peft_crome.cache_features`
         self.blank_image = False  # see `embed_inputs`
-        for part in filter(None, (vision_tower, language_model, qformer)):
+        for part in (part for part in (vision_tower, language_model, qformer) if part is not None):
             for module in part.modules():
                 module._is_hf_initialized = True  # post_init must not initialize the given weights again
         self.post_init()
