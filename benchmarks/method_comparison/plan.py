@@ -76,7 +76,7 @@ SLOWER = {
 
 
 def plan(sizes: Sizes, records: Records) -> list[Run]:
-    """List all runs. A sweep has more of them while the best learning rate lies at an end."""
+    """List all runs, one seed after another. A sweep has more of them while the best learning rate lies at an end."""
     seeds, first, few = range(sizes.seeds), sizes.sweep_tasks[0], sizes.few
     sweeps = {
         language: [
@@ -87,11 +87,12 @@ def plan(sizes: Sizes, records: Records) -> list[Run]:
         ]
         for language in (LANGUAGE, *sizes.other_languages)
     }
-    runs = [
-        *(Run("host", seed=seed) for seed in seeds),
-        *(Run("base", BASE, task, seed) for seed in seeds for task in sizes.tasks),
-        *sweeps[LANGUAGE],
-        *(Run("main", name, task, seed) for seed in seeds for task in sizes.tasks for name in sizes.experiments),
+    runs: list[Run] = []
+    for seed in seeds:
+        runs += [Run("host", seed=seed), *(Run("base", BASE, task, seed) for task in sizes.tasks)]
+        runs += sweeps[LANGUAGE] if seed == 0 else []
+        runs += [Run("main", name, task, seed) for task in sizes.tasks for name in sizes.experiments]
+    runs += [
         *(
             Run("examples", name, task, examples=count)
             for task in sizes.example_tasks

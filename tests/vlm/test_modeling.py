@@ -41,6 +41,17 @@ def test_logits_equal_llava_of_the_same_parts(layer, strategy):
     torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch's compiler looks at it itself
+def test_compiled_parts_join_as_they_are():
+    model = build()
+    batch = make_batch(model)
+    compiled = [torch.compile(part, backend="eager") for part in (model.vision_tower, model.language_model)]
+    joined = type(model)(model.config, vision_tower=compiled[0], language_model=compiled[1]).eval()
+    joined.image_projection.load_state_dict(model.image_projection.state_dict())
+    assert (joined.vision_tower, joined.language_model) == tuple(compiled)
+    torch.testing.assert_close(joined(**batch).logits, model(**batch).logits)
+
+
 @pytest.mark.parametrize("language", LANGUAGE_MODELS)
 def test_text_alone_equals_the_language_model(language):
     model = build(language=language)
