@@ -76,22 +76,24 @@ SLOWER = {
 
 
 def plan(sizes: Sizes, records: Records) -> list[Run]:
-    """List all runs, one seed after another. A sweep has more of them while the best learning rate lies at an end."""
-    seeds, first, few = range(sizes.seeds), sizes.sweep_tasks[0], sizes.few
-    sweeps = {
-        language: [
+    """List all runs, seed by seed, and the methods of `few` first. A sweep has more of them while the best learning rate lies at an end."""
+    first, few = sizes.sweep_tasks[0], sizes.few
+    rest = [name for name in sizes.experiments if name not in few]
+
+    def sweep(language: str, methods: Iterable[str]) -> list[Run]:
+        return [
             Run("sweep", name, task, language=language, rate=rate)
-            for name in (sizes.experiments if language == LANGUAGE else few)
+            for name in methods
             for rate in rates_to_try(name, language, sizes, records)
             for task in sizes.tasks_of_sweep(language)
         ]
-        for language in (LANGUAGE, *sizes.other_languages)
-    }
+
     runs: list[Run] = []
-    for seed in seeds:
+    for seed in range(sizes.seeds):
         runs += [Run("host", seed=seed), *(Run("base", BASE, task, seed) for task in sizes.tasks)]
-        runs += sweeps[LANGUAGE] if seed == 0 else []
-        runs += [Run("main", name, task, seed) for task in sizes.tasks for name in sizes.experiments]
+        for methods in (few, rest):
+            runs += sweep(LANGUAGE, methods) if seed == 0 else []
+            runs += [Run("main", name, task, seed) for task in sizes.tasks for name in methods]
     runs += [
         *(
             Run("examples", name, task, examples=count)
@@ -106,7 +108,7 @@ def plan(sizes: Sizes, records: Records) -> list[Run]:
         runs += [
             Run("host", language=other),
             *(Run("base", BASE, task, language=other) for task in sizes.sweep_tasks),
-            *sweeps[other],
+            *sweep(other, few),
             *(Run("main", name, task, language=other) for task in sizes.sweep_tasks for name in few),
         ]
     return runs
