@@ -76,7 +76,10 @@ SLOWER = {
 
 
 def plan(sizes: Sizes, records: Records) -> list[Run]:
-    """List all runs, seed by seed, and the methods of `few` first. A sweep has more of them while the best learning rate lies at an end."""
+    """List all runs, seed by seed, and the methods of `few` first.
+
+    A sweep has more of them while the best learning rate lies at an end.
+    """
     first, few = sizes.sweep_tasks[0], sizes.few
     rest = [name for name in sizes.experiments if name not in few]
 
