@@ -1,4 +1,4 @@
-"""Write the page's tables and plots from the records that exist. What was not run is shown as such."""
+"""Write the page's tables and plots from the records that exist. Rows in which nothing was run are left out."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Report:
             parts.append("![Accuracy over the loss on text](images/comparison_text.png)")
         for task in self.sizes.example_tasks:
             parts += [f"### Number of training images, {TASKS[task].title}", self.few_examples(task)]
-            curves = {_title(name): curve for name in self.sizes.few if (curve := self.curve(name, task))}
+            curves = {_title(name): curve for name in self.sizes.few if len(curve := self.curve(name, task)) > 1}
             if curves:
                 over_examples(curves, images / f"comparison_examples_{task}.png")
                 parts.append(f"![Accuracy over training images](images/comparison_examples_{task}.png)")
@@ -74,7 +74,7 @@ class Report:
             own = [self.values(_kind(name), name, task, split, "accuracy") for task in self.sizes.tasks]
             rows.append([_title(name), *map(_percent, own)])
         shift = {task: f" ({TASKS[task].shift})" if split == "shifted" else "" for task in self.sizes.tasks}
-        return markdown(["", *(TASKS[task].title + shift[task] for task in self.sizes.tasks)], rows)
+        return _table(["", *(TASKS[task].title + shift[task] for task in self.sizes.tasks)], rows)
 
     def differences(self, split: str) -> str:
         """Format the default's accuracy minus that of each method on the same questions."""
@@ -86,7 +86,7 @@ class Report:
                     NOT_RUN if one is None else f"{100 * one.mean:+.1f} ± {100 * one.stderr:.1f}" for one in found
                 ]
                 rows.append([_title(name), *cells])
-        return markdown(["", *(TASKS[task].title for task in self.sizes.tasks)], rows)
+        return _table(["", *(TASKS[task].title for task in self.sizes.tasks)], rows)
 
     def winners(self) -> str:
         """Format the most accurate method of each task and split, and its lead over the default in standard errors."""
@@ -98,16 +98,18 @@ class Report:
                     for name in self.sizes.experiments
                     if (values := self.values("main", name, task, split, "accuracy"))
                 }
-                best = max(scores, key=lambda name: scores[name]) if scores else None
-                lead = self.compared(best, DEFAULT, task, split) if best else None
+                if len(scores) < 2:
+                    continue
+                best = max(scores, key=lambda name: scores[name])
+                lead = self.compared(best, DEFAULT, task, split)
                 verdict = NOT_RUN
                 if best == DEFAULT:
                     verdict = "is the default"
                 elif lead is not None:
                     level = "" if lead.in_stderrs >= LEAST else ", level"
                     verdict = f"+{100 * lead.mean:.1f} points, {lead.in_stderrs:.1f} standard errors{level}"
-                rows.append([TASKS[task].title, title, _title(best) if best else NOT_RUN, verdict])
-        return markdown(["task", "images", "most accurate", "lead over the default"], rows)
+                rows.append([TASKS[task].title, title, _title(best), verdict])
+        return _table(["task", "images", "most accurate", "lead over the default"], rows)
 
     def costs(self) -> str:
         """Format what a method takes from the model, and what it costs."""
@@ -128,7 +130,7 @@ class Report:
                 ]
             )
         header = ["", "loss on text, nats a token", "captions of other tasks, points", "weights", "MB on disk"]
-        return markdown([*header, "CPU seconds a step", "peak memory, GiB", "learning rate"], rows)
+        return _table([*header, "CPU seconds a step", "peak memory, GiB", "learning rate"], rows)
 
     def text_cost(self, name: str) -> str:
         """Format what text costs with the method: the first run on the whole text, and the range of all runs."""
@@ -164,7 +166,7 @@ class Report:
         for name in self.sizes.few:
             few = [self.values("examples", name, task, "test", "accuracy", examples=n) for n in self.sizes.examples]
             rows.append([_title(name), *map(_percent, [*few, self.values("main", name, task, "test", "accuracy")])])
-        return markdown(["", *self.sizes.examples, self.all_images(task)], rows)
+        return _table(["", *self.sizes.examples, self.all_images(task)], rows)
 
     def curve(self, name: str, task: str) -> list[tuple[int, float]]:
         """Return the points of a curve: number of training images, mean accuracy."""
@@ -192,9 +194,7 @@ class Report:
             ]
             each = _percent([statistics.mean(map(statistics.mean, alone))] if all(alone) else [])
             rows.append([_title(name), *cells, each])
-        return markdown(
-            ["mean over the tasks", "right after each task", "after all tasks", "an adapter for each"], rows
-        )
+        return _table(["mean over the tasks", "right after each task", "after all tasks", "an adapter for each"], rows)
 
     def changes(self) -> str:
         """Format accuracy of an adapter on the model that it was trained on, and on changed ones."""
@@ -203,8 +203,8 @@ class Report:
             for name in self.sizes.few:
                 own = [run for run in self.of("change", name) if run.frozen == trained]
                 cells = [_percent([self.records[run]["metrics"][to]["accuracy"] for run in own]) for to in CHANGES]
-                rows.append([_title(name), CHANGES[trained], *cells])
-        return markdown(["", "trained on", *CHANGES.values()], rows)
+                rows.append([f"{_title(name)}, trained on {CHANGES[trained]}", *cells])
+        return _table(["", *CHANGES.values()], rows)
 
     def on(self, language: str) -> str:
         """Format accuracy on new images with another language model."""
@@ -213,7 +213,7 @@ class Report:
             own = {run.task: self.metric(run, "test", "accuracy") for run in self.of(_kind(name), name, language)}
             cells = [_percent([own[task]] if task in own else []) for task in self.sizes.sweep_tasks]
             rows.append([_title(name), *cells])
-        return markdown(["", *(TASKS[task].title for task in self.sizes.sweep_tasks)], rows)
+        return _table(["", *(TASKS[task].title for task in self.sizes.sweep_tasks)], rows)
 
     def of(self, kind: Kind, name: str, language: str = LANGUAGE) -> list[Run]:
         """List the runs of a kind and a method that have records, seed by seed."""
@@ -240,6 +240,12 @@ class Report:
         ]
         seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
         return paired(*([scores[seed] for seed in seeds] for scores in by_seed)) if seeds else None
+
+
+def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """Format a table without the rows in which nothing was run."""
+    found = [row for row in rows if set(row[1:]) != {NOT_RUN}]
+    return markdown(header, found) if found else "Not run yet."
 
 
 def _title(name: str) -> str:
