@@ -34,8 +34,6 @@ FROZEN: dict[str, Callable[[], BitsAndBytesConfig | None]] = {
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
 }
 ALIGN_RATE = 5e-4
-# SmolLM2's template starts each conversation with it. It is left out, since it is as long as all other words together.
-SYSTEM_PROMPT = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 
 
 def build(language: Path, frozen: str, projection: Path | None = None) -> Any:
@@ -61,10 +59,12 @@ def build(language: Path, frozen: str, projection: Path | None = None) -> Any:
 
 
 def processor(model: Any, soft_tokens: Sequence[int] = ()) -> Any:
-    """Build a composite's processor, without a system prompt, and with soft tokens before each prompt."""
-    made = copy.copy(CromeVLMProcessor.from_backbones(config=model.config))
-    soft_text = "".join(made.tokenizer.convert_ids_to_tokens(list(soft_tokens)))
-    made.chat_template = soft_text + made.chat_template.replace(SYSTEM_PROMPT, "")
+    """Build a composite's processor, with soft tokens before each prompt."""
+    made = CromeVLMProcessor.from_backbones(config=model.config)
+    if not soft_tokens:
+        return made
+    made = copy.copy(made)
+    made.chat_template = "".join(made.tokenizer.convert_ids_to_tokens(list(soft_tokens))) + made.chat_template
     return made
 
 
